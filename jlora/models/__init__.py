@@ -1,0 +1,21 @@
+"""Plain Linen models that read Hugging Face checkpoints; they know nothing of adapters."""
+
+from jlora.models.attention import KVCache, empty_cache
+from jlora.models.bert import Bert, BertConfig, mean_pool
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.load import load
+from jlora.models.rope import RopeConfig
+from jlora.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "RopeConfig",
+    "empty_cache",
+    "load",
+    "load_tokenizer",
+    "mean_pool",
+]

@@ -1,0 +1,95 @@
+"""What the attention of every model shares: segments, positions, masks, and the key-value cache."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens read so far. `empty_cache` makes one.
+
+    Attributes:
+        keys: `[layers, batch, slots, kv_heads, head_dim]`, or None until the model's first call makes them.
+        values: As keys.
+        positions: int32 `[batch, slots]`, position of the token in each slot.
+        segments: int32 `[batch, slots]`, segment of the token in each slot, 0 where the slot is empty or padding.
+        index: int32, the next free slot, the same for every row.
+    """
+
+    keys: jax.Array | None
+    values: jax.Array | None
+    positions: jax.Array
+    segments: jax.Array
+    index: jax.Array
+
+
+def empty_cache(batch: int, slots: int) -> KVCache:
+    """A cache for `slots` tokens a row, prompt and continuation together."""
+    blank = jnp.zeros((batch, slots), jnp.int32)
+    return KVCache(keys=None, values=None, positions=blank, segments=blank, index=jnp.zeros((), jnp.int32))
+
+
+def token_segments(tokens: jax.Array, segment_ids: jax.Array | None, attention_mask: jax.Array | None) -> jax.Array:
+    """Segment of every token, int32 `[batch, length]`, 0 for padding; without either argument all are segment 1."""
+    segments = jnp.ones_like(tokens, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    return segments if attention_mask is None else jnp.where(attention_mask.astype(bool), segments, 0)
+
+
+def token_positions(segments: jax.Array, cache: KVCache | None = None) -> jax.Array:
+    """Positions that count each segment's tokens from 0, or on from those in the cache; padding does not count."""
+    valid = segments != 0
+    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    if cache is not None:
+        seen = jnp.sum(cache.segments != 0, axis=1, dtype=jnp.int32)
+        return jnp.maximum(seen[:, None] + count - 1, 0)
+    previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    starts = jnp.where((segments != previous) & valid, count - 1, 0)
+    return jnp.maximum(count - 1 - jax.lax.cummax(starts, axis=1), 0)
+
+
+def extend(cache: KVCache, positions: jax.Array, segments: jax.Array) -> KVCache:
+    """The cache with the new tokens' positions and segments written (their keys and values come from the layers).
+
+    Raises:
+        ValueError: The cache has too few slots, as far as shapes (and a concrete index) tell.
+    """
+    length, slots = positions.shape[1], cache.positions.shape[1]
+    used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+    if used + length > slots:
+        raise ValueError(
+            f"KV cache: {slots} slots, {used} used, {length} more tokens given; make a longer empty_cache."
+        )
+    start = (0, cache.index)
+    return cache.replace(
+        positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
+        segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
+        index=cache.index + length,
+    )
+
+
+def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """True where a query may see a key: same segment, no padding; bool `[batch, 1, queries, keys]`."""
+    query, key = query_segments[:, None, :, None], key_segments[:, None, None, :]
+    return (query == key) & (key != 0)
+
+
+def distances(query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+    """Query position minus key position, int32 `[batch, 1, queries, keys]`; causal attention wants it non-negative."""
+    return query_positions[:, None, :, None] - key_positions[:, None, None, :]
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention, softmax in float32, heads folded into the last axis.
+
+    Args:
+        query: `[batch, queries, heads, head_dim]`.
+        key: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads` (grouped-query attention).
+        value: As key.
+        mask: bool `[batch, 1, queries, keys]`.
+
+    Returns:
+        `[batch, queries, heads * head_dim]`.
+    """
+    mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+    return mixed.reshape(*query.shape[:2], -1)

@@ -1,0 +1,131 @@
+"""Reading the safetensors files of a Hugging Face directory, one tensor at a time."""
+
+import contextlib
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jlora.models.config import read_json
+from jlora.models.names import modern_name
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Checkpoint(contextlib.AbstractContextManager):
+    """The tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Use as a context manager; files are mapped into memory, and a tensor is read when asked for.
+
+    Args:
+        directory: A Hugging Face model directory. Where it has both, the single file is read, as transformers does.
+
+    Raises:
+        FileNotFoundError: There is neither, or a shard is missing.
+        ValueError: A file is damaged, or the index and the shards disagree.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = os.fspath(directory)
+        self._stack = contextlib.ExitStack()
+        self._places: dict[str, tuple[str, str, Any]] = {}
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stack.close)
+            if os.path.isfile(os.path.join(self.directory, SINGLE)):
+                self._open(SINGLE)
+            else:
+                self._open_shards()
+            undo.pop_all()
+
+    def __exit__(self, *exception):
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._places)
+
+    def file(self, name: str) -> str:
+        """Path of the file that holds a tensor."""
+        return self._places[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        _, stored, handle = self._places[name]
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, from the file's header.
+
+        Raises:
+            ValueError: It is not a floating-point number of 16 to 64 bits (a quantized checkpoint).
+        """
+        path, stored, handle = self._places[name]
+        kind = handle.get_slice(stored).get_dtype()
+        if kind not in FLOATS:
+            raise ValueError(
+                f"{path}: tensor {stored!r} has dtype {kind}, wanted one of {', '.join(FLOATS)}; dequantize it first."
+            )
+        return FLOATS[kind]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor itself.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path, stored, handle = self._places[name]
+        try:
+            return handle.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: tensor {stored!r} can't be read ({error}); copy the file again.") from error
+
+    def _open_shards(self) -> None:
+        index = os.path.join(self.directory, INDEX)
+        if not os.path.isfile(index):
+            raise FileNotFoundError(
+                f"{self.directory}: neither {SINGLE} nor {INDEX}; save weights of another format as safetensors first."
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: key 'weight_map' is missing.")
+        for shard in sorted(set(weight_map.values())):
+            if not os.path.isfile(os.path.join(self.directory, shard)):
+                raise FileNotFoundError(
+                    f"{os.path.join(self.directory, shard)}: this shard is named in {INDEX} but missing."
+                )
+            self._open(shard)
+        self._compare(index, {modern_name(name): shard for name, shard in weight_map.items()})
+
+    def _compare(self, index: str, weight_map: dict[str, str]) -> None:
+        for name, shard in weight_map.items():
+            if name not in self._places or os.path.basename(self.file(name)) != os.path.basename(shard):
+                raise ValueError(
+                    f"{index}: says that tensor {name!r} is in {shard}, but it is not there; copy the files again."
+                )
+        for name in self._places:
+            if name not in weight_map:
+                raise ValueError(
+                    f"{self.file(name)}: tensor {name!r} is not in {INDEX}; the files belong to different models."
+                )
+
+    def _open(self, file: str) -> None:
+        path = os.path.join(self.directory, file)
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again.") from error
+        for stored in handle.keys():  # noqa: SIM118 (the handle is no mapping and can't be iterated)
+            name = modern_name(stored)
+            if name in self._places:
+                raise ValueError(f"{path}: tensor {name!r} is in {self.file(name)} too.")
+            self._places[name] = (path, stored, handle)

@@ -1,0 +1,231 @@
+"""Loading a Hugging Face directory as a model and its params."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.checkpoint import Checkpoint
+from jlora.models.config import read_config
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.names import Source, source
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one architecture are read.
+
+    Args:
+        module: Class of the model.
+        config: Class of its config, with `from_hf`.
+        prefixes: What checkpoints of this family put before the names of the backbone's tensors.
+        anchor: A tensor that every checkpoint has; shows which prefix it uses.
+        unprefixed: First keys of leaves that never get the prefix.
+        buffers: Names (regexes) of constants that older checkpoints carry and the model computes itself.
+        heads: Names (regexes) of heads that this model has no place for; `load(drop_heads=True)` leaves them out.
+    """
+
+    module: Callable[..., nn.Module]
+    config: Any
+    prefixes: tuple[str, ...]
+    anchor: str
+    unprefixed: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def prefix(self, checkpoint: Checkpoint) -> str:
+        """The prefix that a checkpoint uses.
+
+        Raises:
+            ValueError: The checkpoint has the anchor under none of the prefixes.
+        """
+        for prefix in self.prefixes:
+            if prefix + self.anchor in checkpoint.names:
+                return prefix
+        wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
+        raise ValueError(
+            f"{checkpoint.directory}: tensor {wanted} is missing from its safetensors; wrong model_type in config.json?"
+        )
+
+
+_LLAMA = Family(
+    Llama,
+    LlamaConfig,
+    prefixes=("model.", ""),
+    anchor="embed_tokens.weight",
+    unprefixed=("lm_head",),
+    buffers=(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    heads=(r"score\.weight",),
+)
+_BERT = Family(
+    Bert,
+    BertConfig,
+    prefixes=("bert.", ""),
+    anchor="embeddings.word_embeddings.weight",
+    buffers=(r"(bert\.)?embeddings\.(position_ids|token_type_ids)",),
+    heads=(
+        r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))",
+        r"cls\.seq_relationship\.(weight|bias)",
+        r"(classifier|qa_outputs)\.(weight|bias)",
+    ),
+)
+_ROBERTA = dataclasses.replace(
+    _BERT,
+    prefixes=("roberta.", ""),
+    buffers=(r"(roberta\.)?embeddings\.(position_ids|token_type_ids)",),
+    heads=(
+        r"lm_head\.(bias|decoder\.(weight|bias)|(dense|layer_norm)\.(weight|bias))",
+        r"classifier\.((dense|out_proj)\.)?(weight|bias)",
+        r"qa_outputs\.(weight|bias)",
+    ),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+}
+
+
+def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        ValueError: `model_type` is missing or none of `FAMILIES`.
+    """
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        path = os.path.join(directory, "config.json")
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    return FAMILIES[kind]
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    scan_layers: bool = True,
+    remat: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    drop_heads: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds the model that a Hugging Face directory describes and reads its weights.
+
+    Every tensor in the files is used and every leaf of the params is filled, or it is an error. Weights are read one
+    tensor at a time: beside the params no more than one leaf is in memory.
+
+    Args:
+        directory: Holds `config.json` and `model.safetensors`, or its shards with `model.safetensors.index.json`.
+        scan_layers: Layers as one stack (faster to compile), else one subtree a layer.
+        remat: Recompute each layer in the backward pass.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the params; None keeps that of the file.
+        drop_heads: Leave out the head of another task, such as the masked-language head of BERT.
+
+    Returns:
+        A Linen module and its params: `model.apply({"params": params}, tokens)`.
+
+    Raises:
+        FileNotFoundError: `config.json` or a safetensors file is missing.
+        ValueError: The model type is not supported, a config key is missing, a file is damaged, or a tensor is missing,
+            superfluous or of the wrong shape or dtype.
+    """
+    hf = read_config(directory)
+    family = family_of(hf, directory)
+    options = {"scan_layers": scan_layers, "remat": remat, "dtype": dtype, "param_dtype": param_dtype or jnp.float32}
+    with Checkpoint(directory) as checkpoint:
+        prefix = family.prefix(checkpoint)
+        if family.config is BertConfig:
+            options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint.names
+        model = family.module(family.config.from_hf(hf, **options))
+        sources = leaf_sources(model, family, prefix)
+        shapes = leaf_shapes(model)
+        _check_leaves(checkpoint, sources, shapes)
+        _check_rest(checkpoint, sources, family, model, drop_heads)
+        leaves = {path: _read(checkpoint, sources[path], shapes[path], param_dtype) for path in sources}
+        _check_tied_head(checkpoint, model, leaves)
+    return model, unflatten_dict(leaves)
+
+
+def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of every leaf of a model's params, by path; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return {path: leaf.shape for path, leaf in flatten_dict(variables["params"]).items()}
+
+
+def leaf_sources(model: Any, family: Family, prefix: str) -> dict[tuple[str, ...], Source]:
+    """The tensors of every leaf of a model's params, by path."""
+    layers, scanned = model.config.num_hidden_layers, model.config.scan_layers
+    return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in leaf_shapes(model)}
+
+
+def _check_leaves(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
+    present = set(checkpoint.names)
+    for path, made_of in sources.items():
+        wanted = made_of.tensor_shape(shapes[path])
+        for name in made_of.names:
+            if name not in present:
+                raise ValueError(
+                    f"{checkpoint.directory}: tensor {name!r} (for {'/'.join(path)}) is missing from its safetensors."
+                )
+            if checkpoint.shape(name) != wanted:
+                raise ValueError(
+                    f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+                    f"wanted {list(wanted)} by config.json."
+                )
+
+
+def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
+    used = {name for made_of in sources.values() for name in made_of.names}
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    buffers = [name for name in checkpoint.names if any(re.fullmatch(buffer, name) for buffer in family.buffers)]
+    rest = [name for name in checkpoint.names if name not in used | tied | set(buffers)]
+    heads = [name for name in rest if any(re.fullmatch(head, name) for head in family.heads)]
+    unknown = [name for name in rest if name not in heads]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"{checkpoint.file(unknown[0])}: tensor {unknown[0]!r}{more} has no place in the model of config.json."
+        )
+    if heads and not drop_heads:
+        raise ValueError(
+            f"{checkpoint.file(heads[0])}: the tensors {', '.join(heads)} are a head for another task, "
+            "for which the model has no place; to leave them out, load with drop_heads=True."
+        )
+
+
+def _read(checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], param_dtype: Any) -> jax.Array:
+    kinds = {checkpoint.dtype(name) for name in made_of.names}
+    if param_dtype is None and len(kinds) > 1:
+        raise ValueError(
+            f"{checkpoint.file(made_of.names[0])}: the layers of {made_of.names[0]!r} have different dtypes "
+            f"({', '.join(sorted(map(str, kinds)))}) and can't be stacked; give param_dtype."
+        )
+    leaf = np.empty(shape, kinds.pop() if param_dtype is None else param_dtype)
+    for layer, name in enumerate(made_of.names):
+        tensor = checkpoint.read(name)
+        leaf[layer if made_of.stacked else ...] = tensor.T if made_of.transposed else tensor
+    return jnp.asarray(leaf)
+
+
+def _check_tied_head(checkpoint: Checkpoint, model: Any, leaves: dict) -> None:
+    if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.names:
+        return
+    head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])
+    if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):
+        raise ValueError(
+            f"{checkpoint.file('lm_head.weight')}: tensor 'lm_head.weight' differs from the embedding, but "
+            "config.json says tie_word_embeddings: true; set it to false to keep both."
+        )

@@ -1,0 +1,159 @@
+"""Rotary position embeddings and their scalings.
+
+A head's vector is rotated in the planes (i, i + d/2), i < d/2, by the angle `position * frequency[i]`: the "half-split"
+layout of Hugging Face checkpoints. Scaling changes the frequencies so that a model reads longer text than it was
+trained on.
+
+References: RoFormer (arXiv:2104.09864); dynamic NTK and YaRN (arXiv:2309.00071); Llama 3 (arXiv:2407.21783).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.models.config import optional, required
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """How positions become angles.
+
+    Args:
+        rope_type: One of `ROPE_TYPES`.
+        theta: Base of the geometric series of wavelengths.
+        factor: How many times longer than in training the text may be.
+        original_length: Length in training, in tokens (`original_max_position_embeddings`).
+        low_frequency_factor: llama3: waves longer than `original_length / low_frequency_factor` are stretched in full.
+        high_frequency_factor: llama3: waves shorter than `original_length / high_frequency_factor` are kept.
+        beta_fast: yarn: planes that turn more often than this within `original_length` are kept.
+        beta_slow: yarn: planes that turn less often than this are stretched in full.
+        attention_factor: yarn: multiplies cos and sin.
+        truncate: yarn: round the borders of the ramp to whole planes.
+    """
+
+    rope_type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "RopeConfig":
+        """Reads `rope_parameters`, or `rope_theta` with `rope_scaling`, of a Hugging Face config.
+
+        Raises:
+            ValueError: The type is none of `ROPE_TYPES`, a number it needs is missing, or only a part of a head turns.
+        """
+        settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        rope_type = settings.get("rope_type", settings.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}."
+            )
+        if settings.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError("config.json: partial_rotary_factor other than 1.0 is not supported.")
+        theta = float(settings.get("rope_theta", hf.get("rope_theta", 10000.0)))
+        if rope_type == "default":
+            return cls(theta=theta)
+        original = settings.get("original_max_position_embeddings") or required(hf, "max_position_embeddings")
+        if rope_type == "dynamic":
+            original = required(hf, "max_position_embeddings")
+        fields = {
+            "theta": theta,
+            "factor": float(required(settings, "factor", "rope")),
+            "original_length": int(original),
+        }
+        extra = {"llama3": _llama3_fields, "yarn": _yarn_fields}.get(rope_type)
+        return cls(rope_type=rope_type, **fields, **(extra(settings) if extra else {}))
+
+    def inverse_frequencies(self, head_dim: int, length: jax.Array | None = None) -> jax.Array:
+        """Radians a token for each of the `head_dim / 2` planes, float32.
+
+        Args:
+            head_dim: Width of a head, even.
+            length: Longest position + 1 in this call; the dynamic type alone reads it.
+        """
+        if self.rope_type == "dynamic":
+            return self._dynamic(head_dim, length)
+        inverse = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.rope_type == "linear":
+            inverse = inverse / self.factor
+        elif self.rope_type == "llama3":
+            inverse = self._llama3(inverse)
+        elif self.rope_type == "yarn":
+            inverse = self._yarn(inverse, head_dim)
+        return jnp.asarray(inverse, jnp.float32)
+
+    def _dynamic(self, head_dim: int, length: jax.Array | None) -> jax.Array:
+        longest = jnp.maximum(0 if length is None else length, self.original_length).astype(jnp.float32)
+        stretch = self.factor * longest / self.original_length - (self.factor - 1)
+        theta = self.theta * stretch ** (head_dim / (head_dim - 2))
+        return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+    def _llama3(self, inverse: np.ndarray) -> np.ndarray:
+        turns = self.original_length * inverse / (2 * math.pi)
+        keep = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return keep * inverse + (1 - keep) * inverse / self.factor
+
+    def _yarn(self, inverse: np.ndarray, head_dim: int) -> np.ndarray:
+        def plane(turns: float) -> float:
+            """The (fractional) plane that turns this often within the original length."""
+            return head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = plane(self.beta_fast), plane(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        # A ramp of no width would divide by zero.
+        high = high + 0.001 if low == high else high
+        stretch = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+        return stretch * inverse / self.factor + (1 - stretch) * inverse
+
+
+def _llama3_fields(settings: dict) -> dict:
+    return {
+        "low_frequency_factor": float(required(settings, "low_freq_factor", "rope")),
+        "high_frequency_factor": float(required(settings, "high_freq_factor", "rope")),
+    }
+
+
+def _yarn_fields(settings: dict) -> dict:
+    def temperature(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    factor = float(required(settings, "factor", "rope"))
+    attention = settings.get("attention_factor")
+    if attention is None:
+        weight, weight_all = settings.get("mscale"), settings.get("mscale_all_dim")
+        attention = temperature(weight) / temperature(weight_all) if weight and weight_all else temperature(1.0)
+    return {
+        "attention_factor": float(attention),
+        "beta_fast": float(optional(settings, "beta_fast", 32.0)),
+        "beta_slow": float(optional(settings, "beta_slow", 1.0)),
+        "truncate": bool(optional(settings, "truncate", True)),
+    }
+
+
+def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 `[batch, length, head_dim / 2]`, of the angles at `positions` `[batch, length]`."""
+    angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(head_dim, jnp.max(positions) + 1)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Turns `x` `[batch, length, heads, head_dim]` by the angles of `rotation`, in float32; keeps the dtype of x."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,38 @@
+"""Loading the tokenizer of a Hugging Face directory."""
+
+import os
+
+from tokenizers import Tokenizer
+
+from jlora.models.config import read_config, required
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of `directory/tokenizer.json`, without the padding and truncation it may ask for.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: It can't be read, or has ids beyond the `vocab_size` of `config.json`: it is another model's.
+    """
+    path = os.path.join(directory, "tokenizer.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such file; the tokenizer is read from tokenizer.json alone (transformers can write one)."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    # The tokenizers library raises bare Exception.
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer ({error}).") from error
+    size = required(read_config(directory), "vocab_size")
+    token, largest = max(
+        tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1)
+    )
+    if largest >= size:
+        raise ValueError(
+            f"{path}: token {token!r} has id {largest}, but the model has a vocabulary of {size} (config.json); "
+            "this is the tokenizer of another model."
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
