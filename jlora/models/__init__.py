@@ -1,5 +1,8 @@
 """Plain Linen models that read Hugging Face checkpoints; they know nothing of adapters."""
 
+import importlib.resources
+import pathlib
+
 from jlora.models.attention import KVCache, empty_cache
 from jlora.models.bert import Bert, BertConfig, mean_pool
 from jlora.models.llama import Llama, LlamaConfig
@@ -7,7 +10,11 @@ from jlora.models.load import load
 from jlora.models.rope import RopeConfig
 from jlora.models.tokenizer import load_tokenizer
 
+STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260k"))
+"""The Hugging Face directory of the pretrained 260K-parameter Llama that comes with the package."""
+
 __all__ = [
+    "STORIES260K",
     "Bert",
     "BertConfig",
     "KVCache",
