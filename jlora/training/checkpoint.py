@@ -1,0 +1,182 @@
+"""Training state on disk: adapters, optimizer, step, random key and data position; never the base.
+
+Orbax writes in the background into `checkpoints/<step>/`. After it has finished, a manifest with the checksum of every file
+is put beside them; only then older checkpoints are removed. So a checkpoint without a manifest, or whose files differ from
+it, is not whole, and at every moment there is a whole one (once there has been a first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from jlora.training.errors import CheckpointError
+from jlora.training.files import write_json
+from jlora.training.loop import State
+
+MANIFEST = "manifest.json"
+_DAMAGED, _LEAVING = "damaged-", "leaving-"
+
+
+class Whole(NamedTuple):
+    """A checkpoint whose checksums hold, and what is wrong with the later ones."""
+
+    step: int | None
+    complaints: list[str]
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps that have a folder, the latest first."""
+    names = os.listdir(directory) if directory.exists() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the manifest, by its path in the folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with open(path, "rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def complaint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted: dict[str, str] = manifest["files"]
+    except FileNotFoundError:
+        return "was not finished"
+    except (ValueError, KeyError, TypeError):
+        return f"has a damaged {MANIFEST}"
+    found = _checksums(folder)
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            return f"is damaged: {name} " + ("is missing" if name not in found else "is not what was written")
+    return None
+
+
+def find_whole(directory: str | Path) -> Whole:
+    """The last whole checkpoint. What comes after it is set aside under another name, half-written parts are removed."""
+    directory = Path(directory)
+    complaints = []
+    for name in os.listdir(directory) if directory.exists() else []:
+        if name.startswith(_LEAVING) or "orbax-checkpoint-tmp" in name:
+            shutil.rmtree(directory / name)
+    for step in _steps(directory):
+        wrong = complaint(directory / str(step))
+        if wrong is None:
+            return Whole(step, complaints)
+        complaints.append(f"the checkpoint of step {step} {wrong}")
+        aside = directory / f"{_DAMAGED}{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(directory / str(step), aside)
+    return Whole(None, complaints)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run."""
+
+    def __init__(self, directory: str | Path, keep: int, fingerprint: str):
+        """Args: the folder; how many checkpoints to keep; the fingerprint of the base."""
+        self.directory, self.keep, self.fingerprint = Path(directory).absolute(), keep, fingerprint
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, state: State, adapted: Any, position: grain.DatasetIterator) -> None:
+        """Begin to write the state; errors of an earlier write are raised here or in `wait`."""
+        # A copy, because the arrays are donated to the next step while the writing goes on.
+        arrays = jax.tree.map(lambda leaf: leaf.copy(), _arrays(state, adapted))
+        step = int(state.step)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays),
+                data=grain.checkpoint.CheckpointSave(position),
+                run=ocp.args.JsonSave({"step": step, "base": self.fingerprint}),
+            ),
+            force=True,
+        )
+
+    def restore(self, step: int, state: State, adapted: Any, position: grain.DatasetIterator) -> tuple[State, Any]:
+        """The state and the `Adapted` of a step, placed as the given ones; the iterator's position is set.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another base, or its arrays have other names or shapes.
+        """
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        if run["base"] != self.fingerprint:
+            raise CheckpointError(
+                f"{self.directory / str(step)} belongs to a base with fingerprint {run['base']}, this one has {self.fingerprint}"
+            )
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _arrays(state, adapted)
+        )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(position)
+            ),
+        ).state
+        return _unflatten(restored, state, adapted)
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            OSError: or another error, if something could not be written.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and let go."""
+        self._manager.close()
+
+    def _finish(self) -> None:
+        """After orbax has finished: manifests for what lacks them, then older checkpoints go."""
+        steps = _steps(self.directory)
+        for step in steps:
+            folder = self.directory / str(step)
+            if not (folder / MANIFEST).exists():
+                write_json(folder / MANIFEST, {"step": step, "base": self.fingerprint, "files": _checksums(folder)})
+        for step in steps[self.keep :]:
+            leaving = self.directory / f"{_LEAVING}{step}"
+            os.replace(self.directory / str(step), leaving)
+            shutil.rmtree(leaving)
+
+
+def _arrays(state: State, adapted: Any) -> dict[str, dict[str, jax.Array]]:
+    """Everything to save, by plain names: optimizer states hold tuples and classes that need not outlive a release."""
+    parts = {"params": state.params, "optimizer": state.opt_state, "frozen": adapted.frozen}
+    named = {part: _by_path(tree) for part, tree in parts.items()}
+    named["run"] = {"step": state.step, "key": jax.random.key_data(state.key)}
+    return {part: leaves for part, leaves in named.items() if leaves}
+
+
+def _by_path(tree: Any) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _unflatten(arrays: dict[str, dict[str, jax.Array]], state: State, adapted: Any) -> tuple[State, Any]:
+    def fill(part: str, tree: Any) -> Any:
+        names = list(_by_path(tree))
+        return jax.tree.unflatten(jax.tree.structure(tree), [arrays[part][name] for name in names])
+
+    params = fill("params", state.params)
+    key = jax.random.wrap_key_data(arrays["run"]["key"])
+    new = State(params, fill("optimizer", state.opt_state), arrays["run"]["step"], key)
+    return new, adapted.replace(params=params, frozen=fill("frozen", adapted.frozen))

@@ -1,0 +1,150 @@
+"""The data of a run: read, checked, encoded, split into training and validation, packed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jlora.training import chat
+from jlora.training.encode import Example, encode_classification, encode_language, label_names
+from jlora.training.errors import DataError, SettingError
+from jlora.training.packing import packed
+from jlora.training.pipeline import Batch, training_batches, validation_batches
+from jlora.training.rows import Row, read_rows
+from jlora.training.settings import Settings
+from jlora.training.tokens import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Encoded data.
+
+    Attributes:
+        train: examples to train on (packed, if so set).
+        validation: examples to validate on (packed likewise).
+        labels: names of the labels in the order of their indices; empty for language models.
+        source: where the data came from, in words.
+        fixed: whether all rows are padded to the longest.
+        longest: tokens of the longest row.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    labels: list[str]
+    source: str
+    fixed: bool
+    longest: int
+
+    def digest(self) -> str:
+        """SHA-256 of the training data: a resumed run must see the same."""
+        sha = hashlib.sha256(repr((self.labels, self.fixed, self.longest)).encode())
+        for example in self.train:
+            for array in (example.tokens, example.targets, example.weights, example.types, example.segments):
+                sha.update(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
+            sha.update(np.int64(example.label).tobytes())
+        return sha.hexdigest()
+
+    def training_batches(self, batch: int, seed: int):
+        """An endless grain iterator over training batches."""
+        return training_batches(self.train, batch, self.longest, seed, self.fixed)
+
+    def validation_batches(self, batch: int) -> list[Batch]:
+        """Every validation example once."""
+        return validation_batches(self.validation, batch, self.longest, self.fixed)
+
+
+def load_data(settings: Settings, codec: Codec) -> Data:
+    """Read and encode what the (resolved) settings name.
+
+    Raises:
+        DataError: for a row that cannot be used, naming file and line.
+        SettingError: if a part comes out empty.
+        OSError: if a file cannot be read.
+    """
+    assert settings.max_length is not None
+    if settings.data is None:
+        rows, held_out = documentation_rows(settings.validation_fraction or 0.1)
+        source = "the Python documentation (pydoc_data.topics)"
+    else:
+        rows, source = read_rows(settings.data, settings.format), str(settings.data)
+        held_out = read_rows(settings.validation, settings.format) if settings.validation is not None else []
+    labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
+    rows = subset(rows, settings.max_rows, settings.seed)
+    train = encode(rows, settings, codec, labels)
+    if settings.data is None or settings.validation is not None:
+        validation = encode(subset(held_out, settings.max_validation_rows, settings.seed), settings, codec, labels)
+    else:
+        train, validation = split(train, settings, one_text=len(rows) == 1)
+    fixed = bool(settings.packing)
+    if fixed:
+        train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
+    longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
+    return Data(train, validation, labels, source, fixed, longest)
+
+
+def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequence[str]) -> list[Example]:
+    """Rows as examples, for the settings' task.
+
+    Raises:
+        DataError: for a row that cannot be used, or if nothing is left.
+    """
+    assert settings.max_length is not None
+    if settings.task == "classify":
+        columns = (settings.text_column, settings.text_pair_column, settings.label_column)
+        numbers = {label: index for index, label in enumerate(labels)}
+        return encode_classification(rows, codec, columns, numbers, settings.max_length)
+
+    def template() -> chat.Template:
+        return chat.template(settings.chat_template, codec.directory, codec.tokenizer.get_vocab())
+
+    examples = encode_language(rows, codec, template, settings.text_column, settings.max_length)
+    if not examples:
+        raise DataError(rows[0].path, None, "the file has no token to predict")
+    return examples
+
+
+def subset(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """`count` of the rows drawn by the seed, in the file's order; all by default."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def split(examples: list[Example], settings: Settings, one_text: bool) -> tuple[list[Example], list[Example]]:
+    """Training and validation: the end of a single text, otherwise examples drawn by the seed.
+
+    The end, because neighbouring pieces of one text resemble each other.
+    """
+    fraction = settings.validation_fraction or 0.0
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise SettingError(
+            "validation_fraction", f"of {fraction} leaves nothing to train on: there are {len(examples)} rows"
+        )
+    order = np.arange(len(examples))
+    if not one_text:
+        order = np.random.default_rng(settings.seed).permutation(order)
+    train, held_out = sorted(order[:-count]), sorted(order[-count:])
+    if settings.max_validation_rows is not None:
+        held_out = held_out[: settings.max_validation_rows]
+    return [examples[i] for i in train], [examples[i] for i in held_out]
+
+
+def documentation_rows(fraction: float) -> tuple[list[Row], list[Row]]:
+    """Topics of Python's own documentation, and every so many of them held out, evenly by size.
+
+    Topics are ordered by length, so that the part held out has short and long ones.
+    """
+    from pydoc_data.topics import topics
+
+    path = "pydoc_data.topics"
+    ordered = [
+        Row({"text": topics[name]}, path, 1) for name in sorted(topics, key=lambda name: (len(topics[name]), name))
+    ]
+    every = max(2, round(1 / fraction))
+    held_out = ordered[every // 2 :: every]
+    return [row for i, row in enumerate(ordered) if i % every != every // 2], held_out

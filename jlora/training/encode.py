@@ -1,0 +1,178 @@
+"""Rows of text as rows of tokens: what is read, what is predicted, and where the loss is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.training import chat
+from jlora.training.errors import DataError
+from jlora.training.rows import Row
+from jlora.training.tokens import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of tokens for the model.
+
+    Attributes:
+        tokens: int32 `[length]`, what the model reads.
+        targets: int32 `[length]`, the token after each of them; for classification, empty.
+        weights: float32 `[length]`, 1 where the loss is taken; for classification, empty.
+        types: int32 `[length]`, 0 for the first text and 1 for the second; for language models, empty.
+        label: index of the label; for language models, -1.
+        segments: int32 `[length]`, which of the rows packed into this one each token is of, from 1; 0 is padding.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    types: np.ndarray
+    label: int
+    segments: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def language_example(tokens: np.ndarray, wanted: np.ndarray) -> Example:
+    """An example that predicts each of `tokens` from those before it, with the loss where `wanted` holds."""
+    none = np.zeros(0, np.int32)
+    ones = np.ones(len(tokens) - 1, np.int32)
+    return Example(tokens[:-1], tokens[1:], wanted[1:].astype(np.float32), none, -1, ones)
+
+
+def encode_language(
+    rows: Sequence[Row], codec: Codec, template: Callable[[], chat.Template], text_column: str, max_length: int
+) -> list[Example]:
+    """Rows of `messages`, of `prompt` and `completion`, or of `text`, as examples of at most `max_length` tokens.
+
+    Plain texts are cut into pieces, so that every token is predicted once. Answers are cut at their end; a row that has no
+    token of its answer left is an error.
+
+    Raises:
+        DataError: for a row that cannot be used, naming file and line.
+    """
+    pieces = [_segments(row, template, text_column) for row in rows]
+    encodings = codec.encode_many(["".join(text for text, _ in segments) for segments in pieces])
+    examples: list[Example] = []
+    for row, segments, (ids, offsets) in zip(rows, pieces, encodings):
+        tokens, wanted = _with_ends(codec, ids, _wanted(segments, offsets))
+        if all(answer for _, answer in segments):
+            examples += _cut(tokens, wanted, max_length)
+        else:
+            examples.append(_truncate(row, tokens, wanted, max_length))
+    return [example for example in examples if len(example) > 0]
+
+
+def _segments(row: Row, template: Callable[[], chat.Template], text_column: str) -> chat.Segments:
+    """The row's text in pieces, each with whether the loss is taken on it."""
+    if "messages" in row.values:
+        messages = _messages(row)
+        try:
+            return template()(messages)
+        except Exception as error:
+            raise row.error(str(error)) from error
+    if "prompt" in row.values or "completion" in row.values:
+        return [(row.text("prompt"), False), (row.text("completion"), True)]
+    return [(row.text(text_column), True)]
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    messages = row.values["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise row.error("'messages' must be a list of {role, content}, with at least one answer")
+    for number, message in enumerate(messages, 1):
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not content.strip():
+            raise row.error(f"message {number} must be {{role, content}} with a text that is not empty")
+        if message.get("role") not in chat.ROLES:
+            raise row.error(f"message {number} has the role {message.get('role')!r}; wanted {', '.join(chat.ROLES)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise row.error("no message is by the assistant, so there is nothing to learn")
+    return messages
+
+
+def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
+    """Which tokens end inside a piece with loss; a token across a border counts for the later piece."""
+    ends = np.cumsum([len(text) for text, _ in segments])
+    answers = np.array([answer for _, answer in segments])
+    piece = np.searchsorted(ends, np.maximum(offsets[:, 1] - 1, 0), side="right")
+    return answers[np.minimum(piece, len(answers) - 1)]
+
+
+def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens with the begin and end tokens that the model has, where the text does not bring them itself."""
+    tokens, flags = [ids], [wanted]
+    if codec.begin is not None and not (len(ids) and ids[0] == codec.begin):
+        tokens.insert(0, np.array([codec.begin]))
+        flags.insert(0, np.array([False]))
+    if codec.end is not None and not (len(ids) and ids[-1] == codec.end):
+        tokens.append(np.array([codec.end]))
+        flags.append(wanted[-1:] if len(wanted) else np.array([True]))
+    return np.concatenate(tokens).astype(np.int32), np.concatenate(flags).astype(bool)
+
+
+def _cut(tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Iterable[Example]:
+    """Pieces that overlap by one token, so that each token but the first is a target once."""
+    for start in range(0, max(len(tokens) - 1, 0), max_length):
+        yield language_example(tokens[start : start + max_length + 1], wanted[start : start + max_length + 1])
+
+
+def _truncate(row: Row, tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Example:
+    example = language_example(tokens[: max_length + 1], wanted[: max_length + 1])
+    if not example.weights.any():
+        prompt = int(np.argmax(wanted)) if wanted.any() else len(tokens)
+        raise row.error(f"nothing of the answer is left: it begins after {prompt} tokens, --max-length is {max_length}")
+    return example
+
+
+def label_names(rows: Sequence[Row], column: str) -> list[str]:
+    """The labels that occur, in the order of their indices: numbers by value, other texts by alphabet.
+
+    Raises:
+        DataError: if a row has no label, or all rows have the same.
+    """
+    names = {_label(row, column) for row in rows}
+    if len(names) < 2:
+        raise DataError(
+            rows[0].path, None, f"the column {column!r} has the one label {names.pop()!r}; wanted two or more"
+        )
+    numbers = all(name.lstrip("-").isdigit() for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
+
+
+def _label(row: Row, column: str) -> str:
+    value = row.values.get(column)
+    return str(value) if isinstance(value, int) else row.text(column).strip()
+
+
+def encode_classification(
+    rows: Sequence[Row], codec: Codec, columns: tuple[str, str | None, str], labels: Mapping[str, int], max_length: int
+) -> list[Example]:
+    """Rows of a text, perhaps a second text, and a label, as examples cut at `max_length` tokens.
+
+    Args:
+        rows: the rows.
+        codec: the model's tokenizer.
+        columns: names of the text, the second text (or None) and the label.
+        labels: label to index.
+        max_length: tokens, the special ones included.
+
+    Raises:
+        DataError: for a row that cannot be used or whose label is unknown, naming file and line.
+    """
+    text, pair, column = columns
+    firsts = [row.text(text) for row in rows]
+    seconds = [row.text(pair) for row in rows] if pair else None
+    none, examples = np.zeros(0, np.int32), []
+    for row, (ids, types) in zip(rows, codec.encode_for_classification(firsts, seconds, max_length)):
+        label = _label(row, column)
+        if label not in labels:
+            raise row.error(f"the label {label!r} does not occur in the training data")
+        ones = np.ones(len(ids), np.int32)
+        examples.append(Example(ids, none, none.astype(np.float32), types, labels[label], ones))
+    return examples

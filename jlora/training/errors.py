@@ -1,0 +1,36 @@
+"""The errors that a user of the job can cause; each message is one clear sentence."""
+
+from __future__ import annotations
+
+
+class SettingError(ValueError):
+    """A setting has a wrong value, or contradicts another.
+
+    Attributes:
+        setting: the field of `Settings`.
+        complaint: what is wrong with it; the message without the setting's name.
+    """
+
+    def __init__(self, setting: str, complaint: str, name: str | None = None):
+        super().__init__(f"{name or setting} {complaint}")
+        self.setting = setting
+        self.complaint = complaint
+
+    def renamed(self, name: str) -> SettingError:
+        """The same error under the name that the user wrote, such as `--rank` or `rank in run.toml`."""
+        return SettingError(self.setting, self.complaint, name)
+
+
+class DataError(ValueError):
+    """A row of the data cannot be used; the message begins with `file:line:`."""
+
+    def __init__(self, path, line: int | None, complaint: str):
+        super().__init__(f"{path}:{line}: {complaint}" if line is not None else f"{path}: {complaint}")
+
+
+class FolderError(OSError):
+    """The output folder cannot be used: it is not empty, in use, or holds another run."""
+
+
+class CheckpointError(ValueError):
+    """A run cannot be resumed from what its output folder holds."""

@@ -1,0 +1,87 @@
+"""The output folder of a run: claimed by one process, and never written over.
+
+settings.json   what the run was asked to do, and what it stands on
+metrics.jsonl   one line a step, one a validation
+checkpoints/    training state by step, each with a manifest of checksums
+adapters/       the trained adapters
+results.json  loss.png  report.html  samples.json
+lock            held while a process writes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from jlora.training.errors import FolderError
+
+LOCK = "lock"
+
+
+def check_free(out: str | Path, resume: bool) -> None:
+    """Fail early where `claim` would fail; creates nothing.
+
+    Raises:
+        FolderError: if the folder is in use, or has content and is not to be resumed, or has none and is.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FolderError(f"{out} is a file; --out must be a folder")
+    holder = _holder(out / LOCK)
+    if holder is not None:
+        raise FolderError(f"{out} is in use by process {holder}; wait for it, or choose another --out")
+    _check_content(out, resume)
+
+
+def _check_content(out: Path, resume: bool) -> None:
+    content = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
+    if content and not resume:
+        raise FolderError(f"{out} is not empty; choose another --out, or go on with its run by --resume")
+    if resume and "settings.json" not in content:
+        raise FolderError(f"{out} holds no run to resume (no settings.json); leave --resume out to start one")
+
+
+@contextlib.contextmanager
+def claim(out: str | Path, resume: bool) -> Iterator[Path]:
+    """Hold the folder for this process while the context lasts; the system lets go of it even after SIGKILL.
+
+    Raises:
+        FolderError: as `check_free`.
+    """
+    check_free(out, resume)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderError(f"{out} is in use by process {_read(out / LOCK)}; choose another --out") from error
+        _check_content(out, resume)  # again: another process may have been quicker
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield out
+    finally:
+        os.close(handle)
+
+
+def _holder(lock: Path) -> str | None:
+    """The process that holds the lock, or None."""
+    try:
+        handle = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read(lock)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _read(lock: Path) -> str:
+    return lock.read_text(encoding="utf-8").strip() or "(just starting)"

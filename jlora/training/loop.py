@@ -1,0 +1,108 @@
+"""The training step and the validation step: a lifted function, adapters donated, the base an argument without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import jlora
+from jlora.training.losses import Forward, Sums, sums
+from jlora.training.pipeline import Batch
+from jlora.training.placement import rows_of_batch
+
+
+class State(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        params: the trained arrays, `adapted.params`.
+        opt_state: the optimizer's state.
+        step: int32, steps done.
+        key: the run's random key; step `n` uses it folded with `n`.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+class StepResult(NamedTuple):
+    """What a step reports: mean loss, norm of the gradient before clipping, and predictions that carried loss."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    tokens: jax.Array
+
+
+Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
+
+
+def make_step(forward: Forward, tx: optax.GradientTransformation) -> Step:
+    """The jitted training step.
+
+    Args:
+        forward: the plain model; it is lifted here.
+        tx: the optimizer, clipping included.
+
+    Returns:
+        `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants, and
+        the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight of all,
+        so the result does not depend on the number of parts (but for rounding).
+    """
+    forward = jlora.lift(forward)
+
+    def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
+        weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def mean_loss(params, part, part_key):
+            whole = adapted.replace(params=params, context={"dropout": part_key})
+            return sums(forward, whole, part).loss / weight
+
+        loss, gradient = _over_parts(jax.value_and_grad(mean_loss), state.params, batch, key)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        result = StepResult(loss, optax.global_norm(gradient), jnp.sum(batch["weights"]))
+        return State(params, opt_state, state.step + 1, state.key), result
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:
+    """Sums of the parts' values and gradients; a loop only where there are several parts."""
+    parts = batch["weights"].shape[0]
+    if parts == 1:
+        return value_and_grad(params, jax.tree.map(lambda x: x[0], batch), key)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, part[0], jax.random.fold_in(key, part[1]))), None
+
+    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zero, (batch, jnp.arange(parts)))[0]
+
+
+def make_evaluation(forward: Forward) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
+    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices."""
+    lifted = jlora.lift(forward)
+    step = jax.jit(lambda adapted, batch: sums(lifted, adapted, batch))
+
+    def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
+        # Python floats add in float64, so the order of many small batches does not matter.
+        parts = [jax.tree.map(float, jax.device_get(step(adapted, batch))) for batch in batches]
+        return Sums(*(sum(values) for values in zip(*parts)))
+
+    return evaluate
+
+
+def to_devices(batch: Batch, mesh: Mesh, parts: int = 0) -> dict[str, jax.Array]:
+    """A batch on the mesh, its rows cut by `data`; with `parts`, as `[parts, rows / parts, …]`."""
+    if parts:
+        batch = {name: np.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])) for name, x in batch.items()}
+    return jax.device_put(batch, rows_of_batch(mesh, 1 if parts else 0))

@@ -1,0 +1,62 @@
+"""`metrics.jsonl`: one line for every step and every validation, without gaps or doubles after a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jlora.training.files import write_whole
+
+Record = dict[str, Any]
+
+
+class Metrics:
+    """The metrics file of a run.
+
+    Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`) or
+    `validation` (`loss`, and `perplexity` or `accuracy`).
+    """
+
+    def __init__(self, path: str | Path, resume_at: int | None = None):
+        """Open the file; with `resume_at`, lines of later steps and a half-written last line are removed first.
+
+        Raises:
+            ValueError: if lines up to that step are missing.
+        """
+        self.path = Path(path)
+        self.records: list[Record] = []
+        if resume_at is not None and self.path.exists():
+            self.records = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
+            write_whole(self.path, "".join(map(_line, self.records)))
+        steps = [record["step"] for record in self.of("train")]
+        if steps != list(range(1, (resume_at or 0) + 1)):
+            raise ValueError(f"{self.path} lacks some of the first {resume_at} steps; the run cannot be resumed")
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (held as long as the run)
+
+    def write(self, step: int, kind: str, **values: float) -> None:
+        """Add a line."""
+        record = {"step": step, "kind": kind, **values}
+        self.records.append(record)
+        self._file.write(_line(record))
+
+    def of(self, kind: str) -> list[Record]:
+        """The records of one kind."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The records of a metrics file; a half-written last line is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records

@@ -1,0 +1,97 @@
+"""Where arrays lie on a mesh of devices.
+
+The axis `data` cuts the rows of a batch. Of the other axes, the last cuts the last axis of every base weight that has two or
+more, and the one before it, if any, cuts the axis before. An adapter's factors follow: the axis that they share with the
+weight is cut as the weight's is, the rank is not cut. Everything else is on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jlora.training.errors import SettingError
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh of the first devices; one device with the axis `data` if no axes are given.
+
+    Raises:
+        SettingError: if there are too few devices.
+    """
+    axes = dict(axes) or {"data": 1}
+    wanted, found = math.prod(axes.values()), jax.device_count()
+    if wanted > found:
+        product = " x ".join(f"{name}={size}" for name, size in axes.items())
+        raise SettingError("mesh", f"of {product} needs {wanted} devices, but there are {found}")
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=jax.devices()[:wanted])
+
+
+def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
+    """The rows computed at once can be cut by the axis `data`.
+
+    Raises:
+        SettingError: if they cannot.
+    """
+    parts, rows = mesh.shape.get("data", 1), batch // accumulate
+    if rows % parts:
+        raise SettingError(
+            "mesh", f"cuts the rows in data={parts}, but batch {batch} / accumulate {accumulate} is {rows} rows"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_of_batch(mesh: Mesh, rows_axis: int) -> NamedSharding:
+    """Cut by `data` along the given axis."""
+    name = "data" if "data" in mesh.shape else None
+    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, name))
+
+
+def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a base weight is cut; see the module's rule.
+
+    Raises:
+        SettingError: if an axis does not divide, naming the weight and the numbers.
+    """
+    names = [name for name in mesh.axis_names if name != "data"]
+    if len(shape) < 2 or not names:
+        return PartitionSpec()
+    entries: list[str | None] = [None] * len(shape)
+    entries[len(shape) - len(names) :] = names
+    for axis, name in enumerate(entries):
+        if name is not None and shape[axis] % mesh.shape[name]:
+            raise SettingError(
+                "mesh",
+                f"axis {name}={mesh.shape[name]} does not divide axis {axis} of {path}, which has {shape[axis]} of {shape}",
+            )
+    return PartitionSpec(*entries)
+
+
+def place_base(params: Any, mesh: Mesh) -> Any:
+    """The base's weights on the mesh."""
+
+    def place(path, leaf):
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return jax.device_put(leaf, NamedSharding(mesh, weight_spec(name, np.shape(leaf), mesh)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The tree with every leaf on the mesh: leaves that already are stay where they are, others go to every device."""
+
+    def place(leaf):
+        placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if placed else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(place, tree)

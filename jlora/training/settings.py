@@ -1,0 +1,223 @@
+"""Every setting of the fine-tuning job, in one frozen dataclass.
+
+The command line's flags, the keys of a TOML file and the fields of `Settings` are the same names: flags are made from the
+fields (`jlora.training.flags`), and a TOML file is checked against them (`jlora.training.configuration`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from jlora.training.errors import SettingError
+
+
+def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
+    """A field with its help text; `resumable` marks what may change when a run is resumed."""
+    metadata = {"help": help, "group": group, "choices": choices, "resumable": resumable}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a fine-tuning run does. `None` means that the job chooses (see `jlora.training.defaults`).
+
+    Raises:
+        SettingError: a ValueError that names the setting, when a value or a combination makes no sense.
+    """
+
+    model: str | None = _setting(
+        None, "directory of a Hugging Face model (default: the shipped 260K-parameter Llama)", group="model"
+    )
+    dtype: str = _setting(
+        "float32", "number format of the base and its computation", group="model", choices=("float32", "bfloat16")
+    )
+    scan_layers: bool = _setting(True, "stack equal layers and scan over them, where the model can", group="model")
+    remat: bool = _setting(False, "recompute activations in the backward pass to save memory", group="model")
+
+    data: str | None = _setting(
+        None, "training file: .txt, .jsonl, .csv or .tsv (default: Python's own documentation)", group="data"
+    )
+    validation: str | None = _setting(None, "validation file (default: a part of the training data)", group="data")
+    validation_fraction: float | None = _setting(None, "part of the data kept for validation (0.1)", group="data")
+    task: str = _setting("lm", "predict the next token, or classify", group="data", choices=("lm", "classify"))
+    format: str | None = _setting(
+        None,
+        "format of the data, where the file's name does not say",
+        group="data",
+        choices=("text", "jsonl", "csv", "tsv"),
+    )
+    text_column: str = _setting("text", "column (or JSON key) of the text", group="data")
+    text_pair_column: str | None = _setting(None, "column of a second text, for pairs", group="data")
+    label_column: str = _setting("label", "column of the label", group="data")
+    chat_template: str = _setting(
+        "auto", "how chat messages become text", group="data", choices=("auto", "model", "chatml", "plain")
+    )
+    max_rows: int | None = _setting(None, "train on this many rows, drawn by the seed", group="data")
+    max_validation_rows: int | None = _setting(None, "validate on this many rows, drawn by the seed", group="data")
+    max_length: int | None = _setting(None, "longest row in tokens (lm: 256, classify: 128)", group="data")
+    packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
+
+    method: str = _setting(
+        "lora", "lora, dora, full (every weight) or probe (the head alone)", group="method",
+        choices=("lora", "dora", "full", "probe"),
+    )  # fmt: skip
+    rank: int | None = _setting(None, "rank of the adapters (8)", group="method")
+    alpha: float | None = _setting(None, "the update is scaled by alpha / rank (twice the rank)", group="method")
+    dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
+    targets: str | None = _setting(
+        None, "regex that matches whole weight paths, or all-linear (all-linear)", group="method"
+    )
+    lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
+    spec: dict[str, dict[str, Any]] = _setting({}, "TOML only: table of regex to method table", group="method")
+
+    steps: int | None = _setting(None, "optimizer steps (this or --epochs)", group="training")
+    epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
+    batch: int | None = _setting(None, "rows per optimizer step (lm: 16, classify: 32)", group="training")
+    accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
+    learning_rate: float | None = _setting(None, "peak learning rate (5e-4; full: 5e-5)", group="training")
+    schedule: str = _setting(
+        "cosine",
+        "course of the learning rate after the warm-up",
+        group="training",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup: int | None = _setting(None, "steps of linear warm-up (3%% of all steps)", group="training")
+    clip: float = _setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="training")
+    weight_decay: float = _setting(0.0, "decoupled weight decay", group="training")
+    seed: int = _setting(0, "seed of adapters, data order and dropout", group="training")
+    mesh: str | None = _setting(
+        None, "devices as axes, such as data=2,model=2 (default: one device)", group="training", resumable=True
+    )
+
+    out: str = _setting("jlora_run", "output folder", group="run", resumable=True)
+    resume: bool = _setting(False, "go on from the last whole checkpoint in --out", group="run", resumable=True)
+    evaluate_every: int | None = _setting(
+        None, "steps between validations (a fifth of the run)", group="run", resumable=True
+    )
+    checkpoint_every: int | None = _setting(
+        None, "steps between checkpoints (a tenth of the run)", group="run", resumable=True
+    )
+    keep: int = _setting(2, "checkpoints kept", group="run", resumable=True)
+    prompt: str | None = _setting(None, "prompt of the samples before and after (lm only)", group="run", resumable=True)
+    sample_tokens: int = _setting(64, "tokens of each sample; 0 for none", group="run", resumable=True)
+    progress: str = _setting(
+        "auto",
+        "progress bar, plain lines, or nothing",
+        group="run",
+        choices=("auto", "bar", "lines", "none"),
+        resumable=True,
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        _check_ranges(self)
+        _check_combinations(self)
+        mesh_axes(self.mesh)
+
+
+def mesh_axes(text: str | None) -> dict[str, int]:
+    """`"data=2,model=2"` as `{"data": 2, "model": 2}`; nothing as `{}`.
+
+    Raises:
+        SettingError: if an entry is not `name=number`, a name comes twice, or more than two axes cut the weights.
+    """
+    axes: dict[str, int] = {}
+    for part in (text or "").split(",") if text is not None else []:
+        matched = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([1-9]\d*)\s*", part)
+        if matched is None or matched[1] in axes:
+            raise SettingError("mesh", f"must be distinct name=number pairs such as data=2,model=2, got {text!r}")
+        axes[matched[1]] = int(matched[2])
+    if len([name for name in axes if name != "data"]) > 2:
+        raise SettingError("mesh", f"may have at most two axes besides data, got {text!r}")
+    return axes
+
+
+_TYPES = {
+    "str": str, "str | None": str, "int": int, "int | None": int, "float": (int, float), "float | None": (int, float),
+    "bool": bool, "bool | None": bool, "dict[str, dict[str, Any]]": dict,
+}  # fmt: skip
+_WORDS = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a table"}
+
+
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+    """The value has the field's type, and is one of its choices."""
+    annotation = str(field.type)
+    if value is None and annotation.endswith("None"):
+        return
+    right = isinstance(value, _TYPES[annotation]) and not (isinstance(value, bool) and "bool" not in annotation)
+    if not right:
+        wanted = _WORDS[re.split(r"\W", annotation)[0]]
+        raise SettingError(field.name, f"must be {wanted}, got {value!r} ({type(value).__name__})")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise SettingError(field.name, f"must be one of {', '.join(choices)}, got {value!r}")
+
+
+_AT_LEAST_ONE = (
+    "max_rows", "max_validation_rows", "rank", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every", "keep",
+)  # fmt: skip
+_POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
+_NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
+
+
+def _check_ranges(settings: Settings) -> None:
+    """Numbers lie where they mean something."""
+    rules = [(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"), (_POSITIVE, lambda v: 0 < v < float("inf"), "above 0"),
+             (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "0 or more"), (("dropout",), lambda v: 0 <= v < 1, "in [0, 1)"),
+             (("validation_fraction",), lambda v: 0 < v < 1, "between 0 and 1"),
+             (("max_length",), lambda v: v >= 2, "at least 2")]  # fmt: skip
+    for names, holds, wanted in rules:
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not holds(value):
+                raise SettingError(name, f"must be {wanted}, got {value}")
+
+
+def _check_combinations(settings: Settings) -> None:
+    """Settings that exclude each other are not given together."""
+    _check_method(settings)
+    if settings.steps is not None and settings.epochs is not None:
+        raise SettingError("epochs", "and steps both say how long to train: give one of them")
+    if settings.validation is not None and settings.validation_fraction is not None:
+        raise SettingError("validation_fraction", "cuts a part off the training data, but a validation file is given")
+    if settings.task == "classify" and settings.data is None:
+        raise SettingError("task", "classify needs a data file with a label column")
+    if settings.data is None and settings.validation is not None:
+        raise SettingError("validation", "needs a data file to train on beside it")
+    if settings.task == "classify" and settings.packing:
+        raise SettingError("packing", "is for --task lm; rows to classify are never packed")
+    if settings.task == "lm" and settings.text_pair_column is not None:
+        raise SettingError("text_pair_column", "is for --task classify")
+    if settings.batch is not None and settings.batch % settings.accumulate:
+        raise SettingError(
+            "accumulate", f"must divide batch, but {settings.batch} / {settings.accumulate} is not whole"
+        )
+    if settings.steps is not None and settings.warmup is not None and settings.warmup >= settings.steps:
+        raise SettingError("warmup", f"must be less than the {settings.steps} steps, got {settings.warmup}")
+
+
+def _check_method(settings: Settings) -> None:
+    """The method's options belong to the method."""
+    adapters = ("rank", "alpha", "dropout", "targets")
+    if settings.spec:
+        for name in adapters:
+            if getattr(settings, name) is not None:
+                raise SettingError(name, "and a [spec] table both say what is adapted: give one of them")
+    if settings.method in ("full", "probe"):
+        for name in (*adapters, "lora_plus_ratio"):
+            if getattr(settings, name) is not None:
+                raise SettingError(name, f"has no meaning with method {settings.method}, which has no adapters")
+        if settings.spec:
+            raise SettingError("spec", f"and method {settings.method} both say what is trained: give one of them")
+    if settings.method == "probe" and settings.task != "classify":
+        raise SettingError("method", "probe trains the classification head: it needs task classify")
+    if settings.targets is not None and settings.targets != "all-linear":
+        try:
+            re.compile(settings.targets)
+        except re.error as error:
+            raise SettingError("targets", f"is not a regular expression: {settings.targets!r} ({error})") from error
