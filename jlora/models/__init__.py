@@ -5,9 +5,12 @@ import pathlib
 
 from jlora.models.attention import KVCache, empty_cache
 from jlora.models.bert import Bert, BertConfig, mean_pool
+from jlora.models.classify import Classifier, last_pool, make_classifier
+from jlora.models.generate import generate
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
 from jlora.models.rope import RopeConfig
+from jlora.models.save import save
 from jlora.models.tokenizer import load_tokenizer
 
 STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260k"))
@@ -17,12 +20,17 @@ __all__ = [
     "STORIES260K",
     "Bert",
     "BertConfig",
+    "Classifier",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "RopeConfig",
     "empty_cache",
+    "generate",
+    "last_pool",
     "load",
     "load_tokenizer",
+    "make_classifier",
     "mean_pool",
+    "save",
 ]

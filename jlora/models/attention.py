@@ -3,10 +3,10 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the tokens read so far. `empty_cache` makes one.
 
     Attributes:
@@ -55,7 +55,7 @@ def extend(cache: KVCache, positions: jax.Array, segments: jax.Array) -> KVCache
         ValueError: The cache has too few slots, as far as shapes (and a concrete index) tell.
     """
     length, slots = positions.shape[1], cache.positions.shape[1]
-    used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+    used = 0 if isinstance(cache.index, Tracer) else int(cache.index)
     if used + length > slots:
         raise ValueError(
             f"KV cache: {slots} slots, {used} used, {length} more tokens given; make a longer empty_cache."

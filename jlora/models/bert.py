@@ -214,7 +214,7 @@ class Encoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (documented)
             length=c.num_hidden_layers,
         )
         return stack(c, name="layer")(x, mask)[0]

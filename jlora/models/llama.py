@@ -40,6 +40,7 @@ class LlamaConfig:
         qkv_bias: Biases on the q, k and v projections.
         output_bias: Bias on the o projection.
         mlp_bias: Biases in the feed-forward layer.
+        language_head: Has the head; without it the model returns hidden states.
         qk_norm: RMS norm on every head's query and key (Qwen3).
         windows: For every layer how many tokens back it sees, itself included; None sees all. Empty: all see all.
         scan_layers: One stack of layers under `nn.scan`, else one subtree a layer.
@@ -64,6 +65,7 @@ class LlamaConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    language_head: bool = True
     windows: tuple[int | None, ...] = ()
     scan_layers: bool = True
     remat: bool = False
@@ -89,7 +91,7 @@ class LlamaConfig:
 
         Args:
             hf: Content of `config.json`.
-            **options: `scan_layers`, `remat`, `dtype`, `param_dtype`.
+            **options: `language_head`, `scan_layers`, `remat`, `dtype`, `param_dtype`.
 
         Raises:
             ValueError: A key is missing, or asks for what is not supported.
@@ -160,9 +162,9 @@ class AttentionInputs(NamedTuple):
 class LayerInputs(NamedTuple):
     """What is one layer's own: its part of the cache and its window, each None where the model has none."""
 
-    keys: jax.Array | None
-    values: jax.Array | None
-    window: jax.Array | None
+    keys: Any
+    values: Any
+    window: Any
 
 
 class RMSNorm(nn.Module):
@@ -263,7 +265,8 @@ class Llama(nn.Module):
             segment_ids: `[batch, length]`: packed texts, each sees itself alone; 0 is padding.
             attention_mask: `[batch, length]`, 0 or False for padding, on any side.
             cache: Keys and values of the tokens before (`empty_cache` at first); asks for a pair as the result.
-            return_hidden: Return the last hidden states, after the final norm, in place of the logits.
+            return_hidden: Return the last hidden states, after the final norm, in place of the logits; so does a model
+                without a head.
 
         Returns:
             Logits `[batch, length, vocab_size]` (or hidden states `[batch, length, hidden_size]`), float32; with a
@@ -274,7 +277,7 @@ class Llama(nn.Module):
         inputs, cache = self._attention_inputs(tokens, positions, segment_ids, attention_mask, cache)
         x, cache = self._run_layers(embed(tokens), inputs, cache)
         x = RMSNorm(c, name="norm")(x)
-        if not return_hidden:
+        if c.language_head and not return_hidden:
             x = embed.attend(x) if c.tie_word_embeddings else _dense(c, c.vocab_size, False, "lm_head")(x)
         x = x.astype(jnp.float32)
         return x if cache is None else (x, cache)
@@ -311,7 +314,7 @@ class Llama(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (a tuple is documented)
                 length=c.num_hidden_layers,
             )
             x, own = stack(c, name="layers")(x, inputs, own)

@@ -148,6 +148,8 @@ def load(
         prefix = family.prefix(checkpoint)
         if family.config is BertConfig:
             options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint.names
+        elif not any("ForCausalLM" in name for name in hf.get("architectures") or ["ForCausalLM"]):
+            options["language_head"] = False
         model = family.module(family.config.from_hf(hf, **options))
         sources = leaf_sources(model, family, prefix)
         shapes = leaf_shapes(model)
@@ -161,8 +163,9 @@ def load(
 def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shape of every leaf of a model's params, by path; nothing is computed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    return {path: leaf.shape for path, leaf in flatten_dict(variables["params"]).items()}
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    leaves: dict[Any, Any] = flatten_dict(variables["params"])
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def leaf_sources(model: Any, family: Family, prefix: str) -> dict[tuple[str, ...], Source]:

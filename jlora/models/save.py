@@ -1,0 +1,207 @@
+"""Saving a model as a Hugging Face directory."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from jlora.models.bert import Bert
+from jlora.models.checkpoint import INDEX, SINGLE
+from jlora.models.config import read_config
+from jlora.models.llama import Llama
+from jlora.models.load import family_of, leaf_shapes, leaf_sources
+
+# Files of the source that go along as they are.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+CLASS_NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+}
+
+
+def save(
+    directory: str | os.PathLike,
+    model: Any,
+    params: dict[str, Any],
+    source: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a directory that `load` and transformers read: config, safetensors, tokenizer.
+
+    It is written beside its place and renamed when whole: `directory` is complete or not there.
+
+    Args:
+        directory: Must not exist, or be empty.
+        model: A Llama or Bert, as `load` returned it.
+        params: Its params, of any floating dtype, which the files keep.
+        source: The directory that the model was loaded from; gives config and tokenizer files.
+        max_shard_bytes: Larger models are cut in several files.
+
+    Raises:
+        FileExistsError: The directory holds something.
+        TypeError: The model is neither a Llama nor a Bert.
+        ValueError: The params are not the model's, or the source is another model's.
+        OSError: The disk is full or can't be written; nothing is left behind.
+    """
+    if not isinstance(model, (Llama, Bert)):
+        raise TypeError(f"model: wanted a Llama or Bert, got a {type(model).__name__}.")
+    hf = read_config(source)
+    _check_source(source, hf, model)
+    leaves = _check_params(model, params)
+    with new_directory(directory) as place:
+        _write_tensors(place, model, leaves, family_of(hf, source), max_shard_bytes)
+        _write_json(place, "config.json", _config(hf, model, leaves))
+        for name in COMPANIONS:
+            if os.path.isfile(os.path.join(source, name)):
+                shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[str]:
+    """A temporary sibling to write into, which becomes `directory` at the end, or vanishes on an error.
+
+    Raises:
+        FileExistsError: The directory holds something, or is a file.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
+        raise FileExistsError(f"{directory}: already there and not empty; give another directory.")
+    parent, name = os.path.split(directory)
+    os.makedirs(parent, exist_ok=True)
+    place = os.path.join(parent, f".{name}.{uuid.uuid4().hex}")
+    os.mkdir(place)
+    try:
+        yield place
+        for file in os.listdir(place):
+            # safetensors makes its files readable by their owner alone; the folder has the user's usual rights.
+            os.chmod(os.path.join(place, file), os.stat(place).st_mode & 0o666)
+            _flush(os.path.join(place, file))
+        os.replace(place, directory)
+        _flush(parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> None:
+    family = family_of(hf, source)
+    if not isinstance(model, family.module):  # pyright: ignore[reportArgumentType] (module is a class)
+        raise ValueError(f"source: {source} holds a {hf['model_type']}, the model is a {type(model).__name__}.")
+    settings = (
+        "scan_layers",
+        "remat",
+        "dtype",
+        "param_dtype",
+        "pooler" if isinstance(model, Bert) else "language_head",
+    )
+    options = {name: getattr(model.config, name) for name in settings}
+    described = family.config.from_hf(hf, **options)
+    for field in dataclasses.fields(model.config):
+        wanted, got = getattr(model.config, field.name), getattr(described, field.name)
+        if wanted != got:
+            raise ValueError(f"source: {source} is another model's: {field.name} is {got}, the model's is {wanted}.")
+
+
+def _check_params(model: nn.Module, params: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    leaves: dict[Any, Any] = flatten_dict(params)
+    shapes = leaf_shapes(model)
+    for path in sorted(leaves.keys() | shapes.keys()):
+        name = "/".join(path)
+        if path not in leaves:
+            raise ValueError(f"params: leaf {name} is missing.")
+        if path not in shapes:
+            raise ValueError(f"params: leaf {name} has no place in the model; merge adapters before saving.")
+        if tuple(leaves[path].shape) != shapes[path]:
+            raise ValueError(f"params: leaf {name} has shape {leaves[path].shape}, wanted {shapes[path]}.")
+    return leaves
+
+
+def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    name = CLASS_NAMES[hf["model_type"]]
+    if isinstance(model, Llama) and not model.config.language_head:
+        name = name.replace("ForCausalLM", "Model")
+    # Which of the two keys transformers reads depends on its version.
+    key = "dtype" if "dtype" in hf else "torch_dtype"
+    return {**hf, "architectures": [name], key: str(np.dtype(next(iter(leaves.values())).dtype))}
+
+
+def _write_tensors(place: str, model: Any, leaves: dict, family: Any, max_shard_bytes: int) -> None:
+    headless = isinstance(model, Bert) or not model.config.language_head
+    sources = leaf_sources(model, family, "" if headless else family.prefixes[0])
+    shards = _shards(sources, leaves, max_shard_bytes)
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _tensor(leaves[path], sources[path], layer) for name, path, layer in shard}
+        _save_file(tensors, os.path.join(place, file))
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(place, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(sources: dict, leaves: dict, max_shard_bytes: int) -> list[list[tuple[str, tuple[str, ...], int]]]:
+    """Groups of (tensor name, path of its leaf, layer), each of at most `max_shard_bytes`, or of one tensor."""
+    shards, room = [[]], max_shard_bytes
+    for path, made_of in sources.items():
+        size = leaves[path].size * np.dtype(leaves[path].dtype).itemsize // len(made_of.names)
+        for layer, name in enumerate(made_of.names):
+            if shards[-1] and size > room:
+                shards.append([])
+                room = max_shard_bytes
+            shards[-1].append((name, path, layer))
+            room -= size
+    return shards
+
+
+def _tensor(leaf: Any, made_of: Any, layer: int) -> np.ndarray:
+    tensor = np.asarray(leaf[layer] if made_of.stacked else leaf)
+    # safetensors writes the memory of a strided array, not its values.
+    return np.ascontiguousarray(tensor.T if made_of.transposed else tensor)
+
+
+def _save_file(tensors: dict[str, np.ndarray], path: str) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: can't be written ({error}).") from error
+
+
+def _write_json(place: str, name: str, content: dict[str, Any]) -> None:
+    with open(os.path.join(place, name), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
