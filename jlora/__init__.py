@@ -1,0 +1,23 @@
+"""jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
+
+from jlora.adapted import Adapted as Adapted
+from jlora.adapted import adapterize as adapterize
+from jlora.adapted import merge as merge
+from jlora.adapted import summary as summary
+from jlora.files import load as load
+from jlora.files import save as save
+from jlora.fingerprint import fingerprint as fingerprint
+from jlora.lift import lift as lift
+from jlora.method import Factors as Factors
+from jlora.method import Method as Method
+from jlora.method import Site as Site
+from jlora.method import Start as Start
+from jlora.method import View as View
+from jlora.methods import *  # noqa: F403
+from jlora.optimizer import optimizer as optimizer
+from jlora.serialize import method_from_dict as method_from_dict
+from jlora.serialize import method_to_dict as method_to_dict
+from jlora.sites import Sites as Sites
+from jlora.sites import sites as sites
+from jlora.spec import ALL_LINEAR as ALL_LINEAR
+from jlora.spec import Axes as Axes

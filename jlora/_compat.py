@@ -1,0 +1,61 @@
+"""JAX internals that differ between releases, each shim named after the release it serves.
+
+Everything that touches the inside of a jaxpr goes through here, so a new JAX release is met in one file.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+# Frames of these packages are never what the user wrote.
+_LIBRARIES = tuple(
+    os.path.sep + name + os.path.sep for name in ("jax", "flax", "equinox", "haiku", "jlora", "einops", "optax")
+)
+
+
+def open_jaxpr(closed: Any) -> tuple[Any, list[Any]]:
+    """Splits what an equation holds into (jaxpr, values of its constants).
+
+    JAX 0.10 holds a `ClosedJaxpr` in most primitives and a bare `Jaxpr` in `remat2` and `shard_map`; JAX 0.12 holds a
+    `Jaxpr` that carries its own constants everywhere.
+    """
+    return getattr(closed, "jaxpr", closed), list(getattr(closed, "consts", ()))
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Number of constants and of carried values of a `scan` equation.
+
+    JAX 0.10 states them; JAX 0.12 gives a tree of three groups (constants, carry, scanned inputs).
+    """
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """Whether a `jit` equation's sharding says nothing (JAX has no public name for that value)."""
+    return type(sharding).__name__ == "UnspecifiedValue"
+
+
+def source_line(eqn: Any) -> str:
+    """`file:line (function)` of the user's line that made an equation, or "an unknown line"."""
+    traceback = eqn.source_info.traceback
+    frames = [] if traceback is None else list(traceback.frames)
+    mine = [f for f in frames if not any(name in f.file_name for name in _LIBRARIES)]
+    if not mine:
+        return "an unknown line"
+    return f"{mine[0].file_name}:{mine[0].line_num} ({mine[0].function_name})"
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, a tracer or the shape of one (not a Python scalar)."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def typed_key(key: jax.Array) -> jax.Array:
+    """A new-style key array from either kind of key."""
+    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

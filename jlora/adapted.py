@@ -1,0 +1,186 @@
+"""`Adapted`: a base and its trainable adapters as one pytree, and what can be done with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jlora import _compat, paths
+from jlora import weight as weights
+from jlora.method import Site, Start
+from jlora.spec import Spec, resolve
+from jlora.weight import Weight
+
+if TYPE_CHECKING:
+    from jlora.sites import Sites
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The adapted leaves; static and hashable, so that it may sit in a pytree without retracing."""
+
+    sites: tuple[Site, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class Adapted:
+    """Stands wherever the params tree stood; made by `adapterize`, understood by `lift`.
+
+    Attributes:
+        base: the params tree; never trained.
+        params: what is trained: a nested dict along the base's own keys with the method's fields at the end, such as
+            `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front.
+        frozen: constants of the methods, laid out like `params`.
+        context: read-only inputs of a call; `{"dropout": key}` switches dropout on.
+        plan: path, method and axis roles of every adapted leaf; static.
+    """
+
+    base: Any
+    params: dict[str, Any]
+    frozen: dict[str, Any]
+    context: dict[str, Any]
+    plan: Plan = field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Adapted:
+        """A copy with some fields replaced, as in `adapted.replace(params=new_params)`."""
+        return dataclasses.replace(self, **changes)
+
+    def weights(self) -> list[Weight]:
+        """The adapted leaves as the values that travel through a lifted function."""
+        leaves = dict(paths.flatten_with_keys(self.base)[0])
+        key = self.context.get("dropout")
+        return [self._weight(site, leaves[site.keys], key) for site in self.plan.sites]
+
+    def _weight(self, site: Site, leaf: Any, key: jax.Array | None) -> Weight:
+        if key is not None:
+            key = jax.random.fold_in(key, _number(site.path)) if site.method.uses_key else None
+        params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
+        return weights.start(leaf, site, params, frozen, key)
+
+    def with_leaves(self, arrays: list[Any]) -> Any:
+        """The base tree with its adapted leaves replaced, in the order of the plan."""
+        leaves, treedef = paths.flatten_with_keys(self.base)
+        new = dict(zip((site.keys for site in self.plan.sites), arrays, strict=True))
+        return jax.tree.unflatten(treedef, [new.get(keys, leaf) for keys, leaf in leaves])
+
+    def __repr__(self) -> str:
+        return f"Adapted({len(self.plan.sites)} sites, {count(self.params):,} trained values on {count(self.base):,})"
+
+
+def count(tree: Any) -> int:
+    """Number of array elements in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if _compat.is_array(leaf))
+
+
+def _number(path: str) -> int:
+    """A fixed number for a path, from which its random keys come: other sites don't change it."""
+    return zlib.crc32(path.encode())
+
+
+def adapterize(params: Any, spec: Spec, key: jax.Array | None = None, sites: Sites | None = None) -> Adapted:
+    """Splits params into a frozen base and small trainable adapters.
+
+    Args:
+        params: any pytree of arrays; it is not changed or copied.
+        spec: ordered mapping from pattern to method. A pattern is a regex that must match a leaf's whole `/`-joined path,
+            or `ALL_LINEAR`. The first match wins; what nothing matches, or what matches None, is frozen.
+        key: random key of the starting values (default: `jax.random.key(0)`); every leaf gets its own.
+        sites: how the function reads its weights, from `jlora.sites`. Without it a leaf of two axes is `[in, out]`, and more
+            axes are an error.
+
+    Returns:
+        An `Adapted` that starts at the base's output (for methods with an exact start).
+
+    Raises:
+        TypeError: for a spec of the wrong kind, or a leaf that holds integers.
+        ValueError: for a pattern that matches nothing, a leaf that a method can't adapt, an axis role that can't be known.
+
+    Example:
+        >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})
+    """
+    key = jax.random.key(0) if key is None else _compat.typed_key(key)
+    leaves, treedef = paths.flatten_with_keys(params)
+    _check_keys(leaves)
+    plan = Plan(tuple(resolve(leaves, spec, sites)))
+    by_keys = dict(leaves)
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    for site in plan.sites:
+        start = _start(site, by_keys[site.keys], jax.random.fold_in(key, _number(site.path)))
+        paths.insert(trained, site.keys, start.params)
+        if start.frozen:
+            paths.insert(frozen, site.keys, start.frozen)
+        if start.w is not None:
+            by_keys[site.keys] = site.unfold(start.w).astype(by_keys[site.keys].dtype)
+    base = jax.tree.unflatten(treedef, [by_keys[keys] for keys, _ in leaves])
+    return Adapted(base, trained, frozen, {}, plan)
+
+
+def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
+    seen: set[tuple[str, ...]] = set()
+    for keys, _ in leaves:
+        if keys in seen:
+            raise ValueError(f"two leaves of the params tree have the same path {'/'.join(keys)!r}")
+        seen.add(keys)
+    for keys in seen:
+        if any(keys[:n] in seen for n in range(len(keys))):
+            raise ValueError(f"the path {'/'.join(keys)!r} continues the path of another leaf")
+
+
+def _start(site: Site, leaf: jax.Array, key: jax.Array) -> Start:
+    """The method's start for every matrix of a leaf; batch axes in front."""
+    if not site.method.matrix:
+        return site.method.start(key, leaf, site)
+
+    def one(key: jax.Array, w: jax.Array) -> Start:
+        return site.method.start(key, w, site)
+
+    keys = jax.random.split(key, site.batch_shape) if site.batch_axes else key
+    for _ in site.batch_axes:
+        one = jax.vmap(one)
+    return one(keys, site.fold(leaf))
+
+
+def merge(adapted: Adapted) -> Any:
+    """Ordinary params for the unmodified function: every adapted leaf replaced by its effective weight.
+
+    Differentiable with respect to `adapted.params`; dtype and sharding of each leaf are kept, and leaves that are not
+    adapted are the base's own arrays.
+
+    Example:
+        >>> model.apply({"params": jlora.merge(adapted)}, tokens)
+    """
+    merged = [_placed_like(weights.effective(weight), weight.array) for weight in adapted.weights()]
+    return adapted.with_leaves(merged)
+
+
+def _placed_like(array: Any, leaf: Any) -> Any:
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == leaf.sharding:
+        return array
+    return jax.device_put(array, leaf.sharding)
+
+
+def summary(adapted: Adapted) -> str:
+    """A table of the adapted leaves: path, shape, roles, method and number of trained values."""
+    rows = [("leaf", "shape", "in x out", "method", "trained")]
+    for site in adapted.plan.sites:
+        trained = count(paths.lookup(adapted.params, site.keys))
+        rows.append((site.path, "x".join(map(str, site.shape)), _matrix_text(site), str(site.method), f"{trained:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    total, base = count(adapted.params), count(adapted.base)
+    lines.append(f"trained {total:,} of {base:,} values in the base ({100 * total / max(base, 1):.2f} %)")
+    return "\n".join(lines)
+
+
+def _matrix_text(site: Site) -> str:
+    if not site.method.matrix:
+        return "-"
+    stacked = "".join(f"{size} of " for size in site.batch_shape)
+    return f"{stacked}{site.in_size} x {site.out_size}"

@@ -1,0 +1,158 @@
+"""`save` and `load`: adapters on disk, without the base, and with a fingerprint of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and its kin)
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jlora import paths
+from jlora.adapted import Adapted, Plan
+from jlora.fingerprint import fingerprint
+from jlora.method import Site
+from jlora.serialize import method_from_dict, method_to_dict
+
+FORMAT = 1
+MANIFEST = "jlora.json"
+ARRAYS = "arrays"
+
+
+def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
+    """Writes the adapters to a new directory: `jlora.json` and the arrays as an orbax checkpoint.
+
+    The base is not written. The directory appears whole or not at all.
+
+    Raises:
+        FileExistsError: where `path` exists.
+        OSError: where the disk refuses; nothing is left behind.
+
+    Example:
+        >>> jlora.save("run/adapters", adapted)
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; save to a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(staging / ARRAYS, {"params": adapted.params, "frozen": adapted.frozen})
+        manifest = staging / MANIFEST
+        manifest.write_text(json.dumps(describe(adapted), indent=1) + "\n")
+        with manifest.open() as file:
+            os.fsync(file.fileno())
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str], params: Any) -> Adapted:
+    """Reads adapters that `save` wrote and puts them on their base.
+
+    Args:
+        path: the directory.
+        params: the base that they were made for; its values are compared by fingerprint.
+
+    Raises:
+        FileNotFoundError: where there is no such directory, or it is not whole.
+        ValueError: where the base is another one, or the files don't fit together.
+
+    Example:
+        >>> adapted = jlora.load("run/adapters", params)
+    """
+    directory = Path(path).absolute()
+    described = read_manifest(directory)
+    sites = tuple(_site_from(entry, directory) for entry in described["sites"])
+    blank = Adapted(params, {}, {}, {}, Plan(sites))
+    _check_base(directory, described, blank)
+    arrays = _restore(directory, described)
+    if fingerprint(arrays) != described["adapters"]:
+        raise ValueError(f"{directory} is damaged: its arrays are not those that were saved")
+    return dataclasses.replace(blank, params=arrays["params"], frozen=arrays["frozen"])
+
+
+def describe(adapted: Adapted) -> dict[str, Any]:
+    """What `jlora.json` holds: the sites with their methods, the arrays' shapes, and both fingerprints."""
+    drawers = {"params": adapted.params, "frozen": adapted.frozen}
+    return {
+        "format": FORMAT,
+        "base": fingerprint(adapted.base),
+        "adapters": fingerprint(drawers),
+        "sites": [{**_site_fields(site), "method": method_to_dict(site.method)} for site in adapted.plan.sites],
+        "arrays": [
+            {"keys": keys, "shape": leaf.shape, "dtype": str(leaf.dtype)}
+            for keys, leaf in paths.flatten_with_keys(drawers)[0]
+        ],
+    }
+
+
+def _site_fields(site: Site) -> dict[str, Any]:
+    return {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name != "method"}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The contents of a saved directory's `jlora.json`.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+        ValueError: where it is not what `save` writes.
+    """
+    file = directory / MANIFEST
+    if not file.is_file() or not (directory / ARRAYS).is_dir():
+        raise FileNotFoundError(f"{directory} holds no saved adapters: {MANIFEST} or the folder {ARRAYS} is missing")
+    try:
+        described = json.loads(file.read_text())
+        if described["format"] != FORMAT:
+            raise ValueError(f"format {described['format']}, wanted {FORMAT}")
+        return described
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged or from another version: {error}") from None
+
+
+def _site_from(entry: dict[str, Any], directory: Path) -> Site:
+    try:
+        method = method_from_dict(entry["method"])
+        fields = {f.name: entry[f.name] for f in dataclasses.fields(Site) if f.name != "method"}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return Site(**tuples, method=method)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / MANIFEST} describes a leaf that can't be read: {error}") from None
+
+
+def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> None:
+    leaves = dict(paths.flatten_with_keys(blank.base)[0])
+    for site in blank.plan.sites:
+        leaf = leaves.get(site.keys)
+        if leaf is None:
+            close = paths.nearest(site.path, ["/".join(keys) for keys in leaves])
+            raise ValueError(f"{directory} adapts {site.path}, which the base lacks; its nearest paths are {close}")
+        if (tuple(leaf.shape), str(leaf.dtype)) != (site.shape, site.dtype):
+            raise ValueError(
+                f"{directory} adapts {site.path} with shape {site.shape} and dtype {site.dtype}; the base has "
+                f"{tuple(leaf.shape)} and {leaf.dtype}"
+            )
+    if (found := fingerprint(blank.base)) != described["base"]:
+        raise ValueError(
+            f"{directory} was made for another base: fingerprint {described['base']}, but these params have {found}"
+        )
+
+
+def _restore(directory: Path, described: dict[str, Any]) -> dict[str, Any]:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes: dict[str, Any] = {"params": {}, "frozen": {}}
+    for entry in described["arrays"]:
+        shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=device)
+        paths.insert(shapes, tuple(entry["keys"]), shape)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(directory / ARRAYS, shapes)
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        raise ValueError(f"{directory} is damaged: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,79 @@
+"""`lift`: any JAX function of params, run on adapted params."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jlora import (
+    _compat,
+    control,  # noqa: F401  (registers its rules)
+    rules,  # noqa: F401  (registers its rules)
+)
+from jlora.adapted import Adapted
+from jlora.walk import Walk
+from jlora.weight import Weight
+
+
+def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error") -> Callable[..., Any]:
+    """The function that runs `fn` on adapted params.
+
+    Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
+    where a method has a faster form.
+
+    Args:
+        fn: any JAX function. Its arguments may hold an `Adapted` wherever they would hold the params tree (for Flax:
+            `apply({"params": adapted}, x)`).
+        strict: refuse with an error where an effective weight would have to be formed although its method is low-rank.
+        unread: "error" refuses an adapted leaf that `fn` never reads; "allow" is for functions that use part of a model.
+
+    Returns:
+        A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
+        `jax.jit`.
+
+    Raises:
+        ValueError: (when called) for a leaf that is never read; under `strict`, with leaf, primitive and source line.
+        TypeError: for a method without an effective weight where the weight itself is needed.
+
+    Example:
+        >>> apply = jlora.lift(model.apply)
+        >>> logits = apply({"params": adapted}, tokens)
+    """
+    if unread not in ("error", "allow"):
+        raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
+
+    @functools.wraps(fn, updated=())
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+        adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
+        if not adapted:
+            return fn(*args, **kwargs)
+        values = [value for each in adapted for value in each.weights()]
+
+        def on_arrays(*arrays: jax.Array) -> Any:
+            left = list(arrays)
+            trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
+            args, kwargs = jax.tree.unflatten(treedef, trees)
+            return fn(*args, **kwargs)
+
+        walk = Walk(strict)
+        return run(walk, on_arrays, values, unread == "error")
+
+    return lifted
+
+
+def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:
+    """Traces a function of arrays and walks it with weights in their place."""
+    shapes = [jax.typeof(value.array) for value in values]
+    closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+    if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
+        raise ValueError(
+            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
+            'them out of the spec, or lift with unread="allow" if the function uses only part of the model'
+        )
+    return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)

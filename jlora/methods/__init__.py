@@ -1,0 +1,5 @@
+"""The methods: one file each, one line here."""
+
+from jlora.methods.dora import DoRA as DoRA
+from jlora.methods.full import Full as Full
+from jlora.methods.lora import LoRA as LoRA

@@ -1,0 +1,115 @@
+"""DoRA: magnitude and direction, around any method that has a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+from jlora.method import Factors, Method, Site, Start, View
+from jlora.methods.lora import LoRA, trained_dtype
+
+
+@dataclass(frozen=True)
+class DoRA(Method):
+    """Weight-decomposed adaptation: `m / n * v`, with `v [in, out]` the inner method's weight.
+
+    `m [out]` is trained and starts as the column norms of `w`; `n [out]` are the column norms of `v`, a constant for the
+    gradient. So the output starts at the base's, and a column's length is always `m`. Trains `out` values more than the
+    inner method. The norm of a low-rank weight is found without forming it. A column of zeros keeps `n` at 1.
+
+    Worth trying where LoRA at a small rank falls short of full fine-tuning.
+
+    Args:
+        inner: any method with an effective weight: `LoRA(...)`, ...
+
+    Raises:
+        TypeError: for an inner method that is none, or has no matrix of its own.
+
+    Example:
+        >>> jlora.DoRA(jlora.LoRA(rank=8, alpha=16))
+
+    Reference:
+        Liu et al. 2024, arXiv:2402.09353. The column norms are one per output, over the inputs, as in both reference codes.
+    """
+
+    inner: Method = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):
+            raise TypeError(f"DoRA goes around a method that adapts a matrix, such as LoRA(8); got {self.inner!r}")
+
+    @property
+    def exact_start(self) -> bool:  # type: ignore[override]
+        """As the inner method."""
+        return self.inner.exact_start
+
+    @property
+    def local(self) -> frozenset[str]:  # type: ignore[override]
+        """Columns may be cut; rows may not, since the norm runs over them."""
+        return self.inner.local & {"out"}
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The inner method's, and `m`'s."""
+        return {**self.inner.axes, "m": ("out",)}
+
+    @property
+    def low_rank(self) -> bool:
+        """As the inner method."""
+        return self.inner.low_rank
+
+    @property
+    def uses_key(self) -> bool:
+        """As the inner method."""
+        return self.inner.uses_key
+
+    def check(self, site: Site) -> None:
+        """As the inner method."""
+        self.inner.check(site)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """The inner start, and the column norms of the matrix."""
+        inner = self.inner.start(key, w, site)
+        m = column_norms(w).astype(trained_dtype(w))
+        return Start({**inner.params, "m": m}, inner.frozen, inner.w)
+
+    def weight(self, view: View) -> jax.Array:
+        """`m / n * v`."""
+        v = self.inner.weight(view)
+        return v * _ratio(view.params["m"], column_norms(v)).astype(v.dtype)
+
+    def factors(self, view: View) -> Factors | None:
+        """The inner factors with `m / n` as the scale."""
+        inner = self.inner.factors(view)
+        if inner is None:
+            return None
+        c = _ratio(view.params["m"], _low_rank_norms(view.w, inner))
+        return replace(inner, scale=c if inner.scale is None else c * inner.scale)
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """The magnitude learns as B does and never decays, since decay would shrink the base."""
+        return {**self.inner.labels(site), "m": "vector"}
+
+
+def column_norms(w: jax.Array) -> jax.Array:
+    """`sqrt(sum over in of w²)`, `[out]`, in float32 at least."""
+    w = w.astype(trained_dtype(w))
+    return jnp.sqrt(jnp.sum(w * w, axis=0))
+
+
+def _low_rank_norms(w: jax.Array, f: Factors) -> jax.Array:
+    """Column norms of `(w + a @ b) * scale` from `|w|² + 2 b·(aᵀw) + b·((aᵀa) b)`, with no `[in, out]` array formed."""
+    w, a, b = jax.lax.stop_gradient((w.astype(f.a.dtype), f.a, f.b))
+    square = jnp.sum(w * w, axis=0) + jnp.sum(b * (2 * (a.T @ w) + (a.T @ a) @ b), axis=0)
+    norms = jnp.sqrt(jnp.maximum(square, 0))
+    return norms if f.scale is None else norms * jnp.abs(jax.lax.stop_gradient(f.scale))
+
+
+def _ratio(m: jax.Array, norms: jax.Array) -> jax.Array:
+    norms = jax.lax.stop_gradient(norms)
+    return m / jnp.where(norms > 0, norms, 1).astype(m.dtype)
+
+
+DoRA.CASES = (DoRA(LoRA(rank=4, alpha=8)), DoRA(LoRA(rank=2, scaling="rslora", dropout=0.25)))

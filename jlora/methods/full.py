@@ -1,0 +1,44 @@
+"""Full: the leaf itself is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+
+from jlora.method import Method, Site, Start, View, default_label
+from jlora.methods.lora import trained_dtype
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Trains the leaf itself: `w = params["w"]`, for heads, norms and biases, of any shape.
+
+    Starts as the leaf, in float32 at least; the function sees it in the base's dtype.
+
+    Example:
+        >>> jlora.adapterize(params, {r".*/bias": jlora.Full(), jlora.ALL_LINEAR: jlora.LoRA(8)}, sites=sites)
+    """
+
+    matrix: ClassVar[bool] = False
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The leaf's own axes; they follow the base's sharding as they are."""
+        return {"w": ()}
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """A trained copy of the leaf."""
+        return Start({"w": w.astype(trained_dtype(w))})
+
+    def weight(self, view: View) -> jax.Array:
+        """The trained leaf."""
+        return view.params["w"]
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """As LoRA+ treats what is no factor: by the leaf's number of axes."""
+        return {"w": default_label(len(site.shape) - len(site.batch_axes))}
+
+
+Full.CASES = (Full(),)

@@ -1,0 +1,103 @@
+"""`optimizer`: what the methods ask of an optimizer, as an optax partition over the learning-rate groups of their fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jlora import paths
+from jlora.adapted import Adapted
+
+#: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
+GROUPS = ("a", "b", "vector", "embedding")
+
+
+def labels(adapted: Adapted) -> dict[str, Any]:
+    """The learning-rate group of every trained leaf, laid out like `adapted.params`.
+
+    Raises:
+        ValueError: for a method that labels other fields than it trains, or uses an unknown group.
+    """
+    tree: dict[str, Any] = {}
+    for site in adapted.plan.sites:
+        given = site.method.labels(site)
+        trained = paths.lookup(adapted.params, site.keys)
+        if set(given) != set(trained) or not set(given.values()) <= set(GROUPS):
+            raise ValueError(
+                f"{site.path}: {site.method} labels {given}, but trains {sorted(trained)}; the groups are {GROUPS}"
+            )
+        paths.insert(tree, site.keys, given)
+    return tree
+
+
+def optimizer(
+    adapted: Adapted,
+    factory: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    ratio: float | None = None,
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """An optimizer for `adapted.params` that gives every field the learning rate and decay of its group.
+
+    | group | which | learning rate | weight decay |
+    |---|---|---|---|
+    | a | LoRA's `a`, other matrices such as a head | `learning_rate` | as given |
+    | b | LoRA's `b` | `ratio * learning_rate` | as given |
+    | vector | biases, norms, DoRA's magnitude | `ratio * learning_rate` | none |
+    | embedding | factors of an embedding | `embedding_learning_rate` | as given |
+
+    With `ratio` this is LoRA+. Its rule gives all trained vectors the rate of `b`; DoRA's magnitude belongs to them, and
+    never decays, since decay would shrink the base.
+
+    Args:
+        adapted: what is trained.
+        factory: an optax optimizer, called as `factory(learning_rate, **options)`, such as `optax.adamw`.
+        learning_rate: a number or schedule.
+        ratio: LoRA+'s lambda; None means 1, without LoRA+'s embedding rate.
+        embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
+        **options: passed on; `weight_decay` is taken out for vectors.
+
+    Returns:
+        An optax transformation whose state follows `adapted.params`.
+
+    Raises:
+        ValueError: for a ratio that is not positive.
+
+    Example:
+        >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
+
+    Reference:
+        Hayou et al. 2024, arXiv:2402.12354.
+    """
+    if ratio is not None and not ratio > 0:
+        raise ValueError(f"LoRA+'s ratio must be positive, got {ratio!r}")
+    fast = learning_rate if ratio is None else scaled(learning_rate, ratio)
+    if embedding_learning_rate is None:
+        embedding_learning_rate = learning_rate if ratio is None else 1e-6
+    decays = "weight_decay" in inspect.signature(factory).parameters
+    undecayed = {**options, "weight_decay": 0.0} if decays else options
+    transforms = {
+        "a": factory(learning_rate, **options),
+        "b": factory(fast, **options),
+        "vector": factory(fast, **undecayed),
+        "embedding": factory(embedding_learning_rate, **options),
+    }
+    tree = labels(adapted)
+    used = {group: transforms[group] for group in GROUPS if group in _values(tree)}
+    return optax.partition(used, tree)
+
+
+def _values(tree: Any) -> set[str]:
+    return {tree} if isinstance(tree, str) else set().union(*(_values(value) for value in tree.values()))
+
+
+def scaled(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:
+    """A learning rate or schedule times a factor; factor 1 gives the very same values."""
+    if callable(rate):
+        return lambda count: factor * rate(count)
+    return factor * rate

@@ -1,0 +1,159 @@
+"""`sites`: how a function reads each of its weights, found by tracing it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jlora import _compat, heads, paths
+from jlora import weight as weights
+from jlora.lift import run
+from jlora.walk import Reading, Walk
+
+Keys = tuple[str, ...]
+PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the params tree and how the function reads it.
+
+    Attributes:
+        keys: the keys that lead to it.
+        shape: its shape.
+        readings: every way in which it is read, in program order.
+        head: whether its last product is the function's output, with no other weight after it.
+    """
+
+    keys: Keys
+    shape: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    head: bool
+
+    @property
+    def path(self) -> str:
+        """The `/`-joined path."""
+        return "/".join(self.keys)
+
+    @property
+    def products(self) -> tuple[Reading, ...]:
+        """The readings that are products or lookups."""
+        return tuple(reading for reading in self.readings if reading.primitive in PRODUCTS)
+
+    @property
+    def kind(self) -> str | None:
+        """"gather" where the leaf is looked up, else "dot" or "conv"; None where it is in no product."""
+        kinds = [PRODUCTS[reading.primitive] for reading in self.products]
+        return "gather" if "gather" in kinds else kinds[0] if kinds else None
+
+    @property
+    def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+        """(in, out, batch) axes, or None where the products disagree; a transposed use (tied head) does not."""
+        products = sorted(self.products, key=lambda reading: reading.primitive != "gather")
+        if not products:
+            return None
+        first = products[0]
+        for other in products[1:]:
+            same = (other.in_axes, other.out_axes) in ((first.in_axes, first.out_axes), (first.out_axes, first.in_axes))
+            if not same or other.batch_axes != first.batch_axes:
+                return None
+        return first.in_axes, first.out_axes, first.batch_axes
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The report of `jlora.sites`; print it to see what the function does with each leaf.
+
+    Attributes:
+        leaves: one entry for each leaf of the function's params.
+    """
+
+    leaves: tuple[Leaf, ...]
+
+    def aligned(self, shapes: dict[Keys, Any]) -> dict[Keys, Leaf]:
+        """The leaves by the keys of a params tree, which may sit deeper in the function's argument than at its top.
+
+        Raises:
+            ValueError: where the tree is no part of the argument that was traced.
+        """
+        by_keys = {leaf.keys: leaf for leaf in self.leaves}
+        sample = next(iter(shapes), ())
+        prefixes = {keys[: len(keys) - len(sample)] for keys in by_keys if keys[len(keys) - len(sample) :] == sample}
+        for prefix in sorted(prefixes, key=len):
+            found = {keys: by_keys.get((*prefix, *keys)) for keys in shapes}
+            if all(leaf is not None and leaf.shape == tuple(shapes[keys].shape) for keys, leaf in found.items()):
+                return {keys: leaf for keys, leaf in found.items() if leaf is not None}
+        raise ValueError(
+            f"sites was traced on other params: leaf {'/'.join(sample)!r} with shape {getattr(shapes.get(sample), 'shape', ())} "
+            f"is not among its {len(self.leaves)} leaves (first: {[leaf.path for leaf in self.leaves[:3]]})"
+        )
+
+    def __str__(self) -> str:
+        rows = []
+        for leaf in self.leaves:
+            roles = leaf.roles
+            text = "-" if roles is None else " ".join(_role_words(leaf.shape, roles))
+            reads = ", ".join(dict.fromkeys(reading.primitive for reading in leaf.readings)) or "not read"
+            rows.append((leaf.path, "x".join(map(str, leaf.shape)), text, reads + (" (head)" if leaf.head else "")))
+        widths = [max(len(row[n]) for row in rows) for n in range(4)] if rows else []
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def _role_words(shape: tuple[int, ...], roles: tuple[tuple[int, ...], ...]) -> list[str]:
+    names = dict(zip((axis for axes in roles for axis in axes), (n for n, axes in zip(("in", "out", "batch"), roles) for _ in axes)))
+    return [names.get(axis, "?") for axis in range(len(shape))]
+
+
+def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
+    """Traces a function once and reports, for every leaf of its first argument, how it is read.
+
+    Nothing is computed: the arguments may be arrays or `jax.ShapeDtypeStruct`s.
+
+    Args:
+        fn: any JAX function whose first argument holds the params, such as a Flax model's `apply`.
+        *args: its arguments; for Flax `{"params": params}, inputs`.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A `Sites` for `adapterize(params, spec, sites=...)`.
+
+    Raises:
+        TypeError: where there is no first argument.
+
+    Example:
+        >>> report = jlora.sites(model.apply, {"params": params}, tokens)
+        >>> adapted = jlora.adapterize(params, {jlora.ALL_LINEAR: jlora.LoRA(8)}, sites=report)
+    """
+    if not args:
+        raise TypeError("sites(fn, params, ...) needs the function's arguments, the params first")
+    first, _ = paths.flatten_with_keys(args[0])
+    kept = [(keys, leaf) for keys, leaf in first if _compat.is_array(leaf)]
+    names = ["/".join(keys) for keys, _ in kept]
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if _compat.is_array(leaf)]
+
+    def call(*arrays: jax.Array) -> Any:
+        given = iter(arrays)
+        args, kwargs = jax.tree.unflatten(treedef, [next(given) if _compat.is_array(leaf) else leaf for leaf in leaves])
+        return fn(*args, **kwargs)
+
+    walk = Walk(readings=[])
+
+    def probe(*arrays: jax.Array) -> Any:
+        probes = [weights.probe(array, name) for name, array in zip(names, arrays)]
+        return run(walk, lambda *params: call(*params, *arrays[len(names) :]), probes, must_read=False)
+
+    jax.eval_shape(probe, *arrays)
+    head = heads.find(jax.make_jaxpr(call)(*arrays), names)
+    by_name: dict[str, list[Reading]] = {}
+    for reading in walk.readings or ():
+        by_name.setdefault(reading.name, []).append(reading)
+    return Sites(
+        tuple(
+            Leaf(keys, tuple(leaf.shape), tuple(by_name.get(name, ())), name in head)
+            for name, (keys, leaf) in zip(names, kept, strict=True)
+        )
+    )

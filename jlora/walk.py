@@ -1,0 +1,161 @@
+"""The walk over a jaxpr: equations that touch no adapted weight run as they are, the others go to a rule.
+
+`jlora.rules` has one rule per primitive, `jlora.control` enters loops, branches and checkpoints. Where neither knows the
+primitive, the effective weight is formed and handed to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jlora import _compat
+from jlora import weight as weights
+from jlora.weight import Weight
+
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function `(walk, eqn, *values) -> list of outputs, or None to fall back` for some primitives."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way in which a function reads a leaf; axes are the leaf's own.
+
+    Attributes:
+        name: path of the leaf.
+        primitive: the primitive that reads it.
+        in_axes, out_axes, batch_axes: roles of the axes; empty where the primitive is no product.
+    """
+
+    name: str
+    primitive: str
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
+
+
+@dataclass
+class Walk:
+    """One pass over a function: what was asked of it, and what it saw.
+
+    Attributes:
+        strict: refuse to form an effective weight.
+        seen: names of the leaves that were read.
+        readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
+    """
+
+    strict: bool = False
+    seen: set[str] = field(default_factory=set)
+    readings: list[Reading] | None = None
+    _uses: int = 0
+
+    def next_key(self, key: jax.Array | None) -> jax.Array | None:
+        """A dropout key of its own for every use of a weight."""
+        self._uses += 1
+        return None if key is None else jax.random.fold_in(key, self._uses)
+
+    def materialise(self, value: Any, eqn: Any = None) -> Any:
+        """A plain array for a value: itself, or the effective weight."""
+        if not isinstance(value, Weight):
+            return value
+        self.seen.add(value.name)
+        if value.site is None:
+            if self.readings is not None:
+                self.readings.append(Reading(value.name, "other" if eqn is None else eqn.primitive.name))
+            return value.array
+        if value.key is not None:
+            raise ValueError(
+                f"{value.name}: the effective weight has to be formed for {_where(eqn)}, and dropout can't act there. "
+                "Set dropout=0 for this leaf, or give no dropout key"
+            )
+        if self.strict and value.method.low_rank:
+            raise ValueError(
+                f"strict: the effective weight of {value.name}, shape {value.array.shape}, would have to be formed for "
+                f"{_where(eqn)}. Use the weight in a product there, leave it out of the spec, or lift without strict"
+            )
+        return weights.effective(value)
+
+    def evaluate(self, jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
+        """The outputs of a jaxpr; inputs may be `Weight`s, and outputs may be too."""
+        env: dict[Any, Any] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        last = _last_uses(jaxpr)
+        for index, eqn in enumerate(jaxpr.eqns):
+            values = [read(env, atom) for atom in eqn.invars]
+            scope = str(eqn.source_info.name_stack)
+            with jax.named_scope(scope) if scope else contextlib.nullcontext():
+                outputs = self.equation(eqn, values)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            for var in last.get(index, ()):
+                env.pop(var, None)
+        return [read(env, atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """The outputs of one equation."""
+        values = [self.materialise(value, eqn) if _is_whole(value) else value for value in values]
+        if any(isinstance(value, Weight) for value in values):
+            handler = RULES.get(eqn.primitive.name)
+            outputs = handler(self, eqn, *values) if handler else None
+            if outputs is not None:
+                return outputs
+            values = [self.materialise(value, eqn) for value in values]
+        return bind(eqn, values)
+
+    def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
+        """`materialise` over a list."""
+        return [self.materialise(value, eqn) for value in values]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a leaf that its method replaces as a whole, so that there is no product to shorten."""
+    return isinstance(value, Weight) and value.site is not None and not value.method.matrix
+
+
+def read(env: dict[Any, Any], atom: Any) -> Any:
+    """The value of a variable or literal."""
+    return atom.val if hasattr(atom, "val") else env[atom]
+
+
+def bind(eqn: Any, values: list[Any], **changed: Any) -> list[Any]:
+    """Runs an equation's primitive on plain arrays."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """Which variables are used for the last time at each equation; eager calls free them there."""
+    last: dict[Any, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        last.update({atom: index for atom in eqn.invars if not hasattr(atom, "val")})
+    for atom in jaxpr.outvars:
+        if not hasattr(atom, "val"):
+            last.pop(atom, None)
+    uses: dict[int, list[Any]] = {}
+    for var, index in last.items():
+        uses.setdefault(index, []).append(var)
+    return uses
+
+
+def _where(eqn: Any) -> str:
+    if eqn is None:
+        return "the function's output"
+    return f"`{eqn.primitive.name}` at {_compat.source_line(eqn)}"
+
+
