@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 from safetensors.numpy import save_file
-from shared_data import REPOSITORY, shared_data
+from models_data import REPOSITORY, shared_data
 
 TARGET = REPOSITORY / "jlora" / "models" / "stories260k"
 BOS, EOS, UNKNOWN = 1, 2, 0
@@ -89,8 +89,8 @@ def to_tokenizer(pieces: list[tuple[str, float]]) -> dict:
     """A `tokenizer.json` that merges as llama2.c does: always the pair whose union scores highest.
 
     Byte-pair encoding orders its merges by pair, the original by the union. So every way to cut a token in two tokens
-    is a merge, and merges come in the order of the unions' scores. No token has a space but at its start, so that the text
-    may be cut before each space first, which is faster.
+    is a merge, and merges come in the order of the unions' scores. No token has a space but at its start, so that the
+    text may be cut before each space first, which is faster.
     """
     ids = {piece: i for i, (piece, _) in enumerate(pieces)}
     assert all(" " not in piece[1:] for piece, _ in pieces)
@@ -194,9 +194,9 @@ cores, and really trained.
   `037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312`).
 - Licence: MIT (tinyllamas and llama2.c, (c) 2023 Andrej Karpathy; text in `LICENSE`). The training data, TinyStories
   (Eldan and Li, 2023, arXiv:2305.07759), is under CDLA-Sharing-1.0.
-- Changes: tensors renamed; the rows of the q and k matrices reordered within each head from neighbouring rotary pairs to
-  half-split ones; the unused rotary tables left out; the tokenizer's scores written as the merges of a byte-pair encoding
-  that gives the same tokens. No weight was changed. Made by `tests/models/make_stories260k.py`.
+- Changes: tensors renamed; the rows of the q and k matrices reordered within each head from neighbouring rotary pairs
+  to half-split ones; the unused rotary tables left out; the tokenizer's scores written as the merges of a byte-pair
+  encoding that gives the same tokens. No weight was changed. Made by `tests/models/make_stories260k.py`.
 - Format: float32, tied head, at most 512 tokens of context. `<s>` (1) begins a text; the model writes single newlines.
 """
 

@@ -1,0 +1,71 @@
+"""Models agree with transformers, on small random configs of every architecture (`make_golden.py`)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models_data import GOLDEN, golden
+
+import jlora.models as models
+
+CASES = sorted(folder.name for folder in GOLDEN.iterdir())
+DECODERS = [name for name in CASES if name.startswith(("llama", "mistral", "qwen"))]
+
+
+def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The output of our model, zero at padding, and the expected arrays."""
+    expected = golden(name)
+    model, params = models.load(GOLDEN / name, drop_heads=True, **options)
+    inputs = {"attention_mask": expected["mask"]}
+    if "token_types" in expected:
+        inputs["token_types"] = expected["token_types"]
+    output = jax.jit(model.apply)({"params": params}, expected["tokens"], **inputs)
+    assert output.dtype == jnp.float32
+    return np.asarray(output) * expected["mask"][..., None], expected
+
+
+def test_every_architecture_has_a_golden_model():
+    kinds = {name.split("_")[0] for name in CASES}
+    assert kinds == {"llama", "mistral", "qwen2", "qwen3", "bert", "roberta"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_agrees_with_transformers(name):
+    output, expected = run(name)
+    np.testing.assert_allclose(output, expected["output"] * expected["mask"][..., None], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_llama3_biases", "qwen2_window_tied", "roberta"])
+def test_unrolled_layers_and_remat_give_the_same_output(name):
+    output, _ = run(name)
+    np.testing.assert_allclose(run(name, scan_layers=False)[0], output, atol=1e-5)
+    np.testing.assert_allclose(run(name, remat=True)[0], output, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "bert"])
+def test_bfloat16_computes_near_the_float32_output(name):
+    output, expected = run(name, dtype=jnp.bfloat16)
+    scale = np.abs(expected["output"]).mean()
+    error = np.abs(output - expected["output"] * expected["mask"][..., None]).mean()
+    assert 1e-4 * scale < error < 0.1 * scale
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_the_pooler_agrees_with_transformers(name):
+    expected = golden(name)
+    model, params = models.load(GOLDEN / name)
+    call = {"attention_mask": expected["mask"], "token_types": expected["token_types"], "return_pooled": True}
+    _, pooled = model.apply({"params": params}, expected["tokens"], **call)
+    np.testing.assert_allclose(pooled, expected["pooled"], atol=1e-4)
+
+
+def test_asking_for_a_pooler_that_is_not_there_says_so():
+    model, params = models.load(GOLDEN / "bert_masked_lm", drop_heads=True)
+    with pytest.raises(ValueError, match="return_pooled: this checkpoint has no pooler"):
+        model.apply({"params": params}, jnp.ones((1, 4), int), return_pooled=True)
+
+
+def test_a_text_longer_than_the_positions_says_so():
+    model, params = models.load(GOLDEN / "roberta")
+    with pytest.raises(ValueError, match="tokens: length 39 is more than the 38 positions of the model"):
+        model.apply({"params": params}, jnp.ones((1, 39), int))
