@@ -1,8 +1,8 @@
 """Training state on disk: adapters, optimizer, step, random key and data position; never the base.
 
-Orbax writes in the background into `checkpoints/<step>/`. After it has finished, a manifest with the checksum of every file
-is put beside them; only then older checkpoints are removed. So a checkpoint without a manifest, or whose files differ from
-it, is not whole, and at every moment there is a whole one (once there has been a first).
+Orbax writes in the background into `checkpoints/<step>/`. After it has finished, a manifest with the checksum of
+every file is put beside them; only then older checkpoints are removed. So a checkpoint without a manifest, or whose
+files differ from it, is not whole, and at every moment there is a whole one (once there has been a first).
 """
 
 from __future__ import annotations
@@ -66,21 +66,12 @@ def complaint(folder: Path) -> str | None:
 
 
 def find_whole(directory: str | Path) -> Whole:
-    """The last whole checkpoint. What comes after it is set aside under another name, half-written parts are removed."""
+    """The last whole checkpoint.
+
+    What comes after it is set aside under another name; half-written parts are removed.
+    """
     directory = Path(directory)
-    complaints = []
-    for name in os.listdir(directory) if directory.exists() else []:
-        if name.startswith(_LEAVING) or "orbax-checkpoint-tmp" in name:
-            shutil.rmtree(directory / name)
-    for step in _steps(directory):
-        wrong = complaint(directory / str(step))
-        if wrong is None:
-            return Whole(step, complaints)
-        complaints.append(f"the checkpoint of step {step} {wrong}")
-        aside = directory / f"{_DAMAGED}{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(directory / str(step), aside)
-    return Whole(None, complaints)
+    return next((step for step in _steps(directory) if complaint(directory / str(step)) is None), None)
 
 
 class Checkpoints:
@@ -120,7 +111,8 @@ class Checkpoints:
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         if run["base"] != self.fingerprint:
             raise CheckpointError(
-                f"{self.directory / str(step)} belongs to a base with fingerprint {run['base']}, this one has {self.fingerprint}"
+                f"{self.directory / str(step)} belongs to a base with fingerprint {run['base']}, "
+                f"this one has {self.fingerprint}"
             )
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _arrays(state, adapted)

@@ -42,8 +42,8 @@ def gather(flags: Mapping[str, Any], config: str | Path | None = None) -> Given:
 
     Args:
         flags: setting to value, for the flags that were given.
-        config: path of a TOML file, whose keys are settings (dashes may stand for underscores), with a `[spec]` table of
-            regex to method table such as `{method = "LoRA", rank = 8}`.
+        config: path of a TOML file, whose keys are settings (dashes may stand for underscores), with a `[spec]` table
+            of regex to method table such as `{method = "LoRA", rank = 8}`.
     """
     values, names = {}, {}
     if config is not None:

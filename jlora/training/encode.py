@@ -50,8 +50,8 @@ def encode_language(
 ) -> list[Example]:
     """Rows of `messages`, of `prompt` and `completion`, or of `text`, as examples of at most `max_length` tokens.
 
-    Plain texts are cut into pieces, so that every token is predicted once. Answers are cut at their end; a row that has no
-    token of its answer left is an error.
+    Plain texts are cut into pieces, so that every token is predicted once. Answers are cut at their end; a row that
+    has no token of its answer left is an error.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.

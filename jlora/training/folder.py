@@ -1,12 +1,4 @@
-"""The output folder of a run: claimed by one process, and never written over.
-
-settings.json   what the run was asked to do, and what it stands on
-metrics.jsonl   one line a step, one a validation
-checkpoints/    training state by step, each with a manifest of checksums
-adapters/       the trained adapters
-results.json  loss.png  report.html  samples.json
-lock            held while a process writes
-"""
+"""The output folder of a run: claimed by one process, and never written over. `CONTENT` says what lies in it."""
 
 from __future__ import annotations
 
@@ -19,6 +11,16 @@ from pathlib import Path
 from jlora.training.errors import FolderError
 
 LOCK = "lock"
+CONTENT = {
+    "adapters": "the trained adapters",
+    "report.html": "the report, one file",
+    "loss.png": "the plot",
+    "metrics.jsonl": "one line a step, one a validation",
+    "results.json": "the result in numbers",
+    "samples.json": "the texts before and after",
+    "settings.json": "what was asked for, and what it stands on",
+    "checkpoints": "training state, to resume from",
+}
 
 
 def check_free(out: str | Path, resume: bool) -> None:

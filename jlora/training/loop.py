@@ -1,4 +1,4 @@
-"""The training step and the validation step: a lifted function, adapters donated, the base an argument without gradient."""
+"""The training and the validation step: a lifted function, adapters donated, the base an argument without gradient."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class State(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step reports: mean loss, norm of the gradient before clipping, and predictions that carried loss."""
+    """What a step reports: mean loss, norm of the gradient before clipping, and the number of predictions."""
 
     loss: jax.Array
     gradient_norm: jax.Array
-    tokens: jax.Array
+    weight: jax.Array
 
 
 Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
@@ -52,9 +52,9 @@ def make_step(forward: Forward, tx: optax.GradientTransformation) -> Step:
         tx: the optimizer, clipping included.
 
     Returns:
-        `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants, and
-        the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight of all,
-        so the result does not depend on the number of parts (but for rounding).
+        `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
+        and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
+        of all, so the result does not depend on the number of parts (but for rounding).
     """
     forward = jlora.lift(forward)
 

@@ -14,7 +14,8 @@ Record = dict[str, Any]
 class Metrics:
     """The metrics file of a run.
 
-    Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`) or
+    Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `weight`: the predictions that
+    carried loss, `per_second`) or
     `validation` (`loss`, and `perplexity` or `accuracy`).
     """
 

@@ -34,8 +34,8 @@ def collate(examples: Sequence[Example], length: int, rows: int | None = None) -
         rows: rows of the batch; as many as there are examples by default. Rows beyond them weigh nothing.
 
     Returns:
-        `tokens`, `positions`, `segment_ids` (0 at padding), and `targets`, `weights` `[rows, length]` for language models or
-        `types` `[rows, length]`, `labels`, `weights` `[rows]` for classification.
+        `tokens`, `positions`, `segment_ids` (0 at padding), and `targets`, `weights` `[rows, length]` for language
+        models or `types` `[rows, length]`, `labels`, `weights` `[rows]` for classification.
     """
     rows = rows or len(examples)
     classify = examples[0].label >= 0
@@ -69,7 +69,8 @@ def _positions(segments: np.ndarray) -> np.ndarray:
 class LengthWindows(grain.MapDataset):
     """Indices of examples, reordered within windows so that a batch holds examples of similar length.
 
-    Window after window of the shuffled parent is sorted by length, cut into batches, and the batches shuffled. Still random
+    Window after window of the shuffled parent is sorted by length, cut into batches, and the batches shuffled. Still
+    random
     access: where an index goes depends on its window alone, so a saved position needs no buffer.
     """
 

@@ -14,7 +14,10 @@ from typing import Any
 
 from jlora.training.errors import DataError
 
-_SUFFIXES = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
+_SUFFIXES = {
+    ".txt": "text", ".text": "text", ".md": "text",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every setting of the fine-tuning job, in one frozen dataclass.
 
-The command line's flags, the keys of a TOML file and the fields of `Settings` are the same names: flags are made from the
-fields (`jlora.training.flags`), and a TOML file is checked against them (`jlora.training.configuration`).
+The command line's flags, the keys of a TOML file and the fields of `Settings` are the same names: flags are made from
+the fields (`jlora.training.flags`), and a TOML file is checked against them (`jlora.training.configuration`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Settings:
         None, "regex that matches whole weight paths, or all-linear (all-linear)", group="method"
     )
     lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
-    spec: dict[str, dict[str, Any]] = _setting({}, "TOML only: table of regex to method table", group="method")
+    spec: dict[str, Any] = _setting({}, "TOML only: table of regex to method table", group="method")  # noqa: RUF009  (a field)
 
     steps: int | None = _setting(None, "optimizer steps (this or --epochs)", group="training")
     epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
@@ -139,7 +139,7 @@ def mesh_axes(text: str | None) -> dict[str, int]:
 
 _TYPES = {
     "str": str, "str | None": str, "int": int, "int | None": int, "float": (int, float), "float | None": (int, float),
-    "bool": bool, "bool | None": bool, "dict[str, dict[str, Any]]": dict,
+    "bool": bool, "bool | None": bool, "dict[str, Any]": dict,
 }  # fmt: skip
 _WORDS = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a table"}
 
@@ -159,7 +159,8 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 
 _AT_LEAST_ONE = (
-    "max_rows", "max_validation_rows", "rank", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every", "keep",
+    "max_rows", "max_validation_rows", "rank", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
+    "keep",
 )  # fmt: skip
 _POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
@@ -167,10 +168,14 @@ _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
 
 def _check_ranges(settings: Settings) -> None:
     """Numbers lie where they mean something."""
-    rules = [(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"), (_POSITIVE, lambda v: 0 < v < float("inf"), "above 0"),
-             (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "0 or more"), (("dropout",), lambda v: 0 <= v < 1, "in [0, 1)"),
-             (("validation_fraction",), lambda v: 0 < v < 1, "between 0 and 1"),
-             (("max_length",), lambda v: v >= 2, "at least 2")]  # fmt: skip
+    rules = (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (_POSITIVE, lambda v: 0 < v < float("inf"), "above 0"),
+        (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "0 or more"),
+        (("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (("validation_fraction",), lambda v: 0 < v < 1, "between 0 and 1"),
+        (("max_length",), lambda v: v >= 2, "at least 2"),
+    )
     for names, holds, wanted in rules:
         for name in names:
             value = getattr(settings, name)

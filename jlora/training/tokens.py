@@ -23,8 +23,6 @@ class Codec:
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], directory: str | Path):
         """Args: tokenizer; the model's `config.json`; the model's directory, for its tokenizer_config.json."""
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self.tokenizer, self.directory = tokenizer, directory
         self._check(config)
         named = _named_tokens(directory)
@@ -32,20 +30,13 @@ class Codec:
         self.end = self._id(config, named, "eos_token")
 
     def _check(self, config: Mapping[str, Any]) -> None:
-        """Every token has a row in the embedding, and every special id of the config is a token."""
-        rows = config.get("vocab_size")
-        largest = max(self.tokenizer.get_vocab().values(), default=-1)
-        if rows is not None and largest >= rows:
-            raise ValueError(
-                f"the tokenizer of {self.directory} has token ids up to {largest}, but the model's embedding has {rows} rows: "
-                "this is another model's tokenizer.json"
-            )
+        """Every special id of the config is a token; `load_tokenizer` has checked that every token has a row."""
         for name in ("bos_token_id", "eos_token_id"):
             for value in _as_list(config.get(name)):
                 if self.tokenizer.id_to_token(value) is None:
                     raise ValueError(
-                        f"{name} is {value} in config.json of {self.directory}, but its tokenizer.json has no such token: "
-                        "this is another model's tokenizer.json"
+                        f"{name} is {value} in config.json of {self.directory}, but its tokenizer.json has no such "
+                        "token: it is another model's"
                     )
 
     def _id(self, config: Mapping[str, Any], named: Mapping[str, str | None], name: str) -> int | None:
@@ -56,8 +47,8 @@ class Codec:
         found = self.tokenizer.token_to_id(token) if token is not None else None
         if token is not None and found is None:
             raise ValueError(
-                f"{name} is {token!r} in tokenizer_config.json of {self.directory}, but its tokenizer.json has no such token: "
-                "this is another model's tokenizer.json"
+                f"{name} is {token!r} in tokenizer_config.json of {self.directory}, but its tokenizer.json has no such "
+                "token: it is another model's"
             )
         return found
 

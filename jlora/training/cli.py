@@ -1,0 +1,104 @@
+"""The command line: `jlora finetune | inspect | merge | generate | eval`.
+
+What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jlora.training.flags import Parser, add_flags
+
+_EXAMPLES = """examples:
+  jlora finetune                                    the shipped model on Python's documentation
+  jlora finetune --model DIR --data chat.jsonl --rank 16 --epochs 2 --out run
+  jlora finetune --model DIR --data train.tsv --task classify --text-column sentence --validation dev.tsv
+  jlora finetune --out run --resume                 go on after a stop, with the run's own settings
+  jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
+  jlora merge run merged_model
+"""
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser("jlora", description="Parameter-efficient fine-tuning for JAX.", epilog=_EXAMPLES)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    everything = ("model", "data", "method", "training", "run")
+    finetune = commands.add_parser("finetune", help="train adapters for a model", epilog=_EXAMPLES)
+    finetune.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_flags(finetune, everything)
+    inspect = commands.add_parser("inspect", help="show what would be adapted, without training")
+    add_flags(inspect, ("model", "data", "method"))
+    _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
+    _add_generate(commands.add_parser("generate", help="continue a prompt"))
+    _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of jlora finetune")
+    parser.add_argument("directory", help="folder to write, which must not exist")
+    parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="output folder of jlora finetune (default: the base alone)")
+    parser.add_argument("--model", help="directory of the base (default: the run's, or the shipped model)")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens to write, at most (100)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time (0.7)")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens whose probabilities reach p")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (0)")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of jlora finetune")
+    parser.add_argument("data", help="file in a format that finetune reads")
+    parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
+    parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
+    parser.add_argument("--max-rows", type=int, help="on this many rows, drawn by the run's seed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 for what the user can put right, or 130 for an interruption.
+    """
+    arguments = build_parser().parse_args(argv)
+    # Here and not above: `jlora --help` need not wait for JAX.
+    from jlora.training import commands
+
+    try:
+        commands.COMMANDS[arguments.command](arguments)
+    except (ValueError, TypeError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"jlora {arguments.command}: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; jlora finetune with the same --out and --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def sentence(error: BaseException) -> str:
+    """The error's message in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jlora
+from jlora import models
+from jlora.training.configuration import Given
+from jlora.training.defaults import resolve
+from jlora.training.errors import SettingError
+from jlora.training.flags import given
+from jlora.training.job import finetune, read_settings
+from jlora.training.rows import read_rows
+from jlora.training.runs import Run, evaluate_file, open_run, write_merged
+from jlora.training.selection import make_spec, trace_sites
+from jlora.training.settings import Settings
+from jlora.training.subject import abstract_subject, model_directory, open_codec
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    asked = given(arguments)
+    settings = asked.settings(_stored(asked))
+    try:
+        finetune(settings)
+    except SettingError as error:
+        raise error.renamed(asked.names.get(error.setting, "--" + error.setting.replace("_", "-"))) from error
+
+
+def _stored(asked: Given) -> dict[str, Any]:
+    """The settings that a run to resume was started with; what is given now is compared with them later."""
+    if not asked.values.get("resume"):
+        return {}
+    out = asked.values.get("out", Settings.out)
+    if not (Path(out) / "settings.json").exists():
+        return {}  # the job says what is wrong with the folder
+    return read_settings(out)["asked"]
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    asked = given(arguments)
+    settings = resolve(asked.settings())
+    codec, config = open_codec(settings)
+    labels = ["0", "1"]
+    if settings.task == "classify" and settings.data is not None:
+        from jlora.training.encode import label_names
+
+        labels = label_names(read_rows(settings.data, settings.format), settings.label_column)
+    subject = abstract_subject(settings, codec, config, labels)
+    sites = trace_sites(subject, settings)
+    spec = make_spec(subject, settings)
+    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), subject.params)
+    print(f"model {subject.directory}\n\nhow the model reads its weights:\n{sites}\n")
+    print(f"what would be trained:\n{jlora.summary(adapted)}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run, arguments.model)
+    write_merged(run, arguments.directory)
+    print(f"merged model written to {arguments.directory}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model)
+    if run.settings.task != "lm":
+        raise ValueError(f"{arguments.run} is a classifier: it cannot continue a text")
+    codec = run.subject.codec
+    prompt = codec.prompt(arguments.prompt)
+    if not prompt:
+        raise ValueError("--prompt must not be empty: the model has no token to begin with")
+    written = models.generate(
+        run.subject.model.apply,
+        run.merged(),
+        [prompt],
+        max_new_tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        eos_id=codec.end,
+        key=jax.random.key(arguments.seed),
+    )
+    print(codec.decode([*prompt, *written[0]]))
+
+
+def _base(model: str | None) -> Run:
+    """A model without adapters."""
+    from jlora.training.subject import load_subject
+
+    settings = resolve(Settings(model=model))
+    return Run(settings, load_subject(settings, *open_codec(settings)), None, model_directory(settings))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run, arguments.model)
+    values = evaluate_file(run, arguments.data, arguments.max_rows, base=arguments.base)
+    print(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+COMMANDS = {"finetune": _finetune, "inspect": _inspect, "merge": _merge, "generate": _generate, "eval": _eval}

@@ -1,0 +1,228 @@
+"""`finetune(settings)`: the whole job, from files to adapters and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jlora
+from jlora.adapted import count
+from jlora.training import folder
+from jlora.training.checkpoint import last_whole
+from jlora.training.data import Data, load_data
+from jlora.training.defaults import count_steps, resolve
+from jlora.training.errors import CheckpointError, SettingError
+from jlora.training.files import is_full_disk, write_json
+from jlora.training.metrics import Metrics
+from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base
+from jlora.training.report import write_report
+from jlora.training.samples import prompt_tokens, sample
+from jlora.training.selection import adapt
+from jlora.training.settings import Settings, mesh_axes
+from jlora.training.subject import Subject, check_length, load_subject, open_codec
+from jlora.training.trainer import Trainer
+
+SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        out: the output folder.
+        adapted: base and trained adapters.
+        before: validation loss (and perplexity or accuracy) before training.
+        after: the same after the last step.
+        record: the content of `results.json`.
+    """
+
+    out: Path
+    adapted: jlora.Adapted
+    before: dict[str, float]
+    after: dict[str, float]
+    record: dict[str, Any]
+
+
+def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
+    """Fine-tune a model and leave adapters, metrics, plot and report in `settings.out`.
+
+    Args:
+        settings: what to do; what is left open is chosen by the job.
+        say: takes the lines of text that the run prints beside its progress.
+
+    Returns:
+        The result.
+
+    Raises:
+        SettingError: a ValueError, for settings that do not fit together, or not to the model or the data.
+        DataError: a ValueError, for a row that cannot be used, naming file and line.
+        FolderError: an OSError, for an output folder that is in use or not empty.
+        OSError: if the disk is full, naming the last whole checkpoint.
+    """
+    start, asked = time.time(), settings
+    folder.check_free(settings.out, settings.resume)
+    settings = resolve(settings)
+    mesh = make_mesh(mesh_axes(settings.mesh))
+    codec, config = open_codec(settings)
+    check_length(settings, config)
+    data = load_data(settings, codec)
+    settings = count_steps(settings, len(data.train))
+    assert settings.batch is not None
+    check_batch(mesh, settings.batch, settings.accumulate)
+    subject = load_subject(settings, codec, config)
+    subject = subject.with_head(data.labels) if data.labels else subject
+    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
+    fingerprint = jlora.fingerprint(subject.params)
+    adapted = place_adapters(adapt(subject, settings), mesh)
+    with folder.claim(settings.out, settings.resume) as out:
+        about = _about(asked, settings, subject, data, fingerprint)
+        try:
+            _begin(out, about, settings)
+            _describe(adapted, subject, data, settings, say)
+            trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint)
+            return _run(trainer, subject, about, say, start)
+        except Exception as error:
+            if is_full_disk(error):
+                raise _full(out) from error
+            raise
+
+
+def _full(out: Path) -> OSError:
+    """One sentence for a full disk."""
+    step = last_whole(out / "checkpoints")
+    kept = "there is no whole checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
+    return OSError(errno.ENOSPC, f"the disk of {out} is full; {kept}: free some space and go on with --resume")
+
+
+def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fingerprint: str) -> dict[str, Any]:
+    """The content of settings.json."""
+    packages = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "asked": dataclasses.asdict(asked),
+        "settings": dataclasses.asdict(settings),
+        "model": str(subject.directory),
+        "base": fingerprint,
+        "data": data.source,
+        "data_sha256": data.digest(),
+        "labels": data.labels,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # jlora itself, when it runs from its source folder
+
+
+def read_settings(out: str | Path) -> dict[str, Any]:
+    """The content of a run's settings.json.
+
+    Raises:
+        CheckpointError: if the folder holds no run, or the file is damaged.
+    """
+    path = Path(out) / SETTINGS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{out} holds no run (no {SETTINGS})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
+    """Write settings.json, or check a resumed run against it."""
+    if not settings.resume:
+        write_json(out / SETTINGS, about)
+        return
+    stored = read_settings(out)
+    for field in dataclasses.fields(Settings):
+        new, old = about["settings"][field.name], stored["settings"].get(field.name)
+        if new != old and not field.metadata["resumable"]:
+            raise SettingError(
+                field.name, f"is {new!r}, but the run in {out} was started with {old!r}, which must stay"
+            )
+    if stored["data_sha256"] != about["data_sha256"]:
+        raise CheckpointError(f"the training data ({about['data']}) is not what the run in {out} was started with")
+    if stored["base"] != about["base"]:
+        raise CheckpointError(
+            f"the model in {about['model']} is not the one that the run in {out} was started with: fingerprint "
+            f"{about['base']}, wanted {stored['base']}"
+        )
+
+
+def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
+    """What is about to be trained, on what."""
+    say(f"model {subject.directory}, {count(subject.params):,} parameters")
+    say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
+    say(jlora.summary(adapted))
+    say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
+
+
+def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
+    settings, out = trainer.settings, trainer.out
+    texts = {}
+    if settings.task == "lm" and settings.sample_tokens:
+        prompt = prompt_tokens(subject, trainer.data, settings)
+        texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, subject.params, prompt, settings)}
+        say(f"before: {texts['prompt']} | {texts['before']!r}")
+    adapted, metrics = trainer.run()
+    if texts:
+        texts["after"] = sample(subject, jlora.merge(adapted), prompt, settings)
+        write_json(out / SAMPLES, texts)
+    _save_adapters(out, adapted)
+    record = _results(metrics, adapted, settings, start)
+    write_json(out / RESULTS, record)
+    write_report(out, about, record, metrics, adapted, texts)
+    result = Result(out, adapted, record["before"], record["after"], record)
+    _conclude(result, texts, say)
+    return result
+
+
+def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
+    """Write the adapters beside those of an earlier end of the same run, then put them in their place."""
+    new, old = out / f".{ADAPTERS}.new", out / f".{ADAPTERS}.old"
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    jlora.save(new, adapted)
+    if (out / ADAPTERS).exists():
+        os.replace(out / ADAPTERS, old)
+    os.replace(new, out / ADAPTERS)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _results(metrics: Metrics, adapted: jlora.Adapted, settings: Settings, start: float) -> dict[str, Any]:
+    found = metrics.of("validation")
+    values = [{name: value for name, value in record.items() if name not in ("step", "kind")} for record in found]
+    train = metrics.of("train")
+    return {
+        "before": values[0],
+        "after": values[-1],
+        "steps": settings.steps,
+        "train_loss": train[-1]["loss"],
+        "trained_values": count(adapted.params),
+        "base_values": count(adapted.base),
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def _conclude(result: Result, texts: dict[str, str], say: Callable[[str], None]) -> None:
+    for name, before in result.before.items():
+        say(f"validation {name}: {before:.4f} before, {result.after[name]:.4f} after")
+    if texts:
+        say(f"after:  {texts['prompt']} | {texts['after']!r}")
+    say(f"{result.record['seconds']} seconds; in {result.out}:")
+    for name, what in folder.CONTENT.items():
+        if (result.out / name).exists():
+            say(f"  {name:<14} {what}")

@@ -1,0 +1,118 @@
+"""A finished run, opened again: to merge, to generate, to evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import jlora
+from jlora import models
+from jlora.training.data import encode, subset
+from jlora.training.errors import CheckpointError
+from jlora.training.files import write_json
+from jlora.training.job import ADAPTERS, read_settings
+from jlora.training.loop import make_evaluation, to_devices
+from jlora.training.packing import packed
+from jlora.training.pipeline import validation_batches
+from jlora.training.placement import make_mesh
+from jlora.training.rows import read_rows
+from jlora.training.settings import Settings
+from jlora.training.subject import Subject, load_subject, open_codec
+from jlora.training.trainer import summarize
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model with what a run trained.
+
+    Attributes:
+        settings: of the run, resolved.
+        subject: the base.
+        adapted: base and trained adapters; None for a base alone.
+        directory: where the base lies.
+    """
+
+    settings: Settings
+    subject: Subject
+    adapted: jlora.Adapted | None
+    directory: Path
+
+    def merged(self) -> Any:
+        """Ordinary params."""
+        return self.subject.params if self.adapted is None else jlora.merge(self.adapted)
+
+
+def open_run(out: str | Path, model: str | None = None) -> Run:
+    """Open an output folder.
+
+    Args:
+        out: the folder.
+        model: directory of the base, where it is no longer where the run found it.
+
+    Raises:
+        CheckpointError: if the folder holds no finished run.
+        ValueError: if the base is not the one that the run was trained on.
+    """
+    about = read_settings(out)
+    if not (Path(out) / ADAPTERS).is_dir():
+        raise CheckpointError(f"{out} has no adapters yet: the run is not finished; go on with jlora finetune --resume")
+    settings = Settings(**about["settings"])
+    settings = dataclasses.replace(settings, model=model or settings.model)
+    subject = load_subject(settings, *open_codec(settings))
+    subject = subject.with_head(about["labels"]) if about["labels"] else subject
+    return Run(settings, subject, jlora.load(Path(out) / ADAPTERS, subject.params), subject.directory)
+
+
+def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base: bool = False) -> dict[str, float]:
+    """Loss with perplexity or accuracy on a file, read as the run read its data.
+
+    Raises:
+        DataError: for a row that cannot be used, naming file and line.
+    """
+    settings, subject = run.settings, run.subject
+    assert settings.max_length is not None and settings.batch is not None
+    rows = subset(read_rows(path, settings.format), max_rows, settings.seed)
+    examples = encode(rows, settings, subject.codec, subject.labels)
+    fixed = bool(settings.packing)
+    examples = packed(examples, settings.max_length) if fixed else examples
+    longest = settings.max_length if fixed else max(map(len, examples))
+    mesh = make_mesh({})
+    batches = [to_devices(batch, mesh) for batch in validation_batches(examples, settings.batch, longest, fixed)]
+    assert run.adapted is not None
+    plain = run.adapted.replace(params={}, frozen={}, plan=dataclasses.replace(run.adapted.plan, sites=()))
+    found = make_evaluation(subject.forward)(plain if base else run.adapted, batches)
+    return summarize(found, bool(subject.labels))
+
+
+def write_merged(run: Run, directory: str | Path) -> None:
+    """Write the merged model as a Hugging Face directory, whole or not at all.
+
+    A classifier's directory holds the encoder; its head, which no class of transformers has in this form, lies beside
+    it in `classifier.safetensors` (`kernel [hidden, labels]`, `bias [labels]`, on the pooled last hidden states) with
+    `labels.json`. Encoders are pooled by the mean over tokens, decoders by the last token.
+
+    Raises:
+        FileExistsError: if the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already; choose a new folder")
+    params = run.merged()
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    try:
+        if not run.subject.labels:
+            models.save(staging, run.subject.model, params, source=run.directory)
+        else:
+            models.save(staging, run.subject.model.backbone, params["backbone"], source=run.directory)
+            head = {name: np.ascontiguousarray(leaf) for name, leaf in params["classifier"].items()}
+            save_file(head, staging / "classifier.safetensors")
+            write_json(staging / "labels.json", list(run.subject.labels))
+        os.replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,46 @@
+"""A text continued by the model, before and after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jlora import models
+from jlora.training.data import Data
+from jlora.training.settings import Settings
+from jlora.training.subject import Subject
+
+# Drawn, not the likeliest token each time: small models repeat themselves otherwise. The same key before and after.
+_TEMPERATURE = 0.7
+_PROMPT_TOKENS = 16
+
+
+def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]:
+    """The settings' prompt, or the beginning of the first validation example."""
+    if settings.prompt is not None:
+        return subject.codec.prompt(settings.prompt)
+    first = data.validation[0]
+    return first.tokens[first.segments == 1][:_PROMPT_TOKENS].tolist()
+
+
+def sample(subject: Subject, params: Any, prompt: list[int], settings: Settings) -> str:
+    """What the model writes after the prompt.
+
+    Args:
+        subject: the model.
+        params: ordinary params.
+        prompt: token ids, at least one.
+        settings: seed and number of tokens.
+    """
+    written = models.generate(
+        subject.model.apply,
+        params,
+        [prompt],
+        max_new_tokens=settings.sample_tokens,
+        temperature=_TEMPERATURE,
+        eos_id=subject.codec.end,
+        key=jax.random.key(settings.seed),
+    )
+    start = subject.codec.decode(prompt)
+    return subject.codec.decode([*prompt, *written[0]]).removeprefix(start)

@@ -1,0 +1,63 @@
+"""From settings to a spec: which weights are adapted, and how."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+import jlora
+from jlora.training.errors import SettingError
+from jlora.training.settings import Settings
+from jlora.training.subject import Subject, example_batch
+
+HEAD = r"classifier/(kernel|bias)"
+
+
+def trace_sites(subject: Subject, settings: Settings) -> Any:
+    """How the model reads each weight, by one abstract trace."""
+    return jlora.sites(subject.forward, subject.params, example_batch(settings))
+
+
+def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
+    """The spec of the (resolved) settings; a classification head is always trained in full.
+
+    Raises:
+        SettingError: for a method table that cannot be read.
+    """
+    head = {HEAD: jlora.Full()} if settings.task == "classify" else {}
+    if settings.spec:
+        return {**head, **{pattern: _method(pattern, table) for pattern, table in settings.spec.items()}}
+    if settings.method == "probe":
+        return head
+    if settings.method == "full":
+        # A pooler that the task does not use cannot be trained.
+        unread = [leaf.path for leaf in trace_sites(subject, settings).leaves if not leaf.readings]
+        return {**{re.escape(path): None for path in unread}, r".*": jlora.Full()}
+    assert settings.rank is not None and settings.alpha is not None
+    method: Any = jlora.LoRA(rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout or 0.0)
+    if settings.method == "dora":
+        method = jlora.DoRA(method)
+    pattern = jlora.ALL_LINEAR if settings.targets == "all-linear" else settings.targets
+    return {**head, pattern: method}
+
+
+def _method(pattern: str, table: Any) -> Any:
+    """A method of a `[spec]` table; `"frozen"` keeps what the pattern matches as it is."""
+    if table == "frozen":
+        return None
+    if not isinstance(table, dict):
+        raise SettingError(
+            "spec", f'entry {pattern!r} must be a table such as {{method = "LoRA", rank = 8}}, got {table!r}'
+        )
+    try:
+        return jlora.method_from_dict(table)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingError("spec", f"entry {pattern!r}: {error}") from error
+
+
+def adapt(subject: Subject, settings: Settings) -> jlora.Adapted:
+    """The adapted model, its adapters drawn by the settings' seed."""
+    key = jax.random.fold_in(jax.random.key(settings.seed), 0)
+    return jlora.adapterize(subject.params, make_spec(subject, settings), key=key, sites=trace_sites(subject, settings))

@@ -1,0 +1,155 @@
+"""What a run trains on: a model as a plain function of params and a batch, with its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import models
+from jlora.models.config import read_config
+from jlora.models.load import family_of
+from jlora.training.errors import SettingError
+from jlora.training.losses import Forward
+from jlora.training.settings import Settings
+from jlora.training.tokens import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A pretrained model, ready to be adapted.
+
+    Attributes:
+        directory: where it came from.
+        model: the Linen module.
+        params: its params; for classification `{"backbone": …, "classifier": {"kernel", "bias"}}`.
+        forward: params and batch to logits.
+        codec: its tokenizer.
+        config: the content of its `config.json`.
+        labels: names of the labels, or empty for language models.
+    """
+
+    directory: Path
+    model: Any
+    params: Any
+    forward: Forward
+    codec: Codec
+    config: dict[str, Any]
+    labels: tuple[str, ...] = ()
+
+    def with_head(self, labels: Sequence[str]) -> Subject:
+        """The model as a classifier, with a new head that is the same in every run."""
+        model, params = models.make_classifier(self.model, self.params, len(labels), jax.random.key(0))
+        return dataclasses.replace(self, model=model, params=params, forward=classifier(model), labels=tuple(labels))
+
+
+def model_directory(settings: Settings) -> Path:
+    """The settings' model, or the shipped one."""
+    return Path(settings.model) if settings.model is not None else Path(models.STORIES260K)
+
+
+def open_codec(settings: Settings) -> tuple[Codec, dict[str, Any]]:
+    """The tokenizer and the config of the settings' model, checked against each other."""
+    directory = model_directory(settings)
+    config = read_config(directory)
+    return Codec(models.load_tokenizer(directory), config, directory), config
+
+
+def check_length(settings: Settings, config: dict[str, Any]) -> None:
+    """The rows fit into the model's positions.
+
+    Raises:
+        SettingError: if they are longer.
+    """
+    positions = config.get("max_position_embeddings")
+    if config.get("model_type") == "roberta" and positions is not None:
+        positions -= config["pad_token_id"] + 1
+    if positions is not None and settings.max_length is not None and settings.max_length > positions:
+        raise SettingError(
+            "max_length", f"of {settings.max_length} is more than the {positions} positions of the model"
+        )
+
+
+def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Subject:
+    """The settings' model with its weights, as a language model or without its head.
+
+    Raises:
+        SettingError: if the model cannot do the task.
+        ValueError: if its directory is not right.
+        OSError: if it cannot be read.
+    """
+    directory = model_directory(settings)
+    encoder = config.get("model_type") in ("bert", "roberta")
+    if encoder and settings.task == "lm":
+        raise SettingError(
+            "task", f"lm needs a model that predicts the next token; {directory} is an encoder: use classify"
+        )
+    dtype = jnp.dtype(settings.dtype)
+    model, params = models.load(
+        directory,
+        scan_layers=settings.scan_layers,
+        remat=settings.remat,
+        dtype=dtype,
+        param_dtype=dtype,
+        drop_heads=settings.task == "classify",
+    )
+    return Subject(directory, model, params, language_model(model), codec, config)
+
+
+def language_model(model: Any) -> Forward:
+    """Tokens to logits for the next token, `[rows, length, vocabulary]`."""
+
+    def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return model.apply(
+            {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+
+    return forward
+
+
+def classifier(model: models.Classifier) -> Forward:
+    """Tokens to logits for the labels, `[rows, labels]`."""
+    encoder = isinstance(model.backbone, models.Bert)
+
+    def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        types = {"token_types": batch["types"]} if encoder else {}
+        mask = batch["segment_ids"] > 0
+        return model.apply({"params": params}, batch["tokens"], attention_mask=mask, **types)
+
+    return forward
+
+
+def example_batch(settings: Settings) -> dict[str, Any]:
+    """Shapes of a small batch, for tracing."""
+    rows, length = 1, 8
+    shape = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch: dict[str, Any] = {"tokens": shape, "positions": shape, "segment_ids": shape}
+    if settings.task == "classify":
+        return batch | {"types": shape}
+    return batch
+
+
+def abstract_subject(settings: Settings, codec: Codec, config: dict[str, Any], labels: Sequence[str]) -> Subject:
+    """The model with shapes in place of weights: nothing is read but `config.json`."""
+    directory = model_directory(settings)
+    dtype = jnp.dtype(settings.dtype)
+    options = {"scan_layers": settings.scan_layers, "remat": settings.remat, "dtype": dtype, "param_dtype": dtype}
+    family = family_of(config, directory)
+    model = family.module(family.config.from_hf(config, **options))
+    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    subject = Subject(directory, model, params, language_model(model), codec, config)
+    if settings.task == "lm":
+        return subject
+    whole = jax.eval_shape(
+        lambda params: models.make_classifier(model, params, len(labels), jax.random.key(0))[1], params
+    )
+    classified, _ = models.make_classifier(model, {}, len(labels), jax.random.key(0))
+    return dataclasses.replace(
+        subject, model=classified, params=whole, forward=classifier(classified), labels=tuple(labels)
+    )

@@ -1,0 +1,163 @@
+"""A run from its first (or resumed) step to its last."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import jlora
+from jlora.training.checkpoint import Checkpoints, Whole, find_whole
+from jlora.training.data import Data
+from jlora.training.loop import State, StepResult, make_evaluation, make_step, to_devices
+from jlora.training.losses import Forward, Sums
+from jlora.training.metrics import Metrics
+from jlora.training.placement import on_mesh
+from jlora.training.progress import Progress
+from jlora.training.schedule import learning_rate, make_optimizer
+from jlora.training.settings import Settings
+
+# Steps whose results are fetched together: the devices need not wait for the host at each.
+_FETCH = 10
+
+
+@dataclasses.dataclass
+class Trainer:
+    """Trains an `Adapted` and writes metrics and checkpoints into a claimed folder.
+
+    Attributes:
+        adapted: base, constants and the starting adapters, on the mesh.
+        forward: the plain model.
+        data: the data.
+        settings: resolved, with steps counted.
+        mesh: the devices.
+        out: the output folder.
+        fingerprint: of the base.
+    """
+
+    adapted: jlora.Adapted
+    forward: Forward
+    data: Data
+    settings: Settings
+    mesh: Mesh
+    out: Path
+    fingerprint: str
+
+    def __post_init__(self):
+        settings = self.settings
+        assert settings.batch and settings.steps and settings.evaluate_every and settings.checkpoint_every
+        self._tx = make_optimizer(self.adapted, settings)
+        self._step = make_step(self.forward, self._tx)
+        self._evaluate = make_evaluation(self.forward)
+        self._rate = learning_rate(settings)
+        rows = settings.batch // settings.accumulate
+        self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
+        self._batches = self.data.training_batches(settings.batch, settings.seed)
+        self._still = self.adapted.replace(params={})
+
+    def run(self) -> tuple[jlora.Adapted, Metrics]:
+        """Train to the last step; resume where the settings say so.
+
+        Raises:
+            ValueError: if the loss is not finite.
+            OSError: if something cannot be written.
+        """
+        directory = self.out / "checkpoints"
+        # Before orbax looks: it takes every folder with a number for a checkpoint.
+        whole = find_whole(directory)
+        checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
+        state, notes = self._start(checkpoints, whole)
+        done = int(state.step)
+        metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
+        progress = Progress(self.settings.progress, done, self.settings.steps or 0)
+        try:
+            for note in notes:
+                progress.say(note)
+            if not metrics.of("validation"):
+                self._validate(0, state, metrics, progress)
+            state = self._steps(done, state, metrics, progress, checkpoints)
+            checkpoints.wait()
+        finally:
+            progress.close()
+            metrics.close()
+        checkpoints.close()
+        return self._still.replace(params=state.params), metrics
+
+    def _start(self, checkpoints: Checkpoints, whole: Whole) -> tuple[State, list[str]]:
+        """The first state, or the last whole checkpoint's, with words about what was found."""
+        # A copy: a method may have started from the base's own array, which must not be donated.
+        params = jax.tree.map(jnp.copy, self.adapted.params)
+        key = jax.random.fold_in(jax.random.key(self.settings.seed), 1)
+        rest = (self._tx.init(params), jnp.zeros((), jnp.int32), key)
+        state = State(params, *on_mesh(rest, self.mesh))
+        if not self.settings.resume:
+            return state, []
+        notes = [f"{text}: it was set aside" for text in whole.complaints]
+        if whole.step is None:
+            return state, [*notes, "no whole checkpoint: the run starts from its beginning"]
+        state, self._still = checkpoints.restore(whole.step, state, self._still, self._batches)
+        return state, [*notes, f"resumed from the checkpoint of step {whole.step}"]
+
+    def _steps(self, done: int, state: State, metrics: Metrics, progress: Progress, checkpoints: Checkpoints) -> State:
+        settings, waiting, since = self.settings, [], time.perf_counter()
+        assert settings.steps and settings.evaluate_every and settings.checkpoint_every
+        for step in range(done + 1, settings.steps + 1):
+            batch = to_devices(next(self._batches), self.mesh, settings.accumulate)
+            state, result = self._step(state, self._still, batch)
+            waiting.append((step, result))
+            last = step == settings.steps
+            validate, save = last or step % settings.evaluate_every == 0, last or step % settings.checkpoint_every == 0
+            if validate or save or len(waiting) == _FETCH:
+                self._record(waiting, since, metrics, progress)
+                if validate:
+                    self._validate(step, state, metrics, progress)
+                if save:
+                    checkpoints.save(state, self._still, self._batches)
+                waiting, since = [], time.perf_counter()
+        return state
+
+    def _record(
+        self, waiting: list[tuple[int, StepResult]], since: float, metrics: Metrics, progress: Progress
+    ) -> None:
+        """Fetch the results of some steps and write their lines."""
+        results = jax.device_get([result for _, result in waiting])
+        speed = sum(float(result.weight) for result in results) / (time.perf_counter() - since)
+        for (step, _), result in zip(waiting, results):
+            loss = float(result.loss)
+            if not (math.isfinite(loss) and math.isfinite(float(result.gradient_norm))):
+                raise ValueError(
+                    f"the loss is {loss} and its gradient's norm {float(result.gradient_norm)} at step {step}: "
+                    "the training diverged; lower --learning-rate or raise --warmup"
+                )
+            metrics.write(
+                step,
+                "train",
+                loss=loss,
+                learning_rate=float(self._rate(step - 1)),
+                gradient_norm=float(result.gradient_norm),
+                weight=float(result.weight),
+                per_second=round(speed, 1),
+            )
+            progress.step(step, loss, speed, bool(self.data.labels))
+
+    def _validate(self, step: int, state: State, metrics: Metrics, progress: Progress) -> None:
+        found = self._evaluate(self._still.replace(params=state.params), self._validation)
+        values = summarize(found, bool(self.data.labels))
+        metrics.write(step, "validation", **values)
+        progress.say(
+            f"validation at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        )
+
+
+def summarize(found: Sums, classify: bool) -> dict[str, Any]:
+    """Mean loss in nats, with perplexity for language models or accuracy for classification."""
+    loss = float(found.loss) / float(found.weight)
+    if classify:
+        return {"loss": loss, "accuracy": float(found.correct) / float(found.weight)}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
