@@ -135,6 +135,15 @@ def cond(walk: Walk, eqn: Any, index: Any, *values: Any) -> list[Any]:
     return jax.lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *values)
 
 
+@rule("custom_jvp_call", "custom_vjp_call")
+def custom_derivative(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
+    """Entered only to find out roles, where no derivative is taken (see the top of this file)."""
+    if walk.readings is None:
+        return None
+    jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
+    return walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+
+
 @rule("shard_map")
 def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     """Enters with weights whose method may be cut as the weight is; the others are formed outside, where they are whole."""

@@ -122,6 +122,9 @@ def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
     """Any contraction of an activation with all in-axes, or all out-axes, of a weight, on either side."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
+        if rhs.site is None:
+            _record(walk, eqn, rhs, rhs_contract, rhs_batch)
+            rhs = rhs.array
         rhs = walk.materialise(rhs, eqn)
     on_left = isinstance(lhs, Weight)
     weight, x = (lhs, rhs) if on_left else (rhs, lhs)

@@ -1,0 +1,20 @@
+"""Settings of the whole suite: eight virtual CPU devices, no silent rank promotion, fixed precision."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import pytest
+
+DATA = Path(os.environ.get("JLORA_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data and pretrained models."""
+    if not DATA.is_dir():
+        raise FileNotFoundError(f"the test data is not at {DATA}; set JLORA_DATA to the folder that holds it")
+    return DATA
