@@ -71,6 +71,24 @@ def find_whole(directory: str | Path) -> Whole:
     What comes after it is set aside under another name; half-written parts are removed.
     """
     directory = Path(directory)
+    complaints = []
+    for name in os.listdir(directory) if directory.exists() else []:
+        if name.startswith(_LEAVING) or "orbax-checkpoint-tmp" in name:
+            shutil.rmtree(directory / name)
+    for step in _steps(directory):
+        wrong = complaint(directory / str(step))
+        if wrong is None:
+            return Whole(step, complaints)
+        complaints.append(f"the checkpoint of step {step} {wrong}")
+        aside = directory / f"{_DAMAGED}{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(directory / str(step), aside)
+    return Whole(None, complaints)
+
+
+def last_whole(directory: str | Path) -> int | None:
+    """The step of the last whole checkpoint, without touching anything."""
+    directory = Path(directory)
     return next((step for step in _steps(directory) if complaint(directory / str(step)) is None), None)
 
 
@@ -108,7 +126,7 @@ class Checkpoints:
         Raises:
             CheckpointError: if the checkpoint is of another base, or its arrays have other names or shapes.
         """
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         if run["base"] != self.fingerprint:
             raise CheckpointError(
                 f"{self.directory / str(step)} belongs to a base with fingerprint {run['base']}, "
@@ -122,7 +140,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(position)
             ),
-        ).state
+        )["state"]
         return _unflatten(restored, state, adapted)
 
     def wait(self) -> None:

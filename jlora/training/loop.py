@@ -94,9 +94,9 @@ def make_evaluation(forward: Forward) -> Callable[[jlora.Adapted, Iterable[Any]]
     step = jax.jit(lambda adapted, batch: sums(lifted, adapted, batch))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
-        # Python floats add in float64, so the order of many small batches does not matter.
-        parts = [jax.tree.map(float, jax.device_get(step(adapted, batch))) for batch in batches]
-        return Sums(*(sum(values) for values in zip(*parts)))
+        # In float64, so that many small batches add up as one.
+        parts = [jax.device_get(step(adapted, batch)) for batch in batches]
+        return Sums(*(np.sum(np.array(values, np.float64)) for values in zip(*parts)))
 
     return evaluate
 

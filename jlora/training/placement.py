@@ -75,7 +75,7 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if name is not None and shape[axis] % mesh.shape[name]:
             raise SettingError(
                 "mesh",
-                f"axis {name}={mesh.shape[name]} does not divide axis {axis} of {path}, which has {shape[axis]} of {shape}",
+                f"axis {name}={mesh.shape[name]} does not divide the {shape[axis]} of axis {axis} of {path} {shape}",
             )
     return PartitionSpec(*entries)
 
@@ -116,8 +116,8 @@ def place_adapters(adapted: jlora.Adapted, mesh: Mesh) -> jlora.Adapted:
 
 
 def _field_spec(site: Site, name: str, base: tuple[Any, ...]) -> PartitionSpec:
-    """A method's array is cut along the axes that it shares with the weight; one that has the leaf's own shape, like
-    it.""" roles = site.method.axes.get(name, ())
+    """A method's array is cut along the axes that it shares with the weight."""
+    roles = site.method.axes.get(name, ())
     if not site.method.matrix:
         return PartitionSpec(*base)
     cut = {"in": _first(base, site.in_axes), "out": _first(base, site.out_axes)}

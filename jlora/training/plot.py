@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from jlora.training.metrics import Record
 
 _TRAIN, _VALIDATION, _GRID = "#3b6ea5", "#c8553d", "#d9d9d9"
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
 
 
 def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:

@@ -22,7 +22,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 860px; margin: 2.5em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.1em; margin-top: 2em; color: #3b6ea5; }
 p.about { color: #666; margin-top: 0; } img { width: 100%; }
-table { border-collapse: collapse; font-size: .9em; } 
+table { border-collapse: collapse; font-size: .9em; }
 td, th { padding: .25em 1.2em .25em 0; text-align: left; vertical-align: top; }
 th { color: #666; font-weight: 600; border-bottom: 1px solid #ccc; } td.number, th.number { text-align: right; }
 .figures { display: flex; flex-wrap: wrap; gap: 1em; margin: 1.4em 0; padding: 0; }

@@ -104,7 +104,7 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
 def language_model(model: Any) -> Forward:
     """Tokens to logits for the next token, `[rows, length, vocabulary]`."""
 
-    def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
         return model.apply(
             {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
@@ -116,8 +116,8 @@ def classifier(model: models.Classifier) -> Forward:
     """Tokens to logits for the labels, `[rows, labels]`."""
     encoder = isinstance(model.backbone, models.Bert)
 
-    def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        types = {"token_types": batch["types"]} if encoder else {}
+    def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
+        types: Any = {"token_types": batch["types"]} if encoder else {}
         mask = batch["segment_ids"] > 0
         return model.apply({"params": params}, batch["tokens"], attention_mask=mask, **types)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 import jlora
@@ -139,7 +140,7 @@ class Trainer:
                 step,
                 "train",
                 loss=loss,
-                learning_rate=float(self._rate(step - 1)),
+                learning_rate=float(np.asarray(self._rate(step - 1))),
                 gradient_norm=float(result.gradient_norm),
                 weight=float(result.weight),
                 per_second=round(speed, 1),
