@@ -5,6 +5,7 @@ import pathlib
 
 from jlora.models.attention import KVCache, empty_cache
 from jlora.models.bert import Bert, BertConfig, mean_pool
+from jlora.models.classifier_files import load_classifier, save_classifier
 from jlora.models.classify import Classifier, last_pool, make_classifier
 from jlora.models.generate import generate
 from jlora.models.llama import Llama, LlamaConfig
@@ -29,8 +30,10 @@ __all__ = [
     "generate",
     "last_pool",
     "load",
+    "load_classifier",
     "load_tokenizer",
     "make_classifier",
     "mean_pool",
     "save",
+    "save_classifier",
 ]

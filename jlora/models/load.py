@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -151,8 +151,8 @@ def load(
         elif not any("ForCausalLM" in name for name in hf.get("architectures") or ["ForCausalLM"]):
             options["language_head"] = False
         model = family.module(family.config.from_hf(hf, **options))
-        sources = leaf_sources(model, family, prefix)
         shapes = leaf_shapes(model)
+        sources = leaf_sources(model, shapes, family, prefix)
         _check_leaves(checkpoint, sources, shapes)
         _check_rest(checkpoint, sources, family, model, drop_heads)
         leaves = {path: _read(checkpoint, sources[path], shapes[path], param_dtype) for path in sources}
@@ -168,10 +168,12 @@ def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
-def leaf_sources(model: Any, family: Family, prefix: str) -> dict[tuple[str, ...], Source]:
-    """The tensors of every leaf of a model's params, by path."""
+def leaf_sources(
+    model: Any, paths: Iterable[tuple[str, ...]], family: Family, prefix: str
+) -> dict[tuple[str, ...], Source]:
+    """The tensors of the leaves at `paths` in a model's params, by path."""
     layers, scanned = model.config.num_hidden_layers, model.config.scan_layers
-    return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in leaf_shapes(model)}
+    return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in paths}
 
 
 def _check_leaves(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:

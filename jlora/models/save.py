@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +52,7 @@ def save(
     source: str | os.PathLike,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    extra: Callable[[str], None] | None = None,
 ) -> None:
     """Writes a directory that `load` and transformers read: config, safetensors, tokenizer.
 
@@ -63,6 +64,7 @@ def save(
         params: Its params, of any floating dtype, which the files keep.
         source: The directory that the model was loaded from; gives config and tokenizer files.
         max_shard_bytes: Larger models are cut in several files.
+        extra: Writes further files into the folder it is given, before the renaming.
 
     Raises:
         FileExistsError: The directory holds something.
@@ -77,10 +79,12 @@ def save(
     leaves = _check_params(model, params)
     with new_directory(directory) as place:
         _write_tensors(place, model, leaves, family_of(hf, source), max_shard_bytes)
-        _write_json(place, "config.json", _config(hf, model, leaves))
+        write_json(place, "config.json", _config(hf, model, leaves))
         for name in COMPANIONS:
             if os.path.isfile(os.path.join(source, name)):
                 shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
+        if extra is not None:
+            extra(place)
 
 
 @contextlib.contextmanager
@@ -89,6 +93,7 @@ def new_directory(directory: str | os.PathLike) -> Iterator[str]:
 
     Raises:
         FileExistsError: The directory holds something, or is a file.
+        OSError: The disk is full or can't be written.
     """
     directory = os.path.abspath(directory)
     if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
@@ -105,6 +110,8 @@ def new_directory(directory: str | os.PathLike) -> Iterator[str]:
             _flush(os.path.join(place, file))
         os.replace(place, directory)
         _flush(parent)
+    except OSError as error:
+        raise OSError(f"{directory}: can't be written, and nothing was left there ({error}).") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -161,17 +168,17 @@ def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) 
 
 def _write_tensors(place: str, model: Any, leaves: dict, family: Any, max_shard_bytes: int) -> None:
     headless = isinstance(model, Bert) or not model.config.language_head
-    sources = leaf_sources(model, family, "" if headless else family.prefixes[0])
+    sources = leaf_sources(model, leaves, family, "" if headless else family.prefixes[0])
     shards = _shards(sources, leaves, max_shard_bytes)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _tensor(leaves[path], sources[path], layer) for name, path, layer in shard}
-        _save_file(tensors, os.path.join(place, file))
+        write_safetensors(tensors, os.path.join(place, file))
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        _write_json(place, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(place, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(sources: dict, leaves: dict, max_shard_bytes: int) -> list[list[tuple[str, tuple[str, ...], int]]]:
@@ -194,14 +201,20 @@ def _tensor(leaf: Any, made_of: Any, layer: int) -> np.ndarray:
     return np.ascontiguousarray(tensor.T if made_of.transposed else tensor)
 
 
-def _save_file(tensors: dict[str, np.ndarray], path: str) -> None:
+def write_safetensors(tensors: dict[str, np.ndarray], path: str) -> None:
+    """Writes C-contiguous tensors to a file.
+
+    Raises:
+        OSError: The disk is full or can't be written.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: can't be written ({error}).") from error
 
 
-def _write_json(place: str, name: str, content: dict[str, Any]) -> None:
+def write_json(place: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file into a folder."""
     with open(os.path.join(place, name), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")

@@ -46,9 +46,7 @@ def rope(kind: str, **settings: float) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
 
 
-LLAMA3 = rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 YARN_TUNED = rope(
     "yarn",
@@ -145,7 +143,11 @@ def make(name: str, config_class: str, model_class: str, settings: dict) -> None
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "expected.npz", **run(model, config))
-    print(name, json.loads((folder / "config.json").read_text())["architectures"], sum(f.stat().st_size for f in folder.iterdir()))
+    print(
+        name,
+        json.loads((folder / "config.json").read_text())["architectures"],
+        sum(f.stat().st_size for f in folder.iterdir()),
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/models/make_stories260k.py
 
-Needs NumPy and safetensors alone. The result is the same, bit for bit, on every run.
+The result is the same, bit for bit, on every run.
 """
 
 import json
@@ -10,8 +10,8 @@ import pathlib
 import struct
 
 import numpy as np
-from safetensors.numpy import save_file
 from models_data import REPOSITORY, shared_data
+from safetensors.numpy import save_file
 
 TARGET = REPOSITORY / "jlora" / "models" / "stories260k"
 BOS, EOS, UNKNOWN = 1, 2, 0

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -25,20 +26,31 @@ def shared_data(name: str) -> pathlib.Path:
     return path
 
 
+def quick_jit(function, **options):
+    """`jax.jit` that compiles fast rather than well."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
 def golden(name: str) -> dict[str, np.ndarray]:
     """What transformers computes with the golden model `name`."""
     with np.load(GOLDEN / name / "expected.npz") as file:
         return dict(file)
 
 
-def copy_of(name: str, target: pathlib.Path, drop: tuple[str, ...] = (), add: dict | None = None, **config) -> pathlib.Path:
+def copy_of(
+    name: str, target: pathlib.Path, drop: tuple[str, ...] = (), add: dict | None = None, **config
+) -> pathlib.Path:
     """A copy of a golden model with tensors dropped or added (or replaced) and config keys changed (None: removed)."""
     folder = target / name
     folder.mkdir()
     settings = json.loads((GOLDEN / name / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if value is not None})
+    )
     if drop or add:
-        tensors = {key: value for key, value in load_file(GOLDEN / name / "model.safetensors").items() if key not in drop}
+        tensors = {
+            key: value for key, value in load_file(GOLDEN / name / "model.safetensors").items() if key not in drop
+        }
         save_file(tensors | (add or {}), folder / "model.safetensors")
     else:
         shutil.copyfile(GOLDEN / name / "model.safetensors", folder / "model.safetensors")

@@ -1,10 +1,11 @@
 """Models agree with transformers, on small random configs of every architecture (`make_golden.py`)."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models_data import GOLDEN, golden
+from models_data import GOLDEN, golden, quick_jit
 
 import jlora.models as models
 
@@ -19,7 +20,7 @@ def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     inputs = {"attention_mask": expected["mask"]}
     if "token_types" in expected:
         inputs["token_types"] = expected["token_types"]
-    output = jax.jit(model.apply)({"params": params}, expected["tokens"], **inputs)
+    output = quick_jit(model.apply)({"params": params}, expected["tokens"], **inputs)
     assert output.dtype == jnp.float32
     return np.asarray(output) * expected["mask"][..., None], expected
 
@@ -35,7 +36,7 @@ def test_output_agrees_with_transformers(name):
     np.testing.assert_allclose(output, expected["output"] * expected["mask"][..., None], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama_llama3_biases", "qwen2_window_tied", "roberta"])
+@pytest.mark.parametrize("name", ["qwen2_window_tied", "roberta"])
 def test_unrolled_layers_and_remat_give_the_same_output(name):
     output, _ = run(name)
     np.testing.assert_allclose(run(name, scan_layers=False)[0], output, atol=1e-5)
@@ -54,8 +55,9 @@ def test_bfloat16_computes_near_the_float32_output(name):
 def test_the_pooler_agrees_with_transformers(name):
     expected = golden(name)
     model, params = models.load(GOLDEN / name)
-    call = {"attention_mask": expected["mask"], "token_types": expected["token_types"], "return_pooled": True}
-    _, pooled = model.apply({"params": params}, expected["tokens"], **call)
+    apply = quick_jit(functools.partial(model.apply, return_pooled=True))
+    inputs = {"attention_mask": expected["mask"], "token_types": expected["token_types"]}
+    _, pooled = apply({"params": params}, expected["tokens"], **inputs)
     np.testing.assert_allclose(pooled, expected["pooled"], atol=1e-4)
 
 

@@ -1,0 +1,90 @@
+"""Generation: the cached program writes what the model says, for prompts of any length."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models_data import GOLDEN
+
+import jlora.models as models
+from jlora.models.generate import Sampling
+
+PROMPTS = [[5], [7, 9, 30, 12, 8, 44, 3, 21, 10], [11, 50]]
+
+
+@functools.cache
+def loaded():
+    return models.load(GOLDEN / "mistral_window")
+
+
+def write(prompts=PROMPTS, max_new_tokens=12, **settings):
+    model, params = loaded()
+    return models.generate(model.apply, params, prompts, max_new_tokens=max_new_tokens, **settings)
+
+
+def greedy_without_cache(prompt: list[int], steps: int) -> list[int]:
+    model, params = loaded()
+    apply = jax.jit(model.apply)
+    tokens = np.zeros((1, len(prompt) + steps), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), tokens.shape[1]):
+        tokens[0, at] = np.argmax(apply({"params": params}, tokens)[0, at - 1])
+    return tokens[0, len(prompt) :].tolist()
+
+
+def test_greedy_rows_of_different_lengths_equal_the_model_without_a_cache():
+    assert write() == [greedy_without_cache(prompt, 12) for prompt in PROMPTS]
+
+
+def test_a_row_ends_before_its_end_token():
+    free = write()
+    end = free[1][4]
+    wanted = [row[: row.index(end)] if end in row else row for row in free]
+    assert write(eos_id=end) == wanted
+    assert len(wanted[1]) <= 4
+
+
+def test_the_same_key_draws_the_same_and_another_key_another_text():
+    draw = functools.partial(write, temperature=1.5)
+    first = draw(key=jax.random.key(0))
+    assert draw(key=jax.random.key(0)) == first
+    assert draw(key=jax.random.key(1)) != first
+
+
+def test_top_k_of_one_is_greedy():
+    assert write(temperature=1.0, top_k=1, key=jax.random.key(0)) == write()
+
+
+def test_draws_stay_in_the_top_k_and_the_nucleus():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15]]))
+    keys = jax.random.split(jax.random.key(0), 200)
+
+    def drawn(**settings):
+        choose = Sampling(**{"temperature": 1.0, "top_k": None, "top_p": None} | settings).choose
+        return set(jax.vmap(lambda key: choose(logits, key)[0])(keys).tolist())
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_p=0.5) == {1, 3}
+    assert drawn(top_p=0.75) == {1, 3, 4}
+    assert drawn(top_p=1e-6) == {1}
+    assert drawn(temperature=0.0) == {1}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: wanted 1 or more, got 0"),
+        ({"temperature": -1.0}, "temperature: wanted 0 or more, got -1.0"),
+        ({"temperature": 1.0}, "key: a temperature above 0 draws at random; give a key"),
+        ({"top_k": 0}, "top_k: wanted 1 or more"),
+        ({"top_p": 1.5}, "top_p: wanted a number above 0 and at most 1"),
+        ({"prompts": [[1], []]}, "prompt_tokens: every prompt wants at least one token"),
+        ({"prompts": []}, "prompt_tokens: every prompt wants at least one token"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        write(**settings)
