@@ -131,7 +131,7 @@ class LoRA(Method):
 
 def trained_dtype(w: jax.Array) -> jnp.dtype:
     """What adapters of a base are stored in: float32 at least, so that small updates are not rounded away."""
-    return jnp.promote_types(w.dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if jnp.dtype(w.dtype).itemsize < 4 else w.dtype
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
