@@ -16,8 +16,8 @@ class DoRA(Method):
     """Weight-decomposed adaptation: `m / n * v`, with `v [in, out]` the inner method's weight.
 
     `m [out]` is trained and starts as the column norms of `w`; `n [out]` are the column norms of `v`, a constant for the
-    gradient. So the output starts at the base's, and a column's length is always `m`. Trains `out` values more than the
-    inner method. The norm of a low-rank weight is found without forming it. A column of zeros keeps `n` at 1.
+    gradient. So the output starts at the base's, and a column's length is always `m`. Trains `count(inner) + out` values a
+    matrix. The norm of a low-rank weight is found without forming it. A column of zeros keeps `n` at 1.
 
     Worth trying where LoRA at a small rank falls short of full fine-tuning.
 

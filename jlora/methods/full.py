@@ -15,7 +15,7 @@ from jlora.methods.lora import trained_dtype
 class Full(Method):
     """Trains the leaf itself: `w = params["w"]`, for heads, norms and biases, of any shape.
 
-    Starts as the leaf, in float32 at least; the function sees it in the base's dtype.
+    Starts as the leaf, in float32 at least; the function sees it in the base's dtype. Trains `in * out` values of a matrix.
 
     Example:
         >>> jlora.adapterize(params, {r".*/bias": jlora.Full(), jlora.ALL_LINEAR: jlora.LoRA(8)}, sites=sites)
