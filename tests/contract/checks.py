@@ -1,0 +1,313 @@
+"""The contract: what every method must do. Each check takes a method and knows nothing of it but what it declares."""
+
+import copy
+import json
+import math
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from contract import problems
+from contract.problems import by_hand, close, jit, perturbed
+from jlora import paths
+from jlora.optimizer import GROUPS
+
+
+def _outputs(problem, adapted):
+    return jlora.lift(problem.fn, strict=True)(adapted, problem.x)
+
+
+def _loss(outputs):
+    return jnp.sum(jnp.sin(outputs))
+
+
+def check_start(method):
+    """The start is the base's output, unless the method declares otherwise; then it is not."""
+    tried = problems.shapes(method)
+    outputs = jit(lambda: [(p.fn(p.params, p.x), _outputs(p, p.adapted)) for p in tried])()
+    for base, start in outputs:
+        distance = float(jnp.max(jnp.abs(start - base)))
+        assert (distance < 1e-5) == method.exact_start, f"start is {distance} away, exact_start={method.exact_start}"
+
+
+def check_agree(method):
+    """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
+
+    def sides(problem):
+        adapted = perturbed(problem.adapted)
+        lifted = lambda p: _outputs(problem, adapted.replace(params=p))
+        written = lambda p: problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+        return [(f(adapted.params), jax.grad(lambda p, f=f: _loss(f(p)))(adapted.params)) for f in (lifted, written)]
+
+    tried = problems.shapes(method)
+    for lifted, written in jit(lambda: [sides(problem) for problem in tried])():
+        close(lifted, written)
+
+
+def check_merge(method):
+    """Merged params in the plain function give the adapted output; dtype, sharding and other leaves stay."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("data", "model"))
+    problem = problems.plain(method)
+    base = {"w": jax.device_put(problem.adapted.base["w"], sharding), "other": jnp.ones(3)}
+    adapted = perturbed(problem.adapted).replace(base=base)
+    merged = jlora.merge(adapted)
+    assert merged["w"].sharding == sharding, f"merged leaf has {merged['w'].sharding}, the base {sharding}"
+    assert merged["other"] is base["other"], "a leaf that is not adapted was copied"
+    for dtype in (jnp.bfloat16, jnp.float32):
+        cast = {"w": problem.params["w"].astype(dtype)}
+        shape = jax.eval_shape(lambda p: jlora.merge(jlora.adapterize(p, problem.spec)), cast)["w"]
+        assert (shape.dtype, shape.shape) == (dtype, (8, 8)), f"merged leaf is {shape}"
+    lifted, gradient = jit(
+        lambda a: (_outputs(problem, a), jax.grad(lambda p: _loss(jlora.merge(a.replace(params=p))["w"]))(a.params))
+    )(adapted)
+    close(problem.fn(merged, problem.x), lifted)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient)), "merge is not differentiable"
+
+
+def check_learn(method):
+    """A teacher of the same method is recovered; the optimizer's state and the params are legal carries of a scan."""
+    problem = problems.plain(method)
+
+    @jit
+    def losses():
+        student = problem.adapted
+        targets = _outputs(problem, perturbed(student))
+        tx = jlora.optimizer(student, optax.adam, learning_rate=0.03)
+
+        def loss(p):
+            return jnp.mean((_outputs(problem, student.replace(params=p)) - targets) ** 2)
+
+        def step(carry, _):
+            p, state = carry
+            value, grads = jax.value_and_grad(loss)(p)
+            updates, state = tx.update(grads, state, p)
+            return (optax.apply_updates(p, updates), state), value
+
+        return jax.lax.scan(step, (student.params, tx.init(student.params)), length=300)[1]
+
+    first, last = np.asarray(losses())[[0, -1]]
+    assert last < first / 50, f"the loss fell from {first} only to {last}"
+
+
+def check_gradient(method):
+    """After two steps every trained array has a gradient; base and frozen arrays are what they were."""
+    problem = problems.plain(method)
+    adapted = problem.adapted
+    before = jax.device_get((adapted.base, adapted.frozen))
+
+    @jit
+    def gradients(adapted):
+        gradient = jax.grad(lambda p: _loss(_outputs(problem, adapted.replace(params=p))))
+        stepped = lambda p: jax.tree.map(lambda leaf, g: leaf - 0.1 * g, p, gradient(p))
+        return gradient(stepped(stepped(adapted.params)))
+
+    for keys, leaf in paths.flatten_with_keys(gradients(adapted))[0]:
+        assert np.all(np.isfinite(leaf)) and np.any(leaf != 0), f"{'/'.join(keys)} has a dead or infinite gradient"
+    trained, frozen = (
+        {keys for keys, _ in paths.flatten_with_keys(tree)[0]} for tree in (adapted.params, adapted.frozen)
+    )
+    assert not trained & frozen, f"trained and frozen at once: {trained & frozen}"
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves((adapted.base, adapted.frozen))))
+
+
+def check_trace_once(method):
+    """Steps with changing params, inputs and equal methods compile once."""
+    problem = problems.plain(method)
+    traces = []
+
+    def fn(params, x):
+        traces.append(1)
+        return problem.fn(params, x)
+
+    @jit
+    def step(adapted, x):
+        grads = jax.grad(lambda p: _loss(jlora.lift(fn)(adapted.replace(params=p), x)))(adapted.params)
+        return adapted.replace(params=jax.tree.map(lambda leaf, g: leaf - 0.1 * g, adapted.params, grads))
+
+    for again in range(2):  # a second life, as after loading
+        adapted = jit(lambda key: jlora.adapterize(problem.params, {"w": copy.deepcopy(method)}, key))(
+            jax.random.key(0)
+        )
+        for number in range(3):
+            adapted = step(adapted, problem.x + number + again)
+    assert len(traces) == 1, f"6 steps with equal methods traced {len(traces)} times"
+
+
+def check_dtype(method):
+    """bf16 and f32 go in and come out; adapters are float32 at least; no type is promoted in silence."""
+    problem = problems.plain(method)
+
+    def run(dtype):
+        adapted = jlora.adapterize({"w": problem.params["w"].astype(dtype)}, problem.spec)
+        loss = lambda p: _loss(_outputs(problem_in(dtype), adapted.replace(params=p))).astype(jnp.float32)
+        y, merged = _outputs(problem_in(dtype), perturbed(adapted)), jlora.merge(perturbed(adapted))
+        return adapted.params, jax.grad(loss)(adapted.params), y, problem.fn(merged, problem.x.astype(dtype))
+
+    def problem_in(dtype):
+        return problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
+
+    with jax.numpy_dtype_promotion("strict"):
+        half, full = jit(lambda: (run(jnp.bfloat16), run(jnp.float32)))()
+    for dtype, (params, grads, y, merged) in ((jnp.bfloat16, half), (jnp.float32, full)):
+        assert y.dtype == merged.dtype == dtype, f"{dtype} came out as {y.dtype}, merged as {merged.dtype}"
+        for leaf, gradient in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
+            assert leaf.dtype == gradient.dtype == jnp.float32, f"trained arrays of {dtype} are {leaf.dtype}"
+    close(half[2], full[2], 0.05)
+    close(half[3], full[3], 0.05)
+
+
+def check_vmap(method):
+    """Maps over keys and over adapters; a stack's adapters act as each layer's own would."""
+    problem, stacked = problems.plain(method), problems.stack(method)
+
+    @jit
+    def run():
+        keys = jax.random.split(jax.random.key(3), 2)
+        starts = jax.vmap(lambda key: problem.start(key).params)(keys)
+        single = [problem.start(key).params for key in keys]
+        adapted = problem.adapted
+        many = [perturbed(adapted, seed).params for seed in (4, 5)]
+        call = lambda p: _outputs(problem, adapted.replace(params=p))
+        mapped = jax.vmap(call)(_stacked(many))
+        all_layers = perturbed(stacked.adapted)
+        x = stacked.x
+        for n in range(3):
+            x = jnp.tanh(x @ by_hand(all_layers)["w"][n])
+        return (starts, mapped, _outputs(stacked, all_layers)), (_stacked(single), jnp.stack(list(map(call, many))), x)
+
+    close(*run())
+
+
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def check_keys(method):
+    """What is drawn differs from site to site and from layer to layer."""
+    params = {name: problems.weight(seed, 3, 8, 8) for seed, name in enumerate("uv")}
+    adapted = jit(lambda p: jlora.adapterize(p, {"[uv]": jlora.Axes("batch in out", method)}))(params)
+    for tree in (adapted.params, adapted.frozen):
+        for u, v in zip(jax.tree.leaves(tree.get("u")), jax.tree.leaves(tree.get("v")), strict=True):
+            matrices = [np.asarray(matrix) for leaf in (u, v) for matrix in leaf]
+            if all(np.ptp(matrix) > 0 for matrix in matrices):
+                distinct = {matrix.tobytes() for matrix in matrices}
+                assert len(distinct) == len(matrices), "two layers or sites start with the same values"
+
+
+def check_mesh(method):
+    """On eight devices, with bases cut along every axis, under `jit` and `shard_map`: as on one device."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    cuts = {"rows": P("model"), "columns": P(None, "model"), "both": P("data", "model"), "manual_rows": P("model"),
+            "manual_columns": P(None, "model")}  # fmt: skip
+    params = {name: problems.weight(seed, 8, 8) for seed, name in enumerate(cuts)}
+    adapted = perturbed(jit(lambda p: jlora.adapterize(p, {".*": method}))(params), size=0.1)
+    x = problems.normal(9, 16, 8)
+
+    def by_rows(x, w):
+        return jax.lax.psum(x @ w, "model")
+
+    def fn(params, x):
+        for name in ("rows", "columns", "both"):
+            x = jnp.tanh(x @ params[name])
+        manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
+        for name, (x_cut, y_cut) in manual.items():
+            body = by_rows if name == "manual_rows" else jnp.matmul
+            x = jnp.tanh(jax.shard_map(body, mesh=mesh, in_specs=(x_cut, cuts[name]), out_specs=y_cut)(x, params[name]))
+        return x
+
+    alone = x
+    for name in cuts:
+        alone = jnp.tanh(alone @ by_hand(adapted)[name])
+    placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in adapted.base.items()}
+    on_mesh = adapted.replace(base=placed)
+    y = jit(jlora.lift(fn))(on_mesh, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    close(y, alone)
+    for name, leaf in jlora.merge(on_mesh).items():
+        assert leaf.sharding == placed[name].sharding, f"{name}: {leaf.sharding}"
+
+
+def check_lift(method):
+    """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
+    problem = problems.model(method)
+    adapted = perturbed(problem.adapted, size=0.1)
+
+    @jit
+    def sides():
+        lifted = lambda p: _outputs(problem, adapted.replace(params=p))
+        written = lambda p: problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+        return [(f(adapted.params), jax.grad(lambda p, f=f: _loss(f(p)))(adapted.params)) for f in (lifted, written)]
+
+    close(*sides())
+
+
+def check_labels(method):
+    """Labels and axes name exactly the fields that there are, and LoRA+ builds from them."""
+    adapted = problems.plain(method).adapted
+    (site,) = adapted.plan.sites
+    trained, frozen = adapted.params["w"], adapted.frozen.get("w", {})
+    labels = method.labels(site)
+    assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
+    assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
+    fields = {**trained, **frozen}
+    assert set(method.axes) == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    for name, axes in method.axes.items() if method.matrix else ():
+        assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
+        assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
+            f"{name}: {axes}"
+        )
+    tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=16, embedding_learning_rate=1e-2)
+    ones = jax.tree.map(jnp.ones_like, adapted.params)
+    updates, _ = tx.update(ones, tx.init(adapted.params), adapted.params)
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(updates)), "LoRA+ leaves a field without update"
+
+
+def check_io(method):
+    """Saved and loaded adapters give the same output bit for bit; the files hold no base."""
+    problem = problems.plain(method)
+    other = jnp.zeros((256, 256))
+    adapted = perturbed(problem.adapted.replace(base={**problem.adapted.base, "other": other}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapters"
+        jlora.save(path, adapted)
+        loaded = jlora.load(path, {**problem.params, "other": other})
+        written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert loaded.plan == adapted.plan, f"saved {adapted.plan}, loaded {loaded.plan}"
+    call = jit(lambda a: _outputs(problem, a))
+    assert np.array_equal(call(loaded), call(adapted)), "the loaded adapters give another output"
+    assert written < other.nbytes, f"{written} bytes were written: the base is among them"
+
+
+def check_count(method):
+    """The number of trained values is the one that the docstring states."""
+    for problem in problems.shapes(method)[:3]:
+        rows, columns = problem.params["w"].shape
+        start = jax.eval_shape(problem.start, jax.random.key(0))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(start.params))
+        stated = stated_count(method, rows, columns)
+        assert trained == stated, f"{rows} x {columns}: {trained} values are trained, the docstring says {stated}"
+
+
+def stated_count(method, rows, columns):
+    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out."""
+    sentence = re.search(r"Trains\s+`([^`]+)`\s+values", type(method).__doc__ or "")
+    assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
+    formula = re.sub(r"\bin\b", "rows", re.sub(r"\bout\b", "columns", sentence[1]))
+    names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
+    return eval(formula, {"__builtins__": {}, "min": min, "max": max, "sqrt": math.sqrt}, {**vars(method), **names})
+
+
+def check_serialisation(method):
+    """A method survives JSON, equals its copy, hashes by value, and can be read."""
+    copied = jlora.method_from_dict(json.loads(json.dumps(jlora.method_to_dict(method))))
+    assert copied == method, f"{method!r} came back as {copied!r}"
+    assert hash(copied) == hash(method) == hash(copy.deepcopy(method)), "equal methods have different hashes"
+    assert str(method).startswith(type(method).__name__ + "("), f"it prints as {method}"

@@ -1,0 +1,133 @@
+"""The tiny functions and params on which every method is tried."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jlora
+from jlora import paths
+from jlora.method import View
+
+
+# Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def normal(seed, *shape, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def weight(seed, *shape):
+    """A matrix, or a stack of them, that keeps the size of what it multiplies."""
+    return normal(seed, *shape, scale=1 / math.sqrt(shape[-2]))
+
+
+def product(params, x):
+    return x @ params["w"]
+
+
+def layers(params, x):
+    """Stacked layers under `scan` and `remat`."""
+    return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["w"])[0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function of params and inputs, and a spec that adapts the params by one method."""
+
+    fn: Callable[..., Any]
+    params: dict[str, Any]
+    x: jax.Array
+    spec: dict[str, Any]
+    sites: Any = None
+
+    @functools.cached_property
+    def adapted(self):
+        """The start; the problems below make it at once, and outside any trace, for all checks."""
+        return jit(self.start)(jax.random.key(0))
+
+    def start(self, key):
+        return jlora.adapterize(self.params, self.spec, key=key, sites=self.sites)
+
+
+def ready(*args):
+    problem = Problem(*args)
+    assert problem.adapted.params
+    return problem
+
+
+@functools.cache
+def plain(method, rows=8, columns=8):
+    return ready(product, {"w": weight(0, rows, columns)}, normal(1, 16, rows), {"w": method})
+
+
+@functools.cache
+def stack(method):
+    spec = {"w": jlora.Axes("batch in out", method)}
+    return ready(layers, {"w": weight(0, 3, 8, 8)}, normal(1, 16, 8), spec)
+
+
+def shapes(method):
+    """A square, a tall and a wide matrix, and a stack of three."""
+    return [plain(method), plain(method, 12, 8), plain(method, 8, 12), stack(method)]
+
+
+def model_function(params, x):
+    """Every way in which models use a weight: product, heads, stack, embedding, tied head, convolution."""
+    x = x + jnp.take(params["embedding"], jnp.arange(x.shape[1]), axis=0)
+    x = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["heads"]))
+    x = jnp.tanh(jnp.einsum("bthk,hkd->btd", x, params["output"]))
+    x = layers({"w": params["stack"]}, x)
+    x = jnp.tanh(
+        lax.conv_general_dilated(x, params["convolution"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    )
+    return x @ params["up"] @ params["embedding"].T
+
+
+@functools.cache
+def model(method):
+    shapes = {
+        "embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8), "convolution": (3, 8, 8), "up": (8, 8),
+    }  # fmt: skip
+    params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    x = normal(9, 2, 5, 8)
+    return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x))
+
+
+def perturbed(adapted, seed=2, size=0.3):
+    """The same adapters with noise on every trained array."""
+    leaves, treedef = jax.tree.flatten(adapted.params)
+    noise = [normal(seed + 10 * n, *leaf.shape, scale=size).astype(leaf.dtype) for n, leaf in enumerate(leaves)]
+    return adapted.replace(params=jax.tree.unflatten(treedef, [x + y for x, y in zip(leaves, noise, strict=True)]))
+
+
+def by_hand(adapted):
+    """The params with every adapted leaf replaced by its method's `weight`, without jlora's merge or lift."""
+    params = dict(adapted.base)
+    for site in adapted.plan.sites:
+        leaf = params[site.path]
+        function = site.method.weight
+        for _ in site.batch_axes:
+            function = jax.vmap(function)
+        w = site.fold(leaf) if site.method.matrix else leaf
+        trained, frozen = (paths.lookup(tree, site.keys) for tree in (adapted.params, adapted.frozen))
+        effective = function(View(w, trained, frozen, site)).astype(leaf.dtype)
+        params[site.path] = site.unfold(effective) if site.method.matrix else effective
+    return params
+
+
+def close(got, wanted, tolerance=1e-5):
+    """Asserts that two trees are equal to a tolerance relative to the largest value."""
+    got, wanted = jax.device_get((got, wanted))
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+        bound = tolerance * max(1.0, float(np.max(np.abs(theirs), initial=0.0)))
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=bound)
