@@ -1,0 +1,142 @@
+"""README and docs are true: Python blocks run, shown output is what is printed, commands parse, links lead."""
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jlora import method_from_dict
+from jlora.training.cli import build_parser
+from jlora.training.configuration import gather
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^<!-- setup\n(?P<setup>.*?)^-->$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+sys.path.insert(0, str(ROOT / "docs"))
+import methods_table  # noqa: E402
+
+
+def blocks(page):
+    """(kind, text, first line) of every block of a page; hidden setup blocks are Python."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        kind = found["kind"] or "setup"
+        yield kind, found["setup"] or found["body"], text[: found.start()].count("\n") + 2
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def run_page(page):
+    """Runs the Python blocks of a page in order; a text block after a block that prints must be what it printed."""
+    space, printed, count = {"__name__": "docs"}, "", 0
+    for kind, text, line in blocks(page):
+        if kind in ("python", "setup"):
+            code = compile("\n" * (line - 1) + text, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, space)
+            printed, count = out.getvalue(), count + 1
+        elif kind == "text" and printed:
+            assert text.strip() == printed.strip(), f"{name(page)}, line {line}, shows other text than is printed"
+            printed = ""
+    return count
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b[0] == "python" for b in blocks(page))], ids=name)
+def test_every_python_block_runs_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rank_promotion = jax.config.jax_numpy_rank_promotion
+    jax.config.update("jax_numpy_rank_promotion", "allow")  # what a reader's own session has
+    try:
+        assert run_page(page) > 0
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", rank_promotion)
+
+
+def test_a_page_whose_shown_output_is_wrong_is_refused(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "wrong.md"
+    text = "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: text)
+    with pytest.raises(AssertionError, match="line 6, shows other text"):
+        run_page(page)
+
+
+def shell_lines(page):
+    for kind, text, line in blocks(page):
+        if kind == "bash":
+            for offset, command in enumerate(re.sub(r"\\\n\s*", " ", text).splitlines()):
+                if command.strip() and not command.startswith("#"):
+                    yield command, f"{name(page)}, line {line + offset}"
+
+
+def jlora_commands():
+    for page in PAGES:
+        for command, where in shell_lines(page):
+            lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = list(lexer)
+            if names := [n for n, word in enumerate(words) if Path(word).name == "jlora" and "=" not in word]:
+                yield pytest.param(words[names[0] + 1 :], id=where)
+
+
+@pytest.mark.parametrize("words", list(jlora_commands()))
+def test_every_jlora_command_that_is_shown_parses(words):
+    arguments = build_parser().parse_args(words)
+    assert arguments.command == words[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b[0] == "toml" for b in blocks(page))], ids=name)
+def test_every_toml_block_holds_settings_of_the_job(page, tmp_path):
+    for number, text in enumerate(text for kind, text, _ in blocks(page) if kind == "toml"):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(text)
+        settings = gather({}, file).settings()
+        assert [method_from_dict(table) for table in settings.spec.values()]
+
+
+def test_the_readme_shows_the_two_commands_as_one_line_each():
+    commands = [command for command, _ in shell_lines(ROOT / "README.md") if "-m venv" in command]
+    assert len(commands) == 2
+    assert commands[0].startswith("python3 -m venv") and commands[0].endswith("jlora finetune")
+    assert commands[1].startswith("python3 -m venv") and commands[1].endswith("python -m pytest")
+
+
+def test_the_readme_s_table_of_methods_is_up_to_date():
+    text = methods_table.README.read_text(encoding="utf-8")
+    assert methods_table.updated(text) == text, "run `python docs/methods_table.py`"
+    assert all(f"| `{cls.__name__}` |" in text for cls in methods_table.methods())
+
+
+def test_a_page_without_the_marks_of_the_table_is_refused():
+    with pytest.raises(ValueError, match="must have the marks"):
+        methods_table.updated("a page")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_relative_link_leads_to_a_file(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    generated = {"index.md": ROOT / "README.md", "changelog.md": ROOT / "CHANGELOG.md"}
+    generated["contributing.md"] = ROOT / "CONTRIBUTING.md"
+    missing = [link for link in links if not generated.get(link, page.parent / link).exists()]
+    assert missing == []
+    assert text.strip()
+
+
+def test_nothing_that_is_shown_to_readers_names_a_place_on_one_machine():
+    tracked = [*PAGES, ROOT / "CHANGELOG.md", ROOT / ".ci" / "run", ROOT / "mkdocs.yml", ROOT / "pyproject.toml"]
+    found = [name(p) for p in tracked if re.search(r"(?<![\w.])/(work|opt|home|root)/", p.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_the_script_of_ci_is_valid_bash():
+    checked = subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
