@@ -1,0 +1,72 @@
+"""Rows of every format; a row that cannot be used is named by file and line."""
+
+import pytest
+
+from jlora.training.errors import DataError
+from jlora.training.rows import read_rows
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_csv_has_quotes_and_fields_of_several_lines(tmp_path):
+    rows = read_rows(write(tmp_path, "a.csv", 'text,label\r\n"one, ""two""",x\r\n"three\nfour",y\r\nfive,z\r\n'))
+    assert [row.values["text"] for row in rows] == ['one, "two"', "three\nfour", "five"]
+    assert [row.line for row in rows] == [2, 3, 5]
+
+
+def test_a_quote_in_tsv_is_an_ordinary_character(tmp_path):
+    rows = read_rows(write(tmp_path, "a.tsv", 'sentence\tlabel\n"quoted\t1\n'))
+    assert rows[0].values == {"sentence": '"quoted', "label": "1"}
+
+
+def test_json_lines_keep_their_values(tmp_path):
+    rows = read_rows(write(tmp_path, "a.jsonl", '{"text": "a"}\n{"prompt": "b", "completion": "c"}\n'))
+    assert rows[1].values == {"prompt": "b", "completion": "c"}
+    assert rows[1].line == 2
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    assert read_rows(write(tmp_path, "a.txt", "one\n\ntwo\n"))[0].values == {"text": "one\n\ntwo\n"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", " \n\n", r"a\.txt: the file has no text"),
+        ("a.txt", b"good\nbad \xff\n", r"a\.txt:2: the line is not UTF-8"),
+        ("a.jsonl", "", r"a\.jsonl: the file has no rows"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl:2: the row is empty"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: the row is not JSON"),
+        ("a.jsonl", '["text"]\n', r"a\.jsonl:1: the row must be a JSON object"),
+        ("a.csv", "", r"a\.csv:1: the first line must name the columns"),
+        ("a.csv", "text,text\na,b\n", r"a\.csv:1: the first line must name the columns, each once"),
+        ("a.csv", "text,label\na,b\nc\n", r"a\.csv:3: the row has 1 fields, but the header names 2"),
+        ("a.csv", "text,label\n,\n", r"a\.csv:2: the row is empty"),
+        ("a.csv", 'text,label\na,b\n"c"d,e\n', r"a\.csv:3: the row is not well-formed"),
+        ("a.csv", "text,label\n", r"a\.csv: the file has no rows"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_rows(write(tmp_path, name, content))
+
+
+def test_an_unknown_suffix_asks_for_the_format(tmp_path):
+    path = write(tmp_path, "a.dat", "x")
+    with pytest.raises(ValueError, match=r"a\.dat: the format is not known from the name; say --format"):
+        read_rows(path)
+    assert read_rows(path, "text")[0].values == {"text": "x"}
+
+
+def test_a_missing_or_blank_value_names_the_row(tmp_path):
+    row = read_rows(write(tmp_path, "a.jsonl", '{"text": " ", "n": 3}\n'))[0]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'text' is empty"):
+        row.text("text")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'n' must be a text, got 3"):
+        row.text("n")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: there is no 'prompt'; the row has 'text', 'n'"):
+        row.text("prompt")

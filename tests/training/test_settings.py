@@ -1,0 +1,102 @@
+"""Settings from flags and files: what is wrong is named as the user wrote it."""
+
+import dataclasses
+
+import pytest
+
+from jlora.training.configuration import gather
+from jlora.training.defaults import count_steps, resolve
+from jlora.training.errors import SettingError
+from jlora.training.settings import Settings, mesh_axes
+
+
+def config(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    path = config(tmp_path, "rank = 4\nlearning-rate = 1e-3\n[spec]\n")
+    settings = gather({"rank": 2}, path).settings()
+    assert (settings.rank, settings.learning_rate, settings.seed) == (2, 1e-3, 0)
+
+
+def test_a_spec_table_is_read_in_order(tmp_path):
+    path = config(tmp_path, '[spec]\n".*/q/kernel" = {method = "LoRA", rank = 8}\n".*bias" = {method = "Full"}\n')
+    spec = gather({}, path).settings().spec
+    assert list(spec) == [".*/q/kernel", ".*bias"]
+    assert spec[".*/q/kernel"] == {"method": "LoRA", "rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ranc = 4", r"ranc in .*run\.toml is not a setting; did you mean rank\?"),
+        ("zzz = 4", r"zzz in .*run\.toml is not a setting; the settings are model"),
+        ('rank = "four"', r"rank in .*run\.toml must be a whole number, got 'four' \(str\)"),
+        ("rank = true", r"rank in .*run\.toml must be a whole number, got True"),
+        ("rank = 0", r"rank in .*run\.toml must be at least 1, got 0"),
+        ("dropout = 1.0", "dropout in .* must be at least 0 and below 1"),
+        ('schedule = "exponential"', "schedule in .* must be one of constant, linear, cosine"),
+        ("rank = 1\nrank = 2", r"run\.toml is not a TOML file"),
+        ("batch = 5\naccumulate = 2", r"accumulate in .* must divide batch"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_names_key_and_file(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        gather({}, config(tmp_path, text)).settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"steps": 3, "epochs": 1.0}, "--epochs and steps both say how long to train"),
+        ({"method": "full", "rank": 8}, "--rank has no meaning with method full"),
+        ({"method": "probe"}, "--method probe trains the classification head"),
+        ({"task": "classify"}, "--task classify needs a data file"),
+        ({"targets": "*"}, r"--targets is not a regular expression: '\*'"),
+        ({"task": "classify", "data": "x.csv", "packing": True}, "--packing is for --task lm"),
+        ({"text_pair_column": "b"}, "--text-pair-column is for --task classify"),
+        ({"steps": 5, "warmup": 5}, "--warmup must be less than the 5 steps"),
+        ({"data": "a.txt", "validation": "b.txt", "validation_fraction": 0.1}, "--validation-fraction cuts a part off"),
+        ({"mesh": "data=0"}, "--mesh must be distinct name=number pairs"),
+        ({"mesh": "data=2,data=2"}, "--mesh must be distinct"),
+        ({"mesh": "a=1,b=1,c=1"}, "--mesh may have at most two axes besides data"),
+        ({"method": "probe", "lora_plus_ratio": 4.0}, "--lora-plus-ratio has no meaning with method probe"),
+    ],
+)
+def test_impossible_combinations_name_the_flag(flags, message):
+    with pytest.raises(SettingError, match=message):
+        gather(flags).settings()
+
+
+def test_a_spec_excludes_the_flags_that_say_the_same():
+    with pytest.raises(SettingError, match=r"rank and a \[spec\] table both say what is adapted"):
+        Settings(spec={".*": {"method": "Full"}}, rank=4)
+
+
+def test_what_is_left_open_is_chosen_by_task_and_method():
+    lm = resolve(Settings(data="a.txt"))
+    assert (lm.rank, lm.alpha, lm.targets, lm.packing, lm.epochs) == (8, 16.0, "all-linear", True, 1.0)
+    full = resolve(Settings(data="a.csv", task="classify", method="full"))
+    assert (full.rank, full.targets, full.packing, full.learning_rate) == (None, None, False, 5e-5)
+    assert resolve(Settings(steps=7)).steps == 7
+
+
+def test_steps_are_counted_from_epochs_and_rows():
+    settings = count_steps(resolve(Settings(data="a.txt", batch=4, epochs=2.5)), rows=10)
+    assert (settings.steps, settings.epochs, settings.warmup) == (7, None, 1)
+    with pytest.raises(SettingError, match="batch takes 16 rows, but the training data makes 10"):
+        count_steps(resolve(Settings(data="a.txt")), rows=10)
+
+
+def test_resolving_twice_changes_nothing():
+    once = count_steps(resolve(Settings()), 1000)
+    assert count_steps(resolve(once), 1000) == once
+    assert Settings(**dataclasses.asdict(once)) == once
+
+
+def test_a_mesh_is_axes_with_sizes():
+    assert mesh_axes("data=2, model=4") == {"data": 2, "model": 4}
+    assert mesh_axes(None) == {}
