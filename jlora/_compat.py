@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # Frames of these packages are never what the user wrote.
 _LIBRARIES = tuple(
@@ -58,4 +59,4 @@ def is_array(leaf: Any) -> bool:
 
 def typed_key(key: jax.Array) -> jax.Array:
     """A new-style key array from either kind of key."""
-    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

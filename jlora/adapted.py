@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.core import Tracer
 
 from jlora import _compat, paths
 from jlora import weight as weights
@@ -160,8 +161,8 @@ def merge(adapted: Adapted) -> Any:
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == leaf.sharding:
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    if not concrete or isinstance(array, Tracer) or array.sharding == leaf.sharding:
         return array
     return jax.device_put(array, leaf.sharding)
 

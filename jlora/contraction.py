@@ -9,13 +9,17 @@ update far below the weight's own resolution still moves the output.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jlora.method import Factors
 
+PLANS = ("auto", "factored", "merged")
 Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
 
 
@@ -81,34 +85,114 @@ def matmul(x: jax.Array, m: jax.Array, out_dtype: Any, precision: Any = None) ->
     return jax.lax.dot_general(x, m, dims, precision=precision, preferred_element_type=out_dtype)
 
 
-def matmul_transposed(x: jax.Array, m: jax.Array, out_dtype: Any, precision: Any = None) -> jax.Array:
-    """`x [..., k] @ m.T` for `m [in, k]`, with the result in `out_dtype`."""
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, m, dims, precision=precision, preferred_element_type=out_dtype)
+@dataclass(frozen=True)
+class Options:
+    """What a dense product is computed with; static.
+
+    Attributes:
+        out_dtype: dtype of the result.
+        precision: the precision that the function asked for.
+        plan: "factored", "merged" or "auto" (see `choose`).
+    """
+
+    out_dtype: Any
+    precision: Any = None
+    plan: str = "auto"
 
 
-def dense(
-    x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, out_dtype: Any, precision: Any = None
-) -> jax.Array:
+def choose(plan: str, tokens: int, w: jax.Array, rank: int) -> str:
+    """The plan of one product `x [tokens, in] @ (w + a @ b)`.
+
+    "factored" computes `x @ w + (x @ a) @ b`. Beyond the frozen product it moves about three arrays of `tokens * out`
+    values forward and three of `tokens * in` backward. "merged" forms `w + a @ b` anew in either pass, each time moving
+    about three arrays of `in * out` values, and needs `2 * rank * in * out` flops for each. So by memory traffic merged
+    is cheaper where `2 * in * out < tokens * (in + out)`, as long as its flops stay small beside the product's own,
+    `2 * tokens * in * out`. It rounds `w + a @ b` to the dtype of `w`, so it is only for 32-bit bases.
+    """
+    if plan != "auto":
+        return plan
+    rows, columns = w.shape
+    cheaper = 2 * rows * columns < tokens * (rows + columns) and 8 * rank < tokens
+    return "merged" if cheaper and w.dtype.itemsize >= 4 else "factored"
+
+
+def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
     """`x [..., in] @ ((w + a @ b) * scale)`."""
+    accumulate = accumulation_dtype(options.out_dtype)
 
     def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
-        return matmul(x, m, dtype, precision)
+        return matmul(x, m, dtype, options.precision)
 
-    return forward(product, product, x, w, f, key, out_dtype)
+    def rows(x: jax.Array) -> jax.Array:
+        if key is not None and f.dropout > 0:
+            return forward(product, product, x, w, f, key, options.out_dtype)
+        plan = choose(options.plan, x.shape[0], w, f.a.shape[1])
+        inner = replace(options, out_dtype=accumulate if f.scale is not None else options.out_dtype, plan=plan)
+        y = _low_rank(x, w, f.a.astype(x.dtype), f.b.astype(x.dtype), inner)
+        return y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
+
+    return in_rows(rows, x)
 
 
-def dense_transposed(
-    x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, out_dtype: Any, precision: Any = None
-) -> jax.Array:
+def dense_transposed(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
     """`x [..., out] @ ((w + a @ b) * scale).T`: the use of a tied embedding as the head."""
-
-    def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
-        return matmul_transposed(x, m, dtype, precision)
-
-    accumulate = accumulation_dtype(out_dtype)
     scaled = x if f.scale is None else x * f.scale.astype(x.dtype)
-    dropped = drop(scaled, f.dropout, key)
-    base = product(scaled, w, accumulate)
-    low = product(product(dropped, f.b.astype(x.dtype), x.dtype), f.a.astype(x.dtype), accumulate)
-    return (base + low).astype(out_dtype)
+    return dense(scaled, w.T, Factors(f.b.T, f.a.T, None, f.dropout), key, options)
+
+
+def in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies a function of rows `[T, in]` to the last axis of `x [..., in]`.
+
+    The gradients of the factors sum over all leading axes at once; with one such axis XLA's CPU backend needs no
+    transposed copy of the cotangent for that. Leading axes with an explicit sharding stay apart.
+    """
+    if x.ndim == 2 or any(name is not None for name in jax.typeof(x).sharding.spec):
+        return product(x)
+    y = product(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _low_rank(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
+    """`x @ (w + a @ b)` by the plan of `options`."""
+    accumulate = accumulation_dtype(options.out_dtype)
+    if options.plan == "merged":
+        return matmul(x, _merged(w, a, b).astype(x.dtype), options.out_dtype, options.precision)
+    low = matmul(matmul(x, a, x.dtype, options.precision), b, accumulate, options.precision)
+    return (matmul(x, w, accumulate, options.precision) + low).astype(options.out_dtype)
+
+
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return w + matmul(a, b, w.dtype)
+
+
+@partial(_low_rank.defjvp, symbolic_zeros=True)
+def _low_rank_jvp(options: Options, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative, written so that its transpose is what a hand-written backward pass would be.
+
+    With cotangent `g` of the result: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx = g (w + a b)ᵀ` by the plan; never the
+    dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The barrier
+    turns, transposed, into one that lets `dx` go on only when `da` and `db` are there, so that `x` and `g` die at once.
+    """
+    x, w, a, b = primals
+    live = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+    dx, dw, da, db = jax.lax.optimization_barrier(live)
+    precision, accumulate = options.precision, accumulation_dtype(options.out_dtype)
+    terms = []
+    if dx is not None and options.plan == "merged":
+        # Checkpointed, so that the formed weight is not kept from the forward to the backward pass.
+        through = jax.checkpoint(
+            lambda dx, w, a, b: matmul(dx, _merged(w, a, b).astype(x.dtype), accumulate, precision)
+        )
+        terms.append(through(dx, w, a, b))
+    elif dx is not None:
+        low = matmul(matmul(dx, a, x.dtype, precision), b, accumulate, precision)
+        terms.append(matmul(dx, w, accumulate, precision) + low)
+    if dw is not None:
+        terms.append(matmul(x, dw, accumulate, precision))
+    if da is not None:
+        terms.append(matmul(matmul(x, da, x.dtype, precision), b, accumulate, precision))
+    if db is not None:
+        terms.append(matmul(matmul(x, a, x.dtype, precision), db, accumulate, precision))
+    y = _low_rank(x, w, a, b, options)
+    return y, sum(terms[1:], terms[0]).astype(y.dtype)

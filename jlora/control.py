@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from jlora import _compat, weight as weights
+from jlora import _compat
+from jlora import weight as weights
 from jlora.walk import Walk, rule
 from jlora.weight import Weight
 
@@ -88,7 +89,8 @@ def _take_keys(walk: Walk, values: list[Any], length: int) -> tuple[list[Any], l
     """Takes the dropout keys out of weights and gives every step of a loop one of its own."""
     keys = [value.key if isinstance(value, Weight) else None for value in values]
     bare = [replace(value, key=None) if isinstance(value, Weight) else value for value in values]
-    return bare, [None if key is None else jax.random.split(walk.next_key(key), length) for key in keys]
+    fresh = [walk.next_key(key) for key in keys]
+    return bare, [None if key is None else jax.random.split(key, length) for key in fresh]
 
 
 def _give_keys(values: list[Any], keys: list[Any]) -> list[Any]:
@@ -174,5 +176,3 @@ def _sharded(walk: Walk, value: Any, spec: Any, eqn: Any) -> tuple[Any, Any]:
     """A value on its way into `shard_map` and its partition specs: one for an array, a tree of them for a weight."""
     specs = weights.partition_specs(value, spec) if isinstance(value, Weight) and value.key is None else None
     return (walk.materialise(value, eqn), spec) if specs is None else (value, specs)
-
-

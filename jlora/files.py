@@ -120,9 +120,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _site_from(entry: dict[str, Any], directory: Path) -> Site:
     try:
         method = method_from_dict(entry["method"])
-        fields = {f.name: entry[f.name] for f in dataclasses.fields(Site) if f.name != "method"}
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        return Site(**tuples, method=method)
+        names = [f.name for f in dataclasses.fields(Site) if f.name != "method"]
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v := entry[n], list) else v for n in names}
+        return Site(**fields, method=method)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / MANIFEST} describes a leaf that can't be read: {error}") from None
 

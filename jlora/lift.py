@@ -14,11 +14,12 @@ from jlora import (
     rules,  # noqa: F401  (registers its rules)
 )
 from jlora.adapted import Adapted
+from jlora.contraction import PLANS
 from jlora.walk import Walk
 from jlora.weight import Weight
 
 
-def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error") -> Callable[..., Any]:
+def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error", plan: str = "auto") -> Callable[..., Any]:
     """The function that runs `fn` on adapted params.
 
     Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
@@ -29,6 +30,8 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error") ->
             `apply({"params": adapted}, x)`).
         strict: refuse with an error where an effective weight would have to be formed although its method is low-rank.
         unread: "error" refuses an adapted leaf that `fn` never reads; "allow" is for functions that use part of a model.
+        plan: how products with low-rank methods are computed: "factored" as `x @ w + (x @ a) @ b`, "merged" by forming
+            `w + a @ b` in every pass, or "auto", by a cost model of each product's shape (`jlora.contraction.choose`).
 
     Returns:
         A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
@@ -44,6 +47,8 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error") ->
     """
     if unread not in ("error", "allow"):
         raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {PLANS}, got {plan!r}")
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
@@ -55,11 +60,13 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error") ->
 
         def on_arrays(*arrays: jax.Array) -> Any:
             left = list(arrays)
-            trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
+            trees = [
+                x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves
+            ]
             args, kwargs = jax.tree.unflatten(treedef, trees)
             return fn(*args, **kwargs)
 
-        walk = Walk(strict)
+        walk = Walk(strict, plan)
         return run(walk, on_arrays, values, unread == "error")
 
     return lifted

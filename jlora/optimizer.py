@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import optax
@@ -88,7 +88,9 @@ def optimizer(
         "embedding": factory(embedding_learning_rate, **options),
     }
     tree = labels(adapted)
-    used = {group: transforms[group] for group in GROUPS if group in _values(tree)}
+    used: dict[Hashable, optax.GradientTransformation] = {
+        group: transforms[group] for group in GROUPS if group in _values(tree)
+    }
     return optax.partition(used, tree)
 
 

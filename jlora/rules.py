@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jlora import contraction
 from jlora import weight as weights
-from jlora.method import Factors
 from jlora.walk import Reading, Walk, bind, rule
 from jlora.weight import Axes, Piece, Weight
 
@@ -168,7 +167,7 @@ def _big(pieces: Any) -> set[Piece]:
 
 
 def _form(weight: Weight, contract: Any, batch: Any) -> str | None:
-    """"in" for `x @ w`, "out" for `x @ w.T`, None where the contraction is neither."""
+    """ "in" for `x @ w`, "out" for `x @ w.T`, None where the contraction is neither."""
     contracted = _big(piece for axis in contract for piece in weight.axes[axis])
     stacked = _big(piece for axis in batch for piece in weight.axes[axis])
     groups = [weight.axes[axis] for axis in range(len(weight.axes))]
@@ -186,7 +185,15 @@ Label = Any  # a Piece of the weight, or ("x", axis) for an axis of the activati
 
 
 def _contract(
-    walk: Walk, eqn: Any, weight: Weight, x: jax.Array, form: str, contract: Any, x_contract: Any, batch: Any, x_batch: Any
+    walk: Walk,
+    eqn: Any,
+    weight: Weight,
+    x: jax.Array,
+    form: str,
+    contract: Any,
+    x_contract: Any,
+    batch: Any,
+    x_batch: Any,
 ) -> tuple[jax.Array, list[Label]]:
     """The product with axes `[*batch, *free axes of x, *what remains of the weight]` and a label for each."""
     axes = {**_pieces_of(weight, contract, x_contract), **_pieces_of(weight, batch, x_batch)}
@@ -198,7 +205,8 @@ def _contract(
     x = _regroup(x, have, [*((piece,) for piece in shared), *((label,) for label in free), tuple(summed)], sizes)
 
     dense = contraction.dense if form == "in" else contraction.dense_transposed
-    product = partial(dense, out_dtype=eqn.outvars[0].aval.dtype, precision=eqn.params["precision"])
+    options = contraction.Options(eqn.outvars[0].aval.dtype, eqn.params["precision"], walk.plan)
+    product = partial(dense, options=options)
     for piece in reversed(weight.batch):
         product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, None))
     walk.seen.add(weight.name)
@@ -247,7 +255,9 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, group_sizes: Any) -> l
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contract, contract), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
-    if not isinstance(weight, Weight) or not (x.ndim == 2 and tuple(x_contract) == (1,) and groups and batch == ((), ())):
+    if not isinstance(weight, Weight) or not (
+        x.ndim == 2 and tuple(x_contract) == (1,) and groups and batch == ((), ())
+    ):
         return None
     if weight.site is None:
         _record(walk, eqn, weight, contract, groups)
@@ -257,8 +267,8 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, group_sizes: Any) -> l
     stacked = next(iter(_big(weight.batch)))
     if weight.axes[groups[0]] != (stacked,):
         return None
-    f, w = (jax.tree.map(lambda m: m.reshape(stacked.size, *m.shape[len(weight.batch) :]), part)
-            for part in (weights.factors(weight), weights.matrix(weight)))
+    by_expert = partial(jax.tree.map, lambda m: m.reshape(stacked.size, *m.shape[len(weight.batch) :]))
+    f, w = by_expert(weights.factors(weight)), by_expert(weights.matrix(weight))
     product = partial(_ragged, group_sizes=group_sizes, precision=eqn.params["precision"])
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right", method="compare_all")
     walk.seen.add(weight.name)
@@ -294,45 +304,40 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
 
 def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str, axis: int) -> jax.Array:
     walk.seen.add(weight.name)
-    numbers = eqn.params["dimension_numbers"]
-    f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
-    table, other = (f.a, f.b) if form == "in" else (f.b.T, f.a.T)
-    count = indices.ndim - 1
-    rows = jax.lax.gather(
-        table,
-        indices,
-        jax.lax.GatherDimensionNumbers(offset_dims=(count,), collapsed_slice_dims=(0,), start_index_map=(0,)),
-        (1, table.shape[1]),
-        mode=eqn.params["mode"],
-        fill_value=eqn.params["fill_value"],
-    )
     base = bind(eqn, [weight.array, indices])[0]
     accumulate = contraction.accumulation_dtype(base.dtype)
-    # The base's rows come with the weight's axes where the function wants them; the adapter's rows are moved there.
-    labels = [("i", n) for n in range(count)]
+    f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
+    table, other = (f.a, f.b) if form == "in" else (f.b.T, f.a.T)
+    rows = _rows(eqn, table, indices).astype(base.dtype)
+
+    # The result has the looked-up positions and the weight's remaining axes in the order that the function wants.
+    positions = [("x", n) for n in range(indices.ndim - 1)]
     remaining = weight.with_role("out" if form == "in" else "in")
-    order: list[Any] = [weight.axes[d] for d in range(len(weight.axes)) if d != axis]
-    places = iter(order)
-    index_places = iter([(label,) for label in labels])
-    result = [next(places) if d in numbers.offset_dims else next(index_places) for d in range(base.ndim)]
+    kept = iter([weight.axes[d] for d in range(len(weight.axes)) if d != axis])
+    places = iter([(label,) for label in positions])
+    offset = eqn.params["dimension_numbers"].offset_dims
+    order = [next(kept) if d in offset else next(places) for d in range(base.ndim)]
 
     def place(y: jax.Array) -> jax.Array:
         y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
-        return _arrange(y, [*labels, *remaining], result, base.shape)
+        return _arrange(y, [*positions, *remaining], order, base.shape)
 
-    delta = contraction.matmul(rows.astype(base.dtype), other.astype(base.dtype), accumulate)
-    if f.scale is None:
-        return (base + place(delta)).astype(base.dtype)
-    if form == "in":
-        scale = place(jnp.broadcast_to(f.scale.astype(accumulate), delta.shape))
-    else:
-        picked = jax.lax.gather(
-            f.scale.astype(accumulate)[:, None], indices,
-            jax.lax.GatherDimensionNumbers(offset_dims=(count,), collapsed_slice_dims=(0,), start_index_map=(0,)),
-            (1, 1), mode=eqn.params["mode"], fill_value=eqn.params["fill_value"],
-        )
-        scale = place(jnp.broadcast_to(picked, delta.shape))
-    return ((base + place(delta)) * scale).astype(base.dtype)
+    delta = contraction.matmul(rows, other.astype(base.dtype), accumulate)
+    total = base + place(delta)
+    if f.scale is not None:
+        scale = f.scale.astype(accumulate)
+        scale = scale if form == "in" else _rows(eqn, scale[:, None], indices)
+        total = total * place(jnp.broadcast_to(scale, delta.shape))
+    return total.astype(base.dtype)
+
+
+def _rows(eqn: Any, table: jax.Array, indices: jax.Array) -> jax.Array:
+    """`table[indices]` with the equation's treatment of indices out of bounds."""
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    options = {name: eqn.params[name] for name in ("mode", "fill_value")}
+    return jax.lax.gather(table, indices, numbers, (1, table.shape[1]), **options)
 
 
 @rule("conv_general_dilated")

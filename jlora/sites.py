@@ -45,7 +45,7 @@ class Leaf:
 
     @property
     def kind(self) -> str | None:
-        """"gather" where the leaf is looked up, else "dot" or "conv"; None where it is in no product."""
+        """ "gather" where the leaf is looked up, else "dot" or "conv"; None where it is in no product."""
         kinds = [PRODUCTS[reading.primitive] for reading in self.products]
         return "gather" if "gather" in kinds else kinds[0] if kinds else None
 
@@ -87,7 +87,7 @@ class Sites:
             if all(leaf is not None and leaf.shape == tuple(shapes[keys].shape) for keys, leaf in found.items()):
                 return {keys: leaf for keys, leaf in found.items() if leaf is not None}
         raise ValueError(
-            f"sites was traced on other params: leaf {'/'.join(sample)!r} with shape {getattr(shapes.get(sample), 'shape', ())} "
+            f"sites was traced on other params: leaf {'/'.join(sample)!r}, shape {getattr(shapes.get(sample), 'shape', ())}, "
             f"is not among its {len(self.leaves)} leaves (first: {[leaf.path for leaf in self.leaves[:3]]})"
         )
 
@@ -103,7 +103,12 @@ class Sites:
 
 
 def _role_words(shape: tuple[int, ...], roles: tuple[tuple[int, ...], ...]) -> list[str]:
-    names = dict(zip((axis for axes in roles for axis in axes), (n for n, axes in zip(("in", "out", "batch"), roles) for _ in axes)))
+    names = dict(
+        zip(
+            (axis for axes in roles for axis in axes),
+            (n for n, axes in zip(("in", "out", "batch"), roles) for _ in axes),
+        )
+    )
     return [names.get(axis, "?") for axis in range(len(shape))]
 
 

@@ -156,7 +156,9 @@ def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf]
 def _named_roles(path: str, shape: tuple[int, ...], named: Axes) -> list[tuple[int, ...]]:
     words = named.roles.split()
     if len(words) != len(shape):
-        raise ValueError(f"{path} has {len(shape)} axes, shape {shape}, but its roles name {len(words)}: {named.roles!r}")
+        raise ValueError(
+            f"{path} has {len(shape)} axes, shape {shape}, but its roles name {len(words)}: {named.roles!r}"
+        )
     return [tuple(n for n, word in enumerate(words) if word == role) for role in ("in", "out", "batch")]
 
 

@@ -53,12 +53,14 @@ class Walk:
     """One pass over a function: what was asked of it, and what it saw.
 
     Attributes:
-        strict: refuse to form an effective weight.
+        strict: refuse to form an effective weight where its method is low-rank.
+        plan: how dense products are computed (see `jlora.contraction.choose`).
         seen: names of the leaves that were read.
         readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
     """
 
     strict: bool = False
+    plan: str = "auto"
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
     _uses: int = 0
@@ -157,5 +159,3 @@ def _where(eqn: Any) -> str:
     if eqn is None:
         return "the function's output"
     return f"`{eqn.primitive.name}` at {_compat.source_line(eqn)}"
-
-

@@ -71,7 +71,7 @@ class Weight:
         return self.site.method
 
     def role(self, piece: Piece) -> str:
-        """"in", "out" or "batch"."""
+        """ "in", "out" or "batch"."""
         assert self.site is not None
         if piece.axis in self.site.in_axes:
             return "in"
@@ -141,8 +141,8 @@ def over_batch(function: Any, weight: Weight) -> Any:
     return function(View(matrix(weight), weight.params, weight.frozen, weight.site))
 
 
-def factors(weight: Weight) -> Factors | None:
-    """The method's factors with the batch axes in front, or None where the method has none."""
+def factors(weight: Weight) -> Factors:
+    """The factors of a low-rank method, with the batch axes in front."""
     return over_batch(weight.method.factors, weight)
 
 

@@ -92,7 +92,11 @@ def main(settings: Settings = Settings()) -> None:
         medians = {name: statistics.median(values) for name, values in times.items()}
         label = "scanned" if scan else "unrolled"
         results["milliseconds"][label] = {**medians, "ratio": medians["lifted"] / medians["plain"]}
-        print(label, {name: round(value) for name, value in medians.items()}, f"ratio {medians['lifted'] / medians['plain']:.2f}")
+        print(
+            label,
+            {name: round(value) for name, value in medians.items()},
+            f"ratio {medians['lifted'] / medians['plain']:.2f}",
+        )
     path = Path(__file__).parent / "results" / "trace_time.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
