@@ -116,7 +116,8 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.layer_norm_eps)
-        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.config.dtype)
+        scale, bias = (jnp.broadcast_to(vector.astype(jnp.float32), x.shape) for vector in (scale, bias))
+        return (x * scale + bias).astype(self.config.dtype)
 
 
 class Embeddings(nn.Module):

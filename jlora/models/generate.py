@@ -136,7 +136,7 @@ def _write(apply, sampling, steps, params, tokens, mask, end, key):
         token = sampling.choose(logits, jax.random.fold_in(key, step))
         running = running & (token != end)
         written = written.at[:, step].set(token)
-        lengths = lengths + running
+        lengths = lengths + running.astype(jnp.int32)
         logits, cache = apply({"params": params}, token[:, None], cache=cache)
         return step + 1, logits[:, -1], cache, written, lengths, running
 

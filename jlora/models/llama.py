@@ -178,7 +178,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return (x * scale.astype(jnp.float32)).astype(self.config.dtype)
+        return (x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(self.config.dtype)
 
 
 def _dense(config: LlamaConfig, features: int, bias: bool, name: str) -> nn.Dense:

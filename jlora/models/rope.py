@@ -147,7 +147,8 @@ def _yarn_fields(settings: dict) -> dict:
 
 def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, float32 `[batch, length, head_dim / 2]`, of the angles at `positions` `[batch, length]`."""
-    angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(head_dim, jnp.max(positions) + 1)
+    frequencies = rope.inverse_frequencies(head_dim, jnp.max(positions) + 1)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 

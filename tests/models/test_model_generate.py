@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models_data import GOLDEN
+from models_data import GOLDEN, quick_jit
 
+import jlora
 import jlora.models as models
 from jlora.models.generate import Sampling
 
@@ -19,19 +20,23 @@ def loaded():
     return models.load(GOLDEN / "mistral_window")
 
 
+@functools.cache
+def compiled():
+    return quick_jit(loaded()[0].apply)
+
+
 def write(prompts=PROMPTS, max_new_tokens=12, **settings):
     model, params = loaded()
     return models.generate(model.apply, params, prompts, max_new_tokens=max_new_tokens, **settings)
 
 
 def greedy_without_cache(prompt: list[int], steps: int) -> list[int]:
-    model, params = loaded()
-    apply = jax.jit(model.apply)
-    tokens = np.zeros((1, len(prompt) + steps), np.int32)
+    # What follows a token has no say in its logits, so one shape serves all lengths.
+    tokens = np.zeros((1, 24), np.int32)
     tokens[0, : len(prompt)] = prompt
-    for at in range(len(prompt), tokens.shape[1]):
-        tokens[0, at] = np.argmax(apply({"params": params}, tokens)[0, at - 1])
-    return tokens[0, len(prompt) :].tolist()
+    for at in range(len(prompt), len(prompt) + steps):
+        tokens[0, at] = np.argmax(compiled()({"params": loaded()[1]}, tokens)[0, at - 1])
+    return tokens[0, len(prompt) : len(prompt) + steps].tolist()
 
 
 def test_greedy_rows_of_different_lengths_equal_the_model_without_a_cache():
@@ -55,6 +60,18 @@ def test_the_same_key_draws_the_same_and_another_key_another_text():
 
 def test_top_k_of_one_is_greedy():
     assert write(temperature=1.0, top_k=1, key=jax.random.key(0)) == write()
+
+
+def test_a_lifted_function_on_adapted_params_writes_what_the_merged_model_writes():
+    model, params = loaded()
+    spec = {r".*_proj/kernel": jlora.LoRA(rank=2, alpha=8)}
+    sites = jlora.sites(lambda p: model.apply({"params": p}, jnp.ones((1, 4), int)), params)
+    adapted = jlora.adapterize(params, spec, key=jax.random.key(0), sites=sites)
+    adapted = adapted.replace(params=jax.tree.map(lambda leaf: leaf + 0.3, adapted.params))
+    settings = {"max_new_tokens": 12, "temperature": 0.7, "key": jax.random.key(2)}
+    written = models.generate(jlora.lift(model.apply, strict=True), adapted, PROMPTS, **settings)
+    assert written == models.generate(model.apply, jlora.merge(adapted), PROMPTS, **settings)
+    assert written != models.generate(model.apply, params, PROMPTS, **settings)
 
 
 def test_draws_stay_in_the_top_k_and_the_nucleus():

@@ -81,8 +81,8 @@ def test_tokens_and_text_agree_with_the_reference():
 
 def test_tokens_agree_with_the_greedy_algorithm_on_many_sentences():
     greedy = GreedyTokenizer()
-    sentences = [sentence for story in stories()[::4] for sentence in story.split("\n\n")[:2]]
-    assert len(sentences) > 400
+    sentences = [sentence for story in stories()[::10] for sentence in story.split("\n\n")[:2]]
+    assert len(sentences) > 150
     for sentence in sentences:
         assert tokenizer().encode(sentence).ids == greedy.encode(sentence), sentence
 
@@ -98,8 +98,11 @@ def test_tokens_agree_with_the_greedy_algorithm_on_odd_texts_and_decode_back(tex
 
 def test_logits_agree_with_the_reference():
     _, apply, variables = loaded()
-    logits = apply(variables, np.array([REFERENCE["logits_input_token_ids"]]))
-    np.testing.assert_allclose(logits[0, -1], REFERENCE["logits_last_position"], atol=1e-4)
+    ids = REFERENCE["logits_input_token_ids"]
+    # Of the shape of `mean_loss`, so that both share one compilation.
+    tokens = np.zeros((10, 512), np.int32)
+    tokens[0, : len(ids)] = ids
+    np.testing.assert_allclose(apply(variables, tokens)[0, len(ids) - 1], REFERENCE["logits_last_position"], atol=1e-4)
 
 
 def test_the_greedy_continuation_agrees_with_the_reference():
