@@ -65,9 +65,9 @@ class RopeConfig:
         theta = float(settings.get("rope_theta", hf.get("rope_theta", 10000.0)))
         if rope_type == "default":
             return cls(theta=theta)
-        original = settings.get("original_max_position_embeddings") or required(hf, "max_position_embeddings")
-        if rope_type == "dynamic":
-            original = required(hf, "max_position_embeddings")
+        original = required(hf, "max_position_embeddings")
+        if rope_type in ("llama3", "yarn"):
+            original = settings.get("original_max_position_embeddings") or original
         fields = {
             "theta": theta,
             "factor": float(required(settings, "factor", "rope")),
