@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
@@ -57,12 +58,12 @@ def expanded(markdown: str) -> str:
             raise PluginError(f"unknown mark {found[0]!r}; the marks are {sorted(MARKS)}")
         return MARKS[name](argument) if argument else MARKS[name]()
 
-    return re.sub(r"^<!-- (?P<name>[a-z ]+?)(: (?P<argument>\S+))? -->$", one, markdown, flags=re.MULTILINE)
+    return re.sub(r"^<!-- (?P<name>[a-z ]+?)(: (?P<argument>[^\n]+?))? -->$", one, markdown, flags=re.MULTILINE)
 
 
 def method_pages() -> str:
     """The table of methods, and the documentation of each."""
-    pages = [f"::: {cls.__module__}.{cls.__name__}" for cls in methods_table.methods()]
+    pages = [_documented(cls, f"jlora.{cls.__name__}") for cls in methods_table.methods()]
     return "\n".join([methods_table.table(), "", *pages])
 
 
@@ -81,11 +82,18 @@ def checks() -> str:
     return "\n".join(["| check | what it demands |", "|---|---|", *rows])
 
 
-def api(module: str) -> str:
-    """The documentation of every public function and class of a module."""
-    names = importlib.import_module(module)
-    documented = [name for name in names.__all__ if callable(getattr(names, name))]
-    return "\n".join(f"::: {module}.{name}" for name in documented)
+def api(argument: str) -> str:
+    """The documentation of names of a module: `jlora lift merge`, or all of its `__all__`: `jlora.models`."""
+    module, *names = argument.split()
+    found = importlib.import_module(module)
+    names = names or [name for name in found.__all__ if callable(getattr(found, name))]
+    return "\n".join(_documented(getattr(found, name), f"{module}.{name}") for name in names)
+
+
+def _documented(value: Any, name: str) -> str:
+    """A directive under the public name, with the path of the definition: `jlora.lift` is a module's path too."""
+    options = f"    options: {{heading: {name}, toc_label: {name.rpartition('.')[2]}}}"
+    return f"::: {value.__module__}.{value.__qualname__}\n{options}\n"
 
 
 def run_folder() -> str:

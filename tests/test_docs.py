@@ -1,6 +1,7 @@
 """README and docs are true: Python blocks run, shown output is what is printed, commands parse, links lead."""
 
 import contextlib
+import inspect
 import io
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import jlora
 from jlora import method_from_dict
 from jlora.training.cli import build_parser
 from jlora.training.configuration import gather
@@ -118,6 +120,14 @@ def test_the_readme_s_table_of_methods_is_up_to_date():
 def test_a_page_without_the_marks_of_the_table_is_refused():
     with pytest.raises(ValueError, match="must have the marks"):
         methods_table.updated("a page")
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    listed = set(re.findall(r"\w+", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
+    methods = {cls.__name__ for cls in methods_table.methods()}
+    public = {n for n, value in vars(jlora).items() if not n.startswith("_") and not inspect.ismodule(value)}
+    assert sorted(public - listed - methods) == []
+    assert {"adapterize", "lift", "LoRA"} <= public
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
