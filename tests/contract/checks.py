@@ -41,15 +41,21 @@ def check_start(method):
 def check_agree(method):
     """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
 
-    def sides(problem):
-        adapted = perturbed(problem.adapted)
-        lifted = lambda p: _outputs(problem, adapted.replace(params=p))
-        written = lambda p: problem.fn(by_hand(adapted.replace(params=p)), problem.x)
-        return [(f(adapted.params), jax.grad(lambda p, f=f: _loss(f(p)))(adapted.params)) for f in (lifted, written)]
-
     tried = problems.shapes(method)
-    for lifted, written in jit(lambda: [sides(problem) for problem in tried])():
+    for lifted, written in jit(lambda: [_both(problem, perturbed(problem.adapted)) for problem in tried])():
         close(lifted, written)
+
+
+def _both(problem, adapted):
+    """(output, gradient) of the lifted function and of the one with the weights written out."""
+
+    def lifted(p):
+        return _outputs(problem, adapted.replace(params=p))
+
+    def written(p):
+        return problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+
+    return [(f(adapted.params), jax.grad(lambda p, f=f: _loss(f(p)))(adapted.params)) for f in (lifted, written)]
 
 
 def check_merge(method):
@@ -107,8 +113,10 @@ def check_gradient(method):
     @jit
     def gradients(adapted):
         gradient = jax.grad(lambda p: _loss(_outputs(problem, adapted.replace(params=p))))
-        stepped = lambda p: jax.tree.map(lambda leaf, g: leaf - 0.1 * g, p, gradient(p))
-        return gradient(stepped(stepped(adapted.params)))
+        p = adapted.params
+        for _ in range(2):
+            p = jax.tree.map(lambda leaf, g: leaf - 0.1 * g, p, gradient(p))
+        return gradient(p)
 
     for keys, leaf in paths.flatten_with_keys(gradients(adapted))[0]:
         assert np.all(np.isfinite(leaf)) and np.any(leaf != 0), f"{'/'.join(keys)} has a dead or infinite gradient"
@@ -148,12 +156,10 @@ def check_dtype(method):
 
     def run(dtype):
         adapted = jlora.adapterize({"w": problem.params["w"].astype(dtype)}, problem.spec)
-        loss = lambda p: _loss(_outputs(problem_in(dtype), adapted.replace(params=p))).astype(jnp.float32)
-        y, merged = _outputs(problem_in(dtype), perturbed(adapted)), jlora.merge(perturbed(adapted))
-        return adapted.params, jax.grad(loss)(adapted.params), y, problem.fn(merged, problem.x.astype(dtype))
-
-    def problem_in(dtype):
-        return problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
+        cast = problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
+        y, merged = _outputs(cast, perturbed(adapted)), jlora.merge(perturbed(adapted))
+        gradient = jax.grad(lambda p: _loss(_outputs(cast, adapted.replace(params=p))).astype(jnp.float32))
+        return adapted.params, gradient(adapted.params), y, problem.fn(merged, cast.x)
 
     with jax.numpy_dtype_promotion("strict"):
         half, full = jit(lambda: (run(jnp.bfloat16), run(jnp.float32)))()
@@ -176,7 +182,10 @@ def check_vmap(method):
         single = [problem.start(key).params for key in keys]
         adapted = problem.adapted
         many = [perturbed(adapted, seed).params for seed in (4, 5)]
-        call = lambda p: _outputs(problem, adapted.replace(params=p))
+
+        def call(p):
+            return _outputs(problem, adapted.replace(params=p))
+
         mapped = jax.vmap(call)(_stacked(many))
         all_layers = perturbed(stacked.adapted)
         x = stacked.x
@@ -239,14 +248,7 @@ def check_lift(method):
     """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
     problem = problems.model(method)
     adapted = perturbed(problem.adapted, size=0.1)
-
-    @jit
-    def sides():
-        lifted = lambda p: _outputs(problem, adapted.replace(params=p))
-        written = lambda p: problem.fn(by_hand(adapted.replace(params=p)), problem.x)
-        return [(f(adapted.params), jax.grad(lambda p, f=f: _loss(f(p)))(adapted.params)) for f in (lifted, written)]
-
-    close(*sides())
+    close(*jit(lambda: _both(problem, adapted))())
 
 
 def check_labels(method):
@@ -281,8 +283,8 @@ def check_io(method):
         loaded = jlora.load(path, {**problem.params, "other": other})
         written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert loaded.plan == adapted.plan, f"saved {adapted.plan}, loaded {loaded.plan}"
-    call = jit(lambda a: _outputs(problem, a))
-    assert np.array_equal(call(loaded), call(adapted)), "the loaded adapters give another output"
+    outputs = [jit(lambda a: _outputs(problem, a))(each) for each in (loaded, adapted)]  # one trace each
+    assert np.array_equal(*outputs), "the loaded adapters give another output"
     assert written < other.nbytes, f"{written} bytes were written: the base is among them"
 
 

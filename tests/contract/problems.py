@@ -15,7 +15,6 @@ import jlora
 from jlora import paths
 from jlora.method import View
 
-
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -93,9 +92,8 @@ def model_function(params, x):
 
 @functools.cache
 def model(method):
-    shapes = {
-        "embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8), "convolution": (3, 8, 8), "up": (8, 8),
-    }  # fmt: skip
+    shapes = {"embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8)}
+    shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
     return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x))
