@@ -60,3 +60,12 @@ def is_array(leaf: Any) -> bool:
 def typed_key(key: jax.Array) -> jax.Array:
     """A new-style key array from either kind of key."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def explicit_sharding(aval: Any) -> Any:
+    """The sharding of an abstract value that lies on a mesh with explicit axes, else None."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty:
+        return None
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+    return sharding if explicit else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.core import Tracer
 
-from jlora import _compat, paths
+from jlora import _compat, mesh, paths
 from jlora import weight as weights
 from jlora.method import Site, Start
 from jlora.spec import Spec, resolve
@@ -112,24 +112,25 @@ def adapterize(params: Any, spec: Spec, key: jax.Array | None = None, sites: Sit
     trained: dict[str, Any] = {}
     frozen: dict[str, Any] = {}
     for site in plan.sites:
-        start = _start(site, by_keys[site.keys], jax.random.fold_in(key, _number(site.path)))
+        leaf = by_keys[site.keys]
+        start = mesh.place(_start(site, leaf, jax.random.fold_in(key, _number(site.path))), site, leaf)
         paths.insert(trained, site.keys, start.params)
         if start.frozen:
             paths.insert(frozen, site.keys, start.frozen)
         if start.w is not None:
-            by_keys[site.keys] = site.unfold(start.w).astype(by_keys[site.keys].dtype)
+            by_keys[site.keys] = _placed_like(site.unfold(start.w).astype(leaf.dtype), leaf)
     base = jax.tree.unflatten(treedef, [by_keys[keys] for keys, _ in leaves])
     return Adapted(base, trained, frozen, {}, plan)
 
 
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
-    seen: set[tuple[str, ...]] = set()
+    seen: set[str] = set()
     for keys, _ in leaves:
-        if keys in seen:
-            raise ValueError(f"two leaves of the params tree have the same path {'/'.join(keys)!r}")
-        seen.add(keys)
-    for keys in seen:
-        if any(keys[:n] in seen for n in range(len(keys))):
+        if (path := "/".join(keys)) in seen:
+            raise ValueError(f"two leaves of the params tree have the same path {path!r}")
+        seen.add(path)
+    for keys, _ in leaves:
+        if any("/".join(keys[:n]) in seen for n in range(1, len(keys))):
             raise ValueError(f"the path {'/'.join(keys)!r} continues the path of another leaf")
 
 

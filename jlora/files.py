@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and its kin)
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora import paths
+from jlora import mesh, paths
 from jlora.adapted import Adapted, Plan
 from jlora.fingerprint import fingerprint
 from jlora.method import Site
@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
     blank = Adapted(params, {}, {}, {}, Plan(sites))
     _check_base(directory, described, blank)
-    arrays = _restore(directory, described)
+    arrays = _restore(directory, described, blank)
     if fingerprint(arrays) != described["adapters"]:
         raise ValueError(f"{directory} is damaged: its arrays are not those that were saved")
     return dataclasses.replace(blank, params=arrays["params"], frozen=arrays["frozen"])
@@ -145,12 +145,17 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
         )
 
 
-def _restore(directory: Path, described: dict[str, Any]) -> dict[str, Any]:
+def _restore(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
+    """The arrays, read straight to where they belong beside their base."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves = dict(paths.flatten_with_keys(blank.base)[0])
+    fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
     for entry in described["arrays"]:
-        shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=device)
-        paths.insert(shapes, tuple(entry["keys"]), shape)
+        keys = tuple(entry["keys"])
+        sharding = fields[keys[1:-1]].get(keys[-1], device)
+        shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
+        paths.insert(shapes, keys, shape)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory / ARRAYS, shapes)

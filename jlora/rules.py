@@ -52,7 +52,7 @@ def transpose(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
 @rule("reshape")
 def reshape(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | None:
     """Merges and splits axes as long as each remains a row of whole pieces."""
-    moved = None if dynamic else weights.regroup(value, tuple(eqn.params["new_sizes"]))
+    moved = None if dynamic else weights.regroup(value, tuple(eqn.params["new_sizes"]), bind(eqn, [value.array])[0])
     return None if moved is None else [moved]
 
 

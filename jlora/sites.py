@@ -11,10 +11,9 @@ import jax
 from jlora import _compat, heads, paths
 from jlora import weight as weights
 from jlora.lift import run
-from jlora.walk import Reading, Walk
+from jlora.walk import PRODUCTS, Reading, Walk
 
 Keys = tuple[str, ...]
-PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
 
 
 @dataclass(frozen=True)

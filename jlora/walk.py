@@ -18,6 +18,8 @@ from jlora import weight as weights
 from jlora.weight import Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
+#: Primitives that use a weight rather than pass it on, with the kind of site that they make it.
+PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -111,12 +113,25 @@ class Walk:
         """The outputs of one equation."""
         values = [self.materialise(value, eqn) if _is_whole(value) else value for value in values]
         if any(isinstance(value, Weight) for value in values):
-            handler = RULES.get(eqn.primitive.name)
-            outputs = handler(self, eqn, *values) if handler else None
+            outputs = self.by_rule(eqn, values)
             if outputs is not None:
                 return outputs
             values = [self.materialise(value, eqn) for value in values]
         return bind(eqn, values)
+
+    def by_rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
+        """The outputs by the primitive's rule; None where there is none, or it does not apply."""
+        handler = RULES.get(eqn.primitive.name)
+        if handler is None:
+            return None
+        if eqn.primitive.name not in PRODUCTS or self.readings is not None:
+            return handler(self, eqn, *values)
+        sharding = _compat.explicit_sharding(eqn.outvars[0].aval)
+        if sharding is None:
+            return handler(self, eqn, *values)
+        # Where the mesh's axes are explicit, the product's own shardings are the compiler's choice; the result's is kept.
+        automatic = jax.sharding.auto_axes(lambda *values: handler(self, eqn, *values), out_sharding=sharding)
+        return automatic(*values)
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
         """`materialise` over a list."""

@@ -156,8 +156,8 @@ def effective(weight: Weight) -> jax.Array:
     return rearrange(folded, canonical_axes(weight), weight.axes)
 
 
-def regroup(weight: Weight, shape: tuple[int, ...]) -> Weight | None:
-    """The weight reshaped, or None where the new axes would not be whole pieces."""
+def regroup(weight: Weight, shape: tuple[int, ...], array: jax.Array) -> Weight | None:
+    """The weight with `array`, its reshaped base, or None where the new axes would not be whole pieces."""
     pieces = [piece for axis in weight.axes for piece in axis]
     axes, splits = [], []
     for size in shape:
@@ -179,7 +179,7 @@ def regroup(weight: Weight, shape: tuple[int, ...]) -> Weight | None:
         axes.append(tuple(group))
     if any(piece.size > 1 for piece in pieces):
         return None
-    moved = replace(weight, array=weight.array.reshape(shape), axes=tuple(axes))
+    moved = replace(weight, array=array, axes=tuple(axes))
     for piece, outer, inner in splits:
         moved = _split_batch(moved, piece, outer, inner)
     return moved
