@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,15 +99,17 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int, fingerprint: str):
         """Args: the folder; how many checkpoints to keep; the fingerprint of the base."""
         self.directory, self.keep, self.fingerprint = Path(directory).absolute(), keep, fingerprint
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
         options = ocp.CheckpointManagerOptions(
             create=True,
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, state: State, adapted: Any, position: grain.DatasetIterator) -> None:
-        """Begin to write the state; errors of an earlier write are raised here or in `wait`."""
+        """Begin to write the state; errors of an earlier write are raised here or in `close`."""
+        self._join()
         # A copy, because the arrays are donated to the next step while the writing goes on.
         arrays = jax.tree.map(lambda leaf: leaf.copy(), _arrays(state, adapted))
         step = int(state.step)
@@ -119,6 +122,8 @@ class Checkpoints:
             ),
             force=True,
         )
+        self._thread = threading.Thread(target=self._complete, name="checkpoint")
+        self._thread.start()
 
     def restore(self, step: int, state: State, adapted: Any, position: grain.DatasetIterator) -> tuple[State, Any]:
         """The state and the `Adapted` of a step, placed as the given ones; the iterator's position is set.
@@ -143,17 +148,31 @@ class Checkpoints:
         )["state"]
         return _unflatten(restored, state, adapted)
 
-    def wait(self) -> None:
-        """Wait until everything is written.
+    def close(self) -> None:
+        """Wait until everything is written, and let go.
 
         Raises:
             OSError: or another error, if something could not be written.
         """
-        self._manager.wait_until_finished()
+        try:
+            self._join()
+        finally:
+            self._manager.close()
 
-    def close(self) -> None:
-        """Wait and let go."""
-        self._manager.close()
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+
+    def _complete(self) -> None:
+        """Runs in a thread of its own, beside the training: orbax gives no call after a checkpoint has its final name."""
+        try:
+            self._manager.wait_until_finished()
+            self._finish()
+        except Exception as error:
+            self._failure = error
 
     def _finish(self) -> None:
         """After orbax has finished: manifests for what lacks them, then older checkpoints go."""

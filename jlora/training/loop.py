@@ -69,7 +69,7 @@ def make_step(forward: Forward, tx: optax.GradientTransformation) -> Step:
         loss, gradient = _over_parts(jax.value_and_grad(mean_loss), state.params, batch, key)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        result = StepResult(loss, optax.global_norm(gradient), jnp.sum(batch["weights"]))
+        result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
         return State(params, opt_state, state.step + 1, state.key), result
 
     return jax.jit(step, donate_argnums=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -77,17 +78,16 @@ class Trainer:
         done = int(state.step)
         metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
-        try:
+        with contextlib.ExitStack() as stack:
+            # In reverse order, after an error too: what is being written is finished, so that it can be resumed from.
+            stack.callback(checkpoints.close)
+            stack.callback(metrics.close)
+            stack.callback(progress.close)
             for note in notes:
                 progress.say(note)
             if not metrics.of("validation"):
                 self._validate(0, state, metrics, progress)
             state = self._steps(done, state, metrics, progress, checkpoints)
-            checkpoints.wait()
-        finally:
-            progress.close()
-            metrics.close()
-        checkpoints.close()
         return self._still.replace(params=state.params), metrics
 
     def _start(self, checkpoints: Checkpoints, whole: Whole) -> tuple[State, list[str]]:

@@ -1,0 +1,88 @@
+"""The training step on a small function: parts of a batch add up, the base gets no gradient, dropout follows the key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.training.loop import State, make_evaluation, make_step, to_devices
+from jlora.training.placement import make_mesh
+from jlora.training.schedule import learning_rate
+from jlora.training.settings import Settings
+from jlora.training.trainer import summarize
+
+ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 12, 10
+
+
+def forward(params, batch):
+    return jnp.tanh(params["embedding"][batch["tokens"]]) @ params["head"]["kernel"]
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCABULARY, (ROWS, LENGTH), np.int32)
+    # Very different numbers of predictions a row, so that a mean of means would show.
+    weights = (np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (ROWS, 1))).astype(np.float32)
+    return {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": weights}
+
+
+def adapted(dropout=0.0):
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "embedding": jax.random.normal(keys[0], (VOCABULARY, WIDTH)),
+        "head": {"kernel": jax.random.normal(keys[1], (WIDTH, VOCABULARY))},
+    }
+    return jlora.adapterize(params, {"head/kernel": jlora.LoRA(rank=2, alpha=2, dropout=dropout)})
+
+
+def run(parts, steps=3, dropout=0.0, seed=0):
+    whole = adapted(dropout)
+    tx = optax.adam(0.1)
+    step, mesh = make_step(forward, tx), make_mesh({})
+    params = jax.tree.map(jnp.copy, whole.params)
+    state = State(params, tx.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
+    losses = []
+    for number in range(steps):
+        state, result = step(state, whole, to_devices(batch(number), mesh, parts))
+        losses.append(float(result.loss))
+    return state, losses
+
+
+def test_accumulated_parts_give_the_step_of_the_whole_batch():
+    (whole, losses), (parts, same) = run(1), run(4)
+    np.testing.assert_allclose(losses, same, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params)):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_predictions():
+    base, data = adapted().base, batch()
+    losses = optax.softmax_cross_entropy_with_integer_labels(forward(base, data), data["targets"])
+    wanted = float(jnp.sum(losses * data["weights"]) / jnp.sum(data["weights"]))
+    assert run(2, steps=1)[1][0] == pytest.approx(wanted, rel=1e-6)
+    found = make_evaluation(forward)(adapted(), [to_devices(data, make_mesh({}))])
+    assert summarize(found, classify=False)["loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_dropout_follows_the_seed_and_is_off_in_evaluation():
+    assert run(1, dropout=0.5)[1] == run(1, dropout=0.5)[1]
+    assert run(1, dropout=0.5)[1] != run(1, dropout=0.5, seed=1)[1]
+    device = to_devices(batch(), make_mesh({}))
+    plain, dropping = (make_evaluation(forward)(adapted(rate), [device]).loss for rate in (0.0, 0.5))
+    assert plain == dropping
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]), ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])],
+)
+def test_schedules_rise_and_fall_as_their_names_say(name, wanted):
+    schedule = learning_rate(Settings(schedule=name, learning_rate=1.0, warmup=4, steps=8))
+    np.testing.assert_allclose([schedule(step) for step in range(8)], wanted, atol=1e-6)
+
+
+def test_the_cosine_falls_to_half_in_the_middle():
+    schedule = learning_rate(Settings(schedule="cosine", learning_rate=1.0, warmup=0, steps=8))
+    np.testing.assert_allclose([schedule(step) for step in (0, 4, 8)], [1.0, 0.5, 0.0], atol=1e-6)
