@@ -63,7 +63,8 @@ def expanded(markdown: str) -> str:
 
 def method_pages() -> str:
     """The table of methods, and the documentation of each."""
-    pages = [_documented(cls, f"jlora.{cls.__name__}") for cls in methods_table.methods()]
+    # Without the functions of the protocol, which are the same for all.
+    pages = [_documented(cls, f"jlora.{cls.__name__}", ", members: false") for cls in methods_table.methods()]
     return "\n".join([methods_table.table(), "", *pages])
 
 
@@ -90,9 +91,9 @@ def api(argument: str) -> str:
     return "\n".join(_documented(getattr(found, name), f"{module}.{name}") for name in names)
 
 
-def _documented(value: Any, name: str) -> str:
+def _documented(value: Any, name: str, more: str = "") -> str:
     """A directive under the public name, with the path of the definition: `jlora.lift` is a module's path too."""
-    options = f"    options: {{heading: {name}, toc_label: {name.rpartition('.')[2]}}}"
+    options = f"    options: {{heading: {name}, toc_label: {name.rpartition('.')[2]}{more}}}"
     return f"::: {value.__module__}.{value.__qualname__}\n{options}\n"
 
 
