@@ -112,6 +112,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         described = json.loads(file.read_text())
         if described["format"] != FORMAT:
             raise ValueError(f"format {described['format']}, wanted {FORMAT}")
+        if missing := sorted({"base", "adapters", "sites", "arrays"} - set(described)):
+            raise ValueError(f"it lacks {', '.join(missing)}")
         return described
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged or from another version: {error}") from None
@@ -147,17 +149,26 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
 
 def _restore(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
     """The arrays, read straight to where they belong beside their base."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    leaves = dict(paths.flatten_with_keys(blank.base)[0])
-    fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
-    shapes: dict[str, Any] = {"params": {}, "frozen": {}}
-    for entry in described["arrays"]:
-        keys = tuple(entry["keys"])
-        sharding = fields[keys[1:-1]].get(keys[-1], device)
-        shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
-        paths.insert(shapes, keys, shape)
+    shapes = _shapes(directory, described, blank)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory / ARRAYS, shapes)
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
         raise ValueError(f"{directory} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _shapes(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
+    """Shape, dtype and sharding of every saved array."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves = dict(paths.flatten_with_keys(blank.base)[0])
+    fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
+    shapes: dict[str, Any] = {"params": {}, "frozen": {}}
+    try:
+        for entry in described["arrays"]:
+            keys = tuple(entry["keys"])
+            sharding = fields[keys[1:-1]].get(keys[-1], device)
+            shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
+            paths.insert(shapes, keys, shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / MANIFEST} describes an array that can't be read: {error}") from None
+    return shapes

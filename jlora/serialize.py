@@ -37,7 +37,7 @@ def method_from_dict(table: dict[str, Any]) -> Method:
     """
     known = _subclasses(Method)
     name = table.get("method") if isinstance(table, dict) else None
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"a method table needs method = one of {sorted(known)}; got {table!r}")
     cls, given = known[name], {key: value for key, value in table.items() if key != "method"}
     fields = {f.name for f in dataclasses.fields(cls)}

@@ -1,0 +1,209 @@
+"""Saved adapters: what is written, and one clear sentence for another base, a damaged file or a full disk."""
+
+import errno
+import gc
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import jlora
+
+PARAMS = {
+    "layer": {"kernel": jnp.arange(48.0).reshape(8, 6), "bias": jnp.ones(6)},
+    "half": jnp.ones((6, 6), jnp.bfloat16),
+}
+SPEC = {
+    "layer/kernel": jlora.DoRA(jlora.LoRA(rank=2, init="random")),
+    "layer/bias": jlora.Full(),
+    "half": jlora.LoRA(rank=1),
+}
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return jlora.adapterize(PARAMS, SPEC)
+
+
+@pytest.fixture
+def saved(adapted, tmp_path):
+    jlora.save(tmp_path / "adapters", adapted)
+    return tmp_path / "adapters"
+
+
+def refused(path, error, *parts, params=PARAMS):
+    with pytest.raises(error) as caught:
+        jlora.load(path, params)
+    for part in (str(path), *parts):
+        assert part in str(caught.value), f"{part!r} is not in {str(caught.value)!r}"
+    return str(caught.value)
+
+
+def same(one, other):
+    assert one.plan == other.plan
+    assert jax.tree.structure(one.params) == jax.tree.structure(other.params)
+    assert all(map(np.array_equal, jax.tree.leaves(one.params), jax.tree.leaves(other.params)))
+
+
+def test_what_is_saved_is_loaded_bit_for_bit_onto_its_base(saved, adapted):
+    loaded = jlora.load(saved, PARAMS)
+    same(loaded, adapted)
+    assert loaded.base is PARAMS
+    assert all(map(np.array_equal, jax.tree.leaves(jlora.merge(loaded)), jax.tree.leaves(jlora.merge(adapted))))
+
+
+def test_a_saved_directory_holds_the_manifest_and_the_arrays_and_nothing_else_is_left(saved):
+    assert sorted(os.listdir(saved)) == ["arrays", "jlora.json"]
+    assert os.listdir(saved.parent) == ["adapters"]
+    described = json.loads((saved / "jlora.json").read_text())
+    assert ["/".join(entry["keys"]) for entry in described["arrays"]] == [
+        "params/half/a", "params/half/b", "params/layer/bias/w", "params/layer/kernel/a", "params/layer/kernel/b",
+        "params/layer/kernel/m",
+    ]  # fmt: skip
+    assert described["base"] == jlora.fingerprint(PARAMS)
+
+
+def test_saving_onto_something_is_refused_and_leaves_it_alone(saved, adapted):
+    before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+    with pytest.raises(FileExistsError, match=f"{saved} exists already; save to a new directory"):
+        jlora.save(saved, adapted)
+    assert before == {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+    assert os.listdir(saved.parent) == ["adapters"]
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_after_a_part(checkpointer, directory, *args, **kwargs):
+    Path(directory).mkdir(parents=True)
+    (Path(directory) / "part").write_bytes(b"half of it")
+    full_disk()
+
+
+@pytest.mark.parametrize("place", ["arrays", "manifest", "fsync"])
+def test_a_full_disk_leaves_nothing_behind(place, adapted, tmp_path, monkeypatch):
+    if place == "arrays":
+        monkeypatch.setattr(ocp.StandardCheckpointer, "save", full_after_a_part)
+    else:
+        target = (Path, "write_text") if place == "manifest" else (os, "fsync")
+        with monkeypatch.context() as until_the_arrays_are_there:
+            until_the_arrays_are_there.setattr(*target, full_disk)
+            with pytest.raises(OSError, match="No space left on device"):
+                jlora.save(tmp_path / "run" / "adapters", adapted)
+    if place == "arrays":
+        with pytest.raises(OSError, match="No space left on device"):
+            jlora.save(tmp_path / "run" / "adapters", adapted)
+    assert os.listdir(tmp_path / "run") == []
+    monkeypatch.undo()
+    jlora.save(tmp_path / "run" / "adapters", adapted)
+    same(jlora.load(tmp_path / "run" / "adapters", PARAMS), adapted)
+
+
+def test_a_base_that_differs_in_one_bit_is_another_base(saved):
+    kernel = np.array(PARAMS["layer"]["kernel"])
+    kernel.view(np.uint32)[5, 3] ^= 1
+    other = {**PARAMS, "layer": {**PARAMS["layer"], "kernel": jnp.asarray(kernel)}}
+    refused(
+        saved,
+        ValueError,
+        "was made for another base: fingerprint",
+        jlora.fingerprint(PARAMS),
+        jlora.fingerprint(other),
+        params=other,
+    )
+
+
+def test_a_leaf_that_is_not_adapted_belongs_to_the_base_too(saved):
+    refused(saved, ValueError, "was made for another base", params={**PARAMS, "more": jnp.zeros(1)})
+
+
+def test_another_shape_or_dtype_is_named_with_both(saved):
+    layer = PARAMS["layer"]
+    wide = {**PARAMS, "layer": {**layer, "kernel": jnp.ones((8, 7))}}
+    refused(
+        saved, ValueError, "adapts layer/kernel with shape (8, 6) and dtype float32", "the base has (8, 7)", params=wide
+    )
+    half = {**PARAMS, "half": jnp.ones((6, 6), jnp.float16)}
+    refused(saved, ValueError, "adapts half with shape (6, 6) and dtype bfloat16", "(6, 6) and float16", params=half)
+
+
+def test_a_missing_leaf_is_named_with_the_nearest(saved):
+    lacking = {**PARAMS, "layer": {"kernels": PARAMS["layer"]["kernel"], "bias": PARAMS["layer"]["bias"]}}
+    refused(saved, ValueError, "adapts layer/kernel, which the base lacks", "'layer/kernels'", params=lacking)
+
+
+def test_a_folder_that_holds_no_adapters_is_refused(saved, tmp_path):
+    refused(tmp_path / "nowhere", FileNotFoundError, "holds no saved adapters", "jlora.json")
+    (saved / "jlora.json").rename(saved / "other.json")
+    refused(saved, FileNotFoundError, "holds no saved adapters", "jlora.json")
+
+
+def test_missing_arrays_are_noticed(saved):
+    (saved / "arrays").rename(saved.parent / "elsewhere")
+    refused(saved, FileNotFoundError, "the folder arrays is missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "jlora.json is damaged or from another version"),
+        (lambda text: "[]", "jlora.json is damaged or from another version"),
+        (lambda text: text.replace('"format": 1', '"format": 99'), "format 99, wanted 1"),
+        (lambda text: text.replace('"DoRA"', '"Unheard"'), "describes a leaf that can't be read: a method table needs"),
+        (lambda text: text.replace('"rank": 2', '"rank": 0'), "describes a leaf that can't be read: LoRA's rank must be"),
+        (lambda text: text.replace('"in_axes"', '"in_axis"'), "describes a leaf that can't be read: 'in_axes'"),
+        (lambda text: text.replace('"sites"', '"site"'), "jlora.json is damaged or from another version: it lacks sites"),
+        (lambda text: text.replace('"adapters"', '"adapter"'), "from another version: it lacks adapters"),
+        (lambda text: text.replace('"params",', '"params", "more",', 1), "jlora.json describes an array that can't be read"),
+        (lambda text: text.replace('"dtype": "float32"', '"dtype": "float31"'), "float31"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_wrong_is_named(change, message, saved):
+    manifest = saved / "jlora.json"
+    changed = change(manifest.read_text())
+    assert changed != manifest.read_text()
+    manifest.write_text(changed)
+    refused(saved, ValueError, message)
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
+
+
+# Where a read fails halfway, orbax leaves its other reads behind unfinished, and Python warns of them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda content: content[: len(content) // 2], None], ids=["flip", "cut", "gone"]
+)
+def test_damage_to_any_file_is_noticed_or_does_no_harm(damage, saved, adapted):
+    """Some files of orbax are not needed to read the arrays; whatever is read must be what was saved."""
+    harmful = set()
+    for file in sorted(file for file in saved.rglob("*") if file.is_file() and file.stat().st_size):
+        content = file.read_bytes()
+        file.unlink() if damage is None else file.write_bytes(damage(content))
+        try:
+            same(jlora.load(saved, PARAMS), adapted)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(saved) in str(error)
+            harmful.add(file.relative_to(saved).parts[0])
+        file.write_bytes(content)
+    gc.collect()  # so that the warnings come here
+    assert harmful == {"arrays", "jlora.json"}
+    same(jlora.load(saved, PARAMS), adapted)
+
+
+def test_adapters_load_onto_a_sharded_base(saved, adapted):
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), PARAMS)
+    loaded = jlora.load(saved, placed)
+    same(loaded, adapted)
+    for leaf, merged in zip(jax.tree.leaves(placed), jax.tree.leaves(jlora.merge(loaded)), strict=True):
+        assert merged.sharding == leaf.sharding
