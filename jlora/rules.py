@@ -208,9 +208,12 @@ def _contract(
     options = contraction.Options(eqn.outvars[0].aval.dtype, eqn.params["precision"], walk.plan)
     product = partial(dense, options=options)
     for piece in reversed(weight.batch):
-        product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, None))
+        product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, 0))
     walk.seen.add(weight.name)
-    y = product(x, weights.matrix(weight), weights.factors(weight), walk.next_key(weight.key))
+    key = walk.next_key(weight.key)
+    if key is not None and weight.batch:
+        key = jax.random.split(key, [piece.size for piece in weight.batch])  # every expert drops on its own
+    y = product(x, weights.matrix(weight), weights.factors(weight), key)
     remaining = weight.with_role("out" if form == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return y, [*weight.batch, *free, *remaining]
