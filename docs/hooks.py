@@ -136,7 +136,7 @@ MARKS: dict[str, Callable[..., str]] = {
     "api": api,
     "run folder": run_folder,
     "flags": flags,
-    # In README the table stands between these two already.
+    # In README these say where a table stands, or is to stand.
     "methods": str,
     "measured": str,
 }
