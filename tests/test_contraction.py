@@ -1,0 +1,122 @@
+"""The adapted product: both plans against the closed form, and what they keep and compute."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import contraction
+from jlora.contraction import Options
+from jlora.method import Factors
+
+PLANS = ["factored", "merged"]
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def problem(tokens=12, rows=8, columns=6, rank=2):
+    x, w = normal(0, 3, tokens // 3, rows), normal(1, rows, columns)
+    return x, w, Factors(normal(2, rows, rank), normal(3, rank, columns))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_equals_the_closed_form_in_value_and_every_gradient(plan):
+    x, w, f = problem()
+    g = normal(4, *x.shape[:-1], w.shape[1])
+    y, pull = jax.vjp(
+        lambda x, w, a, b: contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan)),
+        x,
+        w,
+        f.a,
+        f.b,
+    )
+    x2, g2 = np.reshape(x, (-1, 8)), np.reshape(g, (-1, 6))
+    whole = np.asarray(w + f.a @ f.b)
+    wanted = [g2 @ whole.T, x2.T @ g2, x2.T @ (g2 @ f.b.T), (x2 @ f.a).T @ g2]
+    np.testing.assert_allclose(y.reshape(-1, 6), x2 @ whole, rtol=1e-5, atol=1e-5)
+    for got, want in zip(pull(g), wanted, strict=True):
+        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
+    x, w, f = problem()
+    options = Options(jnp.float32, None, plan)
+
+    def loss(product, a):
+        return jnp.sum(jnp.sin(product(a)))
+
+    ours = lambda a: contraction.dense(x, w, Factors(a, f.b), None, options)
+    plain = lambda a: x @ (w + a @ f.b)
+    direction = normal(5, *f.a.shape)
+    for derivative in (
+        lambda product: jax.jvp(partial(loss, product), (f.a,), (direction,))[1],
+        lambda product: jax.jvp(jax.grad(partial(loss, product)), (f.a,), (direction,))[1],
+        lambda product: jax.vmap(jax.grad(partial(loss, product)))(jnp.stack([f.a, direction])),
+    ):
+        np.testing.assert_allclose(derivative(ours), derivative(plain), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
+    """Kept: the input, `x a`, and the base and factors themselves; no product, no formed weight."""
+    x, w, f = problem(tokens=48, rows=16, columns=64)
+    forward = lambda x, a, b: contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan))
+    _, pull = jax.vjp(forward, x, f.a, f.b)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(pull) if leaf.size > 1)
+    known = [x.size, w.size, f.a.size, f.b.size, x.size // 16 * 2]
+    assert set(sizes) <= set(known), (sizes, known)
+    assert sizes.count(w.size) <= 1
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_dense_weight_gradient_is_computed(plan):
+    x, w, f = problem(tokens=96, rows=32, columns=32)
+    loss = lambda a, b, x: jnp.sum(contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan)))
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(f.a, f.b, x).compile()
+    dense_gradient = 2 * 96 * 32 * 32
+    thin = 2 * 96 * 32 * 2
+    formed = 2 * 32 * 32 * 2
+    least = dense_gradient + 4 * thin  # dx through w; x a, g bᵀ, da and db
+    assert program.cost_analysis()["flops"] < least + thin + 2 * formed + 0.2 * dense_gradient
+
+
+def test_a_bfloat16_base_loses_no_update_to_rounding():
+    """A delta of 1e-4 of the weight is far below bfloat16's resolution, but moves the output as in float32."""
+    x, w = normal(0, 32, 256), normal(1, 256, 64)
+    f = Factors(normal(2, 256, 4) * 1e-2, normal(3, 4, 64) * 0.5e-2)
+    assert float(jnp.linalg.norm(f.a @ f.b) / jnp.linalg.norm(w)) < 2e-4
+    x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    none = Factors(f.a, jnp.zeros_like(f.b))
+    moved = [contraction.dense(x16, w16, each, None, Options(jnp.float32)) for each in (f, none)]
+    wanted = x16.astype(jnp.float32) @ (f.a @ f.b)
+    error = jnp.linalg.norm(moved[0] - moved[1] - wanted) / jnp.linalg.norm(wanted)
+    assert error < 2e-2
+    assert contraction.choose("auto", 10**6, w16, 4) == "factored"
+
+
+def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases():
+    w = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    assert contraction.choose("auto", 64, w, 8) == "factored"
+    assert contraction.choose("auto", 4096, w, 8) == "merged"
+    assert contraction.choose("auto", 4096, jax.ShapeDtypeStruct((512, 512), jnp.bfloat16), 8) == "factored"
+    assert contraction.choose("factored", 4096, w, 8) == "factored"
+
+
+@pytest.mark.parametrize("plan", ["auto", *PLANS])
+def test_lift_takes_a_plan_and_gives_the_same(plan):
+    params = {"w": normal(0, 8, 6)}
+    adapted = jlora.adapterize(params, {"w": jlora.LoRA(2, init="random")})
+    x = normal(1, 64, 8)
+    wanted = x @ jlora.merge(adapted)["w"]
+    np.testing.assert_allclose(jlora.lift(lambda p: x @ p["w"], plan=plan)(adapted), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_lift_refuses_an_unknown_plan():
+    with pytest.raises(ValueError, match=r"plan must be one of .* got 'fastest'"):
+        jlora.lift(lambda p: p, plan="fastest")
