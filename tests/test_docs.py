@@ -141,6 +141,16 @@ def test_every_relative_link_leads_to_a_file(page):
     assert text.strip()
 
 
+def test_every_file_that_a_page_names_exists():
+    code = [
+        (name(page), path) for page in PAGES for path in re.findall(r"`([\w./]+)`", page.read_text(encoding="utf-8"))
+    ]
+    named = [(page, path) for page, path in code if path.endswith((".py", "/")) and path[0] not in "./"]
+    missing = [each for each in named if not any((top / each[1]).exists() for top in (ROOT, ROOT / "jlora"))]
+    assert missing == []
+    assert len(named) > 20
+
+
 def test_nothing_that_is_shown_to_readers_names_a_place_on_one_machine():
     tracked = [*PAGES, ROOT / "CHANGELOG.md", ROOT / ".ci" / "run", ROOT / "mkdocs.yml", ROOT / "pyproject.toml"]
     found = [name(p) for p in tracked if re.search(r"(?<![\w.])/(work|opt|home|root)/", p.read_text(encoding="utf-8"))]
