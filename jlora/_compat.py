@@ -1,6 +1,8 @@
 """JAX internals that differ between releases, each shim named after the release it serves.
 
-Everything that touches the inside of a jaxpr goes through here, so a new JAX release is met in one file.
+Everything that touches the inside of a jaxpr goes through here, so a new JAX release is met in one file. A function says
+"Needed below JAX x.y" where it goes when older releases go, or "Needed in every release"; a test fails when JAX's floor in
+`pyproject.toml` has reached that release.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ _LIBRARIES = tuple(
 def open_jaxpr(closed: Any) -> tuple[Any, list[Any]]:
     """Splits what an equation holds into (jaxpr, values of its constants).
 
-    JAX 0.10 holds a `ClosedJaxpr` in most primitives and a bare `Jaxpr` in `remat2` and `shard_map`; JAX 0.12 holds a
-    `Jaxpr` that carries its own constants everywhere.
+    Needed below JAX 0.12. JAX 0.10 holds a `ClosedJaxpr` in most primitives and a bare `Jaxpr` in `remat2` and `shard_map`;
+    JAX 0.12 holds a `Jaxpr` that carries its own constants everywhere.
     """
     return getattr(closed, "jaxpr", closed), list(getattr(closed, "consts", ()))
 
@@ -29,7 +31,7 @@ def open_jaxpr(closed: Any) -> tuple[Any, list[Any]]:
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carried values of a `scan` equation.
 
-    JAX 0.10 states them; JAX 0.12 gives a tree of three groups (constants, carry, scanned inputs).
+    Needed below JAX 0.12. JAX 0.10 states them; JAX 0.12 gives a tree of three groups (constants, carry, scanned inputs).
     """
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()
@@ -38,12 +40,18 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def is_unspecified(sharding: Any) -> bool:
-    """Whether a `jit` equation's sharding says nothing (JAX has no public name for that value)."""
+    """Whether a `jit` equation's sharding says nothing.
+
+    Needed in every release: JAX has no public name for that value.
+    """
     return type(sharding).__name__ == "UnspecifiedValue"
 
 
 def source_line(eqn: Any) -> str:
-    """`file:line (function)` of the user's line that made an equation, or "an unknown line"."""
+    """`file:line (function)` of the user's line that made an equation, or "an unknown line".
+
+    Needed in every release: JAX's own summary is private.
+    """
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else list(traceback.frames)
     mine = [f for f in frames if not any(name in f.file_name for name in _LIBRARIES)]
@@ -53,17 +61,26 @@ def source_line(eqn: Any) -> str:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, a tracer or the shape of one (not a Python scalar)."""
+    """Whether a leaf is an array, a tracer or the shape of one (not a Python scalar).
+
+    Needed in every release: the three have no common class.
+    """
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def typed_key(key: jax.Array) -> jax.Array:
-    """A new-style key array from either kind of key."""
+    """A new-style key array from either kind of key.
+
+    Needed in every release that has both kinds.
+    """
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def explicit_sharding(aval: Any) -> Any:
-    """The sharding of an abstract value that lies on a mesh with explicit axes, else None."""
+    """The sharding of an abstract value that lies on a mesh with explicit axes, else None.
+
+    Needed in every release: the kinds of axes are found by hand.
+    """
     sharding = getattr(aval, "sharding", None)
     if sharding is None or sharding.mesh.empty:
         return None
