@@ -44,12 +44,14 @@ class StepResult(NamedTuple):
 Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
 
 
-def make_step(forward: Forward, tx: optax.GradientTransformation) -> Step:
+def make_step(forward: Forward, tx: optax.GradientTransformation, start: State | None = None) -> Step:
     """The jitted training step.
 
     Args:
         forward: the plain model; it is lifted here.
         tx: the optimizer, clipping included.
+        start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
+            move them.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
@@ -72,7 +74,8 @@ def make_step(forward: Forward, tx: optax.GradientTransformation) -> Step:
         result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
         return State(params, opt_state, state.step + 1, state.key), result
 
-    return jax.jit(step, donate_argnums=0)
+    places = None if start is None else (jax.tree.map(lambda leaf: leaf.sharding, start), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:

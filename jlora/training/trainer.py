@@ -55,7 +55,6 @@ class Trainer:
         settings = self.settings
         assert settings.batch and settings.steps and settings.evaluate_every and settings.checkpoint_every
         self._tx = make_optimizer(self.adapted, settings)
-        self._step = make_step(self.forward, self._tx)
         self._evaluate = make_evaluation(self.forward)
         self._rate = learning_rate(settings)
         rows = settings.batch // settings.accumulate
@@ -75,7 +74,7 @@ class Trainer:
         whole = find_whole(directory)
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
-        done = int(state.step)
+        done, self._step = int(state.step), make_step(self.forward, self._tx, state)
         metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
         with contextlib.ExitStack() as stack:

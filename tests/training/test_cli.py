@@ -1,0 +1,215 @@
+"""The command line: every command on a small run, and one sentence with exit code 2 for what the user got wrong."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from jlora import models
+from jlora.training.cli import main
+
+WORDS = {"good": ["fine", "kind", "nice", "happy"], "bad": ["mean", "sad", "poor", "ugly"]}
+
+
+def write_reviews(path, count, seed=0):
+    """Rows whose label a few words tell."""
+    rng = random.Random(seed)
+    lines = ["sentence\tlabel"]
+    for _ in range(count):
+        label = rng.choice(list(WORDS))
+        lines.append(f"the dog was {rng.choice(WORDS[label])} and {rng.choice(WORDS[label])}\t{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+QUICK = [
+    "--batch",
+    "8",
+    "--max-length",
+    "16",
+    "--progress",
+    "none",
+    "--sample-tokens",
+    "0",
+    "--max-validation-rows",
+    "8",
+]
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """A finished run that adapts the shipped model to a short text, configured by a TOML file."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "data.txt").write_text("A function is called with arguments and returns a value. " * 60)
+    (folder / "run.toml").write_text(
+        'learning_rate = 0.03\nsteps = 4\n[spec]\n".*/q_proj/kernel" = {method = "LoRA", rank = 2, alpha = 4}\n'
+        '"norm/.*" = {method = "Full"}\n'
+    )
+    out = folder / "run"
+    code = main(
+        [
+            "finetune",
+            "--config",
+            str(folder / "run.toml"),
+            "--data",
+            str(folder / "data.txt"),
+            "--out",
+            str(out),
+            *QUICK,
+        ]
+    )
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """A finished run that classifies sentences by the shipped model."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_reviews(folder / "train.tsv", 96)
+    write_reviews(folder / "dev.tsv", 24, seed=1)
+    arguments = ["--task", "classify", "--data", str(folder / "train.tsv"), "--validation", str(folder / "dev.tsv")]
+    arguments += [
+        "--text-column",
+        "sentence",
+        "--targets",
+        ".*/(q|v)_proj/kernel",
+        "--steps",
+        "30",
+        "--learning-rate",
+        "0.02",
+    ]
+    assert main(["finetune", *arguments, "--out", str(folder / "run"), *QUICK, "--max-validation-rows", "24"]) == 0
+    return folder
+
+
+def test_a_spec_in_a_file_says_what_is_adapted(stories):
+    settings = json.loads((stories / "run" / "settings.json").read_text())["settings"]
+    assert (settings["learning_rate"], settings["rank"]) == (0.03, None)
+    adapters = json.loads((stories / "run" / "adapters" / "jlora.json").read_text())
+    assert {site["method"]["method"] for site in adapters["sites"]} == {"LoRA", "Full"}
+
+
+def test_a_classifier_learns_what_words_tell(reviews):
+    results = json.loads((reviews / "run" / "results.json").read_text())
+    assert results["after"]["accuracy"] >= 0.9
+    assert results["after"]["loss"] < results["before"]["loss"]
+
+
+def test_eval_gives_what_the_run_measured(reviews, capsys):
+    results = json.loads((reviews / "run" / "results.json").read_text())
+    assert main(["eval", str(reviews / "run"), str(reviews / "dev.tsv")]) == 0
+    assert f"accuracy {results['after']['accuracy']:.4f}" in capsys.readouterr().out
+    assert main(["eval", str(reviews / "run"), str(reviews / "dev.tsv"), "--base"]) == 0
+    assert f"loss {results['before']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_merge_writes_a_model_that_loads(stories, tmp_path, capsys):
+    assert main(["merge", str(stories / "run"), str(tmp_path / "merged")]) == 0
+    model, _ = models.load(tmp_path / "merged")
+    assert model.config.vocab_size == 512
+    text = ["--prompt", "A function", "--tokens", "6", "--temperature", "0"]
+    capsys.readouterr()
+    assert main(["generate", str(stories / "run"), *text]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["generate", "--model", str(tmp_path / "merged"), *text]) == 0
+    assert capsys.readouterr().out == wanted
+    assert wanted.startswith("A function")
+    assert main(["merge", str(stories / "run"), str(tmp_path / "merged")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_merging_a_classifier_writes_encoder_and_head(reviews, tmp_path):
+    assert main(["merge", str(reviews / "run"), str(tmp_path / "merged")]) == 0
+    assert json.loads((tmp_path / "merged" / "labels.json").read_text()) == ["bad", "good"]
+    assert (tmp_path / "merged" / "classifier.safetensors").exists()
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
+def test_inspect_shows_what_a_spec_hits(capsys):
+    assert main(["inspect", "--rank", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "layers/mlp/up_proj/kernel" in said and "LoRA(rank=3" in said and "embed_tokens/embedding" in said
+    assert main(["inspect", "--task", "classify", "--data", "x.csv", "--method", "probe"]) == 2
+    assert "x.csv: No such file" in capsys.readouterr().err
+
+
+def test_inspect_needs_no_weights(tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models.STORIES260K / name, tmp_path)
+    assert main(["inspect", "--model", str(tmp_path), "--targets", ".*/v_proj/kernel"]) == 0
+    assert "layers/self_attn/v_proj/kernel" in capsys.readouterr().out
+
+
+def other_tokenizer(folder, data):
+    """The shipped model with the tokenizer of another one."""
+    shutil.copytree(models.STORIES260K, folder)
+    shutil.copy(data / "minilm_l6_v2" / "tokenizer.json", folder / "tokenizer.json")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--targets", ".*/query/kernel"], "the pattern '.*/query/kernel' matches no leaf"),
+        (["--rank", "65", "--targets", ".*/q_proj/kernel"], "layers/self_attn/q_proj/kernel"),
+        (["--rank", "0"], "--rank must be at least 1, got 0"),
+        (["--max-length", "600"], "--max-length of 600 is more than the 512 positions of the model"),
+        (["--model", "nowhere"], "nowhere/config.json: no such file"),
+        (["--data", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["--mesh", "model=7"], "--mesh axis model=7 does not divide the 64 of axis 1 of embed_tokens/embedding"),
+        (["--batch", "1000000"], "--batch takes 1000000 rows, but the training data makes"),
+        (["--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_sentence_and_touches_nothing(flags, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["finetune", *flags, "--out", str(out), "--steps", "2"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("jlora finetune: ") and said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_wrong_tokenizer_is_one_sentence(tmp_path, data, capsys):
+    assert main(["finetune", "--model", other_tokenizer(tmp_path / "model", data), "--out", str(tmp_path / "run")]) == 2
+    assert "this is the tokenizer of another model" in capsys.readouterr().err
+
+
+def test_a_malformed_row_is_one_sentence_with_file_and_line(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    assert main(["finetune", "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")]) == 2
+    assert f"{tmp_path}/a.jsonl:2: there is no 'completion'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_cannot_predict_the_next_token(tmp_path, data, capsys):
+    arguments = ["--model", str(data / "minilm_l6_v2"), "--data", str(data / "tiny_shakespeare" / "input.txt")]
+    assert main(["finetune", *arguments, "--max-validation-rows", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "--task lm needs a model that predicts the next token" in capsys.readouterr().err
+
+
+def test_an_adapter_on_another_base_is_one_sentence(stories, tmp_path, capsys):
+    assert main(["merge", str(stories / "run"), str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(stories / "run"), "--model", str(tmp_path / "merged")]) == 2
+    assert "was made for another base: fingerprint" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
+    assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) == 2
+    assert "holds no run (no settings.json)" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--ranc", "8"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --ranc 8" in capsys.readouterr().err
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    said = capsys.readouterr().out
+    assert all(flag in said for flag in ("--lora-plus-ratio", "--mesh", "--resume", "--no-packing", "--config"))

@@ -1,0 +1,102 @@
+"""The job on a mesh of virtual devices: the same training to tolerance, and errors with numbers where it does not fit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jlora.training.errors import SettingError
+from jlora.training.job import finetune
+from jlora.training.metrics import Metrics, read_metrics
+from jlora.training.placement import make_mesh, weight_spec
+from jlora.training.settings import Settings
+
+SMALL = Settings(
+    steps=4,
+    batch=8,
+    accumulate=2,
+    max_length=16,
+    rank=2,
+    targets=".*/(q_proj|down_proj)/kernel",
+    learning_rate=3e-2,
+    max_rows=8,
+    max_validation_rows=1,
+    checkpoint_every=2,
+    evaluate_every=4,
+    sample_tokens=0,
+    progress="none",
+)
+
+
+def quiet(text):
+    """Takes the lines that the job prints."""
+
+
+def settings(out, **changes):
+    return dataclasses.replace(SMALL, out=str(out), **changes)
+
+
+def losses(out):
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mesh") / "run"
+    return finetune(settings(out), quiet)
+
+
+def test_a_mesh_changes_nothing_but_where_things_lie(alone, tmp_path):
+    result = finetune(settings(tmp_path / "run", mesh="data=2,model=2"), quiet)
+    np.testing.assert_allclose(losses(result.out), losses(alone.out), rtol=1e-4)
+    layer = result.adapted.base["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert layer.sharding.spec == PartitionSpec(None, None, "model")
+    factors = result.adapted.params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert "model" in factors["b"].sharding.spec and "model" not in factors["a"].sharding.spec
+    for one, other in zip(jax.tree.leaves(result.adapted.params), jax.tree.leaves(alone.adapted.params)):
+        np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+@pytest.mark.long
+def test_a_run_resumes_onto_another_mesh(alone, tmp_path, monkeypatch):
+    write = Metrics.write
+
+    def fail(self, step, kind, **values):
+        if step == 3:
+            raise RuntimeError("pulled the plug")
+        write(self, step, kind, **values)
+
+    monkeypatch.setattr(Metrics, "write", fail)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        finetune(settings(tmp_path / "run"), quiet)
+    monkeypatch.undo()
+    before = losses(tmp_path / "run")
+    result = finetune(settings(tmp_path / "run", mesh="data=4", resume=True), quiet)
+    assert losses(result.out)[: len(before)] == before
+    np.testing.assert_allclose(losses(result.out), losses(alone.out), rtol=1e-4)
+    assert json.loads((result.out / "results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=16", "mesh of data=16 needs 16 devices, but there are 8"),
+        ("data=3", "mesh cuts the rows in data=3, but batch 8 / accumulate 2 is 4 rows"),
+        ("model=5", r"mesh axis model=5 does not divide the 64 of axis 1 of embed_tokens/embedding \(512, 64\)"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_an_error_with_the_numbers(tmp_path, mesh, message):
+    with pytest.raises(SettingError, match=message):
+        finetune(settings(tmp_path / "run", mesh=mesh), quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_axes_cut_the_last_two_axes_of_a_weight():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    assert weight_spec("w", (5, 6, 8), mesh) == PartitionSpec(None, "fsdp", "model")
+    assert weight_spec("b", (7,), mesh) == PartitionSpec()
+    with pytest.raises(SettingError, match=r"axis fsdp=2 does not divide the 5 of axis 0 of w \(5, 8\)"):
+        weight_spec("w", (5, 8), mesh)
