@@ -165,6 +165,13 @@ class ClaimsToBeLocal(Sound):
         return replace(Sound.factors(self, view), scale=jnp.full(view.w.shape[1], 1 / n))
 
 
+@rejected_by("check_mesh", TypeError)
+class CutsNothing(Sound):
+    @property
+    def axes(self):
+        return {"a": ("", "rank"), "b": ("rank", "")}
+
+
 @rejected_by("check_lift")
 class ReadsTheLeafsShape(Sound):
     def factors(self, view):

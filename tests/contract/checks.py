@@ -213,35 +213,51 @@ def check_keys(method):
 
 
 def check_mesh(method):
-    """On eight devices, with bases cut along every axis, under `jit` and `shard_map`: as on one device."""
+    """On eight devices, with bases cut along every axis, under `jit` and `shard_map`: as on one device, cut as the base is."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
-    cuts = {"rows": P("model"), "columns": P(None, "model"), "both": P("data", "model"), "manual_rows": P("model"),
-            "manual_columns": P(None, "model")}  # fmt: skip
+    cuts = {"rows": P("model", None), "columns": P(None, "model"), "both": P("data", "model")}
+    cuts |= {"manual_rows": cuts["rows"], "manual_columns": cuts["columns"]}
+    manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
     params = {name: problems.weight(seed, 8, 8) for seed, name in enumerate(cuts)}
-    adapted = perturbed(jit(lambda p: jlora.adapterize(p, {".*": method}))(params), size=0.1)
-    x = problems.normal(9, 16, 8)
+    placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in params.items()}
+    adapted = perturbed(jlora.adapterize(placed, {".*": method}), size=0.1)
+    _check_cuts(adapted, mesh, cuts)
 
     def by_rows(x, w):
         return jax.lax.psum(x @ w, "model")
 
     def fn(params, x):
-        for name in ("rows", "columns", "both"):
-            x = jnp.tanh(x @ params[name])
-        manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
-        for name, (x_cut, y_cut) in manual.items():
-            body = by_rows if name == "manual_rows" else jnp.matmul
-            x = jnp.tanh(jax.shard_map(body, mesh=mesh, in_specs=(x_cut, cuts[name]), out_specs=y_cut)(x, params[name]))
+        for name in cuts:
+            if name in manual:
+                body, (x_cut, y_cut) = by_rows if name == "manual_rows" else jnp.matmul, manual[name]
+                run = jax.shard_map(body, mesh=mesh, in_specs=(x_cut, cuts[name]), out_specs=y_cut)
+                x = jnp.tanh(run(x, params[name]))
+            else:
+                x = jnp.tanh(x @ params[name])
         return x
 
+    x = problems.normal(9, 16, 8)
     alone = x
+    written = by_hand(jax.device_put(adapted, jax.devices()[0]))
     for name in cuts:
-        alone = jnp.tanh(alone @ by_hand(adapted)[name])
-    placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in adapted.base.items()}
-    on_mesh = adapted.replace(base=placed)
-    y = jit(jlora.lift(fn))(on_mesh, jax.device_put(x, NamedSharding(mesh, P("data"))))
+        alone = jnp.tanh(alone @ written[name])
+    y = jit(jlora.lift(fn))(adapted, jax.device_put(x, NamedSharding(mesh, P("data"))))
     close(y, alone)
-    for name, leaf in jlora.merge(on_mesh).items():
+    for name, leaf in jlora.merge(adapted).items():
         assert leaf.sharding == placed[name].sharding, f"{name}: {leaf.sharding}"
+
+
+def _check_cuts(adapted, mesh, cuts):
+    """Every field's axes are cut as those axes of the base that they stand for, all others are whole."""
+    for site in adapted.plan.sites:
+        cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
+        fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
+        for name, axes in site.method.axes.items():
+            wanted = P(*(cut.get(role) for role in axes)) if site.method.matrix else cuts[site.path]
+            got = fields[name].sharding
+            assert got.is_equivalent_to(NamedSharding(mesh, wanted), fields[name].ndim), (
+                f"{name} lies as {got}, wanted {wanted}"
+            )
 
 
 def check_lift(method):
