@@ -8,8 +8,9 @@ update far below the weight's own resolution still moves the output.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -118,20 +119,13 @@ def choose(plan: str, tokens: int, w: jax.Array, rank: int) -> str:
 
 def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
     """`x [..., in] @ ((w + a @ b) * scale)`."""
-    accumulate = accumulation_dtype(options.out_dtype)
+    if key is None or f.dropout == 0:
+        return dense_together(x, [(w, f)], options)[0]
 
     def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return matmul(x, m, dtype, options.precision)
 
-    def rows(x: jax.Array) -> jax.Array:
-        if key is not None and f.dropout > 0:
-            return forward(product, product, x, w, f, key, options.out_dtype)
-        plan = choose(options.plan, x.shape[0], w, f.a.shape[1])
-        inner = replace(options, out_dtype=accumulate if f.scale is not None else options.out_dtype, plan=plan)
-        y = _low_rank(x, w, f.a.astype(x.dtype), f.b.astype(x.dtype), inner)
-        return y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
-
-    return in_rows(rows, x)
+    return in_rows(lambda x: forward(product, product, x, w, f, key, options.out_dtype), x)
 
 
 def dense_transposed(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
@@ -140,26 +134,76 @@ def dense_transposed(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | No
     return dense(scaled, w.T, Factors(f.b.T, f.a.T, None, f.dropout), key, options)
 
 
-def in_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies a function of rows `[T, in]` to the last axis of `x [..., in]`.
+def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], options: Options) -> list[jax.Array]:
+    """`x [..., in] @ ((w + a @ b) * scale)` for several weights: `x` meets all their `a` in one thin product.
+
+    The same holds in the backward pass, where one product gives the gradients of all `a`.
+    """
+    weights = [w for w, _ in members]
+    a, b = ([each.astype(x.dtype) for each in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
+    scaled = any(f.scale is not None for _, f in members)
+    out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
+
+    def rows(x: jax.Array) -> list[jax.Array]:
+        plans = tuple(choose(options.plan, x.shape[0], w, each.shape[1]) for w, each in zip(weights, a))
+        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plans))
+
+    products = in_rows(rows, x)
+    return [
+        y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
+        for y, (_, f) in zip(products, members)
+    ]
+
+
+def in_rows(product: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """Applies a function of rows `[T, in]` to the last axis of `x [..., in]`; results are arrays `[T, ...]`.
 
     The gradients of the factors sum over all leading axes at once; with one such axis XLA's CPU backend needs no
     transposed copy of the cotangent for that. Leading axes with an explicit sharding stay apart.
     """
     if x.ndim == 2 or any(name is not None for name in jax.typeof(x).sharding.spec):
         return product(x)
-    y = product(x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    results = product(x.reshape(-1, x.shape[-1]))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), results)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """How several products with one input are computed; static."""
+
+    out_dtype: Any
+    precision: Any
+    plans: tuple[str, ...]
+
+    def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
+        return matmul(x, m, dtype, self.precision)
+
+    def thin(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+        """`x @ a` for several `a [in, r]` by one product."""
+        if len(factors) == 1:
+            return [self.matmul(x, factors[0], x.dtype)]
+        together = self.matmul(x, jnp.concatenate(factors, axis=1), x.dtype)
+        ends = list(itertools.accumulate(a.shape[1] for a in factors))
+        return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
+
+
+Matrices = list[jax.Array]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _low_rank(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
-    """`x @ (w + a @ b)` by the plan of `options`."""
-    accumulate = accumulation_dtype(options.out_dtype)
-    if options.plan == "merged":
-        return matmul(x, _merged(w, a, b).astype(x.dtype), options.out_dtype, options.precision)
-    low = matmul(matmul(x, a, x.dtype, options.precision), b, accumulate, options.precision)
-    return (matmul(x, w, accumulate, options.precision) + low).astype(options.out_dtype)
+def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
+    """`x @ (w + a @ b)` for each weight, by its plan."""
+    accumulate = accumulation_dtype(group.out_dtype)
+    factored = [n for n, plan in enumerate(group.plans) if plan == "factored"]
+    low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
+    results = []
+    for n, w in enumerate(weights):
+        if n in low:
+            y = group.matmul(x, w, accumulate) + group.matmul(low[n], b[n], accumulate)
+        else:
+            y = group.matmul(x, _merged(w, a[n], b[n]).astype(x.dtype), accumulate)
+        results.append(y.astype(group.out_dtype))
+    return results
 
 
 def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,32 +211,51 @@ def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @partial(_low_rank.defjvp, symbolic_zeros=True)
-def _low_rank_jvp(options: Options, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices, Matrices]:
     """The derivative, written so that its transpose is what a hand-written backward pass would be.
 
-    With cotangent `g` of the result: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx = g (w + a b)ᵀ` by the plan; never the
-    dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The barrier
-    turns, transposed, into one that lets `dx` go on only when `da` and `db` are there, so that `x` and `g` die at once.
+    With cotangents `g` of the results: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx` the sum of `g (w + a b)ᵀ` by the plans;
+    never the dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The
+    barrier turns, transposed, into one that lets `dx` go on only when `da` and `db` are there, so that `x` and `g` die.
     """
-    x, w, a, b = primals
-    live = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+    x, weights, a, b = primals
+    live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents, is_leaf=_is_zero)
     dx, dw, da, db = jax.lax.optimization_barrier(live)
-    precision, accumulate = options.precision, accumulation_dtype(options.out_dtype)
-    terms = []
-    if dx is not None and options.plan == "merged":
-        # Checkpointed, so that the formed weight is not kept from the forward to the backward pass.
-        through = jax.checkpoint(
-            lambda dx, w, a, b: matmul(dx, _merged(w, a, b).astype(x.dtype), accumulate, precision)
-        )
-        terms.append(through(dx, w, a, b))
-    elif dx is not None:
-        low = matmul(matmul(dx, a, x.dtype, precision), b, accumulate, precision)
-        terms.append(matmul(dx, w, accumulate, precision) + low)
-    if dw is not None:
-        terms.append(matmul(x, dw, accumulate, precision))
-    if da is not None:
-        terms.append(matmul(matmul(x, da, x.dtype, precision), b, accumulate, precision))
-    if db is not None:
-        terms.append(matmul(matmul(x, a, x.dtype, precision), db, accumulate, precision))
-    y = _low_rank(x, w, a, b, options)
-    return y, sum(terms[1:], terms[0]).astype(y.dtype)
+    results = _low_rank(x, weights, a, b, group)
+    terms: list[list[jax.Array]] = [[] for _ in weights]
+    if dx is not None:
+        for n, term in enumerate(_through_input(group, dx, weights, a, b)):
+            terms[n].append(term)
+    accumulate = accumulation_dtype(group.out_dtype)
+    moved = [n for n, each in enumerate(da) if each is not None]
+    for n, low in zip(moved, group.thin(x, [da[n] for n in moved]) if moved else []):
+        terms[n].append(group.matmul(low, b[n], accumulate))
+    moved = [n for n, each in enumerate(db) if each is not None]
+    for n, low in zip(moved, group.thin(x, [a[n] for n in moved]) if moved else []):
+        terms[n].append(group.matmul(low, db[n], accumulate))
+    for n, each in enumerate(dw):
+        if each is not None:
+            terms[n].append(group.matmul(x, each, accumulate))
+    return results, [sum(t[1:], t[0]).astype(y.dtype) if t else jnp.zeros_like(y) for t, y in zip(terms, results)]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _through_input(group: _Group, dx: jax.Array, weights: Matrices, a: Matrices, b: Matrices) -> Matrices:
+    """`dx @ (w + a @ b)` for each weight; linear in `dx`."""
+    accumulate = accumulation_dtype(group.out_dtype)
+    factored = [n for n, plan in enumerate(group.plans) if plan == "factored"]
+    low = dict(zip(factored, group.thin(dx, [a[n] for n in factored]))) if factored else {}
+
+    def formed(dx: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return group.matmul(dx, _merged(w, a, b).astype(dx.dtype), accumulate)
+
+    results = []
+    for n, w in enumerate(weights):
+        if n in low:
+            results.append(group.matmul(dx, w, accumulate) + group.matmul(low[n], b[n], accumulate))
+        else:  # checkpointed, so that the formed weight is not kept from the forward to the backward pass
+            results.append(jax.checkpoint(formed)(dx, w, a[n], b[n]))
+    return results

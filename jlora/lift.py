@@ -11,7 +11,9 @@ import jax
 from jlora import (
     _compat,
     control,  # noqa: F401  (registers its rules)
+    products,  # noqa: F401  (registers its rules)
     rules,  # noqa: F401  (registers its rules)
+    shared,
 )
 from jlora.adapted import Adapted
 from jlora.contraction import PLANS
@@ -66,7 +68,7 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error", pl
             args, kwargs = jax.tree.unflatten(treedef, trees)
             return fn(*args, **kwargs)
 
-        walk = Walk(strict, plan)
+        walk = Walk(strict, plan, together=shared.together)
         return run(walk, on_arrays, values, unread == "error")
 
     return lifted

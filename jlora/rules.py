@@ -1,4 +1,4 @@
-"""One rule per primitive: how a weight passes through it, or how a product with a weight is computed.
+"""Primitives that a weight passes through, one rule each.
 
 A rule is `(walk, eqn, *values) -> outputs`, or None where it does not apply; then the effective weight is formed.
 """
@@ -13,15 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import contraction
 from jlora import weight as weights
-from jlora.walk import Reading, Walk, bind, rule
-from jlora.weight import Axes, Piece, Weight
-
-# ---- primitives that a weight passes through ------------------------------------------------------------------------
+from jlora.walk import Walk, bind, passes, rule
+from jlora.weight import Piece, Weight
 
 
-@rule("convert_element_type", "sharding_constraint", "copy", "copy_p", "name", "reduce_precision", "reshard", "pvary")
+@passes("convert_element_type", "sharding_constraint", "copy", "copy_p", "name", "reduce_precision", "reshard", "pvary")
 def same_axes(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     """The base array alone takes the cast or constraint; a cast to integers needs the weight itself."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
@@ -29,7 +26,7 @@ def same_axes(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     return [replace(value, array=bind(eqn, [value.array])[0])]
 
 
-@rule("stop_gradient")
+@passes("stop_gradient")
 def stop_gradient(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
     """Stops the gradient of the method's arrays too."""
     return [weights.stop(value)]
@@ -42,28 +39,28 @@ def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     return [replace(v, array=x) if isinstance(v, Weight) else x for v, x in zip(values, arrays, strict=True)]
 
 
-@rule("transpose")
+@passes("transpose")
 def transpose(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
     """Permutes the axes' meanings with the axes."""
     axes = tuple(value.axes[axis] for axis in eqn.params["permutation"])
     return [replace(value, array=bind(eqn, [value.array])[0], axes=axes)]
 
 
-@rule("reshape")
+@passes("reshape")
 def reshape(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | None:
     """Merges and splits axes as long as each remains a row of whole pieces."""
     moved = None if dynamic else weights.regroup(value, tuple(eqn.params["new_sizes"]), bind(eqn, [value.array])[0])
     return None if moved is None else [moved]
 
 
-@rule("squeeze")
+@passes("squeeze")
 def squeeze(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
     """Drops axes of size 1; a sliced stack axis of size 1 stays with the method's arrays."""
     kept = tuple(group for axis, group in enumerate(value.axes) if axis not in eqn.params["dimensions"])
     return [replace(value, array=bind(eqn, [value.array])[0], axes=kept)]
 
 
-@rule("broadcast_in_dim")
+@passes("broadcast_in_dim")
 def broadcast_in_dim(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | None:
     """Inserts axes of size 1; a true repetition needs the weight itself."""
     shape = tuple(eqn.params["shape"])
@@ -75,7 +72,7 @@ def broadcast_in_dim(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list
     return [replace(value, array=bind(eqn, [value.array])[0], axes=tuple(axes))]
 
 
-@rule("slice")
+@passes("slice")
 def slice_(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     """Slices a stack: the method's arrays are sliced with it."""
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
@@ -92,7 +89,7 @@ def slice_(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     return [value]
 
 
-@rule("dynamic_slice")
+@passes("dynamic_slice")
 def dynamic_slice(walk: Walk, eqn: Any, value: Any, *starts: Any) -> list[Any] | None:
     """Slices a stack at a traced index."""
     if not isinstance(value, Weight):
@@ -111,285 +108,3 @@ def dynamic_slice(walk: Walk, eqn: Any, value: Any, *starts: Any) -> list[Any] |
 def _with_key(value: Weight, index: Any) -> Weight:
     """Another dropout key for another slice."""
     return value if value.key is None else replace(value, key=jax.random.fold_in(value.key, index))
-
-
-# ---- products -------------------------------------------------------------------------------------------------------
-
-
-@rule("dot_general")
-def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
-    """Any contraction of an activation with all in-axes, or all out-axes, of a weight, on either side."""
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        if rhs.site is None:
-            _record(walk, eqn, rhs, rhs_contract, rhs_batch)
-            rhs = rhs.array
-        rhs = walk.materialise(rhs, eqn)
-    on_left = isinstance(lhs, Weight)
-    weight, x = (lhs, rhs) if on_left else (rhs, lhs)
-    contract, x_contract = (lhs_contract, rhs_contract) if on_left else (rhs_contract, lhs_contract)
-    batch, x_batch = (lhs_batch, rhs_batch) if on_left else (rhs_batch, lhs_batch)
-    if weight.site is None:
-        _record(walk, eqn, weight, contract, batch)
-        return bind(eqn, [value.array if isinstance(value, Weight) else value for value in (lhs, rhs)])
-    form = _form(weight, contract, batch)
-    if form is None or not _factored(weight, x):
-        return None
-    y, labels = _contract(walk, eqn, weight, x, form, tuple(contract), tuple(x_contract), tuple(batch), tuple(x_batch))
-    x_free = [(("x", axis),) for axis in range(x.ndim) if axis not in x_contract and axis not in x_batch]
-    free = [weight.axes[axis] for axis in range(len(weight.axes)) if axis not in contract and axis not in batch]
-    order = [*(weight.axes[axis] for axis in batch), *(free + x_free if on_left else x_free + free)]
-    return [_arrange(y, labels, order, eqn.outvars[0].aval.shape)]
-
-
-def _record(walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kind: str | None = None) -> None:
-    """Notes how a leaf of yet unknown roles is contracted."""
-    assert walk.readings is not None
-    walk.seen.add(weight.name)
-    contracted = {piece.axis for axis in contract for piece in weight.axes[axis]}
-    batched = {piece.axis for axis in batch for piece in weight.axes[axis]}
-    visible = {piece.axis for group in weight.axes for piece in group}
-    sliced = set(range(len(weight.leaf_shape))) - visible
-    free = visible - contracted - batched
-    if not free:  # an out axis of size 1 that was squeezed away
-        free, sliced = {axis for axis in sliced if weight.leaf_shape[axis] == 1}, set()
-    roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | sliced))
-    walk.readings.append(Reading(weight.name, kind or eqn.primitive.name, *roles))
-
-
-def _factored(weight: Weight, x: jax.Array) -> bool:
-    """Whether the factored form can be used; otherwise the effective weight is formed."""
-    return weight.method.low_rank and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _big(pieces: Any) -> set[Piece]:
-    return {piece for piece in pieces if piece.size > 1}
-
-
-def _form(weight: Weight, contract: Any, batch: Any) -> str | None:
-    """ "in" for `x @ w`, "out" for `x @ w.T`, None where the contraction is neither."""
-    contracted = _big(piece for axis in contract for piece in weight.axes[axis])
-    stacked = _big(piece for axis in batch for piece in weight.axes[axis])
-    groups = [weight.axes[axis] for axis in range(len(weight.axes))]
-    if any(len({weight.role(piece) for piece in _big(group)}) > 1 for group in groups):
-        return None
-    if any(weight.role(piece) != "batch" for piece in stacked):
-        return None
-    for role in ("in", "out"):
-        if contracted == _big(weight.with_role(role)) and (contracted or role == "in"):
-            return role
-    return None
-
-
-Label = Any  # a Piece of the weight, or ("x", axis) for an axis of the activation
-
-
-def _contract(
-    walk: Walk,
-    eqn: Any,
-    weight: Weight,
-    x: jax.Array,
-    form: str,
-    contract: Any,
-    x_contract: Any,
-    batch: Any,
-    x_batch: Any,
-) -> tuple[jax.Array, list[Label]]:
-    """The product with axes `[*batch, *free axes of x, *what remains of the weight]` and a label for each."""
-    axes = {**_pieces_of(weight, contract, x_contract), **_pieces_of(weight, batch, x_batch)}
-    have: list[tuple[Label, ...]] = [axes.get(axis, (("x", axis),)) for axis in range(x.ndim)]
-    free = [("x", axis) for axis in range(x.ndim) if axis not in axes]
-    summed = [piece for piece in weight.with_role(form) if piece.size > 1]
-    shared = [piece for piece in weight.batch if any(piece in group for group in axes.values())]
-    sizes = {("x", axis): x.shape[axis] for axis in range(x.ndim)}
-    x = _regroup(x, have, [*((piece,) for piece in shared), *((label,) for label in free), tuple(summed)], sizes)
-
-    dense = contraction.dense if form == "in" else contraction.dense_transposed
-    options = contraction.Options(eqn.outvars[0].aval.dtype, eqn.params["precision"], walk.plan)
-    product = partial(dense, options=options)
-    for piece in reversed(weight.batch):
-        product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, 0))
-    walk.seen.add(weight.name)
-    key = walk.next_key(weight.key)
-    if key is not None and weight.batch:
-        key = jax.random.split(key, [piece.size for piece in weight.batch])  # every expert drops on its own
-    y = product(x, weights.matrix(weight), weights.factors(weight), key)
-    remaining = weight.with_role("out" if form == "in" else "in")
-    y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
-    return y, [*weight.batch, *free, *remaining]
-
-
-def _pieces_of(weight: Weight, axes: Any, x_axes: Any) -> dict[int, tuple[Piece, ...]]:
-    """For each axis of the activation that meets the weight, the pieces it is made of."""
-    return {x_axis: tuple(_sized(weight.axes[axis])) for axis, x_axis in zip(axes, x_axes, strict=True)}
-
-
-def _sized(group: tuple[Piece, ...]) -> list[Piece]:
-    return [piece for piece in group if piece.size > 1]
-
-
-def _regroup(x: jax.Array, have: list[Any], want: list[Any], sizes: dict[Any, int]) -> jax.Array:
-    """Moves an array between two groupings of labels; pieces of size 1 may be missing on either side."""
-
-    def size(label: Label) -> int:
-        return label.size if isinstance(label, Piece) else sizes[label]
-
-    flat = [label for group in have for label in group]
-    x = x.reshape([size(label) for label in flat])
-    target = [label for group in want for label in group]
-    present = [label for label in target if label in flat]
-    if present != flat:
-        x = jax.lax.transpose(x, [flat.index(label) for label in present])
-    return x.reshape([math.prod(size(label) for label in group) for group in want])
-
-
-def _arrange(y: jax.Array, labels: list[Label], order: list[Any], shape: tuple[int, ...]) -> jax.Array:
-    """The product in the axis order of the equation's result."""
-    target = [label for group in order for label in group if label in labels]
-    target += [label for label in labels if label not in target]  # hidden axes of size 1
-    if target != labels:
-        y = jax.lax.transpose(y, [labels.index(label) for label in target])
-    return y.reshape(shape)
-
-
-@rule("ragged_dot_general")
-def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, group_sizes: Any) -> list[Any] | None:
-    """Rows of an activation in groups, each with the matrix of its expert."""
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (x_contract, contract), batch = numbers.dot_dimension_numbers
-    groups = tuple(numbers.rhs_group_dimensions)
-    if not isinstance(weight, Weight) or not (
-        x.ndim == 2 and tuple(x_contract) == (1,) and groups and batch == ((), ())
-    ):
-        return None
-    if weight.site is None:
-        _record(walk, eqn, weight, contract, groups)
-        return bind(eqn, [x, weight.array, group_sizes])
-    if _form(weight, contract, groups) != "in" or not _factored(weight, x) or len(_big(weight.batch)) != 1:
-        return None
-    stacked = next(iter(_big(weight.batch)))
-    if weight.axes[groups[0]] != (stacked,):
-        return None
-    by_expert = partial(jax.tree.map, lambda m: m.reshape(stacked.size, *m.shape[len(weight.batch) :]))
-    f, w = by_expert(weights.factors(weight)), by_expert(weights.matrix(weight))
-    product = partial(_ragged, group_sizes=group_sizes, precision=eqn.params["precision"])
-    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right", method="compare_all")
-    walk.seen.add(weight.name)
-    out_dtype = eqn.outvars[0].aval.dtype
-    y = contraction.forward(
-        product, product, x, w, f, walk.next_key(weight.key), out_dtype, lambda y, scale: y * scale[expert]
-    )
-    return [y.reshape(eqn.outvars[0].aval.shape)]
-
-
-def _ragged(x: jax.Array, m: jax.Array, out_dtype: Any, group_sizes: jax.Array, precision: Any) -> jax.Array:
-    return jax.lax.ragged_dot(x, m, group_sizes, precision=precision, preferred_element_type=out_dtype)
-
-
-@rule("gather")
-def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
-    """An embedding's lookup: rows of the base plus rows of `a`, times `b`. Dropout does not act on it."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if not isinstance(weight, Weight) or numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
-        return None
-    (axis,) = numbers.start_index_map
-    whole = all(n == weight.array.shape[d] for d, n in enumerate(sizes) if d != axis)
-    if numbers.collapsed_slice_dims != (axis,) or sizes[axis] != 1 or not whole:
-        return None
-    if weight.site is None:
-        _record(walk, eqn, weight, (axis,), (), "gather")
-        return bind(eqn, [weight.array, indices])
-    form = _form(weight, (axis,), ())
-    if form is None or not weight.method.low_rank or _big(weight.batch):
-        return None
-    return [_lookup(walk, eqn, weight, indices, form, axis)]
-
-
-def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str, axis: int) -> jax.Array:
-    walk.seen.add(weight.name)
-    base = bind(eqn, [weight.array, indices])[0]
-    accumulate = contraction.accumulation_dtype(base.dtype)
-    f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
-    table, other = (f.a, f.b) if form == "in" else (f.b.T, f.a.T)
-    rows = _rows(eqn, table, indices).astype(base.dtype)
-
-    # The result has the looked-up positions and the weight's remaining axes in the order that the function wants.
-    positions = [("x", n) for n in range(indices.ndim - 1)]
-    remaining = weight.with_role("out" if form == "in" else "in")
-    kept = iter([weight.axes[d] for d in range(len(weight.axes)) if d != axis])
-    places = iter([(label,) for label in positions])
-    offset = eqn.params["dimension_numbers"].offset_dims
-    order = [next(kept) if d in offset else next(places) for d in range(base.ndim)]
-
-    def place(y: jax.Array) -> jax.Array:
-        y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
-        return _arrange(y, [*positions, *remaining], order, base.shape)
-
-    delta = contraction.matmul(rows, other.astype(base.dtype), accumulate)
-    total = base + place(delta)
-    if f.scale is not None:
-        scale = f.scale.astype(accumulate)
-        scale = scale if form == "in" else _rows(eqn, scale[:, None], indices)
-        total = total * place(jnp.broadcast_to(scale, delta.shape))
-    return total.astype(base.dtype)
-
-
-def _rows(eqn: Any, table: jax.Array, indices: jax.Array) -> jax.Array:
-    """`table[indices]` with the equation's treatment of indices out of bounds."""
-    numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    options = {name: eqn.params[name] for name in ("mode", "fill_value")}
-    return jax.lax.gather(table, indices, numbers, (1, table.shape[1]), **options)
-
-
-@rule("conv_general_dilated")
-def convolution(walk: Walk, eqn: Any, x: Any, weight: Any) -> list[Any] | None:
-    """A convolution with kernel `a`, then `b` on the features; with feature groups, `a` serves every group."""
-    numbers = eqn.params["dimension_numbers"]
-    if not isinstance(weight, Weight) or eqn.params["batch_group_count"] != 1:
-        return None
-    x = walk.materialise(x, eqn)
-    out_axis = numbers.rhs_spec[0]
-    taps = tuple(axis for axis in range(x.ndim) if axis != out_axis)
-    if weight.site is None:
-        _record(walk, eqn, weight, taps, (), "conv_general_dilated")
-        return bind(eqn, [x, weight.array])
-    if _form(weight, taps, ()) != "in" or not _factored(weight, x) or _big(weight.batch):
-        return None
-    walk.seen.add(weight.name)
-    return [_convolve(walk, eqn, x, weight)]
-
-
-def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    out_axis, feature = numbers.rhs_spec[0], numbers.out_spec[1]
-    f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
-
-    def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
-        kernel = m if m.ndim == x.ndim else _kernel(weight, m, out_axis, groups)
-        return bind(eqn, [x, kernel], preferred_element_type=jnp.dtype(dtype))[0]
-
-    def mix(low: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-        low = jnp.moveaxis(low, feature, -1)
-        if groups == 1:
-            return jnp.moveaxis(contraction.matmul(low, b, dtype), -1, feature)
-        low = low.reshape(*low.shape[:-1], groups, b.shape[0])
-        b = b.reshape(b.shape[0], groups, -1)
-        mixed = jnp.einsum("...gr,rgo->...go", low, b, preferred_element_type=dtype)
-        return jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], -1), -1, feature)
-
-    def rescale(y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * jnp.expand_dims(scale, [axis for axis in range(y.ndim) if axis != feature])
-
-    key = walk.next_key(weight.key)
-    return contraction.forward(product, mix, x, weight.array, f, key, eqn.outvars[0].aval.dtype, rescale)
-
-
-def _kernel(weight: Weight, a: jax.Array, out_axis: int, groups: int) -> jax.Array:
-    """`a [in, r]` as a convolution kernel with `groups * r` output features."""
-    rank = Piece((-1,), a.shape[1])
-    have: Axes = (tuple(weight.with_role("in")), (rank,))
-    want = tuple((rank,) if axis == out_axis else group for axis, group in enumerate(weight.axes))
-    kernel = weights.rearrange(a, have, want)
-    return jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel

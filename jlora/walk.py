@@ -22,6 +22,16 @@ RULES: dict[str, Callable[..., Any]] = {}
 PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
 
 
+#: Primitives that a weight passes through; they may be run ahead of their turn.
+PASSES: set[str] = set()
+
+
+def passes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`rule`, for primitives that a weight passes through."""
+    PASSES.update(names)
+    return rule(*names)
+
+
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function `(walk, eqn, *values) -> list of outputs, or None to fall back` for some primitives."""
 
@@ -58,6 +68,7 @@ class Walk:
         strict: refuse to form an effective weight where its method is low-rank.
         plan: how dense products are computed (see `jlora.contraction.choose`).
         seen: names of the leaves that were read.
+        together: computes contractions that share an activation (see `jlora.shared`).
         readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
     """
 
@@ -65,6 +76,7 @@ class Walk:
     plan: str = "auto"
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
+    together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
     _uses: int = 0
 
     def next_key(self, key: jax.Array | None) -> jax.Array | None:
@@ -95,19 +107,7 @@ class Walk:
 
     def evaluate(self, jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
         """The outputs of a jaxpr; inputs may be `Weight`s, and outputs may be too."""
-        env: dict[Any, Any] = {}
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        last = _last_uses(jaxpr)
-        for index, eqn in enumerate(jaxpr.eqns):
-            values = [read(env, atom) for atom in eqn.invars]
-            scope = str(eqn.source_info.name_stack)
-            with jax.named_scope(scope) if scope else contextlib.nullcontext():
-                outputs = self.equation(eqn, values)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-            for var in last.get(index, ()):
-                env.pop(var, None)
-        return [read(env, atom) for atom in jaxpr.outvars]
+        return Frame(self, jaxpr, consts, args).run()
 
     def equation(self, eqn: Any, values: list[Any]) -> list[Any]:
         """The outputs of one equation."""
@@ -130,7 +130,7 @@ class Walk:
         if sharding is None:
             return handler(self, eqn, *values)
         # Where the mesh's axes are explicit, the product's own shardings are the compiler's choice; the result's is kept.
-        automatic = jax.sharding.auto_axes(lambda *values: handler(self, eqn, *values), out_sharding=sharding)
+        automatic: Any = jax.sharding.auto_axes(lambda *values: handler(self, eqn, *values), out_sharding=sharding)
         return automatic(*values)
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
@@ -138,14 +138,75 @@ class Walk:
         return [self.materialise(value, eqn) for value in values]
 
 
+class Frame:
+    """The values of one jaxpr while it is walked."""
+
+    def __init__(self, walk: Walk, jaxpr: Any, consts: list[Any], args: list[Any]):
+        """Args: the walk; the jaxpr; the values of its constants and inputs."""
+        self.walk, self.jaxpr = walk, jaxpr
+        self.env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        self.env.update(zip(jaxpr.invars, args, strict=True))
+        self.done: dict[int, list[Any]] = {}  # outputs of equations that were run ahead of their turn
+        self.defined = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+        has_weights = any(isinstance(value, Weight) for value in self.env.values())
+        self.groups = _sharing(jaxpr) if walk.together and has_weights else {}
+
+    def run(self) -> list[Any]:
+        """The outputs."""
+        last = _last_uses(self.jaxpr)
+        for index, eqn in enumerate(self.jaxpr.eqns):
+            scope = str(eqn.source_info.name_stack)
+            with jax.named_scope(scope) if scope else contextlib.nullcontext():
+                self.env.update(zip(eqn.outvars, self.outputs(index), strict=True))
+            for var in last.get(index, ()):
+                self.env.pop(var, None)
+        return [self.read(atom) for atom in self.jaxpr.outvars]
+
+    def outputs(self, index: int) -> list[Any]:
+        """The outputs of an equation, by itself or together with those that share its activation."""
+        if self.walk.together and index in self.groups and index not in self.done:
+            members = self.groups[index]
+            found = self.walk.together(self.walk, [self.jaxpr.eqns[n] for n in members], self.ahead)
+            self.done.update(zip(members, found or ()))
+        if index in self.done:
+            return self.done.pop(index)
+        eqn = self.jaxpr.eqns[index]
+        return self.walk.equation(eqn, [self.read(atom) for atom in eqn.invars])
+
+    def read(self, atom: Any) -> Any:
+        """The value of a variable or literal."""
+        return atom.val if hasattr(atom, "val") else self.env[atom]
+
+    def ahead(self, atom: Any) -> Any:
+        """The value of a variable that is there, or is a weight on its way through casts and the like; else None."""
+        if hasattr(atom, "val") or atom in self.env:
+            return self.read(atom)
+        index = self.defined[atom]
+        eqn = self.jaxpr.eqns[index]
+        if eqn.primitive.name not in PASSES:
+            return None
+        values = [self.ahead(each) for each in eqn.invars]
+        if not any(isinstance(value, Weight) for value in values) or any(value is None for value in values):
+            return None
+        if index not in self.done:
+            self.done[index] = self.walk.equation(eqn, values)
+        return self.done[index][eqn.outvars.index(atom)]
+
+
+def _sharing(jaxpr: Any) -> dict[int, list[int]]:
+    """For the first of several contractions that share an operand, the indices of all of them."""
+    by_operand: dict[Any, list[int]] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        if eqn.primitive.name == "dot_general":
+            for atom in eqn.invars:
+                if not hasattr(atom, "val"):
+                    by_operand.setdefault(atom, []).append(index)
+    return {found[0]: found for found in by_operand.values() if len(found) > 1}
+
+
 def _is_whole(value: Any) -> bool:
     """Whether a value is a leaf that its method replaces as a whole, so that there is no product to shorten."""
     return isinstance(value, Weight) and value.site is not None and not value.method.matrix
-
-
-def read(env: dict[Any, Any], atom: Any) -> Any:
-    """The value of a variable or literal."""
-    return atom.val if hasattr(atom, "val") else env[atom]
 
 
 def bind(eqn: Any, values: list[Any], **changed: Any) -> list[Any]:

@@ -120,3 +120,25 @@ def test_lift_takes_a_plan_and_gives_the_same(plan):
 def test_lift_refuses_an_unknown_plan():
     with pytest.raises(ValueError, match=r"plan must be one of .* got 'fastest'"):
         jlora.lift(lambda p: p, plan="fastest")
+
+
+def test_products_of_one_activation_share_their_thin_products():
+    """q, k and v, cast on the way as Flax does: one product of the input with all `a`, the same values and gradients."""
+    params = {name: normal(n, 8, 6) / 8 for n, name in enumerate("qkv")}
+    adapted = jlora.adapterize(params, {".*": jlora.LoRA(2, init="random")})
+    x = normal(9, 5, 8)
+
+    def f(p):
+        q = x @ p["q"]
+        return q @ (x @ p["k"].astype(jnp.float32).reshape(8, 6)).T @ (x @ p["v"])
+
+    def loss(f, p):
+        return jnp.sum(jnp.sin(f(p)))
+
+    lifted = lambda p: jlora.lift(f, plan="factored")(adapted.replace(params=p))
+    merged = lambda p: f(jlora.merge(adapted.replace(params=p)))
+    got, wanted = (jax.value_and_grad(partial(loss, g))(adapted.params) for g in (lifted, merged))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, wanted)
+    program = str(jax.make_jaxpr(lifted)(adapted.params))
+    assert program.count("f32[8,6] = concatenate") == 1  # the three a, side by side
+    assert program.count("f32[5,6] = dot_general") == 1 + 2 * 3 + 1  # with all a; each base and each b; the last one
