@@ -8,11 +8,10 @@ import math
 from jlora.training.errors import SettingError
 from jlora.training.settings import Settings
 
-# Measured on the shipped model and Python's documentation, see docs of the default job: the best of a small grid that
-# ends within 100 seconds on two cores.
-_DEFAULT_JOB = {
-    "rank": 16, "steps": 500, "batch": 16, "learning_rate": 1e-2, "max_length": 256,
-}  # fmt: skip
+# Measured with 150 steps of 16 x 128 tokens: validation loss 6.12 before; after, with rank 16, 2.67 at a learning rate of 3e-3,
+# 2.51 at 1e-2, 2.63 at 2e-2; with rank 32, 2.49 at 1e-2. Rows of 256 tokens cost 1.8 times as much a token, in attention.
+_SHIPPED_MODEL = {"rank": 16, "learning_rate": 1e-2}
+_DEFAULT_JOB = {"steps": 250, "batch": 16, "max_length": 128, "prompt": "If the function is called"}
 _TASK = {
     "lm": {"max_length": 256, "batch": 16, "epochs": 1.0, "packing": True},
     "classify": {"max_length": 128, "batch": 32, "epochs": 3.0, "packing": False},
@@ -27,8 +26,11 @@ def resolve(settings: Settings) -> Settings:
         values["validation_fraction"] = 0.1
     if settings.method in ("lora", "dora") and not settings.spec:
         values |= {"rank": 8, "dropout": 0.0, "targets": "all-linear"}
+    if settings.model is None and settings.method != "full":
+        # A model this small wants larger steps and a larger rank than the usual ones.
+        values |= {name: value for name, value in _SHIPPED_MODEL.items() if name in values}
     if settings.model is None and settings.data is None:
-        values |= {name: value for name, value in _DEFAULT_JOB.items() if name in values or name == "steps"}
+        values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):
         values.pop("epochs", None)
     elif settings.epochs is not None:

@@ -46,13 +46,8 @@ def _loss(axes, train: Sequence[Record], validation: Sequence[Record]) -> None:
         axes.plot(steps[window - 1 :], smooth, color=_TRAIN, linewidth=1.8, label=f"training, mean of {window} steps")
     points = [r["step"] for r in validation], [r["loss"] for r in validation]
     axes.plot(*points, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5, label="validation")
-    for index in {0, len(validation) - 1}:
-        step, loss = points[0][index], points[1][index]
-        above = index == 0 or loss >= np.min(losses)
-        axes.annotate(
-            f"{loss:.3f}", (step, loss), xytext=(6 if index == 0 else -6, 8 if above else -14),
-            textcoords="offset points", ha="left" if index == 0 else "right", color=_VALIDATION, fontsize=9,
-        )  # fmt: skip
+    _label(axes, points[0][0], points[1][0])
+    _label(axes, points[0][-1], points[1][-1])
     _finish(axes, "loss (nats)")
     axes.legend(frameon=False, fontsize=9)
 
@@ -60,16 +55,27 @@ def _loss(axes, train: Sequence[Record], validation: Sequence[Record]) -> None:
 def _accuracy(axes, validation: Sequence[Record]) -> None:
     steps, values = [r["step"] for r in validation], [r["accuracy"] for r in validation]
     axes.plot(steps, values, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5)
-    axes.annotate(
-        f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(-6, -14), textcoords="offset points", ha="right",
-        color=_VALIDATION, fontsize=9,
-    )  # fmt: skip
+    _label(axes, steps[0], values[0])
+    _label(axes, steps[-1], values[-1])
     _finish(axes, "validation accuracy")
+
+
+def _label(axes, step: int, value: float) -> None:
+    """The value beside its point, on the right, where no line runs through it."""
+    axes.annotate(
+        f"{value:.3f}",
+        (step, value),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        color=_VALIDATION,
+        fontsize=9,
+    )
 
 
 def _finish(axes, label: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.margins(x=0.02, y=0.12)
+    axes.margins(x=0.07, y=0.08)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -25,6 +25,8 @@ p.about { color: #666; margin-top: 0; } img { width: 100%; }
 table { border-collapse: collapse; font-size: .9em; }
 td, th { padding: .25em 1.2em .25em 0; text-align: left; vertical-align: top; }
 th { color: #666; font-weight: 600; border-bottom: 1px solid #ccc; } td.number, th.number { text-align: right; }
+td:nth-child(2) { white-space: nowrap; }
+summary { font-size: 1.1em; font-weight: 600; margin-top: 2em; color: #3b6ea5; cursor: pointer; }
 .figures { display: flex; flex-wrap: wrap; gap: 1em; margin: 1.4em 0; padding: 0; }
 .figures div { flex: 1; min-width: 150px; border: 1px solid #ddd; border-radius: 8px; padding: .6em .9em; }
 .figures b { display: block; font-size: 1.35em; } .figures span { color: #666; font-size: .85em; }
@@ -62,13 +64,11 @@ def write_report(
         _samples(texts) if texts else "",
         "<h2>What is adapted</h2>",
         _sites(adapted),
-        "<h2>Settings</h2>",
-        _table(("setting", "value"), _given(about["settings"])),
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
         _table(("name", "content"), folder.CONTENT.items()),
-        "<h2>What it stands on</h2>",
-        _table(("name", "value"), _grounds(about)),
+        _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
+        _folded("What it stands on", _table(("name", "value"), _grounds(about))),
     ]
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>jlora report</title><style>{_STYLE}</style>'
@@ -114,6 +114,10 @@ def _sites(adapted: jlora.Adapted) -> str:
         trained = count(paths.lookup(adapted.params, site.keys))
         rows.append((site.path, " × ".join(map(str, site.shape)), repr(site.method), f"{trained:,}"))
     return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
