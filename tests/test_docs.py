@@ -151,6 +151,13 @@ def test_every_file_that_a_page_names_exists():
     assert len(named) > 20
 
 
+def test_the_design_page_has_a_place_for_every_file_of_the_core():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    core = [path.name for path in (ROOT / "jlora").glob("*.py") if path.name != "__init__.py"]
+    assert [file for file in core if f"`{file}`" not in text] == []
+    assert len(core) > 10
+
+
 def test_nothing_that_is_shown_to_readers_names_a_place_on_one_machine():
     tracked = [*PAGES, ROOT / "CHANGELOG.md", ROOT / ".ci" / "run", ROOT / "mkdocs.yml", ROOT / "pyproject.toml"]
     found = [name(p) for p in tracked if re.search(r"(?<![\w.])/(work|opt|home|root)/", p.read_text(encoding="utf-8"))]
