@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +45,35 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / ARRAYS, {"params": adapted.params, "frozen": adapted.frozen})
-        manifest = staging / MANIFEST
-        manifest.write_text(json.dumps(describe(adapted), indent=1) + "\n")
-        with manifest.open() as file:
-            os.fsync(file.fileno())
+        _write(staging, adapted)
         staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        _remove(staging)
+        # A refusal by the disk comes from tensorstore as a ValueError.
+        code = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+        if code is None:
+            raise
+        raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; nothing was saved", str(target)) from error
+
+
+def _write(directory: Path, adapted: Adapted) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / ARRAYS, {"params": adapted.params, "frozen": adapted.frozen})
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps(describe(adapted), indent=1) + "\n")
+    with manifest.open() as file:
+        os.fsync(file.fileno())
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory to which orbax's other writers may still be adding for a moment."""
+    gone = 0
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        gone = 0 if directory.exists() else gone + 1
+        if gone == 5:
+            return
+        time.sleep(0.02)
 
 
 def load(path: str | os.PathLike[str], params: Any) -> Adapted:

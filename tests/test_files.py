@@ -4,6 +4,8 @@ import errno
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -103,6 +105,28 @@ def test_a_full_disk_leaves_nothing_behind(place, adapted, tmp_path, monkeypatch
     monkeypatch.undo()
     jlora.save(tmp_path / "run" / "adapters", adapted)
     same(jlora.load(tmp_path / "run" / "adapters", PARAMS), adapted)
+
+
+DISK = """
+import os, resource, sys
+import jax.numpy as jnp
+import jlora
+
+adapted = jlora.adapterize({"w": jnp.ones((256, 256))}, {"w": jlora.LoRA(rank=64)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    jlora.save(sys.argv[1], adapted)
+except OSError as error:
+    print(f"{error.strerror}|{error.filename}")
+"""
+
+
+def test_a_real_refusal_of_the_disk_is_an_os_error_with_the_path(tmp_path):
+    """A limit on the size of files is what an unprivileged test can have of a full disk."""
+    command = [sys.executable, "-c", DISK, str(tmp_path / "adapters")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.strip() == f"{os.strerror(errno.EFBIG)}; nothing was saved|{tmp_path / 'adapters'}"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_base_that_differs_in_one_bit_is_another_base(saved):
