@@ -65,7 +65,7 @@ class Settings:
         "lora", "lora, dora, full (every weight) or probe (the head alone)", group="method",
         choices=("lora", "dora", "full", "probe"),
     )  # fmt: skip
-    rank: int | None = _setting(None, "rank of the adapters (8)", group="method")
+    rank: int | None = _setting(None, "rank of the adapters (8; shipped model: 16)", group="method")
     alpha: float | None = _setting(None, "the update is scaled by alpha / rank (twice the rank)", group="method")
     dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
     targets: str | None = _setting(
@@ -78,7 +78,9 @@ class Settings:
     epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
     batch: int | None = _setting(None, "rows per optimizer step (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
-    learning_rate: float | None = _setting(None, "peak learning rate (5e-4; full: 5e-5)", group="training")
+    learning_rate: float | None = _setting(
+        None, "peak learning rate (5e-4; full: 5e-5; shipped model: 1e-2)", group="training"
+    )
     schedule: str = _setting(
         "cosine",
         "course of the learning rate after the warm-up",

@@ -77,11 +77,14 @@ def test_a_spec_excludes_the_flags_that_say_the_same():
 
 
 def test_what_is_left_open_is_chosen_by_task_and_method():
-    lm = resolve(Settings(data="a.txt"))
+    lm = resolve(Settings(model="dir", data="a.txt"))
     assert (lm.rank, lm.alpha, lm.targets, lm.packing, lm.epochs) == (8, 16.0, "all-linear", True, 1.0)
     full = resolve(Settings(data="a.csv", task="classify", method="full"))
     assert (full.rank, full.targets, full.packing, full.learning_rate) == (None, None, False, 5e-5)
     assert resolve(Settings(steps=7)).steps == 7
+    shipped = resolve(Settings())
+    assert (shipped.rank, shipped.learning_rate, shipped.steps, shipped.epochs) == (16, 1e-2, 250, None)
+    assert resolve(Settings(data="a.txt", method="full")).learning_rate == 5e-5
 
 
 def test_steps_are_counted_from_epochs_and_rows():
