@@ -6,6 +6,7 @@ What a user got wrong is told in one sentence, with exit code 2; `--traceback` s
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above: `jlora --help` need not wait for JAX.
     from jlora.training import commands
 
+    if not arguments.traceback:
+        _quiet_libraries()
     try:
         commands.COMMANDS[arguments.command](arguments)
     except (ValueError, TypeError, OSError) as error:
@@ -89,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; jlora finetune with the same --out and --resume goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Orbax logs the traceback of what it then raises, and asyncio what it has raised; the sentence is enough."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def sentence(error: BaseException) -> str:
