@@ -86,8 +86,8 @@ def test_orthogonal_starts_have_orthonormal_columns():
     [
         ({"rank": 0}, "LoRA's rank must be a positive integer, got 0"),
         ({"rank": 2.0}, "LoRA's rank must be a positive integer, got 2.0"),
-        ({"alpha": 0}, "LoRA's alpha must be positive, got 0"),
-        ({"alpha": float("nan")}, "LoRA's alpha must be positive, got nan"),
+        ({"alpha": 0}, "LoRA's alpha must be positive and finite, got 0"),
+        ({"alpha": float("nan")}, "LoRA's alpha must be positive and finite, got nan"),
         ({"scaling": "root"}, "LoRA's scaling must be one of .*'rslora'.*, got 'root'"),
         ({"init": "pissa2"}, "LoRA's init must be one of .*'gaussian'.*, got 'pissa2'"),
         ({"dropout": 1.0}, "LoRA's dropout must be at least 0 and below 1, got 1.0"),

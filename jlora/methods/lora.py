@@ -36,7 +36,8 @@ class LoRA(Method):
             `b` zero.
             "embedding": `a` zero, `b` standard normal (loralib's and PEFT's embeddings).
             "random": both factors kaiming, so that the start differs from the base; for tests of plumbing.
-        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given; an
+            embedding's lookup has no such input, and no dropout.
 
     Raises:
         ValueError: for a rank, alpha, dropout or name out of range.
@@ -57,10 +58,10 @@ class LoRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"LoRA's rank must be a positive integer, got {self.rank!r}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA's alpha must be positive, got {self.alpha!r}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA's alpha must be positive and finite, got {self.alpha!r}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"LoRA's scaling must be one of {SCALINGS}, got {self.scaling!r}")
         if self.init not in INITS:
