@@ -7,6 +7,7 @@ files differ from it, is not whole, and at every moment there is a whole one (on
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from jlora.training.files import write_json
 from jlora.training.loop import State
 
 MANIFEST = "manifest.json"
+# Bytes that a checkpoint takes beside its arrays, generously.
+_OVERHEAD = 2**18
 _DAMAGED, _LEAVING = "damaged-", "leaving-"
 
 
@@ -112,6 +115,7 @@ class Checkpoints:
         self._join()
         # A copy, because the arrays are donated to the next step while the writing goes on.
         arrays = jax.tree.map(lambda leaf: leaf.copy(), _arrays(state, adapted))
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
         step = int(state.step)
         self._manager.save(
             step,
@@ -158,6 +162,11 @@ class Checkpoints:
             self._join()
         finally:
             self._manager.close()
+
+    def _check_room(self, size: int) -> None:
+        """Fails before orbax does, which leaves a half-written folder and much noise behind on a full disk."""
+        if shutil.disk_usage(self.directory).free < 2 * size + _OVERHEAD:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def _join(self) -> None:
         if self._thread is not None:
