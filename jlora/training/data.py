@@ -29,6 +29,7 @@ class Data:
         source: where the data came from, in words.
         fixed: whether all rows are padded to the longest.
         longest: tokens of the longest row.
+        cut: how many rows were longer than the longest allowed, and lost their end.
     """
 
     train: list[Example]
@@ -37,6 +38,7 @@ class Data:
     source: str
     fixed: bool
     longest: int
+    cut: int
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
@@ -78,11 +80,11 @@ def load_data(settings: Settings, codec: Codec) -> Data:
         validation = encode(subset(held_out, settings.max_validation_rows, settings.seed), settings, codec, labels)
     else:
         train, validation = split(train, settings, one_text=len(rows) == 1)
-    fixed = bool(settings.packing)
+    fixed, cut = bool(settings.packing), sum(example.cut for example in (*train, *validation))
     if fixed:
         train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
     longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
-    return Data(train, validation, labels, source, fixed, longest)
+    return Data(train, validation, labels, source, fixed, longest, cut)
 
 
 def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequence[str]) -> list[Example]:

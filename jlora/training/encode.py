@@ -25,6 +25,7 @@ class Example:
         types: int32 `[length]`, 0 for the first text and 1 for the second; for language models, empty.
         label: index of the label; for language models, -1.
         segments: int32 `[length]`, which of the rows packed into this one each token is of, from 1; 0 is padding.
+        cut: whether the row was longer and its end is left out.
     """
 
     tokens: np.ndarray
@@ -33,6 +34,7 @@ class Example:
     types: np.ndarray
     label: int
     segments: np.ndarray
+    cut: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,6 +126,7 @@ def _cut(tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Iterable[Ex
 
 def _truncate(row: Row, tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Example:
     example = language_example(tokens[: max_length + 1], wanted[: max_length + 1])
+    example = dataclasses.replace(example, cut=len(tokens) > max_length + 1)
     if not example.weights.any():
         prompt = int(np.argmax(wanted)) if wanted.any() else len(tokens)
         raise row.error(f"nothing of the answer is left: it begins after {prompt} tokens, --max-length is {max_length}")
@@ -169,10 +172,10 @@ def encode_classification(
     firsts = [row.text(text) for row in rows]
     seconds = [row.text(pair) for row in rows] if pair else None
     none, examples = np.zeros(0, np.int32), []
-    for row, (ids, types) in zip(rows, codec.encode_for_classification(firsts, seconds, max_length)):
+    for row, (ids, types, cut) in zip(rows, codec.encode_for_classification(firsts, seconds, max_length)):
         label = _label(row, column)
         if label not in labels:
             raise row.error(f"the label {label!r} does not occur in the training data")
         ones = np.ones(len(ids), np.int32)
-        examples.append(Example(ids, none, none.astype(np.float32), types, labels[label], ones))
+        examples.append(Example(ids, none, none.astype(np.float32), types, labels[label], ones, cut))
     return examples

@@ -53,7 +53,7 @@ def join(examples: Sequence[Example]) -> Example:
     fields = [
         np.concatenate([getattr(e, name) for e in examples]) for name in ("tokens", "targets", "weights", "types")
     ]
-    return Example(*fields, label=-1, segments=np.concatenate(segments))
+    return Example(*fields, label=-1, segments=np.concatenate(segments), cut=any(e.cut for e in examples))
 
 
 def packed(examples: Sequence[Example], capacity: int) -> list[Example]:

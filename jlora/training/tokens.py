@@ -59,15 +59,15 @@ class Codec:
 
     def encode_for_classification(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and types `[tokens]` of each text (and its pair), with the special tokens, cut at `max_length`."""
+    ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """Ids and types `[tokens]` of each text (and its pair), with the special tokens, and whether `max_length` cut it."""
         self.tokenizer.enable_truncation(max_length)
         try:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs))
             encodings = self.tokenizer.encode_batch(inputs, add_special_tokens=True)
         finally:
             self.tokenizer.no_truncation()
-        return [(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32)) for e in encodings]
+        return [(np.array(e.ids, np.int32), np.array(e.type_ids, np.int32), bool(e.overflowing)) for e in encodings]
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt to continue: the begin token, then the text."""

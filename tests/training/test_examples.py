@@ -48,6 +48,7 @@ def test_every_token_of_a_text_is_predicted_once(codec):
 
 def test_the_loss_is_on_the_completion_and_its_end_alone(codec):
     example = encode(codec, [row(prompt="Two and two is", completion=" four.")])[0]
+    assert not example.cut and encode(codec, [row(prompt="A", completion="word " * 80)])[0].cut
     assert learned(codec, example).strip() == "four.</s>"
     assert example.tokens[0] == codec.begin
 
@@ -140,7 +141,8 @@ def test_pairs_have_two_types(data):
     example = encode_classification(rows, bert, ("a", "b", "label"), {"x": 0}, 16)[0]
     assert example.types.tolist() == [0, 0, 0, 1, 1, 1]
     assert codec_text(bert, example.tokens) == ["[CLS]", "one", "[SEP]", "two", "three", "[SEP]"]
-    assert len(encode_classification(rows, bert, ("a", "b", "label"), {"x": 0}, 5)[0]) == 5
+    short = encode_classification(rows, bert, ("a", "b", "label"), {"x": 0}, 5)[0]
+    assert len(short) == 5 and short.cut and not example.cut
 
 
 def codec_text(codec, ids):

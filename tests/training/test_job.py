@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -242,7 +243,7 @@ with claim(sys.argv[1], resume=False):
         assert out.is_dir()
 
 
-@pytest.mark.parametrize("place", ["metrics", "manifest"])
+@pytest.mark.parametrize("place", ["metrics", "manifest", "room"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoints_whole(tmp_path, monkeypatch, place):
     from jlora.training import checkpoint
 
@@ -254,6 +255,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoints_whole(tm
         monkeypatch.setattr(
             Metrics, "write", lambda self, step, kind, **v: full() if step == 5 else write(self, step, kind, **v)
         )
+    elif place == "room":
+        room = iter([10**9, 10**9, 0])  # of three checkpoints the last does not fit
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(room)))
     else:
         monkeypatch.setattr(checkpoint, "write_json", lambda path, v: full() if v["step"] == 6 else write_json(path, v))
     with pytest.raises(

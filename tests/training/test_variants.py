@@ -1,0 +1,61 @@
+"""Every way to run the job that a flag opens, in two steps each: it trains, and its loss is finite."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jlora.training.job import finetune
+from jlora.training.settings import Settings
+
+BASE = Settings(
+    steps=2, batch=4, max_length=16, rank=2, targets=".*/q_proj/kernel", max_rows=8, max_validation_rows=1,
+    sample_tokens=0, progress="none",
+)  # fmt: skip
+UNADAPTED = {"rank": None, "targets": None}
+
+
+def quiet(text):
+    """Takes the lines that the job prints."""
+
+
+def chats(folder):
+    path = folder / "chats.jsonl"
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The dog."}]
+    path.write_text((json.dumps({"messages": messages}) + "\n") * 12)
+    return {"data": str(path), "packing": False, "max_length": 40}
+
+
+def labelled(folder):
+    path = folder / "pairs.csv"
+    rows = [f"the dog,{'a' if i % 2 else 'the'} cat {i},{i % 3}" for i in range(24)]
+    path.write_text("\n".join(["one,two,kind", *rows]) + "\n")
+    columns = {"text_column": "one", "text_pair_column": "two", "label_column": "kind", "packing": None}
+    return {"data": str(path), "task": "classify", "max_rows": None, "max_validation_rows": None, **columns}
+
+
+VARIANTS = {
+    "dora in bfloat16 with LoRA+": lambda folder: {"method": "dora", "dtype": "bfloat16", "lora_plus_ratio": 8.0},
+    "full": lambda folder: {"method": "full", **UNADAPTED},
+    "full on a mesh": lambda folder: {"method": "full", "mesh": "data=2,model=2", **UNADAPTED},
+    "layers unrolled and recomputed": lambda folder: {"scan_layers": False, "remat": True},
+    "chat without packing": chats,
+    "pairs to classify": labelled,
+    "probe": lambda folder: {**labelled(folder), "method": "probe", **UNADAPTED},
+    "no clipping, decay, constant": lambda folder: {
+        "clip": 0.0,
+        "weight_decay": 0.1,
+        "schedule": "constant",
+        "warmup": 0,
+    },
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_way_to_run_the_job_trains(tmp_path, name):
+    settings = dataclasses.replace(BASE, **VARIANTS[name](tmp_path), out=str(tmp_path / "run"))
+    result = finetune(settings, quiet)
+    assert np.isfinite(result.after["loss"])
+    assert result.after["loss"] != result.before["loss"]
