@@ -12,6 +12,8 @@ from jlora.training.settings import Settings
 # 2.51 at 1e-2, 2.63 at 2e-2; with rank 32, 2.49 at 1e-2. Rows of 256 tokens cost 1.8 times as much a token, in attention.
 _SHIPPED_MODEL = {"rank": 16, "learning_rate": 1e-2}
 _DEFAULT_JOB = {"steps": 250, "batch": 16, "max_length": 128, "prompt": "If the function is called"}
+# The probe's: on 2,500 rows of SST-2 by MiniLM accuracy was 0.72 at 5e-4, 0.78 from 2e-3 to 1e-2, 0.76 at 3e-2.
+_LEARNING_RATE = {"lora": 5e-4, "dora": 5e-4, "full": 5e-5, "probe": 5e-3}
 _TASK = {
     "lm": {"max_length": 256, "batch": 16, "epochs": 1.0, "packing": True},
     "classify": {"max_length": 128, "batch": 32, "epochs": 3.0, "packing": False},
@@ -21,12 +23,12 @@ _TASK = {
 def resolve(settings: Settings) -> Settings:
     """The settings with everything chosen that does not depend on the amount of data."""
     values = dict(_TASK[settings.task])
-    values["learning_rate"] = 5e-5 if settings.method == "full" else 5e-4
+    values["learning_rate"] = _LEARNING_RATE[settings.method]
     if settings.validation is None:
         values["validation_fraction"] = 0.1
     if settings.method in ("lora", "dora") and not settings.spec:
         values |= {"rank": 8, "dropout": 0.0, "targets": "all-linear"}
-    if settings.model is None and settings.method != "full":
+    if settings.model is None and settings.method in ("lora", "dora"):
         # A model this small wants larger steps and a larger rank than the usual ones.
         values |= {name: value for name, value in _SHIPPED_MODEL.items() if name in values}
     if settings.model is None and settings.data is None:

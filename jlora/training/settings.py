@@ -79,7 +79,7 @@ class Settings:
     batch: int | None = _setting(None, "rows per optimizer step (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(
-        None, "peak learning rate (5e-4; full: 5e-5; shipped model: 1e-2)", group="training"
+        None, "peak learning rate (5e-4; full: 5e-5; probe: 5e-3; shipped model: 1e-2)", group="training"
     )
     schedule: str = _setting(
         "cosine",

@@ -49,6 +49,7 @@ def alone(tmp_path_factory):
     return finetune(settings(out), quiet)
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing_but_where_things_lie(alone, tmp_path):
     result = finetune(settings(tmp_path / "run", mesh="data=2,model=2"), quiet)
     np.testing.assert_allclose(losses(result.out), losses(alone.out), rtol=1e-4)
