@@ -15,6 +15,7 @@ import jax
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and its kin)
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jlora import mesh, paths
 from jlora.adapted import Adapted, Plan
@@ -30,7 +31,8 @@ ARRAYS = "arrays"
 def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
     """Writes the adapters to a new directory: `jlora.json` and the arrays as an orbax checkpoint.
 
-    The base is not written. The directory appears whole or not at all.
+    The base is not written. The directory appears whole or not at all. Where several processes hold the arrays, all of them
+    call this; process 0 writes, and the others wait for it.
 
     Raises:
         FileExistsError: where `path` exists.
@@ -40,12 +42,23 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
         >>> jlora.save("run/adapters", adapted)
     """
     target = Path(path).absolute()
+    described = describe(adapted)
+    arrays = {"params": adapted.params, "frozen": adapted.frozen}
+    if jax.process_count() > 1:
+        arrays = jax.tree.map(np.asarray, mesh.complete(arrays))
+    if jax.process_index() == 0:
+        _save(target, arrays, described)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jlora.save")
+
+
+def _save(target: Path, arrays: dict[str, Any], described: dict[str, Any]) -> None:
     if target.exists():
         raise FileExistsError(f"{target} exists already; save to a new directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        _write(staging, adapted)
+        _write(staging, arrays, described)
         staging.rename(target)
     except BaseException as error:
         _remove(staging)
@@ -56,11 +69,13 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
         raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; nothing was saved", str(target)) from error
 
 
-def _write(directory: Path, adapted: Adapted) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / ARRAYS, {"params": adapted.params, "frozen": adapted.frozen})
+def _write(directory: Path, arrays: dict[str, Any], described: dict[str, Any]) -> None:
+    alone = {"active_processes": {0}, "barrier_sync_key_prefix": "jlora_save"} if jax.process_count() > 1 else {}
+    options = ocp.options.MultiprocessingOptions(primary_host=0, **alone)
+    with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+        checkpointer.save(directory / ARRAYS, arrays)
     manifest = directory / MANIFEST
-    manifest.write_text(json.dumps(describe(adapted), indent=1) + "\n")
+    manifest.write_text(json.dumps(described, indent=1) + "\n")
     with manifest.open() as file:
         os.fsync(file.fileno())
 

@@ -55,3 +55,17 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
     params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
     frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
     return Start(params, frozen, start.w)
+
+
+def complete(tree: Any) -> Any:
+    """The tree with every array whole in every process; for what is small, such as adapters.
+
+    Every process must call it. Arrays that are whole already stay as they are.
+    """
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+
+    return jax.tree.map(one, tree)
