@@ -20,6 +20,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from jlora.training import processes
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
 from jlora.training.loop import State
@@ -101,7 +102,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int, fingerprint: str):
         """Args: the folder; how many checkpoints to keep; the fingerprint of the base."""
-        self.directory, self.keep, self.fingerprint = Path(directory).absolute(), keep, fingerprint
+        self.directory, self.keep, self.fingerprint = Path(directory).resolve(), keep, fingerprint
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         options = ocp.CheckpointManagerOptions(
@@ -179,7 +180,8 @@ class Checkpoints:
         """Runs in a thread of its own, beside the training: orbax gives no call after a checkpoint has its final name."""
         try:
             self._manager.wait_until_finished()
-            self._finish()
+            if processes.first():
+                self._finish()
         except Exception as error:
             self._failure = error
 

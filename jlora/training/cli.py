@@ -31,6 +31,7 @@ def build_parser() -> Parser:
     finetune = commands.add_parser("finetune", help="train adapters for a model", epilog=_EXAMPLES)
     finetune.formatter_class = argparse.RawDescriptionHelpFormatter
     add_flags(finetune, everything)
+    _add_processes(finetune.add_argument_group("several processes, one command for each"))
     inspect = commands.add_parser("inspect", help="show what would be adapted, without training")
     add_flags(inspect, ("model", "data", "method"))
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
@@ -39,6 +40,13 @@ def build_parser() -> Parser:
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
+
+
+def _add_processes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--distributed", action="store_true", help="find the others as Slurm, GKE or Cloud TPU tell")
+    group.add_argument("--coordinator", help="host:port of process 0, where nobody tells")
+    group.add_argument("--processes", type=int, help="how many processes take part")
+    group.add_argument("--process", type=int, help="number of this process, from 0")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

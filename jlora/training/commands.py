@@ -10,6 +10,7 @@ import jax
 
 import jlora
 from jlora import models
+from jlora.training import processes
 from jlora.training.configuration import Given
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
@@ -24,6 +25,7 @@ from jlora.training.subject import abstract_subject, model_directory, open_codec
 
 def _finetune(arguments: argparse.Namespace) -> None:
     asked = given(arguments)
+    processes.join(arguments.distributed, arguments.coordinator, arguments.processes, arguments.process)
     settings = asked.settings(_stored(asked))
     try:
         finetune(settings)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jlora
 from jlora.adapted import count
-from jlora.training import folder
+from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
 from jlora.training.defaults import count_steps, resolve
@@ -70,7 +70,9 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
         OSError: if the disk is full, naming the last whole checkpoint.
     """
     start, asked = time.time(), settings
-    folder.check_free(settings.out, settings.resume)
+    if not processes.first():
+        say, settings = _silent, dataclasses.replace(settings, progress="none")
+    processes.by_first(lambda: folder.check_free(asked.out, asked.resume))
     settings = resolve(settings)
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
@@ -84,7 +86,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
     adapted = place_adapters(adapt(subject, settings), mesh)
-    with folder.claim(settings.out, settings.resume) as out:
+    with processes.claim(settings.out, settings.resume) as out:
         about = _about(asked, settings, subject, data, fingerprint)
         try:
             _begin(out, about, settings)
@@ -95,6 +97,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
             if is_full_disk(error):
                 raise _full(out) from error
             raise
+
+
+def _silent(text: str) -> None:
+    """What processes say that do not print."""
 
 
 def _full(out: Path) -> OSError:
@@ -180,6 +186,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, subject.params, prompt, settings)}
         say(f"before: {texts['prompt']} | {texts['before']!r}")
     adapted, metrics = trainer.run()
+    adapted = processes.whole_adapters(adapted)
     if texts:
         texts["after"] = sample(subject, jlora.merge(adapted), prompt, settings)
         write_json(out / SAMPLES, texts)
@@ -194,6 +201,9 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
 
 def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     """Write the adapters beside those of an earlier end of the same run, then put them in their place."""
+    if not processes.first():
+        jlora.save(out / ADAPTERS, adapted)  # writes nothing here, but process 0 waits for it
+        return
     new, old = out / f".{ADAPTERS}.new", out / f".{ADAPTERS}.old"
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 import jlora
+from jlora.training import processes
 from jlora.training.losses import Forward, Sums, sums
 from jlora.training.pipeline import Batch
 from jlora.training.placement import rows_of_batch
@@ -108,4 +109,5 @@ def to_devices(batch: Batch, mesh: Mesh, parts: int = 0) -> dict[str, jax.Array]
     """A batch on the mesh, its rows cut by `data`; with `parts`, as `[parts, rows / parts, …]`."""
     if parts:
         batch = {name: np.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])) for name, x in batch.items()}
-    return jax.device_put(batch, rows_of_batch(mesh, 1 if parts else 0))
+    place = rows_of_batch(mesh, 1 if parts else 0)
+    return {name: processes.put(x, place) for name, x in batch.items()}

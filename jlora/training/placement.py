@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora import paths
 from jlora.method import Site
+from jlora.training import processes
 from jlora.training.errors import SettingError
 
 
@@ -32,6 +33,12 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     if wanted > found:
         product = " x ".join(f"{name}={size}" for name, size in axes.items())
         raise SettingError("mesh", f"of {product} needs {wanted} devices, but there are {found}")
+    if processes.several() and wanted != found:
+        raise SettingError(
+            "mesh",
+            f"of {wanted} devices leaves out some of the {found} that the {jax.process_count()} processes have: the product "
+            f"of its axes must be {found}",
+        )
     types = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=jax.devices()[:wanted])
 
@@ -85,7 +92,7 @@ def place_base(params: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         name = "/".join(str(getattr(key, "key", key)) for key in path)
-        return jax.device_put(leaf, NamedSharding(mesh, weight_spec(name, np.shape(leaf), mesh)))
+        return processes.put(leaf, NamedSharding(mesh, weight_spec(name, np.shape(leaf), mesh)))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -95,7 +102,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 
     def place(leaf):
         placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if placed else jax.device_put(leaf, replicated(mesh))
+        return leaf if placed else processes.put(leaf, replicated(mesh))
 
     return jax.tree.map(place, tree)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
+from jlora.training import processes
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data
 from jlora.training.loop import State, StepResult, make_evaluation, make_step, to_devices
@@ -71,7 +72,7 @@ class Trainer:
         """
         directory = self.out / "checkpoints"
         # Before orbax looks: it takes every folder with a number for a checkpoint.
-        whole = find_whole(directory)
+        whole = processes.by_first(lambda: find_whole(directory))
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
         done, self._step = int(state.step), make_step(self.forward, self._tx, state)

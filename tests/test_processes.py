@@ -1,0 +1,157 @@
+"""Several processes of one run, as on the hosts of a pod: they train as one, and go on after one of them was killed."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jlora
+from jlora import models
+from jlora.training.cli import main
+from jlora.training.errors import SettingError
+from jlora.training.job import finetune
+from jlora.training.metrics import read_metrics
+from jlora.training.processes import join
+from jlora.training.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = Settings(
+    steps=24,
+    batch=8,
+    accumulate=2,
+    max_length=16,
+    rank=2,
+    targets=".*/(q_proj|down_proj)/kernel",
+    learning_rate=3e-2,
+    max_rows=16,
+    max_validation_rows=1,
+    checkpoint_every=6,
+    evaluate_every=12,
+    sample_tokens=4,
+)
+MESHES = {2: "data=2", 4: "data=2,model=2"}
+
+
+def flags(**changes):
+    """The job's settings, those that are not left open, as a user would write them."""
+    given = {field.name: getattr(JOB, field.name) for field in dataclasses.fields(JOB)} | changes
+    default = Settings()
+    words = []
+    for name, value in given.items():
+        if value is not None and name != "spec" and value != getattr(default, name):
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def start(processes, logs, **changes):
+    """One command for each process; their output goes to files, so that none waits for its reader."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)  # one device each
+    started = []
+    for process in range(processes):
+        command = [sys.executable, "-m", "jlora.training.cli", "finetune", *flags(**changes)]
+        command += ["--coordinator", address, "--processes", str(processes), "--process", str(process)]
+        with open(logs / f"{process}.txt", "w") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def end(started, seconds=300):
+    """Exit codes; whoever is still there after the time is killed."""
+    until = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, until - time.monotonic())) for process in started]
+    except subprocess.TimeoutExpired:
+        return [process.poll() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def words(logs, process):
+    return (logs / f"{process}.txt").read_text()
+
+
+def losses(out):
+    return [(record["step"], record["kind"], record["loss"]) for record in read_metrics(Path(out) / "metrics.jsonl")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", MESHES)
+def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_alone(processes, tmp_path):
+    mesh, logs = MESHES[processes], tmp_path
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert end(start(processes, logs, mesh=mesh, out=str(whole))) == [0] * processes, words(logs, 0)
+    assert "validation loss" in words(logs, 0) and "validation" not in words(logs, 1)
+
+    started = start(processes, logs, mesh=mesh, out=str(broken))
+    until = time.monotonic() + 200
+    while not (broken / "checkpoints" / "6" / "manifest.json").exists():
+        assert time.monotonic() < until and started[1].poll() is None, words(logs, 1)
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGKILL)
+    end(started, seconds=10)
+    assert not (broken / "results.json").exists()
+    assert end(start(processes, logs, mesh=mesh, out=str(broken), resume=True)) == [0] * processes, words(logs, 0)
+    assert "resumed from the checkpoint of step" in words(logs, 0)
+
+    assert losses(broken) == losses(whole)
+    base = models.load(models.STORIES260K)[1]
+    found, wanted = (jlora.load(out / "adapters", base) for out in (broken, whole))
+    for name in ("q_proj", "down_proj"):
+        where = "self_attn" if name == "q_proj" else "mlp"
+        for factor in "ab":
+            ours, theirs = (x.params["layers"][where][name]["kernel"][factor] for x in (found, wanted))
+            np.testing.assert_array_equal(ours, theirs)
+    alone = finetune(dataclasses.replace(JOB, out=str(tmp_path / "alone"), progress="none"), lambda text: None)
+    np.testing.assert_allclose([x[2] for x in losses(whole)], [x[2] for x in losses(alone.out)], rtol=1e-3)
+    assert json.loads((whole / "results.json").read_text())["steps"] == JOB.steps
+
+
+@pytest.mark.long
+def test_a_mesh_that_leaves_out_devices_and_a_folder_in_use_are_told_in_every_process(tmp_path):
+    codes = end(start(2, tmp_path, mesh="data=1", out=str(tmp_path / "run")))
+    assert codes == [2, 2], words(tmp_path, 0)
+    wanted = "mesh of 1 devices leaves out some of the 2 that the 2 processes have: the product of its axes must be 2"
+    assert all(wanted in words(tmp_path, process) for process in (0, 1))
+    (tmp_path / "run").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path / "run")
+    assert end(start(2, tmp_path, mesh="data=2", out=str(tmp_path / "run"))) == [2, 2]
+    assert all("is not empty; choose another --out" in words(tmp_path, process) for process in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--processes", "2", "--process", "0"), "--coordinator is missing: --coordinator, --processes and"),
+        (("--coordinator", "here:1", "--process", "0"), "--processes is missing"),
+        (
+            ("--coordinator", "here", "--processes", "2", "--process", "0"),
+            "--coordinator must be host:port, got 'here'",
+        ),
+        (("--coordinator", "here:1", "--processes", "2", "--process", "2"), "--process must be from 0 to 1"),
+    ],
+)
+def test_what_is_wrong_about_a_process_is_told_in_a_sentence(given, message, capsys):
+    assert main(["finetune", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_cluster_around_it_a_process_says_what_to_give(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "KUBER"))]:
+        monkeypatch.delenv(name)
+    with pytest.raises(SettingError, match="finds no cluster in its surroundings.*give --coordinator"):
+        join(True, None, None, None)
