@@ -87,7 +87,7 @@ def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:
 def _figures(record: Mapping[str, Any]) -> str:
     shown = []
     for name, before in record["before"].items():
-        shown.append((f"{before:.3f} → {record['after'][name]:.3f}", f"validation {name}, before → after"))
+        shown.append((f"{before:.4g} → {record['after'][name]:.4g}", f"validation {name}, before → after"))
     share = 100 * record["trained_values"] / record["base_values"]
     shown.append(
         (f"{share:.2f} %", f"{record['trained_values']:,} trained values over {record['base_values']:,} in the base")
@@ -112,7 +112,7 @@ def _sites(adapted: jlora.Adapted) -> str:
     rows = []
     for site in adapted.plan.sites:
         trained = count(paths.lookup(adapted.params, site.keys))
-        rows.append((site.path, " × ".join(map(str, site.shape)), repr(site.method), f"{trained:,}"))
+        rows.append((site.path, " × ".join(map(str, site.shape)), str(site.method), f"{trained:,}"))
     return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 
