@@ -1,8 +1,8 @@
 """Where arrays lie on a mesh of devices.
 
-The axis `data` cuts the rows of a batch. Of the other axes, the last cuts the last axis of every base weight that has
-two or more, and the one before it, if any, cuts the axis before. An adapter's factors follow: the axis that they
-share with the weight is cut as the weight's is, the rank is not cut. Everything else is on every device.
+The axes `data` and `fsdp` cut the rows of a batch. Of all axes but `data`, the last cuts the last axis of every base
+weight that has two or more, and the one before it, if any, cuts the axis before. An adapter's factors follow: the axis
+that they share with the weight is cut as the weight's is, the rank is not cut. Everything else is on every device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from jlora import paths
 from jlora.method import Site
 from jlora.training import processes
 from jlora.training.errors import SettingError
+
+#: Axes that cut the rows of a batch; `fsdp` cuts the weights besides, as any other axis does.
+ROWS = ("data", "fsdp")
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -44,15 +47,17 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
-    """The rows computed at once can be cut by the axis `data`.
+    """The rows computed at once can be cut by the axes `data` and `fsdp`.
 
     Raises:
         SettingError: if they cannot.
     """
-    parts, rows = mesh.shape.get("data", 1), batch // accumulate
+    parts, rows = math.prod(mesh.shape.get(name, 1) for name in ROWS), batch // accumulate
     if rows % parts:
         raise SettingError(
-            "mesh", f"cuts the rows in data={parts}, but batch {batch} / accumulate {accumulate} is {rows} rows"
+            "mesh",
+            f"cuts the rows in {' x '.join(f'{name}={mesh.shape[name]}' for name in ROWS if name in mesh.shape)}, "
+            f"but batch {batch} / accumulate {accumulate} is {rows} rows",
         )
 
 
@@ -62,9 +67,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of_batch(mesh: Mesh, rows_axis: int) -> NamedSharding:
-    """Cut by `data` along the given axis."""
-    name = "data" if "data" in mesh.shape else None
-    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, name))
+    """Cut by `data` and `fsdp` along the given axis."""
+    names = tuple(name for name in ROWS if name in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, names or None))
 
 
 def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

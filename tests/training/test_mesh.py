@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune
 from jlora.training.metrics import Metrics, read_metrics
-from jlora.training.placement import make_mesh, weight_spec
+from jlora.training.placement import check_batch, make_mesh, rows_of_batch, weight_spec
 from jlora.training.settings import Settings
 
 SMALL = Settings(
@@ -101,3 +101,11 @@ def test_two_axes_cut_the_last_two_axes_of_a_weight():
     assert weight_spec("b", (7,), mesh) == PartitionSpec()
     with pytest.raises(SettingError, match=r"axis fsdp=2 does not divide the 5 of axis 0 of w \(5, 8\)"):
         weight_spec("w", (5, 8), mesh)
+
+
+def test_fsdp_cuts_the_rows_and_the_weights():
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    assert rows_of_batch(mesh, 1).spec == PartitionSpec(None, ("fsdp",))
+    assert weight_spec("up/kernel", (3, 16, 32), mesh) == PartitionSpec(None, "fsdp", "tensor")
+    with pytest.raises(SettingError, match=r"cuts the rows in fsdp=2, but batch 6 / accumulate 2 is 3 rows"):
+        check_batch(mesh, 6, 2)
