@@ -9,7 +9,7 @@ static data without retracing.
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import jax
@@ -160,8 +160,8 @@ class Method:
         return False
 
     def __str__(self) -> str:
-        """The method with the hyperparameters that differ from the defaults."""
-        changed = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
+        """The method with its first hyperparameter and those that differ from the defaults."""
+        changed = [f for n, f in enumerate(fields(self)) if n == 0 or getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!s}' for f in changed)})"
 
     def check(self, site: Site) -> None:

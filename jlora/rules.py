@@ -5,6 +5,7 @@ A rule is `(walk, eqn, *values) -> outputs`, or None where it does not apply; th
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -77,16 +78,44 @@ def slice_(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     """Slices a stack: the method's arrays are sliced with it."""
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
+    taken: Weight | None = value
     for axis, (first, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
-        size = -(-(limit - first) // stride)
-        if size == value.array.shape[axis]:
-            continue
-        cut = partial(jax.lax.slice_in_dim, start_index=first, limit_index=limit, stride=stride)
-        moved = weights.narrow(value, axis, size, partial(cut, axis=axis), lambda x, at, cut=cut: cut(x, axis=at))
-        if moved is None:
+        taken = None if taken is None else _take(taken, axis, first, limit, stride)
+    return None if taken is None else [taken]
+
+
+@passes("split")
+def split(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
+    """Cuts a stack into several."""
+    ends = list(itertools.accumulate(eqn.params["sizes"]))
+    parts = [_take(value, eqn.params["axis"], end - n, end) for n, end in zip(eqn.params["sizes"], ends, strict=True)]
+    return None if any(part is None for part in parts) else parts
+
+
+@passes("unstack")
+def unstack(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
+    """Takes a stack apart, as a loop `for w in stack` does from JAX 0.12 on."""
+    axis = eqn.params["axis"]
+    parts = []
+    for index in range(value.array.shape[axis]):
+        part = _take(value, axis, index, index + 1)
+        if part is None:
             return None
-        value = _with_key(moved, first)
-    return [value]
+        axes = (*part.axes[:axis], *part.axes[axis + 1 :])
+        parts.append(replace(part, array=jax.lax.squeeze(part.array, [axis]), axes=axes))
+    return parts
+
+
+def _take(value: Weight, axis: int, first: int, limit: int, stride: int = 1) -> Weight | None:
+    """A part of a stack; None where the axis is no batch axis and the part is not the whole."""
+    size = -(-(limit - first) // stride)
+    if size == value.array.shape[axis] and size > 1:
+        return value
+    cut = partial(jax.lax.slice_in_dim, start_index=first, limit_index=limit, stride=stride)
+    part = weights.narrow(value, axis, size, partial(cut, axis=axis), lambda x, at: cut(x, axis=at))
+    if part is None:
+        return value if size == value.array.shape[axis] else None
+    return _with_key(part, first)
 
 
 @passes("dynamic_slice")

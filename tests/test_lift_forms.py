@@ -1,5 +1,6 @@
 """A lifted function equals the function of the merged params, in values and gradients, in every form that models use."""
 
+import functools
 from functools import partial
 
 import jax
@@ -77,6 +78,8 @@ FORMS = {
     "stack under scan": (STACK, partial(stacked_scan, checkpoint=False), False),
     "stack under scan and remat": (STACK, partial(stacked_scan, checkpoint=True), False),
     "unrolled loop over a stack": (STACK, lambda p: jnp.tanh(jnp.tanh(X @ p["w"][0]) @ p["w"][2]), False),
+    "loop over a stack": (STACK, lambda p: functools.reduce(lambda x, w: jnp.tanh(x @ w), p["w"], X), False),
+    "stack split in two": (STACK, lambda p: X @ jnp.split(p["w"], [1])[1][0], False),
     "stack indexed by a traced number": (STACK, lambda p: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), X), False),
     "stack split into two scans": (STACK | {"w": normal(0, 4, 6, 6)}, lambda p: lax.scan(lambda x, ws: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws), X, p["w"].reshape(2, 2, 6, 6))[0], False),
     "jit in jit": (SQUARE, lambda p: jax.jit(lambda w: jax.jit(lambda x, w: x @ w)(X, w))(p["w"]), False),

@@ -4,7 +4,7 @@
 
 sst2, banking77    MiniLM (22.6 million parameters): a linear probe on frozen features, LoRA of rank 8 on every linear layer
                    with the head, and full fine-tuning. Accuracy on all test rows.
-pydoc              The default job: the shipped 260K-parameter Llama on Python's documentation, by LoRA and in full.
+pydoc              The default job: the shipped 260K-parameter Llama on Python's documentation, by LoRA.
 tiny_shakespeare   The same model on Shakespeare. Loss in nats a token on the held-out tenth.
 
 A finished run is written to results.jsonl at once, and a script that is started again goes on where it stopped. The data
@@ -44,7 +44,7 @@ CLASSIFY = {
     "lora": {"learning_rate": 1e-3, "epochs": 2, "rank": 8, "alpha": 16},
     "full": {"learning_rate": 1e-4, "epochs": 2},
 }
-GENERATE = {"lora": {}, "full": {"method": "full"}}  # the job's own defaults
+GENERATE = {"lora": {}}  # the job's own defaults
 
 
 def classification(train: str, test: str, text: str, label: str, probe: float) -> Task:

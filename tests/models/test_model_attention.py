@@ -78,7 +78,7 @@ def test_gradients_reach_every_leaf_and_remat_keeps_them():
 
     def gradient(remat):
         model, params = models.load(GOLDEN / "llama_llama3_biases", remat=remat)
-        loss = lambda p: jnp.mean(jax.nn.log_softmax(model.apply({"params": p}, tokens))[..., 7])  # noqa: E731
+        loss = lambda p: jnp.mean(jax.nn.log_softmax(model.apply({"params": p}, tokens))[..., 7])
         return quick_jit(jax.grad(loss))(params)
 
     plain, remat = gradient(False), gradient(True)
