@@ -129,7 +129,13 @@ def _argument(action: argparse.Action) -> str:
     return ", ".join(f"`{option}{values}`" for option in action.option_strings)
 
 
+def measured_table(path: str) -> str:
+    """The table that a results page of an experiment begins with."""
+    return (ROOT / path).read_text(encoding="utf-8").split("\n\n")[0]
+
+
 MARKS: dict[str, Callable[..., str]] = {
+    "table": measured_table,
     "method pages": method_pages,
     "file": file_text,
     "checks": checks,
