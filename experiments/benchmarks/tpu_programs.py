@@ -125,7 +125,7 @@ def make_mesh(devices: list[Any], tensor: int) -> Mesh:
     from jax.experimental import mesh_utils
 
     shape = (len(devices) // tensor, tensor)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), ("fsdp", "tensor"))
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), ("fsdp", "tensor"))
 
 
 def weight_spec(path: str, shape: tuple[int, ...]) -> P:
