@@ -16,8 +16,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from jlora import paths
-from jlora.method import Site
 from jlora.training import processes
 from jlora.training.errors import SettingError
 
@@ -113,36 +111,5 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_adapters(adapted: jlora.Adapted, mesh: Mesh) -> jlora.Adapted:
-    """The trained and the constant arrays on the mesh, cut as their base weights are."""
-    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
-    params, frozen = on_mesh(adapted.params, mesh), on_mesh(adapted.frozen, mesh)
-    for site in adapted.plan.sites:
-        base = tuple(leaves[site.keys].sharding.spec)
-        base += (None,) * (len(site.shape) - len(base))
-        for tree in (params, frozen):
-            fields = paths.lookup(tree, site.keys) if _holds(tree, site.keys) else {}
-            for name, array in fields.items():
-                spec = _field_spec(site, name, base)
-                fields[name] = jax.device_put(array, NamedSharding(mesh, spec))
-    return adapted.replace(params=params, frozen=frozen)
-
-
-def _field_spec(site: Site, name: str, base: tuple[Any, ...]) -> PartitionSpec:
-    """A method's array is cut along the axes that it shares with the weight."""
-    roles = site.method.axes.get(name, ())
-    if not site.method.matrix:
-        return PartitionSpec(*base)
-    cut = {"in": _first(base, site.in_axes), "out": _first(base, site.out_axes)}
-    return PartitionSpec(*[base[axis] for axis in site.batch_axes], *[cut.get(role) for role in roles])
-
-
-def _first(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
-    return next((spec[axis] for axis in axes if spec[axis] is not None), None)
-
-
-def _holds(tree: Any, keys: tuple[str, ...]) -> bool:
-    for key in keys:
-        if key not in tree:
-            return False
-        tree = tree[key]
-    return True
+    """All arrays of the adapters on the mesh; where it has several devices, `adapterize` cut them as their base already."""
+    return adapted.replace(params=on_mesh(adapted.params, mesh), frozen=on_mesh(adapted.frozen, mesh))
