@@ -17,10 +17,8 @@ import pytest
 import jlora
 from jlora import models
 from jlora.training.cli import main
-from jlora.training.errors import SettingError
 from jlora.training.job import finetune
 from jlora.training.metrics import read_metrics
-from jlora.training.processes import join
 from jlora.training.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,8 +148,12 @@ def test_what_is_wrong_about_a_process_is_told_in_a_sentence(given, message, cap
     assert message in capsys.readouterr().err
 
 
-def test_without_a_cluster_around_it_a_process_says_what_to_give(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "KUBER"))]:
-        monkeypatch.delenv(name)
-    with pytest.raises(SettingError, match="finds no cluster in its surroundings.*give --coordinator"):
-        join(True, None, None, None)
+def test_without_a_cluster_around_it_a_process_says_what_to_give(tmp_path):
+    """In a process of its own: JAX joins a cluster only before anything else is done with it."""
+    clusters = ("SLURM_", "OMPI_", "TPU_", "JAX_COORD", "KUBER")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(clusters)}
+    command = [sys.executable, "-m", "jlora.training.cli", "finetune", "--distributed", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "finds no cluster in its surroundings" in done.stderr
+    assert "give --coordinator, --processes and --process" in done.stderr

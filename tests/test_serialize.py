@@ -30,7 +30,7 @@ def test_inner_methods_are_nested_tables():
         ({"method": "LoRA", "rnk": 4, "alpa": 1}, "LoRA has no hyperparameter alpa, rnk; it has ['alpha', 'dropout',"),
         ({"method": "LoRA", "rank": 0}, "LoRA's rank must be a positive integer, got 0"),
         ({"method": "LoRA", "rank": "8"}, "LoRA's rank must be a positive integer, got '8'"),
-        ({"method": "LoRA", "alpha": "8"}, "LoRA: '>' not supported between instances of 'str' and 'int'"),
+        ({"method": "LoRA", "alpha": "8"}, "LoRA's alpha must be positive and finite, got '8'"),
         (
             {"method": "DoRA", "inner": 3},
             "DoRA: DoRA goes around a method that adapts a matrix, such as LoRA(8); got 3",

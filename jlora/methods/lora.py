@@ -60,13 +60,13 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"LoRA's rank must be a positive integer, got {self.rank!r}")
-        if not 0 < self.alpha < math.inf:
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"LoRA's alpha must be positive and finite, got {self.alpha!r}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"LoRA's scaling must be one of {SCALINGS}, got {self.scaling!r}")
         if self.init not in INITS:
             raise ValueError(f"LoRA's init must be one of {INITS}, got {self.init!r}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA's dropout must be at least 0 and below 1, got {self.dropout!r}")
 
     @property
