@@ -142,7 +142,6 @@ MARKS: dict[str, Callable[..., str]] = {
     "api": api,
     "run folder": run_folder,
     "flags": flags,
-    # In README these say where a table stands, or is to stand.
+    # In README this says where a table stands.
     "methods": str,
-    "measured": str,
 }
