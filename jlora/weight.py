@@ -226,15 +226,13 @@ def stop(weight: Weight) -> Weight:
     return replace(weight.on_fields(jax.lax.stop_gradient), array=jax.lax.stop_gradient(weight.array))
 
 
-def unstack(weight: Weight, axis: int = 0) -> tuple[Weight, Any] | None:
+def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     """Prepares a weight for a `scan` along its first axis.
 
     Returns:
         The weight without that axis's place among its fields (arrays moved so that the scanned axis is first), and a
         function that puts a slice of those arrays together again inside the loop; None where the axis is no batch axis.
     """
-    if axis != 0:
-        raise ValueError(f"scan runs over axis 0, got {axis}")
     rest = weight.axes[1:]
     if weight.site is None:
         return weight, lambda sliced: replace(sliced, axes=rest)
