@@ -10,11 +10,15 @@ from jlora.fingerprint import fingerprint as fingerprint
 from jlora.lift import lift as lift
 from jlora.method import Factors as Factors
 from jlora.method import Method as Method
+from jlora.method import OptimizerRule as OptimizerRule
 from jlora.method import Site as Site
 from jlora.method import Start as Start
 from jlora.method import View as View
 from jlora.methods import *  # noqa: F403
 from jlora.optimizer import optimizer as optimizer
+from jlora.optimizer import with_rules as with_rules
+from jlora.prepare import Prepared as Prepared
+from jlora.prepare import prepare as prepare
 from jlora.serialize import method_from_dict as method_from_dict
 from jlora.serialize import method_to_dict as method_to_dict
 from jlora.sites import Sites as Sites

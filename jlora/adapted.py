@@ -12,12 +12,16 @@ from jax.core import Tracer
 
 from jlora import _compat, mesh, paths
 from jlora import weight as weights
-from jlora.method import Site, Start
+from jlora.method import Arrays, Method, Site, Start
 from jlora.spec import Spec, resolve
 from jlora.weight import Weight
 
 if TYPE_CHECKING:
+    from jlora.prepare import Prepared
     from jlora.sites import Sites
+
+#: Where `Adapted.frozen` keeps the arrays that several leaves share. No leaf's path starts so.
+SHARED = "~shared"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,15 @@ class Plan:
     """The adapted leaves; static and hashable, so that it may sit in a pytree without retracing."""
 
     sites: tuple[Site, ...]
+
+    def shared_names(self) -> dict[Method, str]:
+        """For each method with shared constants the name of their drawer, `frozen[SHARED][name]`."""
+        names: dict[Method, str] = {}
+        for method in (site.method for site in self.sites):
+            if method.shared_fields and method not in names:
+                same = sum(type(other) is type(method) for other in names)
+                names[method] = type(method).__name__ + (f"_{same}" if same else "")
+        return names
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +49,7 @@ class Adapted:
         base: the params tree; never trained.
         params: what is trained: a nested dict along the base's own keys with the method's fields at the end, such as
             `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front.
-        frozen: constants of the methods, laid out like `params`.
+        frozen: constants of the methods, laid out like `params`; those that several leaves share are under `SHARED`.
         context: read-only inputs of a call; `{"dropout": key}` switches dropout on.
         plan: path, method and axis roles of every adapted leaf; static.
     """
@@ -54,14 +67,18 @@ class Adapted:
     def weights(self) -> list[Weight]:
         """The adapted leaves as the values that travel through a lifted function."""
         leaves = dict(paths.flatten_with_keys(self.base)[0])
-        key = self.context.get("dropout")
-        return [self._weight(site, leaves[site.keys], key) for site in self.plan.sites]
+        names = self.plan.shared_names()
+        drawers = self.frozen.get(SHARED, {})
+        return [
+            self._weight(site, leaves[site.keys], drawers.get(names.get(site.method), {})) for site in self.plan.sites
+        ]
 
-    def _weight(self, site: Site, leaf: Any, key: jax.Array | None) -> Weight:
+    def _weight(self, site: Site, leaf: Any, shared: Arrays) -> Weight:
+        key = self.context.get("dropout")
         if key is not None:
             key = jax.random.fold_in(key, _number(site.path)) if site.method.uses_key else None
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
-        return weights.start(leaf, site, params, frozen, key)
+        return weights.start(leaf, site, params, frozen, shared, key)
 
     def with_leaves(self, arrays: list[Any]) -> Any:
         """The base tree with its adapted leaves replaced, in the order of the plan."""
@@ -83,7 +100,13 @@ def _number(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-def adapterize(params: Any, spec: Spec, key: jax.Array | None = None, sites: Sites | None = None) -> Adapted:
+def adapterize(
+    params: Any,
+    spec: Spec,
+    key: jax.Array | None = None,
+    sites: Sites | None = None,
+    prepared: Prepared | None = None,
+) -> Adapted:
     """Splits params into a frozen base and small trainable adapters.
 
     Args:
@@ -93,13 +116,15 @@ def adapterize(params: Any, spec: Spec, key: jax.Array | None = None, sites: Sit
         key: random key of the starting values (default: `jax.random.key(0)`); every leaf gets its own.
         sites: how the function reads its weights, from `jlora.sites`. Without it a leaf of two axes is `[in, out]`, and more
             axes are an error.
+        prepared: what methods that start from data need, from `jlora.prepare`.
 
     Returns:
         An `Adapted` that starts at the base's output (for methods with an exact start).
 
     Raises:
         TypeError: for a spec of the wrong kind, or a leaf that holds integers.
-        ValueError: for a pattern that matches nothing, a leaf that a method can't adapt, an axis role that can't be known.
+        ValueError: for a pattern that matches nothing, a leaf that a method can't adapt, an axis role that can't be known,
+            a method that starts from data without `prepared`.
 
     Example:
         >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})
@@ -110,17 +135,26 @@ def adapterize(params: Any, spec: Spec, key: jax.Array | None = None, sites: Sit
     plan = Plan(tuple(resolve(leaves, spec, sites)))
     by_keys = dict(leaves)
     trained: dict[str, Any] = {}
-    frozen: dict[str, Any] = {}
+    frozen = _shared(plan, key, by_keys)
     for site in plan.sites:
         leaf = by_keys[site.keys]
-        start = mesh.place(_start(site, leaf, jax.random.fold_in(key, _number(site.path))), site, leaf)
+        start = start_of(site, leaf, key) if prepared is None else prepared.start(site)
+        start = mesh.place(start or start_of(site, leaf, key), site, leaf)
         paths.insert(trained, site.keys, start.params)
         if start.frozen:
             paths.insert(frozen, site.keys, start.frozen)
-        if start.w is not None:
-            by_keys[site.keys] = _placed_like(site.unfold(start.w).astype(leaf.dtype), leaf)
-    base = jax.tree.unflatten(treedef, [by_keys[keys] for keys, _ in leaves])
+    base = jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
     return Adapted(base, trained, frozen, {}, plan)
+
+
+def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The drawer of the arrays that several leaves share, or an empty one."""
+    drawers = {}
+    for method, name in plan.shared_names().items():
+        sites = tuple(site for site in plan.sites if site.method == method)
+        arrays = method.shared(jax.random.fold_in(key, _number(f"{SHARED}/{name}")), sites)
+        drawers[name] = mesh.replicate(arrays, leaves[sites[0].keys])
+    return {SHARED: drawers} if drawers else {}
 
 
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
@@ -134,18 +168,28 @@ def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
             raise ValueError(f"the path {'/'.join(keys)!r} continues the path of another leaf")
 
 
-def _start(site: Site, leaf: jax.Array, key: jax.Array) -> Start:
-    """The method's start for every matrix of a leaf; batch axes in front."""
-    if not site.method.matrix:
-        return site.method.start(key, leaf, site)
+def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Array) -> Start:
+    """The method's start for every matrix of a leaf; batch axes in front.
 
-    def one(key: jax.Array, w: jax.Array) -> Start:
-        return site.method.start(key, w, site)
+    Raises:
+        ValueError: for a method that starts from statistics which are not given.
+    """
+    if missing := sorted(site.method.needs - set(statistics)):
+        raise ValueError(
+            f"{site.path}: {site.method} starts from data ({', '.join(missing)}); pass "
+            "prepared=jlora.prepare(params, spec, loss_fn, batches)"
+        )
+    key = jax.random.fold_in(key, _number(site.path))
+    if not site.method.matrix:
+        return site.method.start(key, leaf, site, **statistics)
+
+    def one(key: jax.Array, w: jax.Array, statistics: Arrays) -> Start:
+        return site.method.start(key, w, site, **statistics)
 
     keys = jax.random.split(key, site.batch_shape) if site.batch_axes else key
     for _ in site.batch_axes:
         one = jax.vmap(one)
-    return one(keys, site.fold(leaf))
+    return one(keys, site.fold(leaf), {name: site.fold(array) for name, array in statistics.items()})
 
 
 def merge(adapted: Adapted) -> Any:

@@ -16,9 +16,10 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and its kin)
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import mesh, paths
-from jlora.adapted import Adapted, Plan
+from jlora.adapted import SHARED, Adapted, Plan
 from jlora.fingerprint import fingerprint
 from jlora.method import Site
 from jlora.serialize import method_from_dict, method_to_dict
@@ -196,14 +197,17 @@ def _restore(directory: Path, described: dict[str, Any], blank: Adapted) -> dict
 
 def _shapes(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
     """Shape, dtype and sharding of every saved array."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
     fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
+    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
+    meshes = [sharding.mesh for each in fields.values() for sharding in each.values()]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else device
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
     try:
         for entry in described["arrays"]:
             keys = tuple(entry["keys"])
-            sharding = fields[keys[1:-1]].get(keys[-1], device)
+            sharding = whole if keys[1:2] == (SHARED,) else fields[keys[1:-1]].get(keys[-1], device)
             shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
             paths.insert(shapes, keys, shape)
     except (KeyError, TypeError, ValueError) as error:

@@ -54,7 +54,15 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
         return start
     params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
     frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
-    return Start(params, frozen, start.w)
+    return Start(params, frozen)
+
+
+def replicate(tree: Any, leaf: Any) -> Any:
+    """Arrays put whole onto every device of the mesh that a base leaf lies on."""
+    sharding = named_sharding(leaf)
+    if sharding is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def complete(tree: Any) -> Any:

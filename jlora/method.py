@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Arrays = dict[str, jax.Array]
 
@@ -84,12 +85,14 @@ class View:
         params: the trained arrays that `start` named.
         frozen: the constants that `start` named.
         site: the leaf this is a matrix of; static.
+        shared: the constants that `Method.shared` made for all leaves of the method.
     """
 
     w: jax.Array
     params: Arrays
     frozen: Arrays
     site: Site = field(metadata={"static": True})
+    shared: Arrays = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -118,12 +121,18 @@ class Start:
     Attributes:
         params: trained arrays by name.
         frozen: constants by name.
-        w: the edited base matrix `[in, out]`, or None where the base stays as it is.
     """
 
     params: Arrays
     frozen: Arrays = field(default_factory=dict)
-    w: jax.Array | None = None
+
+
+class OptimizerRule(Protocol):
+    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget)."""
+
+    def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
+        """An optimizer of all trained arrays that applies the rule to those of `sites` and leaves the rest to `tx`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,21 @@ class Method:
         """Whether the method draws random numbers in the forward pass."""
         return False
 
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """Names of the constants that all leaves of this method have in common (see `shared`)."""
+        return ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: "gradient", "absolute_gradient"."""
+        return frozenset()
+
+    @property
+    def optimizer_rule(self) -> OptimizerRule | None:
+        """What `jlora.optimizer` wraps the optimizer with: rank allocation, a proximal step, a penalty on the factors."""
+        return None
+
     def __str__(self) -> str:
         """The method with its first hyperparameter and those that differ from the defaults."""
         changed = [f for n, f in enumerate(fields(self)) if n == 0 or getattr(self, f.name) != f.default]
@@ -171,8 +195,12 @@ class Method:
             ValueError: with what is wanted; the core adds the path and the shape.
         """
 
-    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """The starting arrays for one matrix `w [in, out]`."""
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+        """The constants that all leaves of this method share, given all of them; replicated on every mesh."""
+        return {}
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
+        """The starting arrays for one matrix `w [in, out]`; `statistics [in, out]` are those that `needs` names."""
         raise NotImplementedError(f"{type(self).__name__} has no start")
 
     def weight(self, view: View) -> jax.Array:
@@ -186,6 +214,10 @@ class Method:
     def labels(self, site: Site) -> dict[str, str]:
         """The learning-rate group of each trained field (see `jlora.optimizer`)."""
         return {name: default_label(len(axes)) for name, axes in self.axes.items()}
+
+    def rates(self, site: Site) -> dict[str, float]:
+        """Factors of the group's learning rate for fields that learn slower or faster than their group."""
+        return {}
 
 
 def default_label(ndim: int) -> str:

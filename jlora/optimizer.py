@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import optax
 
 from jlora import paths
@@ -51,6 +52,9 @@ def optimizer(
     | vector | biases, norms, DoRA's magnitude | `ratio * learning_rate` | none |
     | embedding | factors of an embedding | `embedding_learning_rate` | as given |
 
+    Fields for which a method gives a rate of its own (`Method.rates`) have that multiple of their group's. What methods ask
+    for beyond rates, such as rank allocation, is wrapped around the whole (`with_rules`).
+
     With `ratio` this is LoRA+. Its rule gives all trained vectors the rate of `b`; DoRA's magnitude belongs to them, and
     never decays, since decay would shrink the base.
 
@@ -81,21 +85,43 @@ def optimizer(
         embedding_learning_rate = learning_rate if ratio is None else 1e-6
     decays = "weight_decay" in inspect.signature(factory).parameters
     undecayed = {**options, "weight_decay": 0.0} if decays else options
-    transforms = {
-        "a": factory(learning_rate, **options),
-        "b": factory(fast, **options),
-        "vector": factory(fast, **undecayed),
-        "embedding": factory(embedding_learning_rate, **options),
+    groups = {
+        "a": (learning_rate, options),
+        "b": (fast, options),
+        "vector": (fast, undecayed),
+        "embedding": (embedding_learning_rate, options),
     }
-    tree = labels(adapted)
-    used: dict[Hashable, optax.GradientTransformation] = {
-        group: transforms[group] for group in GROUPS if group in _values(tree)
-    }
-    return optax.partition(used, tree)
+    tree = _with_rates(adapted, labels(adapted))
+    used: dict[Hashable, optax.GradientTransformation] = {}
+    for label in sorted(set(jax.tree.leaves(tree))):
+        group, _, factor = label.partition(" x ")
+        rate, given = groups[group]
+        used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
+    return with_rules(adapted, optax.partition(used, tree))
 
 
-def _values(tree: Any) -> set[str]:
-    return {tree} if isinstance(tree, str) else set().union(*(_values(value) for value in tree.values()))
+def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
+
+    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget.
+
+    Example:
+        >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    """
+    sites = adapted.plan.sites
+    for rule in dict.fromkeys(rule for site in sites if (rule := site.method.optimizer_rule) is not None):
+        tx = rule.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
+    return tx
+
+
+def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of groups with the factors of fields that have a rate of their own, as "group x factor"."""
+    for site in adapted.plan.sites:
+        fields = paths.lookup(tree, site.keys)
+        for name, factor in site.method.rates(site).items():
+            if factor != 1:
+                fields[name] = f"{fields[name]} x {factor!r}"
+    return tree
 
 
 def scaled(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:

@@ -46,6 +46,7 @@ class Weight:
     Attributes:
         array: the base leaf in its current form.
         params, frozen: the method's arrays; leading axes are `batch`.
+        shared: the method's arrays that all its leaves have in common; no batch axes.
         key: dropout key, or None.
         site: the leaf; static. None while roles are still being found out (see `jlora.sites`).
         name: path of the leaf; static.
@@ -57,6 +58,7 @@ class Weight:
     array: jax.Array
     params: Arrays
     frozen: Arrays
+    shared: Arrays
     key: jax.Array | None
     site: Site | None = field(metadata={"static": True})
     name: str = field(metadata={"static": True})
@@ -82,22 +84,22 @@ class Weight:
         return sorted(piece for axis in self.axes for piece in axis if self.role(piece) == role)
 
     def on_fields(self, change: Any) -> Weight:
-        """The weight with `change` applied to every array of the method."""
+        """The weight with `change` applied to every array of the method that is the leaf's own."""
         params, frozen = jax.tree.map(change, (self.params, self.frozen))
         return replace(self, params=params, frozen=frozen)
 
 
-def start(array: Any, site: Site, params: Arrays, frozen: Arrays, key: jax.Array | None) -> Weight:
+def start(array: Any, site: Site, params: Arrays, frozen: Arrays, shared: Arrays, key: jax.Array | None) -> Weight:
     """A leaf of the base as the function receives it."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
     batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
-    return Weight(array, params, frozen, key, site, site.path, site.shape, axes, batch)
+    return Weight(array, params, frozen, shared, key, site, site.path, site.shape, axes, batch)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
     """A leaf whose roles are to be found out."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(array.shape))
-    return Weight(array, {}, {}, None, None, name, tuple(array.shape), axes, ())
+    return Weight(array, {}, {}, {}, None, None, name, tuple(array.shape), axes, ())
 
 
 def shape_of(axes: Axes) -> tuple[int, ...]:
@@ -135,10 +137,15 @@ def matrix(weight: Weight) -> jax.Array:
 
 def over_batch(function: Any, weight: Weight) -> Any:
     """`function(View)` mapped over the batch axes of a weight; results have them in front."""
+    site, shared = weight.site, weight.shared
+    assert site is not None
+
+    def one(w: jax.Array, params: Arrays, frozen: Arrays) -> Any:
+        return function(View(w, params, frozen, site, shared))
+
     for _ in weight.batch:
-        function = jax.vmap(function)
-    assert weight.site is not None
-    return function(View(matrix(weight), weight.params, weight.frozen, weight.site))
+        one = jax.vmap(one)
+    return one(matrix(weight), weight.params, weight.frozen)
 
 
 def factors(weight: Weight) -> Factors:
@@ -150,7 +157,7 @@ def effective(weight: Weight) -> jax.Array:
     """The effective weight in the array's current form and dtype."""
     if not weight.method.matrix:
         assert weight.site is not None
-        view = View(weight.array, weight.params, weight.frozen, weight.site)
+        view = View(weight.array, weight.params, weight.frozen, weight.site, weight.shared)
         return weight.method.weight(view).astype(weight.array.dtype)
     folded = over_batch(weight.method.weight, weight).astype(weight.array.dtype)
     return rearrange(folded, canonical_axes(weight), weight.axes)
@@ -223,7 +230,8 @@ def narrow(weight: Weight, axis: int, size: int, cut_array: Any, cut: Any) -> We
 
 def stop(weight: Weight) -> Weight:
     """The weight with no gradient flowing into anything of it."""
-    return replace(weight.on_fields(jax.lax.stop_gradient), array=jax.lax.stop_gradient(weight.array))
+    stopped = weight.on_fields(jax.lax.stop_gradient)
+    return replace(stopped, array=jax.lax.stop_gradient(weight.array), shared=jax.lax.stop_gradient(weight.shared))
 
 
 def unstack(weight: Weight) -> tuple[Weight, Any] | None:
@@ -241,8 +249,8 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
         return None
     at = weight.batch.index(piece)
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
-    moved = weight.on_fields(lambda x: jnp.moveaxis(x, at, 0))
-    return moved, lambda sliced: replace(sliced, axes=rest, batch=batch)
+    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={})
+    return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, shared=weight.shared)
 
 
 def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
@@ -272,6 +280,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         array=spec,
         params={name: field_spec(name) for name in weight.params},
         frozen={name: field_spec(name) for name in weight.frozen},
+        shared={name: PartitionSpec() for name in weight.shared},
     )
 
 

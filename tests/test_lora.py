@@ -30,7 +30,7 @@ def delta(method, factors=FACTORS):
 
 
 def test_the_start_is_the_base():
-    for init in ("default", "kaiming", "gaussian", "orthogonal", "embedding"):
+    for init in ("default", "kaiming", "gaussian", "orthonormal", "orthogonal", "embedding", "olora", "pissa"):
         start = jlora.lift(product)(adapted_by(jlora.LoRA(rank=4, init=init)))
         np.testing.assert_allclose(start, X @ W, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_a_zero_b_restores_the_base_bit_for_bit():
 
 
 def test_orthogonal_starts_have_orthonormal_columns():
-    a = adapted_by(jlora.LoRA(rank=4, init="orthogonal")).params["w"]["a"]
+    a = adapted_by(jlora.LoRA(rank=4, init="orthonormal")).params["w"]["a"]
     np.testing.assert_allclose(a.T @ a, jnp.eye(4), atol=1e-5)
 
 

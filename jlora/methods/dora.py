@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from jlora.method import Factors, Method, Site, Start, View
+from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Start, View
 from jlora.methods.lora import LoRA, trained_dtype
 
 
@@ -69,11 +69,30 @@ class DoRA(Method):
         """As the inner method."""
         self.inner.check(site)
 
-    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """As the inner method."""
+        return self.inner.shared_fields
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As the inner method."""
+        return self.inner.needs
+
+    @property
+    def optimizer_rule(self) -> OptimizerRule | None:
+        """As the inner method."""
+        return self.inner.optimizer_rule
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+        """As the inner method."""
+        return self.inner.shared(key, sites)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The inner start, and the column norms of the matrix."""
-        inner = self.inner.start(key, w, site)
+        inner = self.inner.start(key, w, site, **statistics)
         m = column_norms(w).astype(trained_dtype(w))
-        return Start({**inner.params, "m": m}, inner.frozen, inner.w)
+        return Start({**inner.params, "m": m}, inner.frozen)
 
     def weight(self, view: View) -> jax.Array:
         """`m / n * v`."""
@@ -91,6 +110,10 @@ class DoRA(Method):
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""
         return {**self.inner.labels(site), "m": "vector"}
+
+    def rates(self, site: Site) -> dict[str, float]:
+        """As the inner method."""
+        return self.inner.rates(site)
 
 
 def column_norms(w: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from contract import problems
-from contract.problems import by_hand, close, jit, perturbed
+from contract.problems import adapt, by_hand, close, jit, perturbed
 from jlora import paths
 from jlora.optimizer import GROUPS
 
@@ -70,7 +70,7 @@ def check_merge(method):
     assert merged["other"] is base["other"], "a leaf that is not adapted was copied"
     for dtype in (jnp.bfloat16, jnp.float32):
         cast = {"w": problem.params["w"].astype(dtype)}
-        shape = jax.eval_shape(lambda p: jlora.merge(jlora.adapterize(p, problem.spec)), cast)["w"]
+        shape = jax.eval_shape(lambda p: jlora.merge(adapt(p, problem.spec)), cast)["w"]
         assert (shape.dtype, shape.shape) == (dtype, (8, 8)), f"merged leaf is {shape}"
     lifted, gradient = jit(
         lambda a: (_outputs(problem, a), jax.grad(lambda p: _loss(jlora.merge(a.replace(params=p))["w"]))(a.params))
@@ -142,9 +142,7 @@ def check_trace_once(method):
         return adapted.replace(params=jax.tree.map(lambda leaf, g: leaf - 0.1 * g, adapted.params, grads))
 
     for again in range(2):  # a second life, as after loading
-        adapted = jit(lambda key: jlora.adapterize(problem.params, {"w": copy.deepcopy(method)}, key))(
-            jax.random.key(0)
-        )
+        adapted = jit(lambda key: adapt(problem.params, {"w": copy.deepcopy(method)}, key))(jax.random.key(0))
         for number in range(3):
             adapted = step(adapted, problem.x + number + again)
     assert len(traces) == 1, f"6 steps with equal methods traced {len(traces)} times"
@@ -155,7 +153,7 @@ def check_dtype(method):
     problem = problems.plain(method)
 
     def run(dtype):
-        adapted = jlora.adapterize({"w": problem.params["w"].astype(dtype)}, problem.spec)
+        adapted = adapt({"w": problem.params["w"].astype(dtype)}, problem.spec)
         cast = problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
         y, merged = _outputs(cast, perturbed(adapted)), jlora.merge(perturbed(adapted))
         gradient = jax.grad(lambda p: _loss(_outputs(cast, adapted.replace(params=p))).astype(jnp.float32))
@@ -203,7 +201,7 @@ def _stacked(trees):
 def check_keys(method):
     """What is drawn differs from site to site and from layer to layer."""
     params = {name: problems.weight(seed, 3, 8, 8) for seed, name in enumerate("uv")}
-    adapted = jit(lambda p: jlora.adapterize(p, {"[uv]": jlora.Axes("batch in out", method)}))(params)
+    adapted = jit(lambda p: adapt(p, {"[uv]": jlora.Axes("batch in out", method)}))(params)
     for tree in (adapted.params, adapted.frozen):
         for u, v in zip(jax.tree.leaves(tree.get("u")), jax.tree.leaves(tree.get("v")), strict=True):
             matrices = [np.asarray(matrix) for leaf in (u, v) for matrix in leaf]
@@ -220,7 +218,7 @@ def check_mesh(method):
     manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
     params = {name: problems.weight(seed, 8, 8) for seed, name in enumerate(cuts)}
     placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in params.items()}
-    adapted = perturbed(jlora.adapterize(placed, {".*": method}), size=0.1)
+    adapted = perturbed(adapt(placed, {".*": method}), size=0.1)
     _check_cuts(adapted, mesh, cuts)
 
     def by_rows(x, w):

@@ -13,6 +13,7 @@ from jax import lax
 
 import jlora
 from jlora import paths
+from jlora.adapted import SHARED
 from jlora.method import View
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
@@ -37,6 +38,19 @@ def layers(params, x):
     return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["w"])[0]
 
 
+def adapt(params, spec, key=None, sites=None):
+    """`adapterize`, with gradients of some loss for the methods that start from gradients."""
+    methods = [getattr(method, "method", method) for method in spec.values()]
+
+    def loss(params, batch):
+        return sum(jnp.sum(jnp.sin(batch * leaf)) for leaf in jax.tree.leaves(params)).astype(jnp.float32)
+
+    batches = [jnp.asarray(x, jax.tree.leaves(params)[0].dtype) for x in (3.0, 5.0)]
+    needing = any(method.needs for method in methods)
+    prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing else None
+    return jlora.adapterize(params, spec, key, sites, prepared)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A function of params and inputs, and a spec that adapts the params by one method."""
@@ -53,7 +67,7 @@ class Problem:
         return jit(self.start)(jax.random.key(0))
 
     def start(self, key):
-        return jlora.adapterize(self.params, self.spec, key=key, sites=self.sites)
+        return adapt(self.params, self.spec, key, self.sites)
 
 
 def ready(*args):
@@ -109,14 +123,19 @@ def perturbed(adapted, seed=2, size=0.3):
 def by_hand(adapted):
     """The params with every adapted leaf replaced by its method's `weight`, without jlora's merge or lift."""
     params = dict(adapted.base)
+    names = adapted.plan.shared_names()
     for site in adapted.plan.sites:
         leaf = params[site.path]
-        function = site.method.weight
+        shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method)))
+
+        def function(w, trained, frozen, site=site, shared=shared):
+            return site.method.weight(View(w, trained, frozen, site, shared))
+
         for _ in site.batch_axes:
             function = jax.vmap(function)
         w = site.fold(leaf) if site.method.matrix else leaf
         trained, frozen = (paths.lookup(tree, site.keys) for tree in (adapted.params, adapted.frozen))
-        effective = function(View(w, trained, frozen, site)).astype(leaf.dtype)
+        effective = function(w, trained, frozen).astype(leaf.dtype)
         params[site.path] = site.unfold(effective) if site.method.matrix else effective
     return params
 
