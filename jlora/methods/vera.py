@@ -1,0 +1,118 @@
+"""VeRA: one frozen random pair of projections for the whole tree, and two trained vectors a matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.methods.lora import trained_dtype
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """Vector-based random matrix adaptation: `w + (A * d) @ (B * b)` with trained `d [rank]` and `b [out]`.
+
+    `A` and `B` are the first `in` rows and the first `out` columns of one frozen random pair that all leaves of the method
+    share, as large as the largest of them: `[max in, rank]` and `[rank, max out]`, uniform within `sqrt(6 / max in)` and
+    `sqrt(6 / rank)`. `b` starts at zero, so the start is the base's output, and `d` alone has no gradient in the first
+    step. Trains `rank + out` values a matrix, the fewest of all low-rank methods; ranks are therefore high.
+
+    The pair is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies
+    in `adapted.frozen["~shared"]["VeRA"]`, and is saved with the adapters, since no generator is promised to stay the
+    same forever. It lies whole on every device of a mesh; where `shard_map` cuts a leaf, the weight is formed.
+
+    Worth trying where many adapters have to be kept. The vectors want a learning rate well above LoRA's.
+
+    Args:
+        rank: columns of `A`; may exceed the sides of the matrix.
+        d_initial: the value that `d` starts at; the paper advises 0.1 or less.
+        projection_key: the number that the shared pair is drawn from.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
+
+    Raises:
+        ValueError: for a hyperparameter out of range.
+
+    Example:
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.VeRA(rank=256)})
+
+    Reference:
+        Kopiczko et al. 2023, arXiv:2310.11454; shapes, slices and starting values as in PEFT.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    projection_key: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("projection_key", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"VeRA's {name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(self.d_initial, int | float) or not 0 < abs(self.d_initial) < math.inf:
+            raise ValueError(f"VeRA's d_initial must be finite and not zero, got {self.d_initial!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"VeRA's dropout must be at least 0 and below 1, got {self.dropout!r}")
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Roles of the vectors' axes; the shared pair belongs to no leaf."""
+        return {"d": ("rank",), "b": ("out",)}
+
+    @property
+    def uses_key(self) -> bool:
+        """Dropout draws."""
+        return self.dropout > 0
+
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """The projections `A` and `B`."""
+        return ("a", "b")
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+        """Draws the projections for the largest input and the largest output, which may belong to different leaves."""
+        # Named, so that a user's choice of generator does not change the projections; the key of the tree does not either.
+        key_a, key_b = jax.random.split(jax.random.key(self.projection_key, impl="threefry2x32"))
+        rows, columns = max(site.in_size for site in sites), max(site.out_size for site in sites)
+        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        return {
+            "a": _kaiming_uniform(key_a, (rows, self.rank), dtype),
+            "b": _kaiming_uniform(key_b, (self.rank, columns), dtype),
+        }
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """Constants: the projections hold all that is random."""
+        dtype = trained_dtype(w)
+        return Start({"d": jnp.full(self.rank, self.d_initial, dtype), "b": jnp.zeros(w.shape[1], dtype)})
+
+    def weight(self, view: View) -> jax.Array:
+        """`w + (A * d) @ (B * b)`."""
+        a, b = _slices(view)
+        d, scale = view.params["d"], view.params["b"]
+        return view.w.astype(d.dtype) + (a * d) @ (b * scale)
+
+    def factors(self, view: View) -> Factors:
+        """`A` and `d * B * b`: with both vectors on one side, the other has no gradient to compute."""
+        a, b = _slices(view)
+        d, scale = view.params["d"], view.params["b"]
+        return Factors(a, d[:, None] * b * scale, dropout=self.dropout)
+
+
+def _slices(view: View) -> tuple[jax.Array, jax.Array]:
+    """The projections of one matrix: `A [in, rank]`, `B [rank, out]`."""
+    rows, columns = view.w.shape
+    dtype = view.params["d"].dtype
+    return view.shared["a"][:rows].astype(dtype), view.shared["b"][:, :columns].astype(dtype)
+
+
+def _kaiming_uniform(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """Uniform within `sqrt(6 / shape[0])`, which is Kaiming's bound for a rectifier."""
+    bound = math.sqrt(6 / shape[0])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+VeRA.CASES = (VeRA(rank=4), VeRA(rank=12, d_initial=0.5, projection_key=3, dropout=0.25))
