@@ -10,6 +10,7 @@ from jlora.models.classify import Classifier, last_pool, make_classifier
 from jlora.models.generate import generate
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
+from jlora.models.peft_names import peft_names
 from jlora.models.rope import RopeConfig
 from jlora.models.save import save
 from jlora.models.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "make_classifier",
     "mean_pool",
+    "peft_names",
     "save",
     "save_classifier",
 ]

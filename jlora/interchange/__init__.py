@@ -1,0 +1,5 @@
+"""Adapters in PEFT's format, both ways."""
+
+from jlora.interchange.names import TorchParameter as TorchParameter
+from jlora.interchange.save import PeftReport as PeftReport
+from jlora.interchange.save import save_peft as save_peft

@@ -1,0 +1,35 @@
+"""The kinds of adapter that PEFT has and jlora too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jlora.interchange import lora
+from jlora.interchange.forms import Form
+from jlora.interchange.names import Slot
+from jlora.interchange.written import Written
+
+Adapters = list[tuple[Form, list[Slot]]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of PEFT's `peft_type`s.
+
+    Attributes:
+        peft_type: its name.
+        kind: the kind of `Form` that it holds.
+        own_biases: what it calls training the biases of adapted modules alone.
+        holds: whether it can hold these forms exactly, all together.
+        write: adds adapters to a folder (plainly, if it is to be served) and returns the adapted modules.
+    """
+
+    peft_type: str
+    kind: str
+    own_biases: str
+    holds: Callable[[list[Form | None]], bool]
+    write: Callable[[Written, Adapters, set[str], bool], set[str]]
+
+
+FORMATS: dict[str, Format] = {"LORA": Format("LORA", "lora", "lora_only", lambda forms: True, lora.write)}

@@ -1,0 +1,160 @@
+"""What PEFT has for each method: the arrays of a leaf, with the batch axes in front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import mesh
+from jlora import weight as weights
+from jlora.interchange import svd
+from jlora.interchange.names import Slot
+from jlora.method import Factors, Method, Site, View
+from jlora.methods import DoRA, LoRA
+from jlora.weight import Weight
+
+
+@dataclass(frozen=True)
+class Form:
+    """One leaf's adapter in PEFT's terms.
+
+    Attributes:
+        site: the leaf.
+        kind: "lora", "adalora", "vera", "shira", "rows" or "whole" (a trained leaf).
+        arrays: by PEFT's role: "a" `[*batch, in, r]`, "b" `[*batch, r, out]`, "m" `[*batch, out]`, ...
+        fields: for each of these the fields of the method that it holds.
+        alpha: numerator of the scale.
+        rslora: whether the scale is `alpha / sqrt(r)` and not `alpha / r`.
+        dropout: probability of dropping an entry of the adapter's input while training.
+        residual: `|delta - a b| / |delta|` for each matrix, where this is a truncation.
+        shared: constants that all leaves of the method have in common.
+    """
+
+    site: Site
+    kind: str
+    arrays: dict[str, np.ndarray]
+    fields: dict[str, tuple[str, ...]]
+    alpha: float = 1.0
+    rslora: bool = False
+    dropout: float = 0.0
+    residual: np.ndarray | None = None
+    shared: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Columns of `a`."""
+        return self.arrays["a"].shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """The factor of `a @ b`."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def native(weight: Weight) -> Form | None:
+    """The form in which PEFT has the method itself, exact to the bit; None where it has none."""
+    site = weight.site
+    assert site is not None
+    for cls in type(site.method).__mro__:
+        if cls.__name__ in NATIVE:
+            arrays = {"params": _numpy(weight.params), "frozen": _numpy(weight.frozen), "shared": _numpy(weight.shared)}
+            return NATIVE[cls.__name__](site, site.method, arrays)
+    return None
+
+
+def _numpy(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, mesh.complete(tree))
+
+
+def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    """LoRA; where it starts from a part of the weight, `[a | a0] @ [b; -b0]` of twice the rank."""
+    a, b = arrays["params"]["a"], arrays["params"]["b"]
+    fields, alpha = {"a": ("a",), "b": ("b",)}, method.alpha
+    if method.from_weight:
+        a = np.concatenate([a, arrays["frozen"]["a0"]], axis=-1)
+        b = np.concatenate([b, -arrays["frozen"]["b0"]], axis=-2)
+        fields = {"a": ("a", "a0"), "b": ("b", "b0")}
+        alpha = alpha * (2**0.5 if method.scaling == "rslora" else 2)
+    return Form(site, "lora", {"a": a, "b": b}, fields, alpha, method.scaling == "rslora", method.dropout)
+
+
+def _dora(site: Site, method: Any, arrays: dict[str, Any]) -> Form | None:
+    if not isinstance(method.inner, LoRA):
+        return None
+    inner = _lora(site, method.inner, arrays)
+    return Form(
+        site,
+        "lora",
+        {**inner.arrays, "m": arrays["params"]["m"]},
+        {**inner.fields, "m": ("m",)},
+        inner.alpha,
+        inner.rslora,
+        inner.dropout,
+    )
+
+
+def _whole(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    return Form(site, "whole", {"w": arrays["params"]["w"]}, {"w": ("w",)})
+
+
+NATIVE: dict[str, Callable[[Site, Any, dict[str, Any]], Form | None]] = {"LoRA": _lora, "DoRA": _dora, "Full": _whole}
+
+
+def as_lora(weight: Weight) -> Form | None:
+    """The exact LoRA form, scale in `b`, of a method whose weight is `w + a @ b`; None for any other."""
+    site = weight.site
+    assert site is not None
+    method = site.method.inner if isinstance(site.method, DoRA) else site.method
+    if not method.matrix or not method.low_rank:
+        return None
+    found: Factors | None = weights.over_batch(method.factors, weight)
+    if found is None or found.scale is not None:
+        return None
+    arrays = {"a": np.asarray(found.a), "b": np.asarray(found.b)}
+    names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
+    fields = {"a": names, "b": names}
+    if isinstance(site.method, DoRA):
+        arrays["m"], fields["m"] = np.asarray(weight.params["m"]), ("m",)
+        fields = {name: tuple(f for f in held if f != "m") if name != "m" else held for name, held in fields.items()}
+    return Form(site, "lora", arrays, fields, float(arrays["a"].shape[-1]), dropout=found.dropout)
+
+
+def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
+    """The best LoRA of a rank for what the method adds to the weight, with what it leaves out.
+
+    Raises:
+        ValueError: for a leaf that is no matrix, or a change that is not finite.
+    """
+    site = weight.site
+    assert site is not None
+    if site.method.matrix:
+        delta = np.asarray(weights.over_batch(_delta(site.method), weight))
+    else:
+        site = _with_roles(site, slots[0])
+        delta = np.asarray(site.fold(weight.params["w"]) - site.fold(weight.array).astype(weight.params["w"].dtype))
+    if not np.all(np.isfinite(delta)):
+        raise ValueError(f"{site.path}: its adapter holds values that are not finite")
+    a, b, residual = svd.truncate(delta, min(rank, *delta.shape[-2:]))
+    names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
+    return Form(site, "lora", {"a": a, "b": b}, {"a": names, "b": names}, float(a.shape[-1]), residual=np.asarray(residual))
+
+
+def _with_roles(site: Site, slot: Slot) -> Site:
+    """A site whose method takes the leaf as it is, with the axes that the names give."""
+    if slot.kind == "plain":
+        raise ValueError(f"{site.path}: {site.method} trains a leaf that is no matrix, which LoRA can't express")
+    roles = {"in_axes": slot.axes("in"), "out_axes": slot.axes("out", "part")}
+    batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))
+    return replace(site, **roles, batch_axes=batch, kind="gather" if slot.kind == "embedding" else "dot")
+
+
+def _delta(method: Method) -> Callable[[View], jax.Array]:
+    def delta(view: View) -> jax.Array:
+        weight = method.weight(view)
+        return weight - view.w.astype(weight.dtype)
+
+    return delta

@@ -1,0 +1,208 @@
+"""`save_peft`: adapters as a folder that PEFT, transformers and servers read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import numpy as np
+from safetensors import safe_open
+
+from jlora import paths
+from jlora.adapted import Adapted
+from jlora.interchange import layout, manifest, serving, wholes
+from jlora.interchange.forms import Form, as_lora, native, truncated
+from jlora.interchange.formats import FORMATS
+from jlora.interchange.names import Names, Slot, resolve
+from jlora.interchange.wholes import Keys, Parameters
+from jlora.interchange.written import Written
+from jlora.weight import Weight
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PROFILES = ("peft", "serving")
+
+
+@dataclass(frozen=True)
+class PeftReport:
+    """What `save_peft` wrote; prints as a table.
+
+    Attributes:
+        peft_type: PEFT's name of the method.
+        rank: the rank, or the commonest.
+        tensors: how many.
+        residuals: for each leaf that was truncated `|delta - a b| / |delta|`, the largest of its matrices.
+        notes: what to know about the result.
+    """
+
+    peft_type: str
+    rank: int | None
+    tensors: int
+    residuals: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.peft_type}, rank {self.rank}, {self.tensors} tensors"]
+        lines += [f"{path}: truncated, relative residual {value:.3g}" for path, value in self.residuals.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def save_peft(
+    path: str | os.PathLike[str],
+    adapted: Adapted,
+    names: Names,
+    profile: str = "peft",
+    *,
+    svd_rank: int | None = None,
+    dtype: Any = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> PeftReport:
+    """Writes adapters as PEFT does: `adapter_config.json`, `adapter_model.safetensors`, and a manifest of jlora's own.
+
+    Every trained array has its place in the folder, or it is an error. The folder appears whole or not at all.
+
+    Args:
+        path: the folder; it must not exist, or be empty.
+        adapted: the adapters on their base.
+        names: which torch parameter a leaf is: a mapping from a regex of leaf paths to a torch name or a `TorchParameter`, or
+            a function of the path; `jlora.models.peft_names(config)` for the models of this package.
+        profile: "peft": all that PEFT reads back, bit for bit. "serving": what vLLM, SGLang and llama.cpp read alike: the
+            scale folded into B, one rank, plain LoRA.
+        svd_rank: turns what the profile has no place for, and what has a higher rank, into LoRA of at most this rank by a
+            truncated SVD of its change of the weight; the report says how much is lost.
+        dtype: dtype of the tensors, such as `"bfloat16"`; None keeps what is trained.
+        base_model: name or directory of the base, for those who load the adapter.
+        task_type: PEFT's task, such as `"CAUSAL_LM"`.
+
+    Returns:
+        A report, which prints.
+
+    Raises:
+        ValueError: for what can't be expressed, naming the leaf; nothing is written.
+        FileExistsError: where there is something already.
+        OSError: where the disk refuses; nothing is left behind.
+
+    Example:
+        >>> jlora.save_peft("out", adapted, names=jlora.models.peft_names(model.config))
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
+    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
+        raise ValueError(f"svd_rank must be a positive integer, got {svd_rank!r}")
+    slots = resolve(names, paths.flatten_with_keys(adapted.base)[0])
+    forms = _forms(adapted, slots, profile, svd_rank)
+    out = _written(adapted, forms, slots, profile)
+    out.config |= {"task_type": task_type, "base_model_name_or_path": base_model, "inference_mode": True}
+    if dtype is not None:
+        out.tensors = {key: _cast(tensor, np.dtype(dtype)) for key, tensor in out.tensors.items()}
+    _check_accounts(adapted, out)
+    _write(Path(path), out, forms, profile)
+    residuals = {f.site.path: float(np.max(f.residual)) for f, _ in forms if f.residual is not None}
+    return PeftReport(out.config["peft_type"], out.config.get("r"), len(out.tensors), residuals, tuple(out.notes))
+
+
+def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
+
+
+def _forms(
+    adapted: Adapted, slots: Mapping[Keys, list[Slot]], profile: str, svd_rank: int | None
+) -> list[tuple[Form, list[Slot]]]:
+    """What each leaf becomes, in the order of the plan."""
+    if not adapted.plan.sites:
+        raise ValueError("there is nothing to save: no leaf is adapted")
+    adapters = [(weight, _slots_of(weight, slots)) for weight in adapted.weights()]
+    found = [native(weight) for weight, _ in adapters]
+    kinds = {form.kind if form is not None else None for form in found} - {"whole", "rows"}
+    peft_type = next((f for f in FORMATS.values() if kinds == {f.kind} and f.holds(found)), FORMATS["LORA"])
+    if profile == "serving":
+        peft_type = FORMATS["LORA"]
+    chosen = []
+    for form, (weight, places) in zip(found, adapters):
+        if profile == "serving" or form is None or form.kind not in (peft_type.kind, "whole", "rows"):
+            form = _as_plain_lora(form, weight, places, profile, svd_rank)
+        elif svd_rank is not None and form.kind == "lora" and form.rank > svd_rank:
+            form = truncated(weight, places, svd_rank)
+        chosen.append((form, places))
+    return chosen
+
+
+def _slots_of(weight: Weight, slots: Mapping[Keys, list[Slot]]) -> list[Slot]:
+    site = weight.site
+    assert site is not None
+    if site.keys not in slots:
+        close = paths.nearest(site.path, ["/".join(keys) for keys in slots])
+        raise ValueError(f"names: {site.path} is adapted but has no torch name; the nearest that have one are {close}")
+    layout.check_site(slots[site.keys][0], site)
+    return slots[site.keys]
+
+
+def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile: str, svd_rank: int | None) -> Form:
+    """The leaf's change as LoRA: exactly, or truncated where that is allowed."""
+    exact = form if form is not None and form.kind == "lora" else as_lora(weight)
+    fits = exact is not None and (svd_rank is None or exact.rank <= svd_rank)
+    if profile == "serving" and exact is not None and "m" in exact.arrays:
+        fits = svd_rank is None  # refused below, by name
+    if exact is not None and fits:
+        form = exact
+    elif svd_rank is not None:
+        form = truncated(weight, slots, svd_rank)
+    if profile == "serving" and form is not None:
+        serving.check(form, slots)
+    if form is None or form.kind != "lora":
+        site = weight.site
+        assert site is not None
+        raise ValueError(
+            f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "
+            "svd_rank= to turn its change of the weight into LoRA, or save the merged model (jlora merge)"
+        )
+    return form
+
+
+def _written(
+    adapted: Adapted, forms: list[tuple[Form, list[Slot]]], slots: Mapping[Keys, list[Slot]], profile: str
+) -> Written:
+    """Tensors and settings."""
+    base = dict(paths.flatten_with_keys(adapted.base)[0])
+    trained = {form.site.keys: form.arrays["w"] for form, _ in forms if form.kind == "whole"}
+    parameters = Parameters(slots, base, trained)
+    adapters = [(form, places) for form, places in forms if form.kind != "whole"]
+    kind = next((form.kind for form, _ in adapters if form.kind != "rows"), "lora")
+    format = next(format for format in FORMATS.values() if format.kind == kind)
+    out = Written()
+    targets = format.write(out, adapters, parameters.modules, profile == "serving")
+    wholes.write(out, parameters, targets, format.own_biases)
+    return out
+
+
+def _check_accounts(adapted: Adapted, out: Written) -> None:
+    """Every trained array of every leaf is named by some tensor of the folder."""
+    told = {(line["leaf"], name) for lines in out.origins.values() for line in lines for name in line["fields"]}
+    for site in adapted.plan.sites:
+        for name in paths.lookup(adapted.params, site.keys):
+            if (site.path, name) not in told:
+                raise ValueError(f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora")
+
+
+def _write(directory: Path, out: Written, forms: list[tuple[Form, list[Slot]]], profile: str) -> None:
+    # Here and not above: `import jlora` need not wait for the models.
+    from jlora.models.save import new_directory, write_json, write_safetensors
+
+    with new_directory(directory) as place:
+        file = Path(place) / TENSORS
+        write_safetensors(out.tensors, str(file))
+        _read_back(file, out)
+        write_json(place, CONFIG, dict(sorted(out.config.items())))
+        write_json(place, manifest.FILE, manifest.describe(out, forms, profile, manifest.sha256(file)))
+
+
+def _read_back(file: Path, out: Written) -> None:
+    """The file holds what was meant, bit for bit."""
+    with safe_open(file, framework="numpy") as handle:
+        for key, tensor in out.tensors.items():
+            if handle.get_tensor(key).tobytes() != tensor.tobytes():
+                raise OSError(f"{file.name}: {key!r} reads back otherwise than it was written; the disk may be damaged")

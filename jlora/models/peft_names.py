@@ -1,0 +1,63 @@
+"""Torch names of the leaves of this package's models, for `jlora.save_peft` and `jlora.load_peft`."""
+
+from typing import Any
+
+from jlora.interchange import TorchParameter
+from jlora.models.bert import BertConfig
+from jlora.models.llama import LlamaConfig
+
+_STACK = r"(?P<before>(.*/)?layers?)"
+_NUMBERED = r"(?P<before>(.*/)?layers?)_(?P<layer>\d+)"
+_WEIGHT_ENDS = {"kernel": "in out", "scale": "out", "bias": "out"}
+
+
+def peft_names(model: Any) -> dict[str, TorchParameter]:
+    """Which torch parameter of the Hugging Face model each leaf is.
+
+    The torch model is the one that transformers builds from the checkpoint: `LlamaForCausalLM` and its kin for a model with
+    a language head, else the backbone (`AutoModel`), and the backbone too for a classifier, whose head is `classifier`.
+
+    Args:
+        model: a model of this package, or its config (`LlamaConfig` or `BertConfig`).
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> jlora.save_peft("out", adapted, names=jlora.models.peft_names(model))
+    """
+    if (backbone := getattr(model, "backbone", None)) is not None:
+        config = backbone.config
+        head = {rf"classifier/{end}": _entry(f"classifier.{_torch(end)}", end, "") for end in ("kernel", "bias")}
+        return {**_table(config, "backbone/", ""), **head}
+    config = getattr(model, "config", model)
+    if not isinstance(config, LlamaConfig | BertConfig):
+        raise TypeError(f"model: wanted a model of jlora.models or its config, got a {type(model).__name__}")
+    prefix = "model." if isinstance(config, LlamaConfig) and config.language_head else ""
+    return _table(config, "", prefix)
+
+
+def _table(config: Any, before: str, prefix: str) -> dict[str, TorchParameter]:
+    table = {}
+    tied = isinstance(config, LlamaConfig) and config.language_head and config.tie_word_embeddings
+    for end in _WEIGHT_ENDS:
+        name = f"{prefix}{{before}}.{{layer}}.{{module}}.{_torch(end)}"
+        table[rf"{before}{_STACK}/(?P<module>.+)/{end}"] = _entry(name, end, "layer ")
+        table[rf"{before}{_NUMBERED}/(?P<module>.+)/{end}"] = _entry(name, end, "")
+    table[rf"{before}lm_head/kernel"] = TorchParameter("lm_head.weight", "in out")
+    also = ("lm_head.weight",) if tied else ()
+    embedding = f"{prefix}{{module}}.weight"
+    table[rf"{before}(?P<module>embed_tokens)/embedding"] = TorchParameter(embedding, "in out", "embedding", also=also)
+    table[rf"{before}(?P<module>.+)/embedding"] = TorchParameter(embedding, "in out", "embedding")
+    for end in _WEIGHT_ENDS:
+        table[rf"{before}(?P<module>.+)/{end}"] = _entry(f"{prefix}{{module}}.{_torch(end)}", end, "")
+    return table
+
+
+def _torch(end: str) -> str:
+    return "bias" if end == "bias" else "weight"
+
+
+def _entry(name: str, end: str, stacked: str) -> TorchParameter:
+    kind = "linear" if end == "kernel" else "plain"
+    return TorchParameter(name, stacked + _WEIGHT_ENDS[end], kind)
