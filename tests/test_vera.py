@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import checks, discovery
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from contract import checks, discovery
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "vera.npz"))
 CHECKS = discovery.checks(checks)
