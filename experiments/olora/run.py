@@ -1,0 +1,128 @@
+"""Do OLoRA and PiSSA converge faster than LoRA?
+
+    python experiments/olora/run.py [--data FOLDER] [--steps N] [--seeds N] [--tasks NAME ...] [--full]
+
+The claim (Büyükakyüz 2024, arXiv:2406.01775; Meng et al. 2024, arXiv:2404.02948): factors that start from the weight, by QR or
+SVD, converge faster than LoRA's, to as good an end or a better one.
+
+The same rank, alpha and rows for each; every method at its own best learning rate of a grid, chosen by the final training
+loss of one seed, then run over other seeds. Measured: the step at which the training loss (mean of ten steps) first is where
+LoRA's ends, and the score on the test set.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import study  # noqa: E402
+import tasks  # noqa: E402
+
+import jlora  # noqa: E402
+
+METHODS = {"LoRA": "kaiming", "OLoRA": "olora", "PiSSA": "pissa"}
+RATES = {"sst2": (5e-4, 1e-3, 2e-3, 4e-3), "banking77": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES |= {"shakespeare": (2e-3, 5e-3, 1e-2, 2e-2), "e2e": (2e-3, 5e-3, 1e-2, 2e-2)}
+CHOOSE = 100  # the seed on which rates are chosen
+
+
+def plan(results, options):
+    fixed = {"steps": options.steps, "batch": options.batch, "rank": options.rank}
+    cells = [
+        {"stage": "choose", "task": task, "method": method, "rate": rate, "seed": CHOOSE, **fixed}
+        for task in options.tasks
+        for method in METHODS
+        for rate in RATES[task]
+    ]
+    if len(results) < len(cells):
+        return cells
+    return cells + [
+        {"stage": "run", "task": t, "method": m, "rate": study.best_rate(results, task=t, method=m), "seed": s, **fixed}
+        for s in range(options.seeds)
+        for t in options.tasks
+        for m in METHODS
+    ]
+
+
+def run(cell, options):
+    task = tasks.load(cell["task"], options.data)
+    method = jlora.LoRA(cell["rank"], alpha=cell["rank"], init=METHODS[cell["method"]])
+    adapted, losses, _ = study.fit(
+        task, method, rate=cell["rate"], steps=cell["steps"], seed=cell["seed"], batch=cell["batch"]
+    )
+    return {"losses": losses, "score": study.judge(task, adapted, options.judged)}
+
+
+def report(results, options):
+    lines = [
+        f"Claim: OLoRA and PiSSA converge faster than LoRA. Rank {options.rank}, alpha equal to the rank, all linear layers, "
+        f"{options.steps} steps of {options.batch} rows, {options.seeds} seeds; best rate of four for each method, chosen on "
+        "another seed. Means with 95 % intervals; differences are paired by seed.",
+        "",
+        "| task | method | rate | final loss | steps to LoRA's final loss | difference to LoRA | test score |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    verdicts = []
+    figure, axes = plt.subplots(1, len(options.tasks), figsize=(4 * len(options.tasks), 3.2), squeeze=False)
+    for axis, task in zip(axes[0], options.tasks):
+        runs = {m: study.select(results, stage="run", task=task, method=m) for m in METHODS}
+        # LoRA's own crossing of its mean final loss is its number of steps, more or less, so each seed has its own target.
+        targets = [study.smooth(r["losses"])[-1] for r in runs["LoRA"]]
+        taken = {m: [study.crossing(r, goal) for r, goal in zip(runs[m], targets)] for m in METHODS}
+        for number, method in enumerate(METHODS):
+            curves = [study.smooth(r["losses"]) for r in runs[method]]
+            study.spread(axis, curves, method, f"C{number}")
+            text, low, high = study.paired(taken[method], taken["LoRA"], 1)
+            if method != "LoRA":
+                verdicts.append((task, method, "faster" if high < 0 else "slower" if low > 0 else "no difference"))
+            lines.append(
+                f"| {task} | {method} | {runs[method][0]['settings']['rate']:g} | {study.shown([c[-1] for c in curves], 4)} "
+                f"| {study.shown(taken[method], 1)} | {'–' if method == 'LoRA' else text} "
+                f"| {study.shown([r['score'] for r in runs[method]])} |"
+            )
+        axis.set(title=task, xlabel="step", ylabel="training loss")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(options.out / "results.png", dpi=120)
+    lines += [
+        "",
+        "Steps are those to the final loss of LoRA's run with the same seed; a run that never reaches it counts one step more "
+        "than there are. Scores: accuracy, or minus the loss in nats a token for text.",
+        "",
+        f"Verdict: {verdict(verdicts)}",
+        "",
+        "![training loss](results.png)",
+    ]
+    return lines
+
+
+def verdict(found):
+    by_method = {m: [v for _, each, v in found if each == m] for m in METHODS if m != "LoRA"}
+    words = [
+        f"{m} is faster on {v.count('faster')} of {len(v)} tasks, slower on {v.count('slower')}"
+        for m, v in by_method.items()
+    ]
+    faster = sum(v == "faster" for *_, v in found)
+    slower = sum(v == "slower" for *_, v in found)
+    word = "reproduced" if faster == len(found) else "contradicted" if slower > faster else "reproduced in part"
+    word = "not reproduced at this scale" if faster == slower == 0 else word
+    return f"{word} ({'; '.join(words)})."
+
+
+STUDY = study.Study(
+    __doc__,
+    HERE,
+    sizes={"steps": 100, "batch": 16, "rank": 8, "seeds": 5, "judged": 256},
+    full={"steps": 3000, "batch": 16, "rank": 32, "judged": 10**9},
+    plan=plan,
+    run=run,
+    report=report,
+    tasks=("shakespeare", "e2e", "sst2", "banking77"),
+)
+
+if __name__ == "__main__":
+    study.main(STUDY)

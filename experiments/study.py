@@ -1,0 +1,255 @@
+"""What every study shares: a grid of runs that is written run by run and resumed, and means with 95 % intervals.
+
+A study's script says which runs it wants (`plan`), how one is done (`run`) and what follows from them (`report`). A run is
+a dict of its settings; the results are lines of JSON beside the script, so a script that was stopped goes on where it was.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+import tasks
+from scipy import stats
+
+import jlora
+
+matplotlib.use("Agg")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One claim and how it is tried.
+
+    Attributes:
+        about: the script's docstring, shown by --help.
+        folder: the script's folder, where results go unless --out says otherwise.
+        sizes: the numbers that fix how long the study takes, by name; each is an option of the command line.
+        full: the sizes of the paper, as far as they make sense here; for --full.
+        plan: `plan(results, options) -> settings of runs`, asked again when those are done: a later stage may depend on the
+            results of an earlier one.
+        run: `run(settings, options) -> what was found`.
+        report: `report(results, options) -> lines of results.md`; it may draw figures into `options.out`.
+    """
+
+    about: str
+    folder: Path
+    sizes: dict[str, Any]
+    full: dict[str, Any]
+    plan: Callable[[list[Record], Any], list[Record]]
+    run: Callable[[Record, Any], Record]
+    report: Callable[[list[Record], Any], list[str]]
+    tasks: tuple[str, ...] = field(default=())
+
+
+def main(study: Study, arguments: list[str] | None = None) -> None:
+    """The command line of a study."""
+    options = _options(study, arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {_key(each["settings"]): each for each in results}
+    wanted: list[Record] = []
+    while (stages := study.plan(_of(done, wanted), options)) != wanted:
+        wanted = stages
+        pending = [each for each in wanted if _key(each) not in done]
+        for number, settings in enumerate(pending):
+            start = time.perf_counter()
+            found = study.run(settings, options)
+            line = {"settings": settings, **found, "seconds": round(time.perf_counter() - start, 1)}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            done[_key(settings)] = line
+            print(f"{number + 1}/{len(pending)} {_key(settings)} {line['seconds']} s", flush=True)
+    lines = study.report(_of(done, wanted), options)
+    (options.out / "results.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _options(study: Study, arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=study.about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=tasks.DATA, help="folder of the data sets and the model")
+    parser.add_argument("--out", type=Path, default=study.folder, help="folder of the results")
+    parser.add_argument("--full", action="store_true", help=f"the paper's size: {study.full}")
+    parser.add_argument("--tasks", nargs="+", default=list(study.tasks), help="some of the tasks")
+    for name, value in study.sizes.items():
+        parser.add_argument(f"--{name}", type=type(value), help=f"default {value}")
+    options = parser.parse_args(arguments)
+    sizes = {**study.sizes, **(study.full if options.full else {})}
+    for name, value in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if not options.data.is_dir():
+        parser.error(f"there is no folder {options.data}; say --data or set JLORA_DATA")
+    if unknown := sorted(set(options.tasks) - set(study.tasks)):
+        parser.error(f"unknown tasks {unknown}; there are {list(study.tasks)}")
+    return options
+
+
+def _key(settings: Record) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _of(done: dict[str, Record], wanted: list[Record]) -> list[Record]:
+    """The finished among the wanted runs: results of other settings stay in the file and out of the report."""
+    return [done[key] for each in wanted if (key := _key(each)) in done]
+
+
+def fit(
+    task: tasks.Task,
+    method: jlora.Method | None,
+    *,
+    rate: float,
+    steps: int,
+    seed: int,
+    batch: int = 16,
+    ratio: float | None = None,
+    among: np.ndarray | None = None,
+    prepared: jlora.Prepared | None = None,
+    each_step: Callable[[int, jlora.Adapted, Any], None] | None = None,
+) -> tuple[jlora.Adapted, list[float], Any]:
+    """Trains by AdamW without decay; the rate rises over the first 5 % of the steps and falls to zero, linearly.
+
+    Args:
+        task: the task.
+        method: the method on every linear layer; None trains the head alone.
+        rate: the highest learning rate.
+        steps: number of steps.
+        seed: of the head, the adapters and the order of the rows.
+        batch: rows in a step.
+        ratio: LoRA+'s lambda.
+        among: the rows to train on; None means all.
+        prepared: for methods that start from gradients.
+        each_step: called with the step, the adapters and the optimizer's state.
+
+    Returns:
+        The adapted model, the loss of every step, and the optimizer's state.
+    """
+    spec = task.spec(method)
+    adapted = jlora.adapterize(task.params(seed), spec, jax.random.key(seed), task.sites, prepared)
+    state = jlora.optimizer(adapted, optax.adamw, 0.0, ratio=ratio, weight_decay=0.0).init(adapted.params)
+    step, losses = _step(task, ratio), []
+    ramp = max(1, steps // 20)
+    for number, chosen in enumerate(tasks.batches(task, seed, steps, batch, among)):
+        now = rate * min((number + 1) / ramp, (steps - number) / max(1, steps - ramp))
+        adapted, state, loss = step(adapted, state, tasks.rows(task.train, chosen), now)
+        losses.append(loss)
+        if each_step is not None:
+            each_step(number, adapted, state)
+    return adapted, [round(float(loss), 5) for loss in losses], state
+
+
+@functools.cache
+def _step(task: tasks.Task, ratio: float | None) -> Any:
+    apply = jlora.lift(task.apply)
+
+    @jax.jit
+    def step(adapted: jlora.Adapted, state: Any, batch: Any, rate: jax.Array) -> Any:
+        def loss_fn(p: Any) -> jax.Array:
+            return task.loss(apply(adapted.replace(params=p), batch["inputs"]), batch["targets"])
+
+        loss, gradients = jax.value_and_grad(loss_fn)(adapted.params)
+        tx = jlora.optimizer(adapted, optax.adamw, rate, ratio=ratio, weight_decay=0.0)
+        updates, state = tx.update(gradients, state, adapted.params)
+        return adapted.replace(params=optax.apply_updates(adapted.params, updates)), state, loss
+
+    return step
+
+
+def judge(task: tasks.Task, adapted: Any, most: int, batch: int = 64) -> float:
+    """The score on the first `most` rows of the test set; of an `Adapted`, or of ordinary params."""
+    count = min(most, len(task.test["targets"]))
+    outputs = []
+    for start in range(0, count, batch):
+        which = np.minimum(
+            np.arange(start, start + batch), count - 1
+        )  # the last batch is filled up, for one compilation
+        outputs.append(np.asarray(_forward(task)(adapted, tasks.rows(task.test, which)["inputs"])))
+    return task.score(np.concatenate(outputs)[:count], task.test["targets"][:count])
+
+
+@functools.cache
+def _forward(task: tasks.Task) -> Any:
+    return jax.jit(jlora.lift(task.apply))
+
+
+def smooth(losses: list[float], width: int = 10) -> np.ndarray:
+    """The mean of the last `width` losses at each step; of all so far in the beginning."""
+    sums = np.cumsum([0.0, *losses])
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def steps_to(losses: list[float], target: float) -> int | None:
+    """The first step at which the smoothed loss is at the target or below; None where it never is."""
+    reached = np.flatnonzero(smooth(losses)[9:] <= target)
+    return int(reached[0]) + 10 if len(reached) else None
+
+
+def crossing(record: Record, target: float) -> int:
+    """`steps_to` of a run, or one step more than it has where it never gets there."""
+    reached = steps_to(record["losses"], target)
+    return len(record["losses"]) + 1 if reached is None else reached
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and the half width of its 95 % interval by Student's t; nan for one value."""
+    values = [float(value) for value in values]
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def shown(values: list[float], digits: int = 3) -> str:
+    """ "mean ± half width" """
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def paired(ours: list[float], theirs: list[float], digits: int = 3) -> tuple[str, float, float]:
+    """The mean difference over seeds with its interval as text, and both ends of the interval."""
+    mean, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}", mean - half, mean + half
+
+
+def best_rate(results: list[Record], **wanted: Any) -> float:
+    """The learning rate with the lowest smoothed final loss among the runs of stage "choose" with these settings."""
+    found = [r for r in results if r["settings"]["stage"] == "choose" and _matches(r, wanted)]
+    return min(found, key=lambda r: _finite(smooth(r["losses"])[-1]))["settings"]["rate"]
+
+
+def select(results: list[Record], **wanted: Any) -> list[Record]:
+    """The results with these settings, by seed."""
+    return sorted((r for r in results if _matches(r, wanted)), key=lambda r: r["settings"]["seed"])
+
+
+def _matches(record: Record, wanted: Record) -> bool:
+    return all(record["settings"].get(name) == value for name, value in wanted.items())
+
+
+def _finite(value: float) -> float:
+    return float(value) if np.isfinite(value) else float("inf")
+
+
+def spread(axis: Any, curves: list[np.ndarray], label: str, color: str) -> None:
+    """Draws the mean of several curves and its 95 % interval."""
+    array = np.array(curves)
+    mean = array.mean(0)
+    half = (
+        stats.t.ppf(0.975, len(array) - 1) * array.std(0, ddof=1) / np.sqrt(len(array)) if len(array) > 1 else 0 * mean
+    )
+    steps = np.arange(1, len(mean) + 1)
+    axis.plot(steps, mean, label=label, color=color)
+    axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)

@@ -1,0 +1,58 @@
+"""Every study of `experiments/` runs for a few steps, is resumed where it stopped, and comes to a verdict."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--rank", "2", "--judged", "16"]
+STUDIES = {
+    "olora": [*SMALL, "--tasks", "shakespeare"],
+    "loraplus": [*SMALL, "--tasks", "shakespeare"],
+}
+
+
+def study_of(name):
+    """The module of a study's script."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    spec = importlib.util.spec_from_file_location(f"{name}_run", EXPERIMENTS / name / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
+    module = study_of(name)
+    arguments = [*STUDIES[name], "--out", str(tmp_path)]
+    module.study.main(module.STUDY, arguments)
+    written = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert "Verdict: " in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+    (tmp_path / "results.jsonl").write_text("\n".join(written[:-1]) + "\n")
+    module.study.main(module.STUDY, arguments)
+    again = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert again[:-1] == written[:-1]
+    first, second = ({**json.loads(lines[-1]), "seconds": 0} for lines in (written, again))
+    assert first == second, "a run that was done again came out otherwise"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/run.py")), ids=lambda path: path.parent.name)
+def test_every_study_is_tried_here_or_beside(path):
+    beside = Path(__file__).parent / f"test_{path.parent.name}.py"
+    assert path.parent.name in STUDIES or beside.exists() or path.parent.name == "finetune"
+
+
+def test_a_wrong_folder_and_an_unknown_task_are_refused(tmp_path, capsys):
+    module = study_of("olora")
+    for arguments, message in (
+        (["--data", str(tmp_path / "none")], "there is no folder"),
+        (["--tasks", "nonsense"], "unknown tasks ['nonsense']; there are ['shakespeare'"),
+    ):
+        with pytest.raises(SystemExit):
+            module.study.main(module.STUDY, [*arguments, "--out", str(tmp_path)])
+        assert message in capsys.readouterr().err
