@@ -115,6 +115,22 @@ class Factors:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Sparse:
+    """The effective weight as data: `(w + scatter(index, values)) * scale`.
+
+    Attributes:
+        index: `[k]`, int32: distinct flat positions `row * out + column`.
+        values: `[k]`, what is added there.
+        scale: `[out]`, or None for one.
+    """
+
+    index: jax.Array
+    values: jax.Array
+    scale: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Start:
     """What a method starts from.
 
@@ -164,6 +180,16 @@ class Method:
         return type(self).factors is not Method.factors
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the method gives entries, so that its weight need not be formed for a product."""
+        return type(self).sparse is not Method.sparse
+
+    @property
+    def alike(self) -> frozenset[str]:
+        """Names of the fields that start the same at all matrices of a shape; all others are drawn for each, or zero."""
+        return frozenset()
+
+    @property
     def uses_key(self) -> bool:
         """Whether the method draws random numbers in the forward pass."""
         return False
@@ -209,6 +235,10 @@ class Method:
 
     def factors(self, view: View) -> Factors | None:
         """The effective weight as factors, for methods that are low-rank: the fast path. None where there is none."""
+        return None
+
+    def sparse(self, view: View) -> Sparse | None:
+        """The effective weight as the base and a few entries, for methods that change no others. None where it is not."""
         return None
 
     def labels(self, site: Site) -> dict[str, str]:

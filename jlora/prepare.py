@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from jlora import _compat, paths
 from jlora.adapted import start_of
+from jlora.contraction import accumulation_dtype
 from jlora.method import Site, Start
 from jlora.spec import Spec, resolve
 
@@ -128,7 +129,7 @@ def _statistics(loss: Any, group: list[Site], leaves: dict[Any, Any], data: list
         found = []
         for site in group:
             gradient = gradients[site.keys]
-            gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) / len(data)
+            gradient = gradient.astype(accumulation_dtype(gradient.dtype)) / len(data)
             found.append({name: STATISTICS[name](gradient) for name in sorted(site.method.needs)})
         return found if total is None else jax.tree.map(jnp.add, total, found)
 

@@ -154,6 +154,13 @@ class SameFrozenArrayEverywhere(Sound):
         return replace(Sound.start(self, key, w, site), frozen={"c": jnp.arange(4.0)})
 
 
+@rejected_by("check_keys")
+class DeclaresAlikeWhatIsDrawn(Sound):
+    @property
+    def alike(self):
+        return frozenset({"a"})
+
+
 @rejected_by("check_mesh")
 class ClaimsToBeLocal(Sound):
     def weight(self, view):

@@ -199,15 +199,16 @@ def _stacked(trees):
 
 
 def check_keys(method):
-    """What is drawn differs from site to site and from layer to layer."""
+    """What is drawn differs from site to site and from layer to layer; what the method declares alike does not."""
     params = {name: problems.weight(seed, 3, 8, 8) for seed, name in enumerate("uv")}
     adapted = jit(lambda p: adapt(p, {"[uv]": jlora.Axes("batch in out", method)}))(params)
     for tree in (adapted.params, adapted.frozen):
-        for u, v in zip(jax.tree.leaves(tree.get("u")), jax.tree.leaves(tree.get("v")), strict=True):
-            matrices = [np.asarray(matrix) for leaf in (u, v) for matrix in leaf]
-            if all(np.ptp(matrix) > 0 for matrix in matrices):
-                distinct = {matrix.tobytes() for matrix in matrices}
-                assert len(distinct) == len(matrices), "two layers or sites start with the same values"
+        for name, u in tree.get("u", {}).items():
+            matrices = [np.asarray(matrix) for leaf in (u, tree["v"][name]) for matrix in leaf]
+            if name in method.alike or all(np.ptp(matrix) > 0 for matrix in matrices):
+                distinct = len({matrix.tobytes() for matrix in matrices})
+                wanted = 1 if name in method.alike else len(matrices)
+                assert distinct == wanted, f"{name} has {distinct} starts in {len(matrices)} layers, wanted {wanted}"
 
 
 def check_mesh(method):
