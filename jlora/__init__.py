@@ -7,7 +7,9 @@ from jlora.adapted import summary as summary
 from jlora.files import load as load
 from jlora.files import save as save
 from jlora.fingerprint import fingerprint as fingerprint
+from jlora.interchange import PeftReport as PeftReport
 from jlora.interchange import TorchParameter as TorchParameter
+from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.lift import lift as lift
 from jlora.method import Factors as Factors

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from jlora.interchange import lora
+from jlora.interchange import lora, read_lora
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
+from jlora.method import Site, Start
 
 Adapters = list[tuple[Form, list[Slot]]]
 
@@ -23,6 +25,8 @@ class Format:
         own_biases: what it calls training the biases of adapted modules alone.
         holds: whether it can hold these forms exactly, all together.
         write: adds adapters to a folder (plainly, if it is to be served) and returns the adapted modules.
+        find: which tensors of a folder are which adapter's, with their shapes checked; nothing is read.
+        read: the adapters by leaf.
     """
 
     peft_type: str
@@ -30,6 +34,10 @@ class Format:
     own_biases: str
     holds: Callable[[list[Form | None]], bool]
     write: Callable[[Written, Adapters, set[str], bool], set[str]]
+    find: Callable[..., Any]
+    read: Callable[..., list[tuple[Site, Start]]]
 
 
-FORMATS: dict[str, Format] = {"LORA": Format("LORA", "lora", "lora_only", lambda forms: True, lora.write)}
+FORMATS: dict[str, Format] = {
+    "LORA": Format("LORA", "lora", "lora_only", lambda forms: True, lora.write, read_lora.find, read_lora.read),
+}

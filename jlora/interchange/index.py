@@ -1,0 +1,109 @@
+"""Torch names to leaves: the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora import paths
+from jlora.interchange import layout
+from jlora.interchange.names import Slot
+from jlora.method import Method, Site
+from jlora.methods import Full
+
+Keys = tuple[str, ...]
+# What an adapter of a module adapts, in the order in which it is looked for.
+MATRICES = ("weight", "in_proj_weight")
+
+
+class Index:
+    """Every torch parameter that the names know, and the leaves that it makes up.
+
+    Args:
+        slots: the slots of every leaf.
+        leaves: the leaves of the base.
+        where: the folder, for messages.
+    """
+
+    def __init__(self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any):
+        self.slots, self.leaves, self.where = slots, leaves, where
+        self.by_name: dict[str, list[Slot]] = {}
+        self.tied: dict[str, str] = {}
+        for slot in (slot for each in slots.values() for slot in each):
+            self.by_name.setdefault(slot.name, []).append(slot)
+            self.tied.update(dict.fromkeys(slot.entry.also, slot.name))
+
+    def matrix(self, module: str, key: str) -> str:
+        """The parameter that an adapter of a module adapts.
+
+        Raises:
+            ValueError: where no leaf is one.
+        """
+        for last in MATRICES:
+            if (name := f"{module}.{last}") in self.by_name or name in self.tied:
+                return name
+        raise ValueError(self._unknown(module, key))
+
+    def parameter(self, name: str, key: str) -> str:
+        """A parameter that some leaf is.
+
+        Raises:
+            ValueError: where no leaf is.
+        """
+        if name not in self.by_name and name not in self.tied:
+            raise ValueError(self._unknown(name, key))
+        return name
+
+    def _unknown(self, name: str, key: str) -> str:
+        close = paths.nearest(name, self.by_name)
+        return f"{self.where}: no leaf of the params is {name!r} (tensor {key!r}); by the names the nearest are {close}"
+
+    def experts(self, module: str, targeted: list[str], key: str) -> list[str]:
+        """The targeted 3-D parameters of a module, outermost wrapper first.
+
+        Raises:
+            ValueError: where there are several in no known order, or none.
+        """
+        mine = [name for name, slots in self.by_name.items() if slots[0].experts and slots[0].module == module]
+        found = [name for name in mine if any(name == t or name.endswith("." + t) for t in targeted)]
+        if not found:
+            raise ValueError(self._unknown(module, key))
+        places = [self.by_name[name][0].entry.position for name in found]
+        if len(found) > 1 and (None in places or len(set(places)) < len(places)):
+            raise ValueError(f"names: {', '.join(found)} are 3-D parameters of one module; give each TorchParameter a "
+                             "position, in the order in which the module defines them")  # fmt: skip
+        return [name for _, name in sorted(zip(places, found), key=lambda item: item[0] or 0, reverse=True)]
+
+    def site(self, keys: Keys, method: Method) -> Site:
+        """The site of a leaf, with the axes that the names give."""
+        leaf, slot = self.leaves[keys], self.slots[keys][0]
+        blank = Site(keys, tuple(leaf.shape), str(leaf.dtype), (), (), (), "dot", method)
+        if isinstance(method, Full):
+            return blank
+        kind = {"embedding": "gather", "conv": "conv"}.get(slot.kind, "dot")
+        batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))
+        return dataclasses.replace(
+            blank, in_axes=slot.axes("in"), out_axes=slot.axes("out", "part"), batch_axes=batch, kind=kind
+        )
+
+    def leaves_of(self, names: set[str]) -> list[Keys]:
+        """The leaves that any of these parameters are of, in the order of the params."""
+        return [keys for keys in self.leaves if any(slot.name in names for slot in self.slots.get(keys, ()))]
+
+    def stack(self, site: Site, pieces: list[tuple[Slot, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        """The pieces of a leaf with the batch axes in front; what is missing is 0."""
+        first = pieces[0][1]
+        experts = {name: (array.shape[1:] if pieces[0][0].experts else array.shape) for name, array in first.items()}
+        found = {name: np.zeros((*site.batch_shape, *shape), first[name].dtype) for name, shape in experts.items()}
+        for slot, arrays in pieces:
+            for name, array in arrays.items():
+                found[name][layout.batch_index(slot, site)] = array
+        return found
+
+
+def trained_dtype(dtype: Any) -> np.dtype:
+    """What adapters of a base are stored in: float32 at least."""
+    return np.dtype(np.float32) if np.dtype(dtype).itemsize < 4 else np.dtype(dtype)

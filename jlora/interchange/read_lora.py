@@ -1,0 +1,274 @@
+"""LoRA and DoRA from PEFT's format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapted import start_of
+from jlora.interchange import layout
+from jlora.interchange.config import Settings
+from jlora.interchange.folder import AdapterFolder
+from jlora.interchange.index import Index, Keys, trained_dtype
+from jlora.interchange.lora import target
+from jlora.interchange.names import Slot
+from jlora.interchange.parse import WRAPPED, Contents
+from jlora.interchange.recorded import Recorded
+from jlora.method import Method, Site, Start
+from jlora.methods import DoRA, LoRA
+from jlora.methods.dora import column_norms
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The LoRA of one torch parameter as it lies in a file.
+
+    Attributes:
+        name: the parameter.
+        a, b: keys of the factors.
+        m: key of DoRA's magnitude, or None.
+        rank: columns of `a`, by the settings.
+        scale: the factor of `a @ b`.
+        rslora: whether that is `alpha / sqrt(rank)`.
+    """
+
+    name: str
+    a: str
+    b: str
+    m: str | None
+    rank: int
+    scale: float
+    rslora: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slot's LoRA in jlora's layout: `a [in, r]`, `b [r, columns]`, `m [columns]`."""
+
+    slot: Slot
+    a: np.ndarray
+    b: np.ndarray
+    m: np.ndarray | None
+    scale: float
+
+
+def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: Index) -> dict[str, Stored]:
+    """The LoRA of each torch parameter; shapes are checked, nothing is read.
+
+    Raises:
+        ValueError: for a missing or superfluous tensor, or one of another shape.
+    """
+    found: dict[str, Stored] = {}
+    for stem, roles in contents.adapters.items():
+        any_key = next(iter(roles.values()))
+        name = _parameter(stem, settings, contents, index, any_key)
+        embedding = "embedding_a" in roles or "embedding_b" in roles
+        pair = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+        for role, text in zip(pair, ("A", "B")):
+            if role not in roles:
+                raise ValueError(f"{folder.file}: {stem!r} has no lora {text}; the file is not whole")
+        if settings.flag("use_dora") != ("m" in roles):
+            raise ValueError(f"{folder.file}: use_dora is {settings.flag('use_dora')}, but {stem!r} has "
+                             f"{'a' if 'm' in roles else 'no'} magnitude")  # fmt: skip
+        slot = index.by_name[index.tied.get(name, name)][0]
+        if name not in index.tied and embedding != (slot.kind == "embedding"):
+            raise ValueError(f"{folder.file}: {any_key!r} and the names differ on whether {name!r} is an embedding")
+        goal = name.rpartition(".")[0] if name in index.tied else target(slot)
+        rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
+        scale = alpha / (rank**0.5 if rslora else rank)
+        found[name] = Stored(name, roles[pair[0]], roles[pair[1]], roles.get("m"), rank, scale, rslora)
+        _check_shapes(folder, found[name], slot, name in index.tied)
+    return found
+
+
+def _parameter(stem: str, settings: Settings, contents: Contents, index: Index, key: str) -> str:
+    module = stem
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    depth = (len(stem) - len(module)) // len(WRAPPED)
+    targeted = settings.names("target_parameters")
+    if targeted and any(slots[0].experts and slots[0].module == module for slots in index.by_name.values()):
+        nested = index.experts(module, targeted, key)
+        if depth < len(nested):
+            return nested[depth]
+    return index.matrix(stem.replace(WRAPPED + ".", "."), key)
+
+
+def _check_shapes(folder: AdapterFolder, stored: Stored, slot: Slot, flipped: bool) -> None:
+    what = f"rank {stored.rank} of {stored.name!r}"
+    shapes = layout.a_shape(slot, stored.rank), layout.b_shape(slot, stored.rank)
+    if flipped:  # a tied head, the transpose of its embedding
+        shapes = shapes[1][::-1], shapes[0][::-1]
+    folder.check(stored.a, shapes[0], what)
+    folder.check(stored.b, shapes[1], what)
+    if stored.m is not None:
+        width = slot.torch_columns()[2]
+        folder.check(stored.m, (1, width, *shapes[1][2:]) if slot.kind == "conv" else (width,), what)
+
+
+def read(
+    folder: AdapterFolder, settings: Settings, found: dict[str, Stored], index: Index, recorded: Recorded
+) -> list[tuple[Site, Start]]:
+    """The adapters, by leaf."""
+    _check_tied(folder, found, index)
+    result = []
+    for keys in index.leaves_of(set(found)):
+        stored = {slot: found[slot.name] for slot in index.slots[keys] if slot.name in found}
+        parts = [_part(folder, slot, one, index.leaves[keys].dtype, recorded) for slot, one in stored.items()]
+        result.append(_leaf(keys, parts, stored, index, settings, recorded))
+    return result
+
+
+def _check_tied(folder: AdapterFolder, found: dict[str, Stored], index: Index) -> None:
+    """An embedding that is the head too is adapted at both places, and alike."""
+    for head, embedding in index.tied.items():
+        one, other = found.pop(head, None), found.get(embedding)
+        if one is None and other is None:
+            continue
+        same = one is not None and other is not None and one.scale == other.scale
+        if same and np.array_equal(folder.read(one.a), folder.read(other.b).T) and np.array_equal(
+            folder.read(one.b), folder.read(other.a).T
+        ):  # fmt: skip
+            continue
+        raise ValueError(
+            f"{folder.file}: {embedding!r} and {head!r} are one array in this model (tied weights), but the adapter "
+            "changes them differently; load the model with tie_word_embeddings: false"
+        )
+
+
+def _part(folder: AdapterFolder, slot: Slot, stored: Stored, dtype: Any, recorded: Recorded) -> Part:
+    kind = trained_dtype(dtype)
+    a = layout.a_from_torch(slot, converted(folder, stored.a, kind))
+    b = layout.b_from_torch(slot, converted(folder, stored.b, kind))
+    m = None if stored.m is None else converted(folder, stored.m, kind).reshape(-1)
+    start, stop, _ = slot.torch_columns()
+    ranks = recorded.ranks(stored.a, slot)
+    return Part(slot, a[..., ranks], b[..., ranks, start:stop], None if m is None else m[start:stop], stored.scale)
+
+
+def converted(folder: AdapterFolder, key: str, dtype: np.dtype) -> np.ndarray:
+    """A tensor in the dtype of the adapter, which loses nothing.
+
+    Raises:
+        ValueError: where it would.
+    """
+    tensor = folder.read(key)
+    if tensor.dtype.itemsize > dtype.itemsize:
+        raise ValueError(f"{folder.file}: {key!r} has dtype {tensor.dtype}, more than the {dtype} of the base; cast one of them")
+    return tensor.astype(dtype)
+
+
+def _leaf(
+    keys: Keys, parts: list[Part], stored: dict[Slot, Stored], index: Index, settings: Settings, recorded: Recorded
+) -> tuple[Site, Start]:
+    """One leaf's adapter of its pieces."""
+    plain = index.site(keys, LoRA(1))
+    matrices: dict[tuple[int, ...], list[Part]] = {}
+    for part in parts:
+        matrices.setdefault(part.slot.index, []).append(part)
+    joined = [_join(group, plain) for group in matrices.values()]
+    rank = max(part.a.shape[-1] for part in joined)
+    scale = Counter(part.scale for part in joined).most_common(1)[0][0]
+    if scale <= 0:
+        scale = 1.0
+    arrays = index.stack(plain, [(part.slot, _padded(part, rank, scale)) for part in joined])
+    if any(part.m is not None for part in joined):
+        arrays["m"] = _magnitudes(plain, index, joined)
+    rslora = next(iter(stored.values())).rslora
+    alpha = scale * (rank**0.5 if rslora else rank)
+    scaling = "rslora" if rslora else "standard"
+    method: Method = LoRA(rank, _whole(alpha), scaling, dropout=settings.number("lora_dropout", 0.0))
+    if "m" in arrays:
+        method = DoRA(method)
+    exact = all(part.scale == scale and part.a.shape[-1] == rank for part in joined)
+    whole = exact and len(joined) == int(np.prod(plain.batch_shape)) or bool(index.slots[keys][0].experts and exact)
+    method = (recorded.method(list(stored), method) if exact else None) or _edited(plain, method, settings, whole)
+    site = index.site(keys, method)
+    return site, _start(method, arrays, site, index)
+
+
+def _whole(value: float) -> float:
+    """Without the rounding of a product with a square root."""
+    return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value
+
+
+def _join(group: list[Part], site: Site) -> Part:
+    """The parts of one matrix (q, k and v of a fused leaf): `a` once where it is the same, else block by block."""
+    if len(group) == 1 and group[0].slot.part is None:
+        return group[0]
+    first, width = group[0], site.out_size
+    same = all(part.scale == first.scale and np.array_equal(part.a, first.a) for part in group)
+    rank = first.a.shape[-1] if same else sum(part.a.shape[-1] for part in group)
+    b = np.zeros((*first.b.shape[:-2], rank, width), first.b.dtype)
+    at = 0
+    for part in group:
+        ratio = 1.0 if part.scale == first.scale else part.scale / first.scale
+        rows = slice(0, rank) if same else slice(at, at + part.a.shape[-1])
+        b[..., rows, part.slot.leaf_columns()] = part.b if ratio == 1 else part.b * b.dtype.type(ratio)
+        at += part.a.shape[-1]
+    a = first.a if same else np.concatenate([part.a for part in group], axis=-1)
+    m = None
+    if first.m is not None:
+        raise ValueError(f"{first.slot.path}: DoRA of several torch parameters that are one leaf can't be expressed")
+    return Part(first.slot, a, b, m, first.scale)
+
+
+def _padded(part: Part, rank: int, scale: float) -> dict[str, np.ndarray]:
+    """The factors with zeros up to the leaf's rank, at the leaf's scale."""
+    more = rank - part.a.shape[-1]
+    lead = [(0, 0)] * (part.a.ndim - 2)
+    b = part.b if part.scale == scale else part.b * part.b.dtype.type(part.scale / scale)
+    return {
+        "a": np.pad(part.a, [*lead, (0, 0), (0, more)]),
+        "b": np.pad(b, [*lead, (0, more), (0, 0)]),
+    }
+
+
+def _magnitudes(site: Site, index: Index, parts: list[Part]) -> np.ndarray:
+    """DoRA's magnitudes; where a layer has none, the base's own."""
+    leaf = index.leaves[site.keys]
+    if len(parts) == int(np.prod(site.batch_shape)):
+        found = np.zeros((*site.batch_shape, site.out_size), trained_dtype(leaf.dtype))
+    else:
+        folded = np.asarray(site.fold(leaf))
+        found = np.zeros((*site.batch_shape, site.out_size), trained_dtype(leaf.dtype))
+        for at in np.ndindex(*site.batch_shape):
+            found[at] = np.asarray(column_norms(jnp.asarray(folded[at])))
+    for part in parts:
+        found[layout.batch_index(part.slot, site)] = part.m
+    return found
+
+
+def _edited(site: Site, method: Method, settings: Settings, whole: bool) -> Method:
+    """PiSSA and OLoRA as PEFT saves them by default: factors of the part that was taken out of the base.
+
+    Raises:
+        ValueError: where that part can't be found again.
+    """
+    if not settings.init.startswith(("pissa", "olora")):
+        return method
+    if isinstance(method, DoRA) or not whole or settings.init not in ("pissa", "olora"):
+        raise ValueError(
+            f"{site.path}: init_lora_weights {settings.init!r} took a part out of the base that can't be found again here; "
+            "convert the adapter to plain LoRA with PEFT first (path_initial_model_for_weight_conversion)"
+        )
+    assert isinstance(method, LoRA)
+    return LoRA(method.rank, method.alpha, method.scaling, settings.init, method.dropout)
+
+
+def _start(method: Method, arrays: dict[str, np.ndarray], site: Site, index: Index) -> Start:
+    inner = method.inner if isinstance(method, DoRA) else method
+    assert isinstance(inner, LoRA)
+    params: dict[str, Any] = dict(arrays)
+    if not inner.from_weight:
+        return Start(params)
+    if arrays["a"].shape[-1] == 2 * inner.rank:
+        r = inner.rank
+        frozen = {"a0": arrays["a"][..., r:], "b0": -arrays["b"][..., r:, :]}
+        return Start({**params, "a": arrays["a"][..., :r], "b": arrays["b"][..., :r, :]}, frozen)
+    return Start(params, start_of(site, index.leaves[site.keys], jax.random.key(0)).frozen)

@@ -1,0 +1,94 @@
+"""Trained leaves from PEFT's format: `modules_to_save`, biases, and what lies beside an adapter as a copy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jlora.interchange import layout
+from jlora.interchange.config import Settings
+from jlora.interchange.folder import AdapterFolder
+from jlora.interchange.index import Index, Keys, trained_dtype
+from jlora.interchange.parse import Contents
+from jlora.interchange.read_lora import converted
+from jlora.interchange.recorded import Recorded
+from jlora.method import Site, Start
+from jlora.methods import Full
+
+
+def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: Index) -> None:
+    """Shapes of everything that is stored whole; nothing is read.
+
+    Raises:
+        ValueError: for a parameter that no leaf is, another shape, or a module to save of which there is nothing.
+    """
+    for where in (contents.parameters, contents.copies):
+        for name, key in where.items():
+            slot = index.by_name[index.tied.get(index.parameter(name, key), name)][0]
+            folder.check(key, layout.torch_shape(slot), f"{name!r}")
+    for module in settings.names("modules_to_save"):
+        if not any(name.rpartition(".")[0].endswith(module) for name in contents.parameters):
+            raise ValueError(f"{folder.file}: modules_to_save names {module!r}, of which there is no tensor")
+
+
+def read(
+    folder: AdapterFolder, contents: Contents, index: Index, recorded: Recorded, adapted: set[Keys]
+) -> list[tuple[Site, Start]]:
+    """The trained leaves.
+
+    Raises:
+        ValueError: for a copy of the base that differs from it, or a leaf that is adapted too.
+    """
+    _check_copies(folder, contents, index)
+    stored = _without_tied(folder, contents.parameters, index)
+    found = []
+    for keys in index.leaves_of(set(stored)):
+        slots = [slot for slot in index.slots[keys] if slot.name in stored]
+        copies = [slot for slot in slots if recorded.is_copy(stored[slot.name], slot)]
+        for slot in copies:
+            _check_copy(folder, stored[slot.name], slot, index)
+        if len(copies) == len(slots):
+            continue
+        if keys in adapted:
+            raise ValueError(f"{folder.file}: {'/'.join(keys)} would be adapted and trained itself; jlora holds one of the two")
+        leaf = index.leaves[keys]
+        dtype = trained_dtype(leaf.dtype)
+        w = np.array(leaf, dtype)
+        for slot in slots:
+            layout.whole_from_torch(slot, layout.take_columns(slot, converted(folder, stored[slot.name], dtype)), w)
+        found.append((index.site(keys, Full()), Start({"w": w})))
+    return found
+
+
+def _without_tied(folder: AdapterFolder, parameters: dict[str, str], index: Index) -> dict[str, str]:
+    """The parameters, those of tied weights once.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    found = dict(parameters)
+    for head, embedding in index.tied.items():
+        if head not in found and embedding not in found:
+            continue
+        pair = found.pop(head, None), found.get(embedding)
+        if None in pair or folder.read(str(pair[0])).tobytes() != folder.read(str(pair[1])).tobytes():
+            raise ValueError(
+                f"{folder.file}: {embedding!r} and {head!r} are one array in this model (tied weights), but the adapter "
+                "trains them apart; load the model with tie_word_embeddings: false"
+            )
+    return found
+
+
+def _check_copies(folder: AdapterFolder, contents: Contents, index: Index) -> None:
+    for name, key in contents.copies.items():
+        for slot in index.by_name[index.tied.get(name, name)]:
+            _check_copy(folder, key, slot, index)
+
+
+def _check_copy(folder: AdapterFolder, key: str, slot, index: Index) -> None:
+    base = layout.whole_to_torch(slot, np.asarray(index.leaves[slot.keys]))
+    stored = layout.take_columns(slot, folder.read(key))
+    if not np.array_equal(stored.astype(base.dtype), base):
+        raise ValueError(
+            f"{folder.file}: {key!r} is a copy of {slot.path}, but not of the one in these params; the adapter was made for "
+            "another base"
+        )

@@ -1,0 +1,59 @@
+"""What jlora's own manifest adds to a PEFT folder: exact methods, ranks of joined leaves, copies of the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jlora.interchange.names import Slot
+from jlora.method import Method
+from jlora.methods import DoRA, LoRA
+from jlora.serialize import method_from_dict
+
+
+class Recorded:
+    """The manifest of a folder, or nothing.
+
+    Args:
+        manifest: its content; None where the folder is PEFT's own.
+    """
+
+    def __init__(self, manifest: dict[str, Any] | None):
+        found = manifest or {"profile": "peft", "tensors": [], "leaves": []}
+        self._lines = {line["key"]: line["from"] for line in found["tensors"]}
+        self._methods: dict[str, list[dict[str, Any]]] = {}
+        if found["profile"] == "peft":
+            for leaf in found["leaves"]:
+                for name in leaf["parameters"]:
+                    self._methods.setdefault(name, []).append(leaf)
+
+    def ranks(self, key: str, slot: Slot) -> slice:
+        """Which ranks of a tensor are a leaf's own, where several leaves were joined."""
+        for line in self._lines.get(key, ()):
+            at = (line.get("leaf"), tuple(line.get("index", ())), line.get("part"))
+            if at == (slot.path, slot.index, slot.part) and "ranks" in line:
+                return slice(*line["ranks"])
+        return slice(None)
+
+    def is_copy(self, key: str, slot: Slot) -> bool:
+        """Whether a leaf's part of a tensor is a copy of the base."""
+        return any(line.get("leaf") == slot.path and line.get("copy_of_base") for line in self._lines.get(key, ()))
+
+    def described(self, slot: Slot) -> Method | None:
+        """The method that was written for a parameter, by the leaf's path or as the only one."""
+        lines = self._methods.get(slot.name, [])
+        mine = [line for line in lines if line["leaf"] == slot.path] or lines
+        if len({str(line["method"]) for line in mine}) != 1 or "residual" in mine[0]:
+            return None
+        return method_from_dict(mine[0]["method"])
+
+    def method(self, slots: list[Slot], found: Method) -> Method | None:
+        """The LoRA that was written for these parameters, where it is what was found; None elsewhere."""
+        methods = {self.described(slot) for slot in slots}
+        method = methods.pop() if len(methods) == 1 else None
+        inner = method.inner if isinstance(method, DoRA) else method
+        plain = found.inner if isinstance(found, DoRA) else found
+        if not isinstance(inner, LoRA) or not isinstance(plain, LoRA) or isinstance(method, DoRA) != isinstance(found, DoRA):
+            return None
+        rank = inner.rank * (2 if inner.from_weight else 1)
+        same = rank == plain.rank and abs(inner.scale - plain.scale) <= 1e-9 * abs(inner.scale)
+        return method if same else None
