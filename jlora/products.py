@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import contraction
+from jlora import contraction, sparse
 from jlora import weight as weights
 from jlora.method import Factors
 from jlora.walk import Reading, Walk, bind, rule
@@ -44,8 +44,9 @@ class Use:
 
     @property
     def form(self) -> str | None:
-        """ "in" for `x @ w`, "out" for `x @ w.T`, None where it is neither or the method has no factors."""
-        return _form(self.weight, self.contract, self.batch) if _factored(self.weight, self.x) else None
+        """ "in" for `x @ w`, "out" for `x @ w.T`, None where it is neither or the method has no factors or entries."""
+        shorter = _factored(self.weight, self.x) or _by_entries(self.weight, self.x)
+        return _form(self.weight, self.contract, self.batch) if shorter else None
 
     @property
     def order(self) -> list[Any]:
@@ -107,7 +108,12 @@ def together(walk: Walk, uses: list[Use]) -> list[list[Any]] | None:
 def _is_plain(use: Use) -> bool:
     stacked = _big(use.weight.batch)
     last = use.x_contract == (use.x.ndim - 1,) and not use.batch and not stacked and use.weight.key is None
-    return last and use.form == "in" and _sized(use.weight.axes[use.contract[0]]) == _sized(use.weight.with_role("in"))
+    return (
+        use.weight.method.low_rank
+        and last
+        and use.form == "in"
+        and _sized(use.weight.axes[use.contract[0]]) == _sized(use.weight.with_role("in"))
+    )
 
 
 def _single_matrix(weight: Weight) -> tuple[jax.Array, Factors]:
@@ -134,6 +140,11 @@ def _record(walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kin
 def _factored(weight: Weight, x: jax.Array) -> bool:
     """Whether the factored form can be used; otherwise the effective weight is formed."""
     return weight.method.low_rank and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _by_entries(weight: Weight, x: jax.Array) -> bool:
+    """Whether the sparse form can be used."""
+    return weight.method.is_sparse and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _big(pieces: Any) -> set[Piece]:
@@ -169,15 +180,15 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     sizes = {("x", axis): x.shape[axis] for axis in range(x.ndim)}
     x = _regroup(x, have, [*((piece,) for piece in shared), *((label,) for label in free), tuple(summed)], sizes)
 
-    dense = contraction.dense if form == "in" else contraction.dense_transposed
-    product = partial(dense, options=use.options(walk))
+    kernels, update = (contraction, weights.factors) if weight.method.low_rank else (sparse, weights.sparse)
+    product = partial(kernels.dense if form == "in" else kernels.dense_transposed, options=use.options(walk))
     for piece in reversed(weight.batch):
         product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, 0))
     walk.seen.add(weight.name)
     key = walk.next_key(weight.key)
     if key is not None and weight.batch:
         key = jax.random.split(key, tuple(piece.size for piece in weight.batch))  # every expert drops on its own
-    y = product(x, weights.matrix(weight), weights.factors(weight), key)
+    y = product(x, weights.matrix(weight), update(weight), key)
     remaining = weight.with_role("out" if form == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return _arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora.method import Arrays, Factors, Method, Site, View
+from jlora.method import Arrays, Factors, Method, Site, Sparse, View
 
 
 @dataclass(frozen=True, order=True)
@@ -151,6 +151,11 @@ def over_batch(function: Any, weight: Weight) -> Any:
 def factors(weight: Weight) -> Factors:
     """The factors of a low-rank method, with the batch axes in front."""
     return over_batch(weight.method.factors, weight)
+
+
+def sparse(weight: Weight) -> Sparse:
+    """The entries of a sparse method, with the batch axes in front."""
+    return over_batch(weight.method.sparse, weight)
 
 
 def effective(weight: Weight) -> jax.Array:

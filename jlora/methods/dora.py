@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Start, View
+from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Sparse, Start, View
 from jlora.methods.lora import LoRA, trained_dtype
 
 
@@ -61,6 +61,16 @@ class DoRA(Method):
         return self.inner.low_rank
 
     @property
+    def is_sparse(self) -> bool:
+        """As the inner method."""
+        return self.inner.is_sparse
+
+    @property
+    def alike(self) -> frozenset[str]:
+        """As the inner method."""
+        return self.inner.alike
+
+    @property
     def uses_key(self) -> bool:
         """As the inner method."""
         return self.inner.uses_key
@@ -107,6 +117,14 @@ class DoRA(Method):
         c = _ratio(view.params["m"], _low_rank_norms(view.w, inner))
         return replace(inner, scale=c if inner.scale is None else c * inner.scale)
 
+    def sparse(self, view: View) -> Sparse | None:
+        """The inner entries with `m / n` as the scale."""
+        inner = self.inner.sparse(view)
+        if inner is None:
+            return None
+        c = _ratio(view.params["m"], _sparse_norms(view.w, inner))
+        return replace(inner, scale=c if inner.scale is None else c * inner.scale)
+
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""
         return {**self.inner.labels(site), "m": "vector"}
@@ -128,6 +146,15 @@ def _low_rank_norms(w: jax.Array, f: Factors) -> jax.Array:
     square = jnp.sum(w * w, axis=0) + jnp.sum(b * (2 * (a.T @ w) + (a.T @ a) @ b), axis=0)
     norms = jnp.sqrt(jnp.maximum(square, 0))
     return norms if f.scale is None else norms * jnp.abs(jax.lax.stop_gradient(f.scale))
+
+
+def _sparse_norms(w: jax.Array, s: Sparse) -> jax.Array:
+    """Column norms of `(w + scatter(values)) * scale` from `|w|² + sum of (2 w + value) value`, with no sum formed."""
+    w, values = jax.lax.stop_gradient((w.astype(s.values.dtype), s.values))
+    rows, columns = jnp.divmod(s.index, jnp.int32(w.shape[1]))
+    change = (2 * w[rows, columns] + values) * values
+    norms = jnp.sqrt(jnp.maximum(jnp.sum(w * w, axis=0).at[columns].add(change), 0))
+    return norms if s.scale is None else norms * jnp.abs(jax.lax.stop_gradient(s.scale))
 
 
 def _ratio(m: jax.Array, norms: jax.Array) -> jax.Array:

@@ -319,7 +319,11 @@ def stated_count(method, rows, columns):
     assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
     formula = re.sub(r"\bin\b", "rows", re.sub(r"\bout\b", "columns", sentence[1]))
     names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
-    return eval(formula, {"__builtins__": {}, "min": min, "max": max, "sqrt": math.sqrt}, {**vars(method), **names})
+    return eval(
+        formula,
+        {"__builtins__": {}, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
+        {**vars(method), **names},
+    )
 
 
 def check_serialisation(method):
