@@ -9,7 +9,7 @@ update far below the weight's own resolution still moves the output.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from jax.custom_derivatives import SymbolicZero
 from jlora.method import Factors
 
 PLANS = ("auto", "factored", "merged")
+# Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
+FORWARD, BACKWARD = 2.0, 2.0
 Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
 
 
@@ -101,20 +103,35 @@ class Options:
     plan: str = "auto"
 
 
-def choose(plan: str, tokens: int, w: jax.Array, rank: int) -> str:
-    """The plan of one product `x [tokens, in] @ (w + a @ b)`.
+@dataclass(frozen=True)
+class Plan:
+    """How the products of one input with some weights are computed; static.
 
-    "factored" computes `x @ w + (x @ a) @ b`. Beyond the frozen product it moves about three arrays of `tokens * out`
-    values forward and three of `tokens * in` backward. "merged" forms `w + a @ b` anew in either pass, each time moving
-    about three arrays of `in * out` values, and needs `2 * rank * in * out` flops for each. So by memory traffic merged
-    is cheaper where `2 * in * out < tokens * (in + out)`, as long as its flops stay small beside the product's own,
-    `2 * tokens * in * out`. It rounds `w + a @ b` to the dtype of `w`, so it is only for 32-bit bases.
+    Attributes:
+        forward: for each weight, whether `w + a @ b` is formed for `x @ (w + a @ b)`.
+        backward: whether it is for the gradient of `x`, to which all the weights contribute.
+    """
+
+    forward: tuple[bool, ...]
+    backward: bool
+
+
+def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any) -> Plan:
+    """The plan of the products `x [tokens, in] @ (w + a @ b)` for weights of the given shapes `[in, out]`.
+
+    Forming `w + a @ b` costs `2 * rank * in * out` flops and moves about four arrays of `in * out` values. Adding
+    `(x @ a) @ b` to `x @ w` costs `2 * rank * tokens * out` flops and moves up to four arrays of `tokens * out` values,
+    fewer where the compiler adds it together with something else; the two parts may also both be kept for the backward
+    pass. So whatever the rank, forming is cheaper where `in <= FORWARD * tokens`. In the backward pass `in` and `out`
+    change places, and the weights of one input share the factored form's cost, since `g_q bᵀ`, `g_k bᵀ`, .. meet all `a`
+    in one product. `w + a @ b` is rounded to the dtype of `w`, so it is formed for 32-bit bases alone.
     """
     if plan != "auto":
-        return plan
-    rows, columns = w.shape
-    cheaper = 2 * rows * columns < tokens * (rows + columns) and 8 * rank < tokens
-    return "merged" if cheaper and w.dtype.itemsize >= 4 else "factored"
+        return Plan((plan == "merged",) * len(shapes), plan == "merged")
+    if jnp.dtype(dtype).itemsize < 4:
+        return Plan((False,) * len(shapes), False)
+    backward = sum(columns for _, columns in shapes)
+    return Plan(tuple(rows <= FORWARD * tokens for rows, _ in shapes), backward <= BACKWARD * tokens)
 
 
 def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
@@ -145,8 +162,8 @@ def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], optio
     out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
 
     def rows(x: jax.Array) -> list[jax.Array]:
-        plans = tuple(choose(options.plan, x.shape[0], w, each.shape[1]) for w, each in zip(weights, a))
-        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plans))
+        plan = choose(options.plan, x.size // x.shape[-1], [w.shape for w in weights], weights[0].dtype)
+        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan))
 
     products = in_rows(rows, x)
     return [
@@ -173,7 +190,7 @@ class _Group:
 
     out_dtype: Any
     precision: Any
-    plans: tuple[str, ...]
+    plan: Plan
 
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return matmul(x, m, dtype, self.precision)
@@ -182,9 +199,23 @@ class _Group:
         """`x @ a` for several `a [in, r]` by one product."""
         if len(factors) == 1:
             return [self.matmul(x, factors[0], x.dtype)]
-        together = self.matmul(x, jnp.concatenate(factors, axis=1), x.dtype)
-        ends = list(itertools.accumulate(a.shape[1] for a in factors))
-        return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
+        return _split(self.matmul(x, jnp.concatenate(factors, axis=1), x.dtype), factors)
+
+    def thin_tangent(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+        """`thin` for tangents of the factors, so that its transpose is `gᵀ x`, then transposed, in place of `xᵀ g`.
+
+        XLA's CPU backend is five times as slow at the latter, and turns the one into the other but for the barrier.
+        """
+        a = jax.lax.optimization_barrier((jnp.concatenate(factors, axis=1) if len(factors) > 1 else factors[0]).T)
+        dims = (((1,), (x.ndim - 1,)), ((), ()))
+        together = jax.lax.dot_general(a, x, dims, precision=self.precision, preferred_element_type=x.dtype)
+        return _split(jnp.moveaxis(together, 0, -1), factors)
+
+
+def _split(together: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+    """The parts of `x @ [a_1, a_2, ..]` that belong to each."""
+    ends = list(itertools.accumulate(a.shape[1] for a in factors))
+    return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
 
 
 Matrices = list[jax.Array]
@@ -194,7 +225,7 @@ Matrices = list[jax.Array]
 def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
     """`x @ (w + a @ b)` for each weight, by its plan."""
     accumulate = accumulation_dtype(group.out_dtype)
-    factored = [n for n, plan in enumerate(group.plans) if plan == "factored"]
+    factored = [n for n, formed in enumerate(group.plan.forward) if not formed]
     low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
     results = []
     for n, w in enumerate(weights):
@@ -229,7 +260,7 @@ def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices,
             terms[n].append(term)
     dtype = group.out_dtype
     moved = [n for n, each in enumerate(da) if each is not None]
-    for n, low in zip(moved, group.thin(x, [da[n] for n in moved]) if moved else []):
+    for n, low in zip(moved, group.thin_tangent(x, [da[n] for n in moved]) if moved else []):
         terms[n].append(group.matmul(low, b[n], dtype))
     moved = [n for n, each in enumerate(db) if each is not None]
     for n, low in zip(moved, group.thin(x, [a[n] for n in moved]) if moved else []):
@@ -250,16 +281,11 @@ def _through_input(group: _Group, dx: jax.Array, weights: Matrices, a: Matrices,
     In the results' own dtype: a gradient of 16 bits need not meet its parts in 32, which would cost twice the bytes.
     """
     dtype = group.out_dtype
-    factored = [n for n, plan in enumerate(group.plans) if plan == "factored"]
-    low = dict(zip(factored, group.thin(dx, [a[n] for n in factored]))) if factored else {}
 
     def formed(dx: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         return group.matmul(dx, _merged(w, a, b).astype(dx.dtype), dtype)
 
-    results = []
-    for n, w in enumerate(weights):
-        if n in low:
-            results.append(group.matmul(dx, w, dtype) + group.matmul(low[n], b[n], dtype))
-        else:  # checkpointed, so that the formed weight is not kept from the forward to the backward pass
-            results.append(jax.checkpoint(formed)(dx, w, a[n], b[n]))
-    return results
+    if group.plan.backward:  # checkpointed, so that the formed weight is not kept from the forward to the backward pass
+        return [jax.checkpoint(formed)(dx, *each) for each in zip(weights, a, b)]
+    low = group.thin(dx, a)
+    return [group.matmul(dx, w, dtype) + group.matmul(thin, each, dtype) for w, thin, each in zip(weights, low, b)]

@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 from jlora import contraction
-from jlora.contraction import Options
+from jlora.contraction import Options, Plan
 from jlora.method import Factors
 
 PLANS = ["factored", "merged"]
@@ -97,15 +97,20 @@ def test_a_bfloat16_base_loses_no_update_to_rounding():
     wanted = x16.astype(jnp.float32) @ (f.a @ f.b)
     error = jnp.linalg.norm(moved[0] - moved[1] - wanted) / jnp.linalg.norm(wanted)
     assert error < 2e-2
-    assert contraction.choose("auto", 10**6, w16, 4) == "factored"
+    assert contraction.choose("auto", 10**6, [w16.shape], w16.dtype) == Plan((False,), False)
 
 
 def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases():
-    w = jax.ShapeDtypeStruct((512, 512), jnp.float32)
-    assert contraction.choose("auto", 64, w, 8) == "factored"
-    assert contraction.choose("auto", 4096, w, 8) == "merged"
-    assert contraction.choose("auto", 4096, jax.ShapeDtypeStruct((512, 512), jnp.bfloat16), 8) == "factored"
-    assert contraction.choose("factored", 4096, w, 8) == "factored"
+    choose = lambda plan, tokens, shapes, dtype=jnp.float32: contraction.choose(plan, tokens, shapes, dtype)
+    up, down = (512, 1408), (1408, 512)
+    assert choose("auto", 64, [up]) == Plan((False,), False)
+    assert choose("auto", 4096, [up]) == Plan((True,), True)
+    assert choose("auto", 512, [up]) == Plan((True,), False)  # cheap to form for 512 inputs, not for 1408 gradients
+    assert choose("auto", 512, [down]) == Plan((False,), True)
+    assert choose("auto", 1024, [up, up]) == Plan((True, True), False)  # the two share the factored form's cost
+    assert choose("auto", 4096, [up], jnp.bfloat16) == Plan((False,), False)
+    assert choose("factored", 4096, [up, up]) == Plan((False, False), False)
+    assert choose("merged", 1, [up, up], jnp.bfloat16) == Plan((True, True), True)
 
 
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
@@ -142,3 +147,19 @@ def test_products_of_one_activation_share_their_thin_products():
     program = str(jax.make_jaxpr(lifted)(adapted.params))
     assert program.count("f32[8,6] = concatenate") == 1  # the three a, side by side
     assert program.count("f32[5,6] = dot_general") == 1 + 2 * 3 + 1  # with all a; each base and each b; the last one
+
+
+def test_a_small_update_moves_bfloat16_outputs_on_average_as_in_float32():
+    """Each output keeps 8 bits, so most don't move; but over many the movement is the update's, not zero."""
+    w, b = normal(1, 256, 256), normal(3, 4, 256) * 0.5e-2
+    adapted = jlora.adapterize({"w": w.astype(jnp.bfloat16)}, {"w": jlora.LoRA(4, alpha=4)})
+    x = normal(0, 512, 256).astype(jnp.bfloat16)
+    a = normal(2, 256, 4) * 1e-2
+    apply = jlora.lift(lambda p: x @ p["w"])
+    before, after = (apply(adapted.replace(params={"w": {"a": a, "b": each}})) for each in (jnp.zeros_like(b), b))
+    moved = after.astype(jnp.float32) - before.astype(jnp.float32)
+    wanted = x.astype(jnp.float32) @ (a @ b)
+    assert after.dtype == jnp.bfloat16
+    assert float(jnp.linalg.norm(a @ b) / jnp.linalg.norm(w)) < 2e-4
+    slope = jnp.vdot(moved, wanted) / jnp.vdot(wanted, wanted)
+    assert 0.85 < slope < 1.15, slope
