@@ -97,7 +97,7 @@ def load(name: str, data: Path = DATA) -> Task:
         raise FileNotFoundError(f"{data}: no such folder; say --data or set JLORA_DATA")
     if name in _SENTENCES:
         return _sentences(name, data)
-    return _text(name, {"e2e": _e2e, "shakespeare": _shakespeare}[name](data))
+    return _text(name, TEXT[name](data))
 
 
 def _table(path: Path, delimiter: str = "\t", header: bool = True) -> list[list[str]]:
@@ -169,6 +169,10 @@ def _e2e(data: Path) -> tuple[str, str]:
             return "\n".join(f"{row[0]} = {row[1]}" for row in list(table)[1:])
 
         return read("trainset.csv"), read("devset.csv")
+
+
+#: The tasks that are text.
+TEXT = {"e2e": _e2e, "shakespeare": _shakespeare}
 
 
 def _text(name: str, parts: tuple[str, str], length: int = 64, most: int = 400_000) -> Task:

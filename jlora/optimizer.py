@@ -39,7 +39,7 @@ def optimizer(
     factory: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     *,
-    ratio: float | None = None,
+    ratio: float | jax.Array | None = None,
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
@@ -62,7 +62,7 @@ def optimizer(
         adapted: what is trained.
         factory: an optax optimizer, called as `factory(learning_rate, **options)`, such as `optax.adamw`.
         learning_rate: a number or schedule.
-        ratio: LoRA+'s lambda; None means 1, without LoRA+'s embedding rate.
+        ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
         embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
         **options: passed on; `weight_decay` is taken out for vectors.
 
@@ -78,7 +78,7 @@ def optimizer(
     Reference:
         Hayou et al. 2024, arXiv:2402.12354.
     """
-    if ratio is not None and not ratio > 0:
+    if isinstance(ratio, int | float) and not ratio > 0:
         raise ValueError(f"LoRA+'s ratio must be positive, got {ratio!r}")
     fast = learning_rate if ratio is None else scaled(learning_rate, ratio)
     if embedding_learning_rate is None:
@@ -124,7 +124,7 @@ def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def scaled(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:
+def scaled(rate: optax.ScalarOrSchedule, factor: float | jax.Array) -> optax.ScalarOrSchedule:
     """A learning rate or schedule times a factor; factor 1 gives the very same values."""
     if callable(rate):
         return lambda count: factor * rate(count)

@@ -35,9 +35,11 @@ def rates(task, ratio):
 
 
 def plan(results, options):
-    fixed = {"steps": options.steps, "batch": options.batch, "rank": options.rank}
+    def fixed(task):
+        return {"steps": options.steps, "batch": study.rows_in_step(task, options), "rank": options.rank}
+
     cells = [
-        {"stage": "choose", "task": task, "ratio": ratio, "rate": rate, "seed": CHOOSE, **fixed}
+        {"stage": "choose", "task": task, "ratio": ratio, "rate": rate, "seed": CHOOSE, **fixed(task)}
         for task in options.tasks
         for ratio in RATIOS
         for rate in rates(task, ratio)
@@ -45,7 +47,14 @@ def plan(results, options):
     if len(results) < len(cells):
         return cells
     return cells + [
-        {"stage": "run", "task": t, "ratio": r, "rate": study.best_rate(results, task=t, ratio=r), "seed": s, **fixed}
+        {
+            "stage": "run",
+            "task": t,
+            "ratio": r,
+            "rate": study.best_rate(results, task=t, ratio=r),
+            "seed": s,
+            **fixed(t),
+        }
         for s in range(options.seeds)
         for t in options.tasks
         for r in RATIOS
@@ -63,7 +72,7 @@ def run(cell, options):
 def report(results, options):
     lines = [
         f"Claim: LoRA+ reaches LoRA's final loss in about half the steps. Rank {options.rank}, alpha equal to the rank, all "
-        f"linear layers, {options.steps} steps of {options.batch} rows, {options.seeds} seeds; the best base rate of three "
+        f"linear layers, {options.steps} steps of {options.batch} rows (half as many sentences), {options.seeds} seeds; the best base rate of three "
         "for each lambda, chosen on another seed. Means with 95 % intervals.",
         "",
         "| task | lambda | base rate | final loss | steps to LoRA's final loss | share of LoRA's steps | test score |",

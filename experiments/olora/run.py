@@ -30,9 +30,11 @@ CHOOSE = 100  # the seed on which rates are chosen
 
 
 def plan(results, options):
-    fixed = {"steps": options.steps, "batch": options.batch, "rank": options.rank}
+    def fixed(task):
+        return {"steps": options.steps, "batch": study.rows_in_step(task, options), "rank": options.rank}
+
     cells = [
-        {"stage": "choose", "task": task, "method": method, "rate": rate, "seed": CHOOSE, **fixed}
+        {"stage": "choose", "task": task, "method": method, "rate": rate, "seed": CHOOSE, **fixed(task)}
         for task in options.tasks
         for method in METHODS
         for rate in RATES[task]
@@ -40,7 +42,14 @@ def plan(results, options):
     if len(results) < len(cells):
         return cells
     return cells + [
-        {"stage": "run", "task": t, "method": m, "rate": study.best_rate(results, task=t, method=m), "seed": s, **fixed}
+        {
+            "stage": "run",
+            "task": t,
+            "method": m,
+            "rate": study.best_rate(results, task=t, method=m),
+            "seed": s,
+            **fixed(t),
+        }
         for s in range(options.seeds)
         for t in options.tasks
         for m in METHODS
@@ -59,7 +68,7 @@ def run(cell, options):
 def report(results, options):
     lines = [
         f"Claim: OLoRA and PiSSA converge faster than LoRA. Rank {options.rank}, alpha equal to the rank, all linear layers, "
-        f"{options.steps} steps of {options.batch} rows, {options.seeds} seeds; best rate of four for each method, chosen on "
+        f"{options.steps} steps of {options.batch} rows (half as many sentences), {options.seeds} seeds; best rate of four for each method, chosen on "
         "another seed. Means with 95 % intervals; differences are paired by seed.",
         "",
         "| task | method | rate | final loss | steps to LoRA's final loss | difference to LoRA | test score |",

@@ -21,6 +21,7 @@ def study_of(name):
     spec = importlib.util.spec_from_file_location(f"{name}_run", EXPERIMENTS / name / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.study.COMPILER["xla_backend_optimization_level"] = 0
     return module
 
 
