@@ -227,9 +227,44 @@ def paired(ours: list[float], theirs: list[float], digits: int = 3) -> tuple[str
     return f"{mean:+.{digits}f} ± {half:.{digits}f}", mean - half, mean + half
 
 
-def rows_in_step(task: str, options: Any) -> int:
-    """`--batch` rows of text, which trains a tiny model; half as many sentences, which train one 80 times as large."""
-    return options.batch if task in tasks.TEXT else options.batch // 2
+#: The seed on which learning rates are chosen; the runs that are reported have others.
+CHOOSE = 100
+
+
+def best_of_rates(
+    results: list[Record], options: Any, variants: list[Record], rates: Callable[[str, Record], Any]
+) -> list[Record]:
+    """The runs of a fair comparison: every variant at the best of its learning rates on every task, over the seeds.
+
+    First each rate is run on one seed (stage "choose"), then the best, by the smoothed final training loss, on the others.
+
+    Args:
+        results: as `Study.plan` gets them.
+        options: with `steps`, `seeds`, `batch` (rows of text; half as many sentences, whose model is 80 times as large) and,
+            if there is one, `rank`.
+        variants: the settings in which the variants differ.
+        rates: the learning rates of a variant on a task.
+    """
+
+    def fixed(task: str) -> Record:
+        sizes = {"steps": options.steps, "batch": options.batch if task in tasks.TEXT else options.batch // 2}
+        return {"task": task, **sizes, **({"rank": options.rank} if "rank" in options else {})}
+
+    every = [(task, variant) for task in options.tasks for variant in variants]
+    chosen = [
+        {"stage": "choose", **fixed(task), **variant, "rate": rate, "seed": CHOOSE}
+        for task, variant in every
+        for rate in rates(task, variant)
+    ]
+    if len(results) < len(chosen):
+        return chosen
+    best = [(task, variant, best_rate(results, task=task, **variant)) for task, variant in every]
+    runs = [
+        {"stage": "run", **fixed(task), **variant, "rate": rate, "seed": seed}
+        for seed in range(options.seeds)
+        for task, variant, rate in best
+    ]
+    return chosen + runs
 
 
 def best_rate(results: list[Record], **wanted: Any) -> float:
