@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jlora.interchange import lora, read_lora
+from jlora.interchange import adalora, lora, read_lora, shira, vera
 from jlora.interchange.forms import Form
+from jlora.interchange.index import Read
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
-from jlora.method import Site, Start
 
 Adapters = list[tuple[Form, list[Slot]]]
 
@@ -32,12 +32,15 @@ class Format:
     peft_type: str
     kind: str
     own_biases: str
-    holds: Callable[[list[Form | None]], bool]
+    holds: Callable[[list[tuple[Form | None, list[Slot]]]], bool]
     write: Callable[[Written, Adapters, set[str], bool], set[str]]
     find: Callable[..., Any]
-    read: Callable[..., list[tuple[Site, Start]]]
+    read: Callable[..., list[Read]]
 
 
 FORMATS: dict[str, Format] = {
-    "LORA": Format("LORA", "lora", "lora_only", lambda forms: True, lora.write, read_lora.find, read_lora.read),
+    "LORA": Format("LORA", "lora", "lora_only", lambda adapters: True, lora.write, read_lora.find, read_lora.read),
+    "ADALORA": Format("ADALORA", "adalora", "lora_only", adalora.holds, adalora.write, adalora.find, adalora.read),
+    "VERA": Format("VERA", "vera", "vera_only", vera.holds, vera.write, vera.find, vera.read),
+    "SHIRA": Format("SHIRA", "shira", "", shira.holds, shira.write, shira.find, shira.read),
 }

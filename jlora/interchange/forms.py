@@ -101,7 +101,36 @@ def _whole(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
     return Form(site, "whole", {"w": arrays["params"]["w"]}, {"w": ("w",)})
 
 
-NATIVE: dict[str, Callable[[Site, Any, dict[str, Any]], Form | None]] = {"LoRA": _lora, "DoRA": _dora, "Full": _whole}
+def _adalora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    held = {name: arrays["params"][name] for name in ("a", "e", "b")}
+    return Form(site, "adalora", held, {name: (name,) for name in held}, method.alpha, dropout=method.dropout)
+
+
+def _vera(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    held = {name: arrays["params"][name] for name in ("d", "b")}
+    return Form(site, "vera", held, {n: (n,) for n in held}, dropout=method.dropout, shared=arrays["shared"])
+
+
+def _shira(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    values = arrays["params"]["values"]
+    values = values if method.scale == 1 else values * values.dtype.type(method.scale)
+    held = {"values": values, "index": arrays["frozen"]["index"]}
+    return Form(site, "shira", held, {name: (name,) for name in held})
+
+
+def _rows(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
+    return Form(site, "rows", {"rows": arrays["params"]["rows"]}, {"rows": ("rows",)})
+
+
+NATIVE: dict[str, Callable[[Site, Any, dict[str, Any]], Form | None]] = {
+    "LoRA": _lora,
+    "DoRA": _dora,
+    "Full": _whole,
+    "AdaLoRA": _adalora,
+    "VeRA": _vera,
+    "SHiRA": _shira,
+    "Rows": _rows,
+}
 
 
 def as_lora(weight: Weight) -> Form | None:

@@ -19,6 +19,16 @@ Keys = tuple[str, ...]
 MATRICES = ("weight", "in_proj_weight")
 
 
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """One leaf's adapter as it was read: its site, trained arrays, constants, and the constants shared with others."""
+
+    site: Site
+    params: dict[str, Any]
+    frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class Index:
     """Every torch parameter that the names know, and the leaves that it makes up.
 

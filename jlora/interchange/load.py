@@ -8,16 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import mesh, paths
-from jlora.adapted import Adapted, Plan
+from jlora.adapted import SHARED, Adapted, Plan
 from jlora.interchange import manifest, read_wholes
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
 from jlora.interchange.formats import FORMATS
-from jlora.interchange.index import Index
+from jlora.interchange.index import Index, Read
 from jlora.interchange.names import Names, resolve
 from jlora.interchange.parse import parse
 from jlora.interchange.recorded import Recorded
-from jlora.method import Site, Start
+from jlora.method import Start
 
 
 def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapted:
@@ -52,21 +52,29 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
     found = format.find(folder, settings, contents, index)
     read_wholes.check(folder, settings, contents, index)
     starts = format.read(folder, settings, found, index, recorded)
-    adapted = {site.keys for site, _ in starts}
+    adapted = {leaf.site.keys for leaf in starts}
     starts += read_wholes.read(folder, contents, index, recorded, adapted)
     return _adapted(params, leaves, starts)
 
 
-def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], starts: list[tuple[Site, Start]]) -> Adapted:
+def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read]) -> Adapted:
     """The adapters on their base, in the order of its leaves and placed beside them."""
     order = {keys: place for place, keys in enumerate(leaves)}
-    starts = sorted(starts, key=lambda item: order[item[0].keys])
+    found = sorted(found, key=lambda read: order[read.site.keys])
+    plan = Plan(tuple(read.site for read in found))
     trained: dict[str, Any] = {}
     frozen: dict[str, Any] = {}
-    for site, start in starts:
-        arrays = [{name: jnp.asarray(array) for name, array in drawer.items()} for drawer in (start.params, start.frozen)]
-        placed = mesh.place(Start(*arrays), site, leaves[site.keys])
-        paths.insert(trained, site.keys, placed.params)
+    for read in found:
+        leaf, names = leaves[read.site.keys], plan.shared_names()
+        placed = mesh.place(Start(_on_device(read.params), _on_device(read.frozen)), read.site, leaf)
+        paths.insert(trained, read.site.keys, placed.params)
         if placed.frozen:
-            paths.insert(frozen, site.keys, placed.frozen)
-    return Adapted(params, trained, frozen, {}, Plan(tuple(site for site, _ in starts)))
+            paths.insert(frozen, read.site.keys, placed.frozen)
+        if read.shared and read.site.method in names:
+            drawer = frozen.setdefault(SHARED, {})
+            drawer.setdefault(names[read.site.method], mesh.replicate(_on_device(read.shared), leaf))
+    return Adapted(params, trained, frozen, {}, plan)
+
+
+def _on_device(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: jnp.asarray(array) for name, array in arrays.items()}

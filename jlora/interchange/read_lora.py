@@ -14,12 +14,12 @@ from jlora.adapted import start_of
 from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.index import Index, Keys, trained_dtype
+from jlora.interchange.index import Index, Keys, Read, trained_dtype
 from jlora.interchange.lora import target
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import WRAPPED, Contents
 from jlora.interchange.recorded import Recorded
-from jlora.method import Method, Site, Start
+from jlora.method import Method, Site
 from jlora.methods import DoRA, LoRA
 from jlora.methods.dora import column_norms
 
@@ -113,7 +113,7 @@ def _check_shapes(folder: AdapterFolder, stored: Stored, slot: Slot, flipped: bo
 
 def read(
     folder: AdapterFolder, settings: Settings, found: dict[str, Stored], index: Index, recorded: Recorded
-) -> list[tuple[Site, Start]]:
+) -> list[Read]:
     """The adapters, by leaf."""
     _check_tied(folder, found, index)
     result = []
@@ -165,7 +165,7 @@ def converted(folder: AdapterFolder, key: str, dtype: np.dtype) -> np.ndarray:
 
 def _leaf(
     keys: Keys, parts: list[Part], stored: dict[Slot, Stored], index: Index, settings: Settings, recorded: Recorded
-) -> tuple[Site, Start]:
+) -> Read:
     """One leaf's adapter of its pieces."""
     plain = index.site(keys, LoRA(1))
     matrices: dict[tuple[int, ...], list[Part]] = {}
@@ -189,7 +189,7 @@ def _leaf(
     whole = exact and len(joined) == int(np.prod(plain.batch_shape)) or bool(index.slots[keys][0].experts and exact)
     method = (recorded.method(list(stored), method) if exact else None) or _edited(plain, method, settings, whole)
     site = index.site(keys, method)
-    return site, _start(method, arrays, site, index)
+    return Read(site, *_arrays(method, arrays, site, index))
 
 
 def _whole(value: float) -> float:
@@ -261,14 +261,17 @@ def _edited(site: Site, method: Method, settings: Settings, whole: bool) -> Meth
     return LoRA(method.rank, method.alpha, method.scaling, settings.init, method.dropout)
 
 
-def _start(method: Method, arrays: dict[str, np.ndarray], site: Site, index: Index) -> Start:
+def _arrays(
+    method: Method, arrays: dict[str, np.ndarray], site: Site, index: Index
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's trained arrays and constants."""
     inner = method.inner if isinstance(method, DoRA) else method
     assert isinstance(inner, LoRA)
     params: dict[str, Any] = dict(arrays)
     if not inner.from_weight:
-        return Start(params)
+        return params, {}
     if arrays["a"].shape[-1] == 2 * inner.rank:
         r = inner.rank
         frozen = {"a0": arrays["a"][..., r:], "b0": -arrays["b"][..., r:, :]}
-        return Start({**params, "a": arrays["a"][..., :r], "b": arrays["b"][..., :r, :]}, frozen)
-    return Start(params, start_of(site, index.leaves[site.keys], jax.random.key(0)).frozen)
+        return {**params, "a": arrays["a"][..., :r], "b": arrays["b"][..., :r, :]}, frozen
+    return params, start_of(site, index.leaves[site.keys], jax.random.key(0)).frozen

@@ -7,11 +7,10 @@ import numpy as np
 from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.index import Index, Keys, trained_dtype
+from jlora.interchange.index import Index, Keys, Read, trained_dtype
 from jlora.interchange.parse import Contents
 from jlora.interchange.read_lora import converted
 from jlora.interchange.recorded import Recorded
-from jlora.method import Site, Start
 from jlora.methods import Full
 
 
@@ -32,7 +31,7 @@ def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: 
 
 def read(
     folder: AdapterFolder, contents: Contents, index: Index, recorded: Recorded, adapted: set[Keys]
-) -> list[tuple[Site, Start]]:
+) -> list[Read]:
     """The trained leaves.
 
     Raises:
@@ -55,7 +54,7 @@ def read(
         w = np.array(leaf, dtype)
         for slot in slots:
             layout.whole_from_torch(slot, layout.take_columns(slot, converted(folder, stored[slot.name], dtype)), w)
-        found.append((index.site(keys, Full()), Start({"w": w})))
+        found.append(Read(index.site(keys, Full()), {"w": w}))
     return found
 
 

@@ -46,6 +46,12 @@ class Recorded:
             return None
         return method_from_dict(mine[0]["method"])
 
+    def one(self, slots: list[Slot], kind: type[Method]) -> Any:
+        """The method that was written for all of these parameters, where it is of a kind; None elsewhere."""
+        methods = {self.described(slot) for slot in slots}
+        method = methods.pop() if len(methods) == 1 else None
+        return method if isinstance(method, kind) else None
+
     def method(self, slots: list[Slot], found: Method) -> Method | None:
         """The LoRA that was written for these parameters, where it is what was found; None elsewhere."""
         methods = {self.described(slot) for slot in slots}

@@ -117,8 +117,9 @@ def _forms(
         raise ValueError("there is nothing to save: no leaf is adapted")
     adapters = [(weight, _slots_of(weight, slots)) for weight in adapted.weights()]
     found = [native(weight) for weight, _ in adapters]
-    kinds = {form.kind if form is not None else None for form in found} - {"whole", "rows"}
-    peft_type = next((f for f in FORMATS.values() if kinds == {f.kind} and f.holds(found)), FORMATS["LORA"])
+    kinds = {form.kind if form is not None else None for form in found} - {"whole"}
+    matrices = [(form, slots) for form, (_, slots) in zip(found, adapters) if form is None or form.kind != "whole"]
+    peft_type = next((f for f in FORMATS.values() if kinds == {f.kind} and f.holds(matrices)), FORMATS["LORA"])
     if profile == "serving":
         peft_type = FORMATS["LORA"]
     chosen = []
