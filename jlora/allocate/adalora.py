@@ -1,0 +1,62 @@
+"""AdaLoRA's rule: ranks are taken away along a cubic budget, by one comparison over all modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.allocate import budget, scores, triplets
+from jlora.allocate.transform import Allocation, Edit, Sites, Step
+from jlora.allocate.triplets import Triplet
+
+
+@dataclass(frozen=True)
+class AdaLoRARule(Allocation):
+    """Keeps the ranks with the best scores, as many as the budget of the step; sets `e` to zero at all others.
+
+    Until the last allocation gradients still reach them and they may come back, so their moments stay too. At the last
+    allocation the choice becomes final: `e` is zero at every later step, and the moments of the whole triplet are zero.
+
+    Attributes:
+        target: ranks a module, on average, in the end.
+    """
+
+    target: int
+
+    name: ClassVar[str] = "AdaLoRA"
+
+    def begin(self, factors: list[Triplet]) -> list[jax.Array]:
+        """All ranks are in use."""
+        return [jnp.ones(factor.e.shape, bool) for factor in factors]
+
+    def decide(self, step: Step, sites: Sites) -> list[Edit]:
+        """A new choice at every interval and at the last allocation; none later."""
+        phases, t = self.phases, step.number
+        now = (t > phases.start_steps) & (t <= phases.last) & ((t % phases.interval == 0) | (t == phases.last))
+        count = self._budget(step.active, t)
+        active = jax.lax.cond(now, lambda: _best(step, count), lambda: step.active)
+        settled = t >= phases.last
+        return [self._edit(mask, factor, now | settled, settled) for mask, factor in zip(active, step.factors)]
+
+    def constrained(self, active: list[jax.Array]) -> list[jax.Array]:
+        """All, as in the reference: any rank may come back."""
+        return [jnp.ones_like(mask) for mask in active]
+
+    def _budget(self, active: list[jax.Array], step: jax.Array) -> jax.Array:
+        first = sum(mask.size for mask in active)
+        modules = sum(mask.size // mask.shape[-1] for mask in active)
+        schedule = budget.cubic_budget(self.phases, first, min(first, self.target * modules))
+        return budget.after(first, budget.falls(schedule, self.phases.start_steps, self.phases.last), step)
+
+    def _edit(self, active: jax.Array, factor: Triplet, masks: jax.Array, settled: jax.Array) -> Edit:
+        where = Triplet(None, masks & ~active, None)
+        return Edit(active, where, Triplet(None, jnp.zeros_like(factor.e), None), settled & ~active)
+
+
+def _best(step: Step, count: jax.Array) -> list[jax.Array]:
+    found = scores.of_sites(step.sensitivity, step.uncertainty)
+    exists = triplets.table([jnp.ones(score.shape, bool) for score in found], False)
+    return triplets.split(budget.largest(triplets.table(found, 0), count, exists), found)

@@ -1,0 +1,90 @@
+"""The factors `a`, `e`, `b` of adapted leaves, taken out of trees laid out like `adapted.params` and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jlora import paths
+from jlora.method import Site
+
+Sites = Sequence[Site]
+
+
+class Triplet(NamedTuple):
+    """Something for each factor of a leaf; the leaf's batch axes come first, and each stacked matrix is a module.
+
+    Attributes:
+        a: of `a [*batch, in, r]`.
+        e: of `e [*batch, r]`.
+        b: of `b [*batch, r, out]`.
+    """
+
+    a: Any
+    e: Any
+    b: Any
+
+
+def read(tree: Any, sites: Sites) -> list[Triplet]:
+    """The factors of every site."""
+    return [Triplet(*(paths.lookup(tree, (*site.keys, name)) for name in Triplet._fields)) for site in sites]
+
+
+def write(tree: Any, sites: Sites, triplets: Sequence[Triplet]) -> Any:
+    """The tree with the factors of every site replaced; None leaves one as it is."""
+    for site, triplet in zip(sites, triplets, strict=True):
+        for name, value in triplet._asdict().items():
+            if value is not None:
+                tree = _put(tree, (*site.keys, name), value)
+    return tree
+
+
+def _put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
+    if not keys:
+        return value
+    return {**tree, keys[0]: _put(tree[keys[0]], keys[1:], value)}
+
+
+def only(function: Callable[[Any], Any], tree: Any, sites: Sites) -> Any:
+    """The tree with a function applied to the sites' factors, and `optax.MaskedNode` in place of all else.
+
+    So the tree follows the params for optax (`optax.tree_map_params`), and holds nothing for what is not a site's.
+    """
+    wanted = {(*site.keys, name) for site in sites for name in Triplet._fields}
+    leaves, treedef = paths.flatten_with_keys(tree)
+    return jax.tree.unflatten(treedef, [function(x) if keys in wanted else optax.MaskedNode() for keys, x in leaves])
+
+
+def along_rank(mask: jax.Array) -> Triplet:
+    """A mask of ranks `[*batch, r]`, for each factor in a shape that broadcasts to it."""
+    return Triplet(mask[..., None, :], mask, mask[..., :, None])
+
+
+def names(sites: Sites) -> list[str]:
+    """The modules: a leaf's path, with the index of the matrix where the leaf is a stack."""
+    return [
+        site.path + (f"[{','.join(map(str, index))}]" if index else "")
+        for site in sites
+        for index in np.ndindex(*site.batch_shape)
+    ]
+
+
+def table(values: Sequence[jax.Array], fill: Any) -> jax.Array:
+    """Arrays `[*batch, r]` of several sites as one of `[modules, largest r]`, filled up with `fill`."""
+    width = max(value.shape[-1] for value in values)
+    rows = [value.reshape(-1, value.shape[-1]) for value in values]
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in rows])
+
+
+def split(whole: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """The inverse of `table`."""
+    counts = [int(np.prod(x.shape[:-1])) for x in like]
+    starts = np.cumsum([0, *counts])
+    return [
+        whole[start : start + count, : x.shape[-1]].reshape(x.shape) for start, count, x in zip(starts, counts, like)
+    ]
