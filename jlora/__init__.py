@@ -4,6 +4,9 @@ from jlora.adapted import Adapted as Adapted
 from jlora.adapted import adapterize as adapterize
 from jlora.adapted import merge as merge
 from jlora.adapted import summary as summary
+from jlora.allocate.history import RankHistory as RankHistory
+from jlora.allocate.transform import rank_history as rank_history
+from jlora.allocate.transform import ranks as ranks
 from jlora.files import load as load
 from jlora.files import save as save
 from jlora.fingerprint import fingerprint as fingerprint
