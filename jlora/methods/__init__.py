@@ -6,5 +6,6 @@ from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.rows import Rows as Rows
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.vera import VeRA as VeRA

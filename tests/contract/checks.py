@@ -321,7 +321,7 @@ def stated_count(method, rows, columns):
     names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
     return eval(
         formula,
-        {"__builtins__": {}, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
+        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
         {**vars(method), **names},
     )
 
