@@ -226,8 +226,9 @@ def _top(key: jax.Array, gradient: jax.Array, half: int, iterations: int) -> tup
 
 
 def _orthonormal(matrix: jax.Array) -> jax.Array:
-    """An orthonormal basis of the columns' span."""
-    return jnp.linalg.qr(matrix)[0]
+    """An orthonormal basis of the columns' span; of a Gaussian matrix uniformly random, since no sign is preferred."""
+    q, r = jnp.linalg.qr(matrix)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
 
 
 def _beside(frame: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -239,5 +240,4 @@ DeepLoRA.CASES = (
     DeepLoRA(rank=4),
     DeepLoRA(rank=4, compressed=True, gamma=0.5),
     DeepLoRA(rank=2, depth=4, eps=0.25, compressed=True, gamma=0, iterations=4),
-    DeepLoRA(rank=3, depth=2),
 )
