@@ -86,7 +86,9 @@ def _options(study: Study, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help=f"the paper's size: {study.full}")
     parser.add_argument("--tasks", nargs="+", default=list(study.tasks), help="some of the tasks")
     for name, value in study.sizes.items():
-        parser.add_argument(f"--{name}", type=type(value), help=f"default {value}")
+        several = isinstance(value, tuple)
+        kind = type(value[0] if several else value)
+        parser.add_argument(f"--{name}", type=kind, nargs="+" if several else None, help=f"default {value}")
     options = parser.parse_args(arguments)
     sizes = {**study.sizes, **(study.full if options.full else {})}
     for name, value in sizes.items():
@@ -169,16 +171,27 @@ def _step(task: tasks.Task) -> Any:
     return step
 
 
-def judge(task: tasks.Task, adapted: Any, most: int, batch: int = 64) -> float:
-    """The score on the first `most` rows of the test set; of an `Adapted`, or of ordinary params."""
-    count = min(most, len(task.test["targets"]))
+def judge(task: tasks.Task, adapted: Any, most: int, data: Record | None = None) -> float:
+    """The score on the first `most` rows of the test set, or of other data; of an `Adapted`, or of ordinary params."""
+    data = task.test if data is None else data
+    outputs = _outputs(task, adapted, most, data)
+    return task.score(outputs, data["targets"][: len(outputs)])
+
+
+def test_loss(task: tasks.Task, adapted: Any, most: int) -> float:
+    """The loss on the first `most` rows of the test set."""
+    outputs = _outputs(task, adapted, most, task.test)
+    return float(task.loss(outputs, task.test["targets"][: len(outputs)]))
+
+
+def _outputs(task: tasks.Task, adapted: Any, most: int, data: Record, batch: int = 64) -> np.ndarray:
+    count = min(most, len(data["targets"]))
     outputs = []
     for start in range(0, count, batch):
-        which = np.minimum(
-            np.arange(start, start + batch), count - 1
-        )  # the last batch is filled up, for one compilation
-        outputs.append(np.asarray(_forward(task)(adapted, tasks.rows(task.test, which)["inputs"])))
-    return task.score(np.concatenate(outputs)[:count], task.test["targets"][:count])
+        # The last batch is filled up, so that one compilation serves all.
+        which = np.minimum(np.arange(start, start + batch), count - 1)
+        outputs.append(np.asarray(_forward(task)(adapted, tasks.rows(data, which)["inputs"])))
+    return np.concatenate(outputs)[:count]
 
 
 @functools.cache
@@ -232,7 +245,11 @@ CHOOSE = 100
 
 
 def best_of_rates(
-    results: list[Record], options: Any, variants: list[Record], rates: Callable[[str, Record], Any]
+    results: list[Record],
+    options: Any,
+    variants: list[Record],
+    rates: Callable[[str, Record], Any],
+    extra: Record | None = None,
 ) -> list[Record]:
     """The runs of a fair comparison: every variant at the best of its learning rates on every task, over the seeds.
 
@@ -244,11 +261,12 @@ def best_of_rates(
             if there is one, `rank`.
         variants: the settings in which the variants differ.
         rates: the learning rates of a variant on a task.
+        extra: settings that are the same for all.
     """
 
     def fixed(task: str) -> Record:
         sizes = {"steps": options.steps, "batch": options.batch if task in tasks.TEXT else options.batch // 2}
-        return {"task": task, **sizes, **({"rank": options.rank} if "rank" in options else {})}
+        return {"task": task, **sizes, **({"rank": options.rank} if "rank" in options else {}), **(extra or {})}
 
     every = [(task, variant) for task in options.tasks for variant in variants]
     chosen = [

@@ -1,190 +1,241 @@
 """One optimizer step of LoRA beside the least that any adapter method can cost.
 
-    python experiments/benchmarks/step_time.py [--shape llama|scanned|minilm] [--repeats N] [--rank R] [--tokens T]
+    python experiments/benchmarks/step_time.py [--shape llama|minilm|scanned|gpu] [--rank R] [--batch B] [--length L] ...
+    python experiments/benchmarks/step_time.py --torch-python PYTHON      torch and PEFT too, with the Python that has them
 
-All variants are compiled first and then run interleaved, so that a noisy machine bends them alike; medians and ratios to
-the bound are printed, and written to results/ with what XLA says of flops, bytes and memory, which no noise reaches.
+All variants are compiled first and then run interleaved, so that a noisy machine bends them alike. Printed, and written to
+results/ as JSON and as a plot: the median time of a step, its ratio to the bound (the median of the pairs' ratios), and what
+XLA says of flops, bytes and memory, which no noise reaches; then what a whole run holds beyond its base (run_memory.py).
 
 bound     only the input embedding's scale is trained: the whole forward pass, the whole backward pass to the inputs, and
           no weight gradient. No adapter method can beat it.
-jlora     `lift` with the plan it chooses, and with each plan forced.
+jlora     LoRA by `lift` with the plans it chooses, and with each plan forced; DoRA.
 naive     `x @ w + s * ((x @ a) @ b)` in every Dense, by plain automatic differentiation.
+qwix      the same kernels adapted by qwix, where it is installed.
 full      every leaf trained.
+torch     its own bound, and PEFT's LoRA and DoRA, on shapes "llama" and "gpu".
+
+Shapes: (a) "llama", six layers of width 512, 4 x 256 tokens; (b) "minilm", the real all-MiniLM-L6-v2 at 32 x 128 (from
+JLORA_DATA); (c) "scanned", (a) as a scanned and rematerialised stack; "gpu", layers of a 7B model in bfloat16, with 4,096
+tokens or with `--batch 4` 16,384.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
+import run_memory
+import variants
+from problems import SHAPES, Settings, as_text, problem, settings_for
 
-import jlora
-from jlora import paths
-from jlora.models import Llama, LlamaConfig
-
-
-@dataclass(frozen=True)
-class Settings:
-    shape: str = "llama"
-    layers: int = 6
-    width: int = 512
-    hidden: int = 1408
-    vocab: int = 512
-    batch: int = 4
-    length: int = 256
-    rank: int = 8
-    repeats: int = 15
+RESULTS = Path(__file__).parent / "results"
+WARM_UP = 2
 
 
-def network(s: Settings) -> Llama:
-    scan = s.shape == "scanned"
-    config = LlamaConfig(
-        vocab_size=s.vocab,
-        hidden_size=s.width,
-        intermediate_size=s.hidden,
-        num_hidden_layers=s.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=s.width // 8,
-        max_position_embeddings=s.length,
-        rms_norm_eps=1e-5,
-        scan_layers=scan,
-        remat=scan,
-    )
-    return Llama(config)
-
-
-def loss_of(logits, tokens):
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
-
-
-def step_with(loss, tx):
-    """(base, trained, state, tokens) -> (trained, state, loss); the base is an argument, so no copy of it is compiled in."""
-
-    def step(base, trained, state, tokens):
-        value, grads = jax.value_and_grad(lambda t: loss(base, t, tokens))(trained)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, value
-
-    return jax.jit(step, donate_argnums=(1, 2))
-
-
-def naive_apply(net, base, factors, tokens, scale):
-    """The formula as everybody writes it, put into every Dense of the layers."""
-
-    def interceptor(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        keys = context.module.path
-        if isinstance(context.module, nn.Dense) and keys in factors:
-            f = factors[keys]
-            y = y + scale * ((args[0] @ f["a"]) @ f["b"])
-        return y
-
-    with nn.intercept_methods(interceptor):
-        return net.apply({"params": base}, tokens)
-
-
-def variants(s: Settings):
-    """{name: (step, base, trained, state, tokens)}"""
-    net = network(s)
-    tokens = jax.random.randint(jax.random.key(1), (s.batch, s.length), 0, s.vocab)
-    params = net.init(jax.random.key(0), tokens)["params"]
-    report = jlora.sites(net.apply, {"params": params}, tokens)
-    adapted = jlora.adapterize(params, {jlora.ALL_LINEAR: jlora.LoRA(s.rank, alpha=2 * s.rank)}, sites=report)
-    found = {}
-
-    def add(name, loss, base, trained):
-        tx = optax.adamw(1e-3)
-        trained = jax.tree.map(jnp.copy, trained)
-        found[name] = (step_with(loss, tx), base, trained, tx.init(trained), tokens)
-
-    def scaled_embedding(base, scale, tokens):
-        embedding = base["embed_tokens"]["embedding"] * scale
-        return loss_of(net.apply({"params": {**base, "embed_tokens": {"embedding": embedding}}}, tokens), tokens)
-
-    add("bound", scaled_embedding, params, jnp.ones(s.width))
-    for plan in ("auto", "factored", "merged"):
-        apply = jlora.lift(net.apply, plan=plan)
-
-        def lifted(base, p, tokens, apply=apply):
-            return loss_of(apply({"params": adapted.replace(base=base, params=p)}, tokens), tokens)
-
-        add(f"jlora {plan}", lifted, params, adapted.params)
-    if s.shape == "llama":
-        factors = {site.keys[:-1]: paths.lookup(adapted.params, site.keys) for site in adapted.plan.sites}
-        names = {"/".join(keys): keys for keys in factors}
-
-        def naive(base, flat, tokens):
-            by_keys = {names[name]: f for name, f in flat.items()}
-            return loss_of(naive_apply(net, base, by_keys, tokens, 2.0), tokens)
-
-        add("naive", naive, params, {name: factors[keys] for name, keys in names.items()})
-    add("full", lambda base, p, tokens: loss_of(net.apply({"params": p}, tokens), tokens), None, params)
-    return found
-
-
-def compile_all(found):
+def compile_all(found: dict[str, variants.Variant]) -> dict[str, tuple[Any, float, float]]:
+    """{name: (program, seconds of tracing, seconds of compiling)}, none helped by what another has traced."""
+    next(iter(found.values())).step.lower(*next(iter(found.values())).arguments)  # imports and the like, once
     compiled = {}
-    for name, (step, *args) in found.items():
+    for name, each in found.items():
+        jax.clear_caches()
         start = time.perf_counter()
-        lowered = step.lower(*args)
+        lowered = each.step.lower(*each.arguments)
         traced = time.perf_counter()
         compiled[name] = (lowered.compile(), traced - start, time.perf_counter() - traced)
     return compiled
 
 
-def measure(s: Settings):
-    found = variants(s)
-    compiled = compile_all(found)
-    state = {name: args[1:3] for name, (_, *args) in found.items()}
-    times = {name: [] for name in found}
-    for repeat in range(s.repeats + 2):
-        for name, (_, base, _, _, tokens) in found.items():
+def timers(found: dict[str, variants.Variant], compiled: dict[str, Any]) -> dict[str, Callable[[], float]]:
+    """{name: runs one step and gives its seconds}"""
+    state = {name: (each.trained, each.state) for name, each in found.items()}
+
+    def timer(name: str) -> Callable[[], float]:
+        each, program = found[name], compiled[name][0]
+
+        def run() -> float:
             start = time.perf_counter()
-            trained, opt, loss = compiled[name][0](base, *state[name], tokens)
-            jax.block_until_ready(loss)
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
-            state[name] = (trained, opt)
-    rows = {}
+            trained, opt, loss = program(each.base, *state[name], each.batch)
+            jax.block_until_ready((trained, loss))
+            seconds = time.perf_counter() - start
+            state[name] = trained, opt
+            return seconds
+
+        return run
+
+    return {name: timer(name) for name in found}
+
+
+@contextlib.contextmanager
+def torch_timers(python: str | None, s: Settings) -> Iterator[tuple[dict[str, Callable[[], float]], dict[str, Any]]]:
+    """The timers of torch's variants, which run in a process of their own, and its versions."""
+    if python is None:
+        yield {}, {}
+        return
+    script = str(Path(__file__).with_name("torch_step.py"))
+    with subprocess.Popen(
+        [python, script, json.dumps(asdict(s))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+
+        def ask(name: str) -> float:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        head = process.stdout.readline()
+        if not head:
+            raise SystemExit(f"{python} {script} has ended with an error: does that Python have torch and peft?")
+        about = json.loads(head)
+        yield {name: (lambda name=name: ask(name)) for name in about.pop("variants")}, about
+        process.stdin.close()
+
+
+def interleave(run: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every variant's steps, one step of each in turn."""
+    times: dict[str, list[float]] = {name: [] for name in run}
+    for repeat in range(repeats + WARM_UP):
+        for name, timer in run.items():
+            seconds = timer()
+            if repeat >= WARM_UP:
+                times[name].append(seconds)
+    return times
+
+
+def timing(name: str, times: dict[str, list[float]]) -> dict[str, float]:
+    """Median and ratio to the bound of the same library."""
+    own = "torch bound" if name.startswith(("torch", "PEFT")) else "bound"
+    pairs = [a / b for a, b in zip(times[name], times[own])]
+    return {"milliseconds": 1e3 * statistics.median(times[name]), "ratio": statistics.median(pairs)}
+
+
+def measure(s: Settings, torch_python: str | None = None) -> dict[str, Any]:
+    """The rows of the table, and what they are to be held against."""
+    p = problem(s)
+    found = variants.all_variants(p, s.rank)
+    compiled = compile_all(found)
+    with torch_timers(torch_python, s) as (torch, about):
+        times = interleave({**timers(found, compiled), **torch}, s.repeats)
+    rows = {name: timing(name, times) for name in times}
     for name, (program, trace, compile_) in compiled.items():
         cost, memory = program.cost_analysis(), program.memory_analysis()
-        pairs = [a / b for a, b in zip(times[name], times["bound"])]
-        rows[name] = {
-            "milliseconds": 1e3 * statistics.median(times[name]),
-            "ratio": statistics.median(pairs),
+        trained = sum(x.nbytes for x in jax.tree.leaves((found[name].trained, found[name].state)))
+        rows[name] |= {
             "gflop": cost["flops"] / 1e9,
-            "gigabytes_moved": cost["bytes accessed"] / 1e9,
-            "temp_megabytes": memory.temp_size_in_bytes / 1e6,
-            "trace_seconds": trace,
-            "compile_seconds": compile_,
+            "gb_moved": cost["bytes accessed"] / 1e9,
+            "temp_mb": memory.temp_size_in_bytes / 1e6,
+            "trained_and_state_mb": trained / 1e6,
+            "trace_s": trace,
+            "compile_s": compile_,
         }
-    return rows
+    limits = {} if s.shape == "scanned" else {"distinct_inputs_mb": variants.distinct_inputs_bytes(p, lora(p, s)) / 1e6}
+    return {"rows": rows, "torch": about, **limits}
+
+
+def lora(p: Any, s: Settings) -> Any:
+    return variants.adapt(p, variants.jlora.LoRA(s.rank))
+
+
+def depth(s: Settings) -> dict[str, dict[str, float]]:
+    """Seconds of tracing and of compiling a scanned stack, and one four times as deep."""
+    found = {}
+    for layers in (s.layers, 4 * s.layers):
+        p = problem(replace(s, layers=layers, shape="scanned"))
+        adapted = lora(p, s)
+        timed = compile_all({"jlora": variants.lifted(p, adapted), "naive": variants.naive(p, adapted)})
+        found[f"{layers} layers"] = {name: trace + compile_ for name, (_, trace, compile_) in timed.items()}
+    return found
+
+
+def verdicts(s: Settings, result: dict[str, Any]) -> list[str]:
+    """The targets, each with its number and whether it is met."""
+    rows = result["rows"]
+    auto, base, naive = rows["jlora auto"], rows["bound"], rows["naive"]
+    checks = [("time / bound", auto["ratio"], 1.08)]
+    if "distinct_inputs_mb" in result:
+        checks.append(("temp MB", auto["temp_mb"], 1.05 * (base["temp_mb"] + result["distinct_inputs_mb"])))
+    least = min(rows[f"jlora {plan}"]["gflop"] for plan in variants.PLANS)
+    checks.append(("flops / the least of the plans", auto["gflop"] / least, 1.02))
+    seconds = [row["trace_s"] + row["compile_s"] for row in (auto, naive)]
+    checks.append(("trace and compile / naive's", seconds[0] / seconds[1], 1.3))
+    checks.append(("DoRA's time / LoRA's", rows["jlora DoRA"]["milliseconds"] / auto["milliseconds"], 1.15))
+    if "PEFT LoRA" in rows:
+        checks.append(("ms, PEFT's being the limit", auto["milliseconds"], rows["PEFT LoRA"]["milliseconds"]))
+    return [
+        f"{what}: {got:.3f}, wanted at most {limit:.3f}: {'met' if got <= limit else 'MISSED'}"
+        for what, got, limit in checks
+    ]
+
+
+def show(result: dict[str, Any]) -> str:
+    """The table of the steps as text."""
+    columns = list(result["rows"]["bound"])
+    lines = [f"{'':16}" + "".join(f"{column:>{max(len(column), 8) + 2}}" for column in columns)]
+    for name, row in result["rows"].items():
+        cells = (f"{row[c]:.3f}" if c in row else "-" for c in columns)
+        lines.append(f"{name:16}" + "".join(f"{cell:>{max(len(c), 8) + 2}}" for cell, c in zip(cells, columns)))
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of time and of temp memory."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = result["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.5), sharey=True, layout="constrained")
+    names = list(rows)[::-1]
+    for axes, column, label in ((left, "ratio", "time of a step / its library's bound"), (right, "temp_mb", "temp MB")):
+        values = [rows[name].get(column, 0.0) for name in names]
+        color = ["tab:orange" if name.startswith("jlora") else "tab:gray" for name in names]
+        bars = axes.barh(names, values, color=color)
+        axes.bar_label(bars, [f"{v:.2f}" if column == "ratio" else f"{v:.0f}" if v else "" for v in values], padding=3)
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    about = {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform}
+    return about | {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in asdict(Settings()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    settings = Settings(**vars(parser.parse_args()))
-    rows = measure(settings)
-    columns = list(next(iter(rows.values())))
-    print(f"{'':16}" + "".join(f"{column:>18}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:16}" + "".join(f"{row[column]:18.3f}" for column in columns))
-    machine = {"jax": jax.__version__, "device": str(jax.devices()[0].device_kind), "cores": os.cpu_count()}
-    result = {"settings": asdict(settings), "machine": {**machine, "platform": platform.platform()}, "rows": rows}
-    path = Path(__file__).parent / "results" / f"step_time_{settings.shape}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="llama")
+    for each in fields(Settings)[1:]:
+        parser.add_argument(f"--{each.name}", type=type(each.default))
+    parser.add_argument("--torch-python", help="a Python with torch, transformers and peft, to be measured beside")
+    arguments = vars(parser.parse_args())
+    torch_python = arguments.pop("torch_python")
+    s = settings_for(arguments.pop("shape"), **arguments)
+    if torch_python and s.shape not in ("llama", "gpu"):
+        parser.error(f"torch_step.py has no shape {s.shape!r}: leave out --torch-python, or take llama or gpu")
+    result = {"settings": asdict(s), "machine": machine(), **measure(s, torch_python)}
+    result["targets"] = verdicts(s, result)
+    result["run"] = run_memory.measure(s)
+    if s.shape == "scanned":
+        result["depth"] = depth(s)
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"step_time_{s.shape}{as_text(s)}"
+    Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, Path(f"{stem}.png"))
+    print(show(result), *result["targets"], run_memory.show(result["run"]), result.get("depth", ""), sep="\n")
 
 
 if __name__ == "__main__":

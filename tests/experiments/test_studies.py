@@ -12,6 +12,9 @@ SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--rank", "2", "--judg
 STUDIES = {
     "olora": [*SMALL, "--tasks", "shakespeare"],
     "loraplus": [*SMALL, "--tasks", "shakespeare"],
+    "rank_allocation": [*SMALL[:4], "--batch", "4", "--judged", "16", "--tasks", "e2e", "--budgets", "2"],
+    "deep_lora": [*SMALL, "--tasks", "stsb", "--examples", "16", "--ranks", "2"],
+    "shira": [*SMALL[:6], "--judged", "16"],
 }
 
 
