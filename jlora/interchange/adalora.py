@@ -14,7 +14,6 @@ from jlora.interchange.index import Index, Read, trained_dtype
 from jlora.interchange.lora import shortest
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import Contents
-from jlora.interchange.read_lora import converted
 from jlora.interchange.recorded import Recorded
 from jlora.interchange.written import PREFIX, Written, origin
 from jlora.methods.adalora import AdaLoRA
@@ -125,7 +124,7 @@ def read(
 
 
 def _padded(folder: AdapterFolder, slot: Slot, roles: dict[str, str], rank: int, dtype: np.dtype) -> dict[str, np.ndarray]:
-    a, e, b = (converted(folder, roles[role], dtype) for role in ("a", "e", "b"))
+    a, e, b = (folder.read_as(roles[role], dtype) for role in ("a", "e", "b"))
     more = (0, rank - len(e))
     return {
         "a": np.pad(a.T, [(0, 0), more]),

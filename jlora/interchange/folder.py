@@ -86,6 +86,18 @@ class AdapterFolder:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: {key!r} can't be read ({error}); copy the file again") from None
 
+    def read_as(self, key: str, dtype: np.dtype) -> np.ndarray:
+        """A tensor in the dtype of an adapter, which loses nothing.
+
+        Raises:
+            ValueError: where it would.
+        """
+        tensor = self.read(key)
+        if tensor.dtype.itemsize > dtype.itemsize:
+            raise ValueError(f"{self.file}: {key!r} has dtype {tensor.dtype}, more than the {dtype} that its base's adapters "
+                             "have; cast one of them")  # fmt: skip
+        return tensor.astype(dtype)
+
 
 def _pickle_advice(path: Path) -> str:
     found = [name for name in PICKLES if (path / name).exists()]

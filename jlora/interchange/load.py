@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora import mesh, paths
 from jlora.adapted import SHARED, Adapted, Plan
-from jlora.interchange import manifest, read_wholes
+from jlora.interchange import manifest, read_wholes, rows
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
 from jlora.interchange.formats import FORMATS
@@ -50,8 +50,9 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
     index = Index(resolve(names, leaves.items()), leaves, folder.path)
     contents = parse(folder, settings.peft_type)
     found = format.find(folder, settings, contents, index)
+    tokens = rows.find(folder, settings, contents, index)
     read_wholes.check(folder, settings, contents, index)
-    starts = format.read(folder, settings, found, index, recorded)
+    starts = format.read(folder, settings, found, index, recorded) + rows.read(folder, tokens, index)
     adapted = {leaf.site.keys for leaf in starts}
     starts += read_wholes.read(folder, contents, index, recorded, adapted)
     return _adapted(params, leaves, starts)

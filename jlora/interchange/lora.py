@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from jlora.interchange import layout, serving
+from jlora.interchange import layout, rows, serving
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.pieces import Piece, join, split
@@ -39,6 +39,7 @@ def write(out: Written, adapters: list[tuple[Form, list[Slot]]], modules: set[st
     for piece in pieces:
         _write_piece(out, piece, PREFIX + piece.slot.module + (_nesting(piece, pieces) if piece.slot.experts else ""))
     out.config.update(settings(pieces, modules))
+    rows.write(out, [(form, slots) for form, slots in adapters if form.kind == "rows"])
     return {piece.slot.module for piece in pieces} | {name for piece in pieces for name in _tied(piece)}
 
 

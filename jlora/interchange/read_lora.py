@@ -20,7 +20,7 @@ from jlora.interchange.names import Slot
 from jlora.interchange.parse import WRAPPED, Contents
 from jlora.interchange.recorded import Recorded
 from jlora.method import Method, Site
-from jlora.methods import DoRA, LoRA
+from jlora.methods import DoRA, Full, LoRA
 from jlora.methods.dora import column_norms
 
 
@@ -32,6 +32,7 @@ class Stored:
         name: the parameter.
         a, b: keys of the factors.
         m: key of DoRA's magnitude, or None.
+        bias: key of a bias that is added behind B, times the scale, or None.
         rank: columns of `a`, by the settings.
         scale: the factor of `a @ b`.
         rslora: whether that is `alpha / sqrt(rank)`.
@@ -41,6 +42,7 @@ class Stored:
     a: str
     b: str
     m: str | None
+    bias: str | None
     rank: int
     scale: float
     rslora: bool
@@ -81,9 +83,18 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         goal = name.rpartition(".")[0] if name in index.tied else target(slot)
         rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
         scale = alpha / (rank**0.5 if rslora else rank)
-        found[name] = Stored(name, roles[pair[0]], roles[pair[1]], roles.get("m"), rank, scale, rslora)
+        found[name] = Stored(name, roles[pair[0]], roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora)
         _check_shapes(folder, found[name], slot, name in index.tied)
+        if "bias" in roles:
+            _check_bias(folder, roles["bias"], f"{stem}.bias", contents, index)
     return found
+
+
+def _check_bias(folder: AdapterFolder, key: str, name: str, contents: Contents, index: Index) -> None:
+    """A bias behind B is a change of the module's own bias, which must be there, and trained in no other way."""
+    if name in contents.parameters:
+        raise ValueError(f"{folder.file}: {key!r} and {contents.parameters[name]!r} both change the bias of one module")
+    folder.check(key, layout.torch_shape(index.by_name[index.parameter(name, key)][0]), f"{name!r}")
 
 
 def _parameter(stem: str, settings: Settings, contents: Contents, index: Index, key: str) -> str:
@@ -121,6 +132,22 @@ def read(
         stored = {slot: found[slot.name] for slot in index.slots[keys] if slot.name in found}
         parts = [_part(folder, slot, one, index.leaves[keys].dtype, recorded) for slot, one in stored.items()]
         result.append(_leaf(keys, parts, stored, index, settings, recorded))
+    return result + _biases(folder, found, index)
+
+
+def _biases(folder: AdapterFolder, found: dict[str, Stored], index: Index) -> list[Read]:
+    """The biases behind B, as trained biases of the modules."""
+    stored = {f"{name.rpartition('.')[0]}.bias": one for name, one in found.items() if one.bias is not None}
+    result = []
+    for keys in index.leaves_of(set(stored)):
+        leaf = index.leaves[keys]
+        dtype = trained_dtype(leaf.dtype)
+        w = np.array(leaf, dtype)
+        for slot in (slot for slot in index.slots[keys] if slot.name in stored):
+            one = stored[slot.name]
+            added = layout.take_columns(slot, folder.read_as(str(one.bias), dtype)) * dtype.type(one.scale)
+            layout.whole_from_torch(slot, layout.whole_to_torch(slot, w) + added, w)
+        result.append(Read(index.site(keys, Full()), {"w": w}))
     return result
 
 
@@ -143,24 +170,12 @@ def _check_tied(folder: AdapterFolder, found: dict[str, Stored], index: Index) -
 
 def _part(folder: AdapterFolder, slot: Slot, stored: Stored, dtype: Any, recorded: Recorded) -> Part:
     kind = trained_dtype(dtype)
-    a = layout.a_from_torch(slot, converted(folder, stored.a, kind))
-    b = layout.b_from_torch(slot, converted(folder, stored.b, kind))
-    m = None if stored.m is None else converted(folder, stored.m, kind).reshape(-1)
+    a = layout.a_from_torch(slot, folder.read_as(stored.a, kind))
+    b = layout.b_from_torch(slot, folder.read_as(stored.b, kind))
+    m = None if stored.m is None else folder.read_as(stored.m, kind).reshape(-1)
     start, stop, _ = slot.torch_columns()
     ranks = recorded.ranks(stored.a, slot)
     return Part(slot, a[..., ranks], b[..., ranks, start:stop], None if m is None else m[start:stop], stored.scale)
-
-
-def converted(folder: AdapterFolder, key: str, dtype: np.dtype) -> np.ndarray:
-    """A tensor in the dtype of the adapter, which loses nothing.
-
-    Raises:
-        ValueError: where it would.
-    """
-    tensor = folder.read(key)
-    if tensor.dtype.itemsize > dtype.itemsize:
-        raise ValueError(f"{folder.file}: {key!r} has dtype {tensor.dtype}, more than the {dtype} of the base; cast one of them")
-    return tensor.astype(dtype)
 
 
 def _leaf(

@@ -9,7 +9,6 @@ from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
 from jlora.interchange.index import Index, Keys, Read, trained_dtype
 from jlora.interchange.parse import Contents
-from jlora.interchange.read_lora import converted
 from jlora.interchange.recorded import Recorded
 from jlora.methods import Full
 
@@ -53,7 +52,7 @@ def read(
         dtype = trained_dtype(leaf.dtype)
         w = np.array(leaf, dtype)
         for slot in slots:
-            layout.whole_from_torch(slot, layout.take_columns(slot, converted(folder, stored[slot.name], dtype)), w)
+            layout.whole_from_torch(slot, layout.take_columns(slot, folder.read_as(stored[slot.name], dtype)), w)
         found.append(Read(index.site(keys, Full()), {"w": w}))
     return found
 

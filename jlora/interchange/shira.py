@@ -13,7 +13,6 @@ from jlora.interchange.index import Index, Read, trained_dtype
 from jlora.interchange.lora import shortest
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import Contents
-from jlora.interchange.read_lora import converted
 from jlora.interchange.recorded import Recorded
 from jlora.interchange.written import PREFIX, Written, origin
 from jlora.methods.shira import SHiRA
@@ -110,4 +109,4 @@ def _entries(folder: AdapterFolder, roles: dict[str, str], shape: tuple[int, int
     if not inside or len(np.unique(flat)) < len(flat):
         raise ValueError(f"{folder.file}: {roles['index']!r} holds positions twice, or outside of the matrix")
     order = np.argsort(flat)
-    return {"values": converted(folder, roles["values"], dtype)[order], "index": flat[order].astype(np.int32)}
+    return {"values": folder.read_as(roles["values"], dtype)[order], "index": flat[order].astype(np.int32)}

@@ -11,7 +11,6 @@ from jlora.interchange.index import Index, Read, trained_dtype
 from jlora.interchange.lora import shortest
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import SHARED, Contents
-from jlora.interchange.read_lora import converted
 from jlora.interchange.recorded import Recorded
 from jlora.interchange.written import PREFIX, Written, origin
 from jlora.methods.vera import VeRA
@@ -85,22 +84,18 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
 def read(
     folder: AdapterFolder, settings: Settings, found: dict[str, dict[str, str]], index: Index, recorded: Recorded
 ) -> list[Read]:
-    """The adapters, by leaf.
-
-    Raises:
-        ValueError: for a stack of which some layers have no adapter.
-    """
+    """The adapters, by leaf; a layer of a stack without one has zeros."""
     shared_keys = found.pop("")
     initial, seed = settings.number("d_initial", 0.1), int(settings.number("projection_prng_key", 0))
     plain = VeRA(settings.integer("r", 256), initial, seed, settings.number("vera_dropout", 0.0))
     leaves = index.leaves_of(set(found))
     dtype = max((trained_dtype(index.leaves[keys].dtype) for keys in leaves), key=lambda kind: kind.itemsize)
-    shared = {name: converted(folder, key, dtype).T for name, key in shared_keys.items()}
+    shared = {name: folder.read_as(key, dtype).T for name, key in shared_keys.items()}
     result = []
     for keys in leaves:
         slots = [slot for slot in index.slots[keys] if slot.name in found]
         kind = trained_dtype(index.leaves[keys].dtype)
-        arrays = {slot: {role: converted(folder, key, kind) for role, key in found[slot.name].items()} for slot in slots}
+        arrays = {slot: {role: folder.read_as(key, kind) for role, key in found[slot.name].items()} for slot in slots}
         method = recorded.one(slots, VeRA)
         site = index.site(keys, plain if method is None or method.rank != plain.rank else method)
         result.append(Read(site, index.stack(site, list(arrays.items())), shared=shared))

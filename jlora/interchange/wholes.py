@@ -77,7 +77,7 @@ def write(out: Written, parameters: Parameters, targets: set[str], only: str = "
         out: gets the tensors, and the settings `bias` and `modules_to_save`.
         parameters: all of them.
         targets: modules that carry an adapter.
-        only: what PEFT calls training the biases of these alone.
+        only: what PEFT calls training the biases of these alone; empty where it can't.
 
     Raises:
         ValueError: for what PEFT has no place for.
@@ -102,7 +102,10 @@ def write(out: Written, parameters: Parameters, targets: set[str], only: str = "
                 _add_saved(out, parameters, name)
             saved += _add_tied(out, parameters, trained)
     _check_suffixes(saved, parameters.modules)
-    out.config["bias"] = "all" if biases["other"] else only if biases["own"] else "none"
+    if any(biases.values()) and not only:
+        raise ValueError(f"PEFT's {out.config['peft_type']} has no trained biases; leave them out of the spec")
+    if only:
+        out.config["bias"] = "all" if biases["other"] else only if biases["own"] else "none"
     out.config["modules_to_save"] = saved or None
 
 
