@@ -19,6 +19,7 @@ from jlora.method import Factors as Factors
 from jlora.method import Method as Method
 from jlora.method import OptimizerRule as OptimizerRule
 from jlora.method import Site as Site
+from jlora.method import Sparse as Sparse
 from jlora.method import Start as Start
 from jlora.method import View as View
 from jlora.methods import *  # noqa: F403
@@ -32,3 +33,9 @@ from jlora.sites import Sites as Sites
 from jlora.sites import sites as sites
 from jlora.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.spec import Axes as Axes
+from jlora.switch import Pack as Pack
+from jlora.switch import fuse as fuse
+from jlora.switch import interference as interference
+from jlora.switch import pack as pack
+from jlora.switch import restore as restore
+from jlora.switch import switch as switch

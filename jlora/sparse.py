@@ -18,10 +18,14 @@ from jax.custom_derivatives import SymbolicZero
 from jlora.contraction import Options, accumulation_dtype, in_rows, matmul
 from jlora.method import Sparse
 
-#: Flops of a dense product that take as long as one of the 2 flops of an entry. On two CPU cores both gradients take as
-#: long at 3 % of the entries (docs/switching.md); elsewhere an estimate from the bandwidth and flops of an H100.
+#: Entries of a dense product that take as long as one entry by itself. Measured on two CPU cores, where a gradient by
+#: entries takes as long as the dense one at 3 to 4 % (docs/switching.md). Elsewhere an estimate: an accelerator's dense
+#: products are far faster, its memory is not.
 ENTRY_COST = {"cpu": 32}
 ENTRY_COST_ELSEWHERE = 512
+
+#: Products of an entry and a token at a time, for the values' gradients: 2**17 are 512 KB in float32.
+IN_CACHE = 2**17
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Plan:
     gradient: str
 
 
-def choose(plan: str, tokens: int, shape: tuple[int, int], entries: int, dtype: Any) -> Plan:
+def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: Any) -> Plan:
     """The plan of a product `x [tokens, in] @ (w + scatter(values))`.
 
     A copy of `w` moves about as many values as it has, entries move `tokens * entries`. The update by itself as a dense
@@ -89,12 +93,14 @@ class Entries:
 
     def added_to(self, w: jax.Array) -> jax.Array:
         """`w` with the values added, each sum rounded once."""
-        wide = jnp.promote_types(w.dtype, self.values.dtype)
-        at = w.at[self.rows, self.columns]
         # A scatter by two coordinates is cut as `w` is; by flat positions it would gather a `w` that is cut.
-        return at.set((at.get().astype(wide) + self.values.astype(wide)).astype(w.dtype), unique_indices=True)
+        at = w.at[self.rows, self.columns]
+        wide = jnp.promote_types(w.dtype, self.values.dtype)
+        if wide == w.dtype:
+            return at.add(self.values.astype(wide), unique_indices=True)
+        return at.set((at.get().astype(wide) + self.values).astype(w.dtype), unique_indices=True)
 
-    def alone(self, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    def alone(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """The values in a matrix of zeros."""
         return jnp.zeros(shape, dtype).at[self.rows, self.columns].add(self.values.astype(dtype), unique_indices=True)
 
@@ -129,10 +135,10 @@ class _Static:
             return self.matmul(x, entries.added_to(w).astype(x.dtype))
         return self.matmul(x, w.astype(x.dtype)) + self.update(kind, x, w.shape, entries)
 
-    def update(self, kind: str, x: jax.Array, shape: tuple[int, int], entries: Entries) -> jax.Array:
+    def update(self, kind: str, x: jax.Array, shape: tuple[int, ...], entries: Entries, step: int = 0) -> jax.Array:
         """`x @ update`, by entries or dense; linear in `x` and in the values."""
         if kind == "entries":
-            return by_entries(x, entries, shape[1]).astype(accumulation_dtype(self.out_dtype))
+            return by_entries(x, entries, shape[1], step).astype(accumulation_dtype(self.out_dtype))
         return self.matmul(x, entries.alone(shape, x.dtype))
 
 
@@ -158,18 +164,20 @@ def _product_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[jax.Arra
         terms.append(static.matmul(x, dw))
     if dvalues is not None:
         moved = Entries(entries.rows, entries.columns, dvalues)
-        terms.append(static.update(static.plan.gradient, x, w.shape, moved))
+        step = max(16, IN_CACHE * x.shape[-1] // x.size)
+        terms.append(static.update(static.plan.gradient, x, w.shape, moved, step))
     y = _product(x, w, entries, static)
     return y, sum(terms[1:], terms[0]).astype(y.dtype) if terms else jnp.zeros_like(y)
 
 
-def by_entries(x: jax.Array, entries: Entries, out: int) -> jax.Array:
+def by_entries(x: jax.Array, entries: Entries, out: int, step: int = 0) -> jax.Array:
     """`x [..., in] @ scatter(values)`, some entries at a time, in the values' dtype.
 
-    Features come first, since then an entry reads and adds to one contiguous row. What arises on the way, forward and
-    backward, is of the size of `x` or `y`: that many entries go at a time.
+    Features come first, since then an entry reads and adds to one contiguous row. As many entries go at a time as make
+    what arises on the way, forward and backward, as large as `x` or `y`: the gradient of `x` is added up as a whole each
+    time, so less would cost more. Where the values alone have a gradient, `step` may be small.
     """
-    k, step = entries.values.size, max(x.shape[-1], out)
+    k, step = entries.values.size, step or max(x.shape[-1], out)
     features = jnp.moveaxis(x, -1, 0)
     y = jnp.zeros((out, *features.shape[1:]), entries.values.dtype)
 

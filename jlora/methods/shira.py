@@ -114,10 +114,11 @@ class SHiRA(Method):
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """Chooses the entries; the values are zero."""
-        k = self.number(*w.shape)
+        rows, columns = w.shape
+        k = self.number(rows, columns)
         first, last = self.offset * k, (self.offset + 1) * k
         if self.mask == "struct":
-            index = jnp.asarray(struct_index(*w.shape, k, self.lines, self.offset), jnp.int32)
+            index = jnp.asarray(struct_index(rows, columns, k, self.lines, self.offset), jnp.int32)
         elif self.mask == "random":
             index = jnp.sort(jax.random.permutation(key, w.size)[first:last])
         else:
@@ -134,8 +135,8 @@ class SHiRA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + scale * scatter(index, values)`; the cast keeps a 16-bit base from rounding the update."""
-        values, columns = view.params["values"], view.w.shape[1]
-        rows, columns = jnp.divmod(view.frozen["index"], jnp.int32(columns))
+        values = view.params["values"]
+        rows, columns = jnp.divmod(view.frozen["index"], jnp.int32(view.w.shape[1]))
         return view.w.astype(values.dtype).at[rows, columns].add(self.scale * values, unique_indices=True)
 
     def sparse(self, view: View) -> Sparse:
