@@ -30,7 +30,35 @@ def on_files(files, config):
     """Adds the pages that lie outside of `docs`."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=relinked((ROOT / source).read_text(encoding="utf-8"))))
+    for results in _studies():
+        for picture in sorted(results.parent.glob("*.png")):
+            name = f"evidence/{results.parent.name}/{picture.name}"
+            files.append(File.generated(config, name, abs_src_path=str(picture)))
     return files
+
+
+def _studies() -> list[Path]:
+    """The results pages of the experiments that come to a verdict."""
+    pages = sorted((ROOT / "experiments").glob("*/results.md"))
+    return [page for page in pages if "\nVerdict: " in page.read_text(encoding="utf-8")]
+
+
+def studies() -> str:
+    """The verdicts of all studies in a table, then each study's results."""
+    rows, pages = ["| question | verdict |", "|---|---|"], []
+    for results in _studies():
+        name = results.parent.name
+        about = ast.get_docstring(ast.parse((results.parent / "run.py").read_text(encoding="utf-8"))) or ""
+        question, _, detail = about.partition("\n\n")
+        text = results.read_text(encoding="utf-8")
+        verdict = re.search(r"^Verdict: (.*)$", text, flags=re.MULTILINE)
+        assert verdict is not None
+        rows.append(f"| [{question}](#{name.replace('_', '-')}) | {verdict[1]} |")
+        command, _, rest = detail.partition("\n\n")
+        text = re.sub(r"\]\(([\w]+\.png)\)", rf"](evidence/{name}/\1)", text)
+        heading = f"## {question} {{#{name.replace('_', '-')}}}"
+        pages += [heading, "", "```bash", command.strip(), "```", "", rest, "", text]
+    return "\n".join([*rows, "", *pages])
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -141,6 +169,7 @@ MARKS: dict[str, Callable[..., str]] = {
     "checks": checks,
     "api": api,
     "run folder": run_folder,
+    "studies": studies,
     "flags": flags,
     # In README this says where a table stands.
     "methods": str,

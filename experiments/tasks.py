@@ -24,6 +24,9 @@ from jlora import models
 
 DATA = Path(os.environ.get("JLORA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
+#: Rows read of a table; tests read few.
+MOST_ROWS: int | None = None
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -116,6 +119,12 @@ _SENTENCES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def encoder(data: Path) -> tuple[Any, Any]:
+    """The pretrained encoder of sentences and its params in float32."""
+    model, pretrained = models.load(data / "minilm_l6_v2")
+    return model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pretrained)
+
+
 def _sentences(name: str, data: Path) -> Task:
     train_file, test_file, length, texts, target, kind = _SENTENCES[name]
     options = {"delimiter": "," if train_file.endswith("csv") else "\t", "header": name not in ("cola", "stsb")}
@@ -137,8 +146,7 @@ def _sentences(name: str, data: Path) -> Task:
             return {"inputs": inputs, "targets": np.array([float(row[target]) / 5 for row in table], np.float32)}
         return {"inputs": inputs, "targets": np.array([labels.index(row[target]) for row in table], np.int32)}
 
-    model, pretrained = models.load(data / "minilm_l6_v2")
-    pretrained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pretrained)
+    model, pretrained = encoder(data)
     outputs = (
         2 if kind == "regress" else len(labels)
     )  # a classifier has two outputs at least; regression reads the first
@@ -150,7 +158,8 @@ def _sentences(name: str, data: Path) -> Task:
     def apply(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
         return classifier.apply({"params": params}, **inputs)
 
-    return Task(name, kind, apply, arrays(tables[0]), arrays(tables[1]), params)
+    train, test = (arrays(table[:MOST_ROWS]) for table in tables)
+    return Task(name, kind, apply, train, test, params)
 
 
 def _shakespeare(data: Path) -> tuple[str, str]:

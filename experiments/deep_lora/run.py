@@ -54,7 +54,7 @@ def plan(results, options):
     if len(results) < len(chosen):
         return chosen
     best = {(t, m): best_rate(results, t, m) for t in options.tasks for m in METHODS}
-    cases = [(n, options.rank) for n in options.examples] + [(MIDDLE, r) for r in options.ranks if r != options.rank]
+    cases = dict.fromkeys([(n, options.rank) for n in options.examples] + [(MIDDLE, r) for r in options.ranks])
     return chosen + [
         {"stage": "run", **fixed(t), "method": m, "rank": r, "examples": n, "rate": best[t, m], "seed": seed}
         for seed in range(options.seeds)

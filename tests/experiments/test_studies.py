@@ -1,11 +1,18 @@
-"""Every study of `experiments/` runs for a few steps, is resumed where it stopped, and comes to a verdict."""
+"""Every study of `experiments/` runs for a few steps, is resumed where it stopped, and comes to a verdict.
+
+The data are the studies' own. Sentences go to a tiny encoder here, since MiniLM would take minutes.
+"""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from jlora.models import Bert, BertConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--rank", "2", "--judged", "16"]
@@ -25,7 +32,24 @@ def study_of(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.study.COMPILER["xla_backend_optimization_level"] = 0
+    module.tasks.MOST_ROWS = 300
+    module.tasks.encoder = tiny_encoder
     return module
+
+
+def tiny_encoder(data):
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+    )
+    model = Bert(config)
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
