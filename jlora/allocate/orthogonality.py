@@ -16,7 +16,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 # ‖M‖ has no gradient at 0; the root of (‖M‖² + this) has.
 _TINY = 1e-12
 #: A column adds no direction if less than this part of it is left outside the span of the others.
-_DEPENDENT = 1e-5
+_DEPENDENT = 5e-7
 
 
 def penalty(factors: list[Triplet], active: list[jax.Array], weight: float) -> jax.Array:

@@ -273,7 +273,7 @@ def ranks(adapted: Adapted, opt_state: Any) -> dict[str, int]:
         masks = [np.asarray(jax.device_get(paths.lookup(state.active, site.keys))) for site in sites]
         numbers = np.concatenate([mask.sum(-1).ravel() for mask in masks])
         found |= dict(zip(triplets.names(sites), map(int, numbers), strict=True))
-    return found
+    return {name: found[name] for name in triplets.names(adapted.plan.sites) if name in found}
 
 
 def rank_history(adapted: Adapted, opt_state: Any) -> RankHistory:
@@ -297,4 +297,6 @@ def rank_history(adapted: Adapted, opt_state: Any) -> RankHistory:
     if any(not np.array_equal(steps, rows[0][0]) for steps, _ in rows):
         raise ValueError("the methods of this optimizer allocate ranks over different numbers of steps")
     names = [name for state in states for name in triplets.names(_allocated(adapted, state))]
-    return RankHistory(rows[0][0], tuple(names), np.concatenate([table for _, table in rows], axis=1))
+    columns = dict(zip(names, np.concatenate([table for _, table in rows], axis=1).T, strict=True))
+    order = tuple(name for name in triplets.names(adapted.plan.sites) if name in columns)
+    return RankHistory(rows[0][0], order, np.stack([columns[name] for name in order], axis=1))

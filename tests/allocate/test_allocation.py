@@ -1,0 +1,237 @@
+"""Rank allocation in a user's loop: mixed with other methods, stopped and resumed, accumulated, in 16 bits, on a mesh."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from contract.problems import jit, normal, weight
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora.allocate.history import RankHistory
+
+PHASES = {"steps": 12, "start_steps": 2, "final_steps": 3}
+ADA = jlora.AdaLoRA(rank=3, target=2, interval=2, **PHASES)
+ELA = jlora.ElaLoRA(rank=2, max_rank=4, interval=2, moved=2, **PHASES)
+WIDER = jlora.AdaLoRA(rank=4, target=2, alpha=3, interval=2, **PHASES)
+# p and q have one budget, though q's rank and alpha are others, and DoRA is around it.
+SPEC = {"p": ADA, "q": jlora.DoRA(WIDER), "stack": jlora.Axes("batch in out", ELA), "bias": jlora.Full()}
+BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 8), "stack": weight(2, 3, 8, 8), "bias": jnp.zeros(8)}
+X, Y = normal(3, 16, 8), normal(4, 16, 8)
+
+
+def model(params, x):
+    x = jnp.tanh(x @ params["p"]) @ params["q"] + params["bias"]
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]
+
+
+def start(base=BASE):
+    adapted = jlora.adapterize(base, SPEC)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), jlora.optimizer(adapted, optax.adamw, 0.05, ratio=2, weight_decay=0.1)
+    )
+    return adapted, tx
+
+
+def make_step(adapted, tx, x=X, y=Y):
+    def loss(p):
+        return jnp.mean((jlora.lift(model)(adapted.replace(params=p), x) - y).astype(jnp.float32) ** 2)
+
+    @jit
+    def step(p, state):
+        updates, state = tx.update(jax.grad(loss)(p), state, p)
+        return optax.apply_updates(p, updates), state
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """What is adapted, its step, the params and states before every step and after the last."""
+    adapted, tx = start()
+    step = make_step(adapted, tx)
+    course = [(adapted.params, tx.init(adapted.params))]
+    for _ in range(12):
+        course.append(step(*course[-1]))
+    return adapted, step, course
+
+
+def in_use(params, name):
+    return int(np.sum(np.asarray(params[name]["e"]) != 0))
+
+
+def test_sites_with_equal_rules_share_a_budget_and_methods_mix(trained):
+    adapted, _, course = trained
+    params, state = course[-1]
+    assert in_use(params, "p") + in_use(params, "q") == 2 * 2
+    ranks = jlora.ranks(adapted, state)
+    assert list(ranks) == ["p", "q", "stack[0]", "stack[1]", "stack[2]"]
+    assert ranks["p"] == in_use(params, "p") and ranks["q"] == in_use(params, "q")
+    assert sum(ranks[f"stack[{n}]"] for n in range(3)) == 2 * 3
+    history = jlora.rank_history(adapted, state)
+    assert list(history.names) == list(ranks) and history.ranks[0].tolist() == [3, 4, 2, 2, 2]
+    assert history.ranks[-1].tolist() == list(ranks.values())
+    assert np.any(history.ranks[:, 2:] != 2), "no rank moved"
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(params["bias"]))
+
+
+def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(trained, tmp_path):
+    adapted, step, course = trained
+    fresh, tx = start()
+    like = jax.eval_shape(lambda: (fresh.params, tx.init(fresh.params)))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", course[7])
+    with ocp.StandardCheckpointer() as loader:
+        params, state = loader.restore(tmp_path / "state", like)
+    for _ in range(5):
+        params, state = step(params, state)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), course[-1])
+    before, after = (jlora.ranks(adapted, course[n][1]) for n in (7, 12))
+    assert before != after, "nothing is left to decide after the stop"
+
+
+def test_gradients_accumulated_outside_count_as_one_step(trained):
+    adapted, _, course = trained
+    _, inner = start()
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+
+    @jit
+    def both(p, gradient):
+        wanted, state = inner.update(gradient, inner.init(p), p)
+        many = tx.init(p)
+        for part in (0.5, 1.5):
+            updates, many = tx.update(jax.tree.map(lambda g: part * g, gradient), many, p)
+        return wanted, state, updates, many
+
+    p = course[0][0]
+    wanted, state, updates, many = both(p, jax.tree.map(lambda x: normal(5, *x.shape), p))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), updates, wanted)
+    assert jlora.ranks(adapted, many) == jlora.ranks(adapted, state)
+    assert jlora.rank_history(adapted, many).steps.tolist() == [0, 1]
+
+
+def test_a_base_in_16_bits_keeps_its_budget():
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
+    adapted, tx = start(base)
+    step, p, state = make_step(adapted, tx, X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)), adapted.params, None
+    state = tx.init(p)
+    kinds = jax.tree.map(lambda x: x.dtype, (p, state))
+    for _ in range(12):
+        p, state = step(p, state)
+    assert jax.tree.map(lambda x: x.dtype, (p, state)) == kinds
+    assert in_use(p, "p") + in_use(p, "q") == 4 == sum(jlora.ranks(adapted, state)[name] for name in "pq")
+
+
+def test_on_a_mesh_the_same_ranks_are_chosen_and_the_state_lies_as_the_params(trained):
+    adapted, _, course = trained
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    cuts = {"p": P("data", "model"), "q": P("model", "data"), "stack": P(None, "model", "data"), "bias": P()}
+    base = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in BASE.items()}
+    cut, tx = start(base)
+    step, p, state = make_step(cut, tx), cut.params, tx.init(cut.params)
+    outer, inner = state[1], state[1].inner  # of the second rule, and of the first
+    assert inner.sensitivity["p"]["a"].sharding == p["p"]["a"].sharding
+    assert outer.uncertainty["stack"]["b"].sharding == p["stack"]["b"].sharding
+    for _ in range(12):
+        p, state = step(p, state)
+    assert jlora.ranks(cut, state) == jlora.ranks(adapted, course[-1][1])
+    got, wanted = jax.device_get((p, course[-1][0]))
+    # Adam makes whole steps of the first steps' tiny gradients, rounding errors among them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02), got, wanted)
+
+
+def test_a_mesh_with_explicit_axes_gives_the_same():
+    base = {name: BASE[name] for name in ("p", "stack")}
+    adapted = jlora.adapterize(base, {name: SPEC[name] for name in base})
+    tx = jlora.with_rules(adapted, optax.adam(0.05))
+    gradient = jax.tree.map(lambda x: normal(6, *x.shape), adapted.params)
+
+    def run(p, gradient):
+        def step(p, state, gradient):
+            updates, state = tx.update(gradient, state, p)
+            return optax.apply_updates(p, updates), state
+
+        step, state = jit(step), tx.init(p)
+        for _ in range(5):
+            p, state = step(p, state, gradient)
+        return p, state
+
+    wanted = run(adapted.params, gradient)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
+    cuts = {"a": ("model", None), "b": (None, "data"), "e": ()}
+
+    def place(keys, leaf):
+        cut = cuts[keys[-1].key]
+        return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - len(cut)), *cut)))
+
+    with jax.set_mesh(mesh):
+        got = run(*(jax.tree_util.tree_map_with_path(place, tree) for tree in (adapted.params, gradient)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *jax.device_get((got, wanted)))
+    assert jlora.ranks(adapted, got[1])["p"] == 3
+    assert list(jlora.ranks(adapted, got[1]).values())[1:] != [2, 2, 2], "no rank moved"
+
+
+def test_what_no_rule_is_about_gets_what_the_optimizer_gives():
+    adapted, _ = start()
+    gradient = jax.tree.map(lambda x: normal(7, *x.shape), adapted.params)
+    plain, tx = optax.sgd(0.1), jlora.with_rules(adapted, optax.sgd(0.1))
+    wanted, _ = plain.update(gradient, plain.init(adapted.params), adapted.params)
+    got, _ = jit(lambda p, g: tx.update(g, tx.init(p), p))(adapted.params, gradient)
+    np.testing.assert_array_equal(got["q"]["m"], wanted["q"]["m"])
+    jax.tree.map(np.testing.assert_array_equal, got["bias"], wanted["bias"])
+
+
+def test_a_state_without_allocation_is_refused():
+    adapted = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": jlora.LoRA(2)})
+    tx = jlora.optimizer(adapted, optax.adam, 1e-3)
+    for read in (jlora.ranks, jlora.rank_history):
+        with pytest.raises(ValueError, match="holds no rank allocation: make it by jlora.optimizer"):
+            read(adapted, tx.init(adapted.params))
+
+
+def test_histories_of_different_lengths_are_refused():
+    base = {"u": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
+    adapted = jlora.adapterize(base, {"u": jlora.AdaLoRA(2, 1, steps=9), "w": jlora.AdaLoRA(2, 1, steps=300)})
+    state = jlora.optimizer(adapted, optax.adam, 1e-3).init(adapted.params)
+    assert jlora.ranks(adapted, state) == {"u": 2, "w": 2}
+    grown = jax.tree.map(lambda x: x, state)
+    with pytest.raises(ValueError, match="allocate ranks over different numbers of steps"):
+        jlora.rank_history(adapted, _at_step(grown, 5))
+
+
+def _at_step(state, step):
+    """The state with both counters at a step."""
+    from jlora.allocate.transform import AllocationState
+
+    if not isinstance(state, AllocationState):
+        return state
+    return state._replace(step=jnp.asarray(step), inner=_at_step(state.inner, step))
+
+
+def test_a_history_has_at_most_128_rows_from_the_first_step_to_the_last():
+    adapted = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": jlora.AdaLoRA(2, 1, steps=100_000)})
+    rows = jlora.optimizer(adapted, optax.adam, 1e-3).init(adapted.params).history.steps
+    assert len(rows) == 128 and rows[0] == 0 and rows[-1] == 100_000
+    assert np.ptp(np.diff(rows)) <= 1
+
+
+HISTORY = RankHistory(np.array([0, 5, 9]), ("u", "w[1]"), np.array([[2, 2], [1, 3], [0, 4]]))
+
+
+def test_a_history_is_plotted_as_modules_by_time(tmp_path):
+    HISTORY.plot(tmp_path / "ranks.png")
+    HISTORY.plot(str(tmp_path / "ranks.svg"))
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "ranks.svg").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.png", "ranks.svg"]
+
+
+def test_without_matplotlib_the_plot_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
+        HISTORY.plot(tmp_path / "ranks.png")
