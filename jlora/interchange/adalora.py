@@ -123,7 +123,9 @@ def read(
     return result
 
 
-def _padded(folder: AdapterFolder, slot: Slot, roles: dict[str, str], rank: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+def _padded(
+    folder: AdapterFolder, slot: Slot, roles: dict[str, str], rank: int, dtype: np.dtype
+) -> dict[str, np.ndarray]:
     a, e, b = (folder.read_as(roles[role], dtype) for role in ("a", "e", "b"))
     more = (0, rank - len(e))
     return {

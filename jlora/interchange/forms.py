@@ -169,7 +169,9 @@ def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
         raise ValueError(f"{site.path}: its adapter holds values that are not finite")
     a, b, residual = svd.truncate(delta, min(rank, *delta.shape[-2:]))
     names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
-    return Form(site, "lora", {"a": a, "b": b}, {"a": names, "b": names}, float(a.shape[-1]), residual=np.asarray(residual))
+    return Form(
+        site, "lora", {"a": a, "b": b}, {"a": names, "b": names}, float(a.shape[-1]), residual=np.asarray(residual)
+    )
 
 
 def _with_roles(site: Site, slot: Slot) -> Site:

@@ -69,7 +69,9 @@ def _check(pieces: list[Piece]) -> None:
             "use one for all, or pass svd_rank= to turn DoRA into LoRA"
         )
     if with_m and (experts := [piece for piece in with_m if piece.slot.experts]):
-        raise ValueError(f"{experts[0].slot.path}: PEFT has no DoRA of 3-D parameters; pass svd_rank= to turn it into LoRA")
+        raise ValueError(
+            f"{experts[0].slot.path}: PEFT has no DoRA of 3-D parameters; pass svd_rank= to turn it into LoRA"
+        )
     for piece in with_m:
         if piece.slot.entry.also:
             raise ValueError(f"{piece.slot.path} is also {piece.slot.entry.also[0]!r}, where DoRA would be another map; "

@@ -77,5 +77,7 @@ def read(directory: Path, tensors: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged or from another version ({error!r}); delete it to read the folder as PEFT's "
                          "own") from None  # fmt: skip
     if digest != sha256(tensors):
-        raise ValueError(f"{path} describes other tensors than {tensors.name} holds; delete it to read the folder as PEFT's own")
+        raise ValueError(
+            f"{path} describes other tensors than {tensors.name} holds; delete it to read the folder as PEFT's own"
+        )
     return found

@@ -61,7 +61,9 @@ class TorchParameter:
             raise ValueError(f'roles of a {self.kind} name "in" and "out" among the axes; got {self.roles!r}')
         several = len(self.names) > 1
         if several != (self.sizes is not None or words.count("part") == 1):
-            raise ValueError(f"{self.names}: several names need sizes, or one axis with the role 'part', and one has none")
+            raise ValueError(
+                f"{self.names}: several names need sizes, or one axis with the role 'part', and one has none"
+            )
         if self.sizes is not None and len(self.sizes) != len(self.names):
             raise ValueError(f"sizes {self.sizes} are not one for each of the names {self.names}")
         if self.columns is not None and (several or not 0 <= self.columns[0] < self.columns[1] <= self.columns[2]):
@@ -205,7 +207,7 @@ def slots(keys: tuple[str, ...], shape: tuple[int, ...], entry: Any, groups: dic
     """
     path = "/".join(keys)
     if isinstance(entry, str):
-        entry = _default(path, shape, entry)
+        entry = _default(path, shape, entry, groups)
     if not isinstance(entry, TorchParameter):
         raise TypeError(f"names: {path} must lead to a torch name or a TorchParameter, got {entry!r}")
     roles = _roles(path, shape, entry, groups)
@@ -221,10 +223,10 @@ def slots(keys: tuple[str, ...], shape: tuple[int, ...], entry: Any, groups: dic
     return found
 
 
-def _default(path: str, shape: tuple[int, ...], name: str) -> TorchParameter:
+def _default(path: str, shape: tuple[int, ...], name: str, groups: dict[str, str]) -> TorchParameter:
     """What a bare name means: by the leaf's last key, and vectors have one layout only."""
     last = path.rpartition("/")[2]
-    stacked = len(_fields(name))
+    stacked = len([field for field in _fields(name) if field not in groups])
     kind = "embedding" if last == "embedding" else "plain" if len(shape) - stacked <= 1 else "linear"
     if name.rpartition(".")[2] not in ("weight", "bias"):
         name = f"{name}.{'bias' if last == 'bias' else 'weight'}"

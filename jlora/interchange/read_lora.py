@@ -83,7 +83,9 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         goal = name.rpartition(".")[0] if name in index.tied else target(slot)
         rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
         scale = alpha / (rank**0.5 if rslora else rank)
-        found[name] = Stored(name, roles[pair[0]], roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora)
+        found[name] = Stored(
+            name, roles[pair[0]], roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora
+        )
         _check_shapes(folder, found[name], slot, name in index.tied)
         if "bias" in roles:
             _check_bias(folder, roles["bias"], f"{stem}.bias", contents, index)

@@ -28,9 +28,7 @@ def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: 
             raise ValueError(f"{folder.file}: modules_to_save names {module!r}, of which there is no tensor")
 
 
-def read(
-    folder: AdapterFolder, contents: Contents, index: Index, recorded: Recorded, adapted: set[Keys]
-) -> list[Read]:
+def read(folder: AdapterFolder, contents: Contents, index: Index, recorded: Recorded, adapted: set[Keys]) -> list[Read]:
     """The trained leaves.
 
     Raises:
@@ -47,7 +45,9 @@ def read(
         if len(copies) == len(slots):
             continue
         if keys in adapted:
-            raise ValueError(f"{folder.file}: {'/'.join(keys)} would be adapted and trained itself; jlora holds one of the two")
+            raise ValueError(
+                f"{folder.file}: {'/'.join(keys)} would be adapted and trained itself; jlora holds one of the two"
+            )
         leaf = index.leaves[keys]
         dtype = trained_dtype(leaf.dtype)
         w = np.array(leaf, dtype)

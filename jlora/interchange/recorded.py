@@ -58,7 +58,11 @@ class Recorded:
         method = methods.pop() if len(methods) == 1 else None
         inner = method.inner if isinstance(method, DoRA) else method
         plain = found.inner if isinstance(found, DoRA) else found
-        if not isinstance(inner, LoRA) or not isinstance(plain, LoRA) or isinstance(method, DoRA) != isinstance(found, DoRA):
+        if (
+            not isinstance(inner, LoRA)
+            or not isinstance(plain, LoRA)
+            or isinstance(method, DoRA) != isinstance(found, DoRA)
+        ):
             return None
         rank = inner.rank * (2 if inner.from_weight else 1)
         same = rank == plain.rank and abs(inner.scale - plain.scale) <= 1e-9 * abs(inner.scale)

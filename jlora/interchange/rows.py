@@ -43,7 +43,9 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         told = [rows for stem, rows in table.items() if module == stem or module.endswith("." + stem)]
         slot = index.by_name[index.tied.get(name, name)][0]
         if len(told) != 1 or not isinstance(told[0], list) or slot.kind != "embedding":
-            raise ValueError(f"{folder.file}: which rows {key!r} holds is not told by trainable_token_indices {table!r}")
+            raise ValueError(
+                f"{folder.file}: which rows {key!r} holds is not told by trainable_token_indices {table!r}"
+            )
         try:
             method = Rows(tuple(told[0]))
         except ValueError as error:
@@ -53,7 +55,9 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         folder.check(key, (len(method.indices), slot.torch_columns()[2]), f"the rows of {module!r}")
         found[name] = key, method
     if len(found) < len(table):
-        raise ValueError(f"{folder.file}: trainable_token_indices names {sorted(table)}, but only {sorted(found)} are there")
+        raise ValueError(
+            f"{folder.file}: trainable_token_indices names {sorted(table)}, but only {sorted(found)} are there"
+        )
     return found
 
 

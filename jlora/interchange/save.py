@@ -186,7 +186,9 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
     for site in adapted.plan.sites:
         for name in paths.lookup(adapted.params, site.keys):
             if (site.path, name) not in told:
-                raise ValueError(f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora")
+                raise ValueError(
+                    f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
+                )
 
 
 def _write(directory: Path, out: Written, forms: list[tuple[Form, list[Slot]]], profile: str) -> None:

@@ -27,7 +27,9 @@ def check(form: Form, slots: list[Slot]) -> None:
         raise ValueError(f"{path}: servers reject DoRA; pass svd_rank= to turn it into LoRA, or serve the merged model")
     for slot in slots:
         if slot.kind not in KINDS:
-            raise ValueError(f"{path}: servers read no LoRA of the kind {slot.kind!r}; serve the merged model (jlora merge)")
+            raise ValueError(
+                f"{path}: servers read no LoRA of the kind {slot.kind!r}; serve the merged model (jlora merge)"
+            )
         if slot.entry.also:
             raise ValueError(
                 f"{path} is also {slot.entry.also[0]!r} (tied weights), and servers adapt only one use of the two; leave it "

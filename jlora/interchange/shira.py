@@ -101,7 +101,9 @@ def read(
     return result
 
 
-def _entries(folder: AdapterFolder, roles: dict[str, str], shape: tuple[int, int], dtype: np.dtype) -> dict[str, np.ndarray]:
+def _entries(
+    folder: AdapterFolder, roles: dict[str, str], shape: tuple[int, int], dtype: np.dtype
+) -> dict[str, np.ndarray]:
     """Values and flat positions, in the matrix's order."""
     column, row = folder.read(roles["index"]).astype(np.int64)
     inside = np.all((row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1]))

@@ -84,7 +84,9 @@ def write(out: Written, parameters: Parameters, targets: set[str], only: str = "
     """
     saved: list[str] = []
     biases = {"own": 0, "other": 0}
-    for module in sorted({slots[0].module for name, slots in parameters.by_name.items() if parameters.is_trained(name)}):
+    for module in sorted(
+        {slots[0].module for name, slots in parameters.by_name.items() if parameters.is_trained(name)}
+    ):
         trained = [name for name in parameters.of_module(module) if parameters.is_trained(name)]
         if not module:
             raise ValueError(f"{trained[0]!r} belongs to no torch module, and PEFT saves whole modules only")

@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | inspect | merge | generate | eval`.
+"""The command line: `jlora finetune | inspect | merge | generate | eval | export | import`.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from.
 """
@@ -19,6 +19,8 @@ _EXAMPLES = """examples:
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora merge run merged_model
+  jlora export run --to adapter --profile serving
+  jlora import adapter --model DIR --to run
 """
 
 
@@ -37,6 +39,8 @@ def build_parser() -> Parser:
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
+    _add_export(commands.add_parser("export", help="write the adapters in PEFT's format"))
+    _add_import(commands.add_parser("import", help="make a run of an adapter in PEFT's format"))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -72,6 +76,26 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
     parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
     parser.add_argument("--max-rows", type=int, help="on this many rows, drawn by the run's seed")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of jlora finetune, or the adapters in it")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write, which must not exist")
+    parser.add_argument(
+        "--profile",
+        choices=("peft", "serving"),
+        default="peft",
+        help="peft: all that PEFT reads; serving: plain LoRA for vLLM, SGLang and llama.cpp (peft)",
+    )
+    parser.add_argument("--svd-rank", type=int, help="turn what has no place into LoRA of at most this rank, with a loss")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as trained)")
+    parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--model", help="directory of the base (default: the shipped model)")
+    parser.add_argument("--to", required=True, metavar="DIR", help="run to write, which must not exist")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

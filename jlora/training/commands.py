@@ -14,6 +14,7 @@ from jlora.training import processes
 from jlora.training.configuration import Given
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
+from jlora.training.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.flags import given
 from jlora.training.job import finetune, read_settings
 from jlora.training.rows import read_rows
@@ -102,4 +103,24 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
-COMMANDS = {"finetune": _finetune, "inspect": _inspect, "merge": _merge, "generate": _generate, "eval": _eval}
+def _export(arguments: argparse.Namespace) -> None:
+    run = open_run_or_adapters(arguments.run, arguments.model)
+    print(export_run(run, arguments.to, arguments.profile, arguments.svd_rank, arguments.dtype))
+    print(f"adapter written to {arguments.to}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    adapted = import_adapter(arguments.adapter, arguments.model, arguments.to)
+    print(jlora.summary(adapted))
+    print(f"run written to {arguments.to}")
+
+
+COMMANDS = {
+    "finetune": _finetune,
+    "inspect": _inspect,
+    "merge": _merge,
+    "generate": _generate,
+    "eval": _eval,
+    "export": _export,
+    "import": _import,
+}

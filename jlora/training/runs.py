@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora import models
+from jlora.models.merged import lazily_merged
 from jlora.training.data import encode, subset
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
@@ -93,6 +94,8 @@ def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base:
 def write_merged(run: Run, directory: str | Path) -> None:
     """Write the merged model as a Hugging Face directory, whole or not at all.
 
+    Leaves are merged one at a time while they are written: beside the base, one leaf and one shard are in memory.
+
     A classifier's directory holds the encoder; its head, which no class of transformers has in this form, lies beside
     it in `classifier.safetensors` (`kernel [hidden, labels]`, `bias [labels]`, on the pooled last hidden states) with
     `labels.json`. Encoders are pooled by the mean over tokens, decoders by the last token.
@@ -103,14 +106,14 @@ def write_merged(run: Run, directory: str | Path) -> None:
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists already; choose a new folder")
-    params = run.merged()
+    params = run.subject.params if run.adapted is None else lazily_merged(run.adapted)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         if not run.subject.labels:
             models.save(staging, run.subject.model, params, source=run.directory)
         else:
             models.save(staging, run.subject.model.backbone, params["backbone"], source=run.directory)
-            head = {name: np.ascontiguousarray(leaf) for name, leaf in params["classifier"].items()}
+            head = {name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in params["classifier"].items()}
             save_file(head, staging / "classifier.safetensors")
             write_json(staging / "labels.json", list(run.subject.labels))
         os.replace(staging, directory)

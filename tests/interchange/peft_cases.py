@@ -91,7 +91,9 @@ def params_of(case, base):
         axes = (0, 1, 2) if case.endswith("transposed") else (0, 2, 1)
         up, down = (arrays[f"experts.{name}"].transpose(axes) for name in ("gate_up_proj", "down_proj"))
         return {"gate": up[..., :5], "value": up[..., 5:], "down": down}
-    params = {name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]} for name in ("up", "mix", "head")}
+    params = {
+        name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]} for name in ("up", "mix", "head")
+    }
     params["norm"] = {"scale": arrays["norm.weight"], "bias": arrays["norm.bias"]}
     return {**params, "embed": {"embedding": arrays["embed.weight"]}}
 

@@ -27,7 +27,9 @@ def test_an_adapter_of_peft_goes_out_with_the_same_bytes(case, tmp_path):
     _, params, names, _, _ = peft_cases.load_case(case)
     adapted = jlora.load_peft(peft_cases.FOLDER / case, params, names)
     jlora.save_peft(tmp_path / "out", adapted, names)
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (peft_cases.FOLDER / case, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (peft_cases.FOLDER / case, tmp_path / "out")
+    )
     assert sorted(before) == sorted(after)
     for key, tensor in before.items():
         assert tensor.tobytes() == after[key].tobytes() and tensor.shape == after[key].shape, key

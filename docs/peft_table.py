@@ -1,0 +1,115 @@
+"""The tables of docs/peft.md, made from the code: what is tried is what is told.
+
+`python docs/peft_table.py` writes them between their marks; `--check` only says whether they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+from methods_table import methods
+
+import jlora
+from jlora.interchange import config
+from jlora.interchange.names import KINDS, TorchParameter
+
+PAGE = Path(__file__).parent / "peft.md"
+NAMES = {"up/kernel": "up", "embed/embedding": TorchParameter("embed.weight", "in out", "embedding")}
+
+
+def attempt(method: jlora.Method, profile: str) -> str:
+    """What becomes of a method in a profile, by trying it on a small matrix."""
+    leaf = "embed/embedding" if type(method).__name__ == "Rows" else "up/kernel"
+    params = {"up": {"kernel": jnp.cos(jnp.arange(480.0)).reshape(24, 20)}}
+    params["embed"] = {"embedding": jnp.sin(jnp.arange(120.0)).reshape(12, 10)}
+    spec = {leaf: jlora.Axes("in out", method, "gather") if leaf.startswith("embed") else method}
+    adapted = jlora.adapterize(params, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            jlora.save_peft(Path(folder) / "out", adapted, NAMES, profile)
+        except ValueError as error:
+            return "by `svd_rank=`" if "svd_rank=" in str(error) else "no"
+        told = json.loads((Path(folder) / "out" / "adapter_config.json").read_text())
+    return _told(told)
+
+
+def _told(told: dict) -> str:
+    if told.get("trainable_token_indices"):
+        return "`trainable_token_indices`"
+    if told.get("modules_to_save"):
+        return "`modules_to_save`, or `bias`"
+    kind = f"`{told['peft_type']}`" + (" with `use_dora`" if told.get("use_dora") else "")
+    return kind + (f" of rank {told['r']}" if told["peft_type"] == "LORA" else "")
+
+
+def _case(cls: type[jlora.Method]) -> list[jlora.Method]:
+    """The first case, and those of LoRA that start from the weight, which go out at twice the rank."""
+    if cls is jlora.LoRA:
+        return [jlora.LoRA(rank=4), jlora.LoRA(rank=4, init="olora"), jlora.LoRA(rank=4, init="pissa")]
+    return [next(case for case in cls.CASES if not case.needs)]
+
+
+def methods_rows() -> list[str]:
+    """One row a method."""
+    lines = ["| in jlora | profile `peft` | profile `serving` |", "|---|---|---|"]
+    for cls in methods():
+        for case in _case(cls):
+            lines.append(f"| `{case}` | {attempt(case, 'peft')} | {attempt(case, 'serving')} |")
+    return lines
+
+
+def settings_rows() -> list[str]:
+    """One row for each of PEFT's settings that says what the tensors are, or that is refused."""
+    lines = ["| setting of PEFT | in jlora |", "|---|---|"]
+    lines += [f"| `{key}` | {text} |" for key, text in config.USED.items()]
+    lines += [f"| `{key}` | refused: {text} |" for key, text in config.REFUSED.items()]
+    edited = ", ".join(f'`"{name}"`' for name in config.EDITED_BASE)
+    return [*lines, f"| `init_lora_weights` of {edited} | refused: the base was edited |"]
+
+
+def kinds_rows() -> list[str]:
+    """One row for each way in which torch keeps a matrix."""
+    lines = ["| `kind` | torch keeps |", "|---|---|"]
+    text = " ".join((TorchParameter.__doc__ or "").split())
+    for kind in KINDS:
+        told = text.split(f'"{kind}": ')[1].split(". ")[0].split("; ")[0]
+        lines.append(f"| `{kind}` | {told.rstrip('.')} |")
+    return lines
+
+
+TABLES = {"methods": methods_rows, "settings": settings_rows, "kinds": kinds_rows}
+
+
+def updated(text: str) -> str:
+    """The page's text with its tables made anew.
+
+    Raises:
+        ValueError: where a mark is missing.
+    """
+    for name, rows in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"the page must have the marks {start} and {end} once each")
+        before, rest = text.split(start)
+        text = "\n".join([before + start, *rows(), end + rest.split(end)[1]])
+    return text
+
+
+def main() -> int:
+    """Write the tables, or check them."""
+    text = PAGE.read_text(encoding="utf-8")
+    new = updated(text)
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            print("the tables of docs/peft.md are out of date: run `python docs/peft_table.py`", file=sys.stderr)
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Runs that go to PEFT, and adapters of PEFT that become runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import jlora
+from jlora import models
+from jlora.training.defaults import resolve
+from jlora.training.files import write_json
+from jlora.training.job import ADAPTERS, SETTINGS
+from jlora.training.runs import Run, open_run
+from jlora.training.settings import Settings
+from jlora.training.subject import load_subject, open_codec
+
+
+def open_run_or_adapters(path: str | Path, model: str | None) -> Run:
+    """A run by its folder, or by the folder of its adapters; see `open_run`."""
+    path = Path(path)
+    inside = path.name == ADAPTERS and not (path / SETTINGS).exists() and (path.parent / SETTINGS).exists()
+    return open_run(path.parent if inside else path, model)
+
+
+def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dtype: str | None) -> jlora.PeftReport:
+    """Write a run's adapters as PEFT does.
+
+    Raises:
+        ValueError: for what the profile can't express.
+        FileExistsError: if there is something already.
+    """
+    assert run.adapted is not None
+    return jlora.save_peft(
+        out,
+        run.adapted,
+        models.peft_names(run.subject.model),
+        profile,
+        svd_rank=svd_rank,
+        dtype=dtype,
+        base_model=str(run.directory),
+        task_type=None if run.subject.labels else "CAUSAL_LM",
+    )
+
+
+def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> jlora.Adapted:
+    """Make a run of an adapter of PEFT, which `jlora generate`, `eval`, `merge` and `export` take.
+
+    Args:
+        adapter: PEFT's folder.
+        model: directory of the base; None is the shipped model.
+        out: the run's folder, which must not exist.
+
+    Raises:
+        ValueError: for an adapter that the model has no place for.
+        FileExistsError: if there is something already.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose a new folder")
+    asked = Settings(model=model)
+    settings = resolve(asked)
+    subject = load_subject(settings, *open_codec(settings))
+    adapted = jlora.load_peft(adapter, subject.params, models.peft_names(subject.model))
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        jlora.save(staging / ADAPTERS, adapted)
+        about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
+        source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}
+        write_json(staging / SETTINGS, {**about, **source})
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return adapted

@@ -1,0 +1,96 @@
+"""Writes `peft_training/`: ten AdamW steps of PEFT 0.21 on a tiny Llama, from adapters that lie beside the losses.
+
+For `tests/interchange/test_training_golden.py`; `tests/parity/` runs the same live. Run with a Python that has torch,
+transformers and peft: `python tests/golden/make_peft_training.py`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+FOLDER = Path(__file__).parent / "peft_training"
+BASE = Path(__file__).parents[1] / "models" / "golden" / "llama_yarn"
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+STEPS, RATE, DECAY = 10, 0.01, 0.01
+# init_r and target_r, and the phases of the ten steps.
+ADALORA = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": STEPS}
+
+
+def lora(**options):
+    return LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **options)
+
+
+CONFIGS = {
+    "lora": lambda: lora(),
+    "rslora": lambda: lora(use_rslora=True),
+    "dora": lambda: lora(use_dora=True),
+    "olora": lambda: lora(init_lora_weights="olora"),
+    "pissa": lambda: lora(init_lora_weights="pissa"),
+    "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
+    "adalora": lambda: AdaLoraConfig(lora_alpha=6, target_modules=TARGETS, orth_reg_weight=0.3, **ADALORA),
+}
+# PiSSA and OLoRA move a part of the base into the factors, which decay would shrink.
+DECAYS = {"olora": 0.0, "pissa": 0.0}
+
+
+def tokens():
+    return torch.randint(0, 60, (4, 12), generator=torch.Generator().manual_seed(7))
+
+
+def start(name, folder, base=BASE):
+    """A PEFT model with a random start, which is saved."""
+    torch.manual_seed(11)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), CONFIGS[name]())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in DECAYS and "magnitude" not in key:
+                parameter.add_(torch.randn_like(parameter) / 20)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return model
+
+
+def train(model, name):
+    """The losses before each of ten steps and after the last; for AdaLoRA the ranks that are left too."""
+    x = tokens()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAYS.get(name, DECAY))
+    losses = []
+    for step in range(STEPS):
+        out = model(input_ids=x, labels=x)
+        logits = out.logits[:, :-1].reshape(-1, out.logits.shape[-1])
+        losses.append(torch.nn.functional.cross_entropy(logits, x[:, 1:].reshape(-1)).item())
+        out.loss.backward()  # with AdaLoRA's penalty, which PEFT adds to it
+        optimizer.step()
+        if name == "adalora":
+            model.base_model.update_and_allocate(step + 1)
+        optimizer.zero_grad()
+    with torch.no_grad():
+        losses.append(model.eval()(input_ids=x, labels=x).loss.item())
+    return {"losses": losses, "ranks": ranks(model)}
+
+
+def ranks(model):
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".lora_E.default"): int((tensor != 0).sum())
+        for key, tensor in model.state_dict().items()
+        if key.endswith(".lora_E.default")
+    }
+
+
+def main():
+    for name in CONFIGS:
+        model = start(name, FOLDER / name)
+        result = {"tokens": tokens().tolist(), **train(model, name)}
+        (FOLDER / name / "losses.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

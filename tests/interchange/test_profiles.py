@@ -1,0 +1,213 @@
+"""The two profiles: what servers read alike, truncation with its residual, and refusals that change nothing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jlora
+from jlora import TorchParameter
+
+PARAMS = {
+    "up": {"kernel": jnp.cos(jnp.arange(80.0)).reshape(10, 8), "bias": jnp.ones(8)},
+    "down": {"kernel": jnp.sin(jnp.arange(80.0)).reshape(8, 10)},
+    "embed": {"embedding": jnp.cos(jnp.arange(120.0) ** 2).reshape(12, 10)},
+    "experts": {"up": jnp.ones((2, 6, 7))},
+}
+NAMES = {
+    "(?P<m>up|down)/(kernel|bias)": "{m}",
+    "embed/embedding": TorchParameter("embed.weight", "in out", "embedding", also=()),
+    "experts/up": TorchParameter("experts.up_proj", "expert in out", "experts"),
+}
+LORA = jlora.LoRA(rank=2, alpha=3, init="random")
+
+
+def moved(adapted):
+    return adapted.replace(params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapted.params))
+
+
+def adapted_of(spec):
+    return moved(jlora.adapterize(PARAMS, spec))
+
+
+def saved(folder):
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+
+
+def test_for_servers_ranks_are_padded_and_scales_are_in_b(tmp_path):
+    odd = jlora.LoRA(rank=3, alpha=5, scaling="rslora", init="random")
+    adapted = adapted_of({"up/kernel": LORA, "down/kernel": odd})
+    report = jlora.save_peft(tmp_path / "out", adapted, NAMES, profile="serving")
+    config, tensors = saved(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["bias"]) == (3, 3, False, "none")
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and config["modules_to_save"] is None
+    assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {3}
+    assert not np.any(tensors["base_model.model.up.lora_A.weight"][2:])
+    np.testing.assert_array_equal(
+        tensors["base_model.model.down.lora_B.weight"], np.float32(5 / 3**0.5) * adapted.params["down"]["kernel"]["b"].T
+    )
+    assert "vLLM needs --max-lora-rank 8 or more" in str(report)
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jlora.merge(again), jlora.merge(adapted))
+
+
+REFUSED = {
+    "DoRA": ({"up/kernel": jlora.DoRA(LORA)}, "up/kernel: servers reject DoRA; pass svd_rank="),
+    "a bias": ({"up/kernel": LORA, "up/bias": jlora.Full()}, r"up/bias: Full\(\) is no low-rank adapter"),
+    "a trained leaf": ({"up/kernel": jlora.Full()}, r"up/kernel: Full\(\) is no low-rank adapter, .* jlora merge"),
+    "SHiRA": ({"up/kernel": jlora.SHiRA("weight", rank=1)}, "up/kernel: SHiRA.* is no low-rank adapter"),
+    "rows": ({"embed/embedding": jlora.Axes("in out", jlora.Rows((1,)), "gather")}, None),
+    "experts": ({"experts/up": jlora.Axes("batch in out", LORA)}, "experts/up: servers read no LoRA of the kind 'experts'"),
+}
+
+
+@pytest.mark.parametrize("spec, message", REFUSED.values(), ids=REFUSED)
+def test_what_servers_ignore_or_reject_is_refused_by_name_and_nothing_is_written(spec, message, tmp_path):
+    adapted = adapted_of(spec)
+    if message is None:  # the change of some rows is a LoRA of that rank
+        jlora.save_peft(tmp_path / "out", adapted, NAMES, profile="serving")
+        assert saved(tmp_path / "out")[0]["r"] == 1
+        return
+    with pytest.raises(ValueError, match=message):
+        jlora.save_peft(tmp_path / "out", adapted, NAMES, profile="serving")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_above_every_server_s_is_refused(tmp_path):
+    params = {"up": {"kernel": jnp.ones((600, 600))}}
+    adapted = jlora.adapterize(params, {"up/kernel": jlora.LoRA(rank=520)})
+    with pytest.raises(ValueError, match="up/kernel has rank 520, and servers take up to 512; pass svd_rank="):
+        jlora.save_peft(tmp_path / "out", adapted, {"up/kernel": "up"}, profile="serving")
+
+
+def test_a_tied_embedding_is_refused_for_servers(tmp_path):
+    names = {"embed/embedding": TorchParameter("embed.weight", "in out", "embedding", also=("head.weight",))}
+    adapted = adapted_of({"embed/embedding": jlora.Axes("in out", LORA, "gather")})
+    with pytest.raises(ValueError, match="embed/embedding is also 'head.weight' .tied weights."):
+        jlora.save_peft(tmp_path / "out", adapted, names, profile="serving")
+
+
+@pytest.mark.parametrize("profile", ["peft", "serving"])
+@pytest.mark.parametrize(
+    "method", [jlora.SHiRA("weight", rank=2), jlora.DoRA(LORA), jlora.LoRA(rank=6, alpha=4, init="random"), jlora.Full()], ids=str
+)  # fmt: skip
+def test_a_truncation_is_the_best_of_its_rank_and_says_what_is_lost(method, profile, tmp_path):
+    native = profile == "peft" and isinstance(method, jlora.DoRA | jlora.Full | jlora.SHiRA)
+    adapted = adapted_of({"up/kernel": method})
+    report = jlora.save_peft(tmp_path / "out", adapted, NAMES, profile, svd_rank=3)
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    change, kept = (np.asarray(jlora.merge(a)["up"]["kernel"] - PARAMS["up"]["kernel"]) for a in (adapted, again))
+    if native:
+        assert report.residuals == {} and again.plan == adapted.plan
+        return
+    u, s, v = np.linalg.svd(change)
+    np.testing.assert_allclose(kept, (u[:, :3] * s[:3]) @ v[:3], atol=1e-4)
+    lost = np.linalg.norm(s[3:]) / np.linalg.norm(s)
+    np.testing.assert_allclose(report.residuals["up/kernel"], lost, rtol=1e-3)
+    told = json.loads((tmp_path / "out" / "jlora_manifest.json").read_text())["leaves"][0]["residual"]
+    np.testing.assert_allclose(told, lost, rtol=1e-3)
+    assert f"up/kernel: truncated, relative residual {report.residuals['up/kernel']:.3g}" in str(report)
+
+
+def test_methods_that_no_folder_holds_together_go_out_as_exact_lora(tmp_path):
+    adapted = adapted_of({"up/kernel": jlora.AdaLoRA(rank=3, target=2, alpha=5, steps=10), "down/kernel": jlora.VeRA(4)})
+    report = jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    assert report.peft_type == "LORA" and report.residuals == {}
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jlora.merge(again), jlora.merge(adapted))
+
+
+MIXED = {
+    "SHiRA beside LoRA": (
+        {"up/kernel": jlora.SHiRA("weight", rank=1), "down/kernel": LORA},
+        "up/kernel: SHiRA.* has no place in a PEFT adapter that holds the others too",
+    ),
+    "DoRA beside LoRA": (
+        {"up/kernel": jlora.DoRA(LORA), "down/kernel": LORA},
+        "up/kernel has DoRA and down/kernel has not; a PEFT adapter has it everywhere or nowhere",
+    ),
+    "DoRA of experts": (
+        {"experts/up": jlora.Axes("batch in out", jlora.DoRA(LORA))},
+        "experts/up: PEFT has no DoRA of 3-D parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("spec, message", MIXED.values(), ids=MIXED)
+def test_what_peft_cannot_hold_is_refused_by_name(spec, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        jlora.save_peft(tmp_path / "out", adapted_of(spec), NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tensor_is_in_the_manifest_with_the_leaves_it_holds(tmp_path):
+    adapted = adapted_of({".*kernel": LORA, "up/bias": jlora.Full()})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    told = json.loads((tmp_path / "out" / "jlora_manifest.json").read_text())
+    lines = {line["key"]: line["from"] for line in told["tensors"]}
+    assert set(lines) == set(saved(tmp_path / "out")[1])
+    assert lines["base_model.model.up.lora_A.weight"] == [{"leaf": "up/kernel", "fields": ["a"]}]
+    assert lines["base_model.model.up.base_layer.bias"] == [{"leaf": "up/bias", "fields": ["w"]}]
+    assert told["leaves"][-1] == {
+        "leaf": "up/kernel",
+        "method": jlora.method_to_dict(LORA),
+        "form": "lora",
+        "parameters": ["up.weight"],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tensors_can_be_written_in_16_bits_and_come_back_in_32(dtype, tmp_path):
+    adapted = adapted_of({".*kernel": LORA})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype=dtype)
+    assert {str(t.dtype) for t in saved(tmp_path / "out")[1].values()} == {dtype}
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype("f4")), again.params, adapted.params)
+
+
+def test_a_folder_in_use_is_left_alone_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    adapted = adapted_of({"up/kernel": LORA})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="already there and not empty"):
+        jlora.save_peft(tmp_path / "mine", adapted, NAMES)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    import jlora.interchange.manifest as manifest
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "describe", full)
+    with pytest.raises(OSError, match="can't be written, and nothing was left there .*No space left"):
+        jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"profile": "vllm"}, "profile must be one of .'peft', 'serving'., got 'vllm'"),
+        ({"svd_rank": 0}, "svd_rank must be a positive integer, got 0"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        jlora.save_peft(tmp_path / "out", adapted_of({"up/kernel": LORA}), NAMES, **options)
+
+
+def test_adapters_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to save: no leaf is adapted"):
+        jlora.save_peft(tmp_path / "out", jlora.Adapted(PARAMS, {}, {}, {}, jlora.adapted.Plan(())), NAMES)
+
+
+def test_an_array_that_is_not_contiguous_is_written_by_its_values(tmp_path):
+    adapted = jlora.adapterize(PARAMS, {"up/kernel": LORA})
+    a = np.asarray(adapted.params["up"]["kernel"]["a"])
+    strided = np.asfortranarray(a)
+    assert not strided.flags.c_contiguous
+    adapted.params["up"]["kernel"]["a"] = strided
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    np.testing.assert_array_equal(saved(tmp_path / "out")[1]["base_model.model.up.lora_A.weight"], a.T)

@@ -1,0 +1,14 @@
+"""Ten steps of AdamW on a tiny Llama give the losses that they give in PEFT 0.21, and AdaLoRA leaves the same ranks."""
+
+import numpy as np
+import pytest
+import peft_training_steps as training
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])
+def test_ten_steps_of_adamw_have_the_losses_of_peft(name):
+    expected = training.expected(name)
+    losses, ranks = training.train(training.GOLDEN / name, name, expected["tokens"])
+    assert losses[0] - losses[-1] > 0.1
+    np.testing.assert_allclose(losses, expected["losses"], rtol=2e-5, atol=2e-5)
+    assert ranks == expected["ranks"]

@@ -1,0 +1,163 @@
+"""Both sides live: what jlora writes PEFT computes, what PEFT writes jlora computes, and both train alike.
+
+Needs torch, transformers and PEFT: `pip install -e ".[test,parity]"`, then `pytest -m parity`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import peft_training_steps as training
+
+import jlora
+from jlora import models
+
+pytestmark = pytest.mark.parity
+GOLDEN = training.BASE.parent
+TOKENS = np.arange(20).reshape(2, 10) % 50
+ATTENTION, LINEAR = r".*/(q|v)_proj/kernel", r".*/(q|v|o|gate|down)_proj/kernel"
+LORA = jlora.LoRA(rank=4, alpha=6)
+# name: (base, spec)
+EXPORTS = {
+    "lora": ("llama_yarn", {LINEAR: LORA}),
+    "rslora and patterns": (
+        "qwen3",
+        {ATTENTION: jlora.LoRA(4, 6.0, "rslora"), r".*/o_proj/kernel": jlora.LoRA(2, 3.0)},
+    ),
+    "dora": ("llama_yarn", {LINEAR: jlora.DoRA(LORA)}),
+    "olora": ("qwen3", {LINEAR: jlora.LoRA(4, 6.0, init="olora")}),
+    "pissa": ("llama_yarn", {LINEAR: jlora.LoRA(4, 6.0, init="pissa")}),
+    "adalora": ("llama_yarn", {LINEAR: jlora.AdaLoRA(4, 2, 6.0, steps=10)}),
+    "vera": ("llama_yarn", {LINEAR: jlora.VeRA(8)}),
+    "shira": ("llama_yarn", {LINEAR: jlora.SHiRA("weight", rank=2)}),
+    "head and norms": ("qwen3", {ATTENTION: LORA, "lm_head/kernel": jlora.Full(), ".*layernorm/scale": jlora.Full()}),
+    "biases": ("llama_llama3_biases", {ATTENTION: LORA, ".*/(q|down)_proj/bias": jlora.Full()}),
+    "embedding": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": LORA}),
+    "rows": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Rows((3, 7))}),
+    "tied head": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Full()}),
+    "encoder": ("bert", {".*/(query|value|dense)/kernel": LORA}),
+    "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
+}
+
+
+def moved(adapted):
+    """Adapters away from their start, so that the test is not about zeros."""
+    keys = iter(jax.random.split(jax.random.key(3), 1000))
+    return adapted.replace(params=jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape) / 20, adapted.params))
+
+
+def in_jax(model, adapted, lift=True):
+    def function(params, tokens):
+        return model.apply({"params": params}, tokens)
+
+    return np.asarray((jlora.lift(function) if lift else function)(adapted, jnp.asarray(TOKENS)))
+
+
+def torch_base(name):
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    kind = AutoModel if name.startswith("bert") else AutoModelForCausalLM
+    return kind.from_pretrained(name if "/" in str(name) else GOLDEN / name, dtype=torch.float32)
+
+
+def in_torch(model):
+    import torch
+
+    with torch.no_grad():
+        out = model.eval()(torch.as_tensor(TOKENS))
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
+
+
+def peft_model(name, folder):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(torch_base(name), folder)
+
+
+def adapted_of(base, spec):
+    model, params = models.load(GOLDEN / base)
+    sites = jlora.sites(lambda p, x: model.apply({"params": p}, x), params, jnp.asarray(TOKENS))
+    return model, params, moved(jlora.adapterize(params, spec, sites=sites))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.filterwarnings("error:.*[Mm]issing.*", "error:.*[Uu]nexpected.*", "error:.*inconsisten.*")
+def test_peft_computes_what_jlora_computes_with_what_jlora_wrote(name, tmp_path):
+    base, spec = EXPORTS[name]
+    model, params, adapted = adapted_of(base, spec)
+    jlora.save_peft(tmp_path / "out", adapted, models.peft_names(model))
+    expected = in_jax(model, adapted)
+    np.testing.assert_allclose(in_torch(peft_model(base, tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(in_jax(model, params, lift=False), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora and patterns", "olora", "adalora", "vera"])
+def test_peft_computes_the_same_with_a_folder_for_servers(name, tmp_path):
+    base, spec = EXPORTS[name]
+    model, _, adapted = adapted_of(base, spec)
+    jlora.save_peft(tmp_path / "out", adapted, models.peft_names(model), profile="serving")
+    np.testing.assert_allclose(
+        in_torch(peft_model(base, tmp_path / "out")), in_jax(model, adapted), rtol=1e-5, atol=1e-5
+    )
+
+
+def lora_config(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], **options)
+
+
+IMPORTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"model.layers.1.self_attn.q_proj": 9}},
+    "saved modules": {"modules_to_save": ["lm_head", "model.norm"]},
+    "layers": {"layers_to_transform": [0, 2]},
+    "tokens": {"trainable_token_indices": [1, 5]},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["stacked", "by layer"])
+@pytest.mark.parametrize("name", IMPORTS)
+def test_jlora_computes_what_peft_computes_with_what_peft_wrote(name, scan_layers, tmp_path):
+    import torch
+    from peft import get_peft_model
+
+    theirs = get_peft_model(torch_base("llama_yarn"), lora_config(**IMPORTS[name]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 20)
+    theirs.save_pretrained(tmp_path)
+    model, params = models.load(GOLDEN / "llama_yarn", scan_layers=scan_layers)
+    adapted = jlora.load_peft(tmp_path, params, models.peft_names(model))
+    np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])
+def test_ten_steps_of_adamw_have_equal_losses_on_both_sides(name, tmp_path):
+    import make_peft_training as theirs
+
+    model = theirs.start(name, tmp_path / "start", training.BASE)
+    expected = theirs.train(model, name)
+    losses, ranks = training.train(tmp_path / "start", name, theirs.tokens().tolist())
+    np.testing.assert_allclose(losses, expected["losses"], rtol=2e-5, atol=2e-5)
+    assert ranks == expected["ranks"]
+    np.testing.assert_allclose(training.expected(name)["losses"], expected["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "shira", "tied head"])
+def test_transformers_loads_the_merged_model_with_equal_logits(name, tmp_path):
+    from jlora.models.merged import lazily_merged
+
+    base, spec = EXPORTS[name]
+    model, _, adapted = adapted_of(base, spec)
+    models.save(tmp_path / "out", model, lazily_merged(adapted), source=GOLDEN / base, max_shard_bytes=20_000)
+    np.testing.assert_allclose(
+        in_torch(torch_base(str(tmp_path / "out"))), in_jax(model, adapted), rtol=1e-5, atol=1e-5
+    )
