@@ -64,7 +64,9 @@ class Rows(Method):
     def factors(self, view: View) -> Factors:
         """The change of the rows, which a one-hot matrix puts at their places."""
         rows, at = view.params["rows"], jnp.array(self.indices)
-        places = jnp.zeros((view.w.shape[0], len(self.indices)), rows.dtype).at[at, jnp.arange(len(self.indices))].set(1)
+        places = (
+            jnp.zeros((view.w.shape[0], len(self.indices)), rows.dtype).at[at, jnp.arange(len(self.indices))].set(1)
+        )
         return Factors(places, rows - view.w[at].astype(rows.dtype))
 
 
