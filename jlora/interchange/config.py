@@ -65,9 +65,11 @@ class Settings:
 
     def __init__(self, config: dict[str, Any], where: Any, known: list[str]):
         self._config, self._where = config, where
-        self.peft_type = config.get("peft_type")
+        self.peft_type = str(config.get("peft_type"))
         if self.peft_type not in known:
-            raise ValueError(f"{where}: peft_type {self.peft_type!r} is not read; known are {', '.join(known)}")
+            raise ValueError(
+                f"{where}: peft_type {config.get('peft_type')!r} is not read; known are {', '.join(known)}"
+            )
         for key, value in config.items():
             if key in REFUSED and value not in (None, False, [], {}):
                 raise ValueError(f"{where}: {key} is {value!r}: {REFUSED[key]}, which jlora has not")
@@ -119,6 +121,11 @@ class Settings:
         if not isinstance(value, dict):
             raise ValueError(f"{self._where}: {key} must be a table, got {value!r}")
         return value
+
+    def bare_list(self, key: str) -> list[Any] | None:
+        """The value, where it is a list and no table."""
+        value = self._config.get(key)
+        return value if isinstance(value, list) and value else None
 
     def rank(self, target: str) -> int:
         """The rank of a module, by PEFT's rule: the first pattern that ends its name."""

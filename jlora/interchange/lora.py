@@ -11,7 +11,6 @@ from jlora.interchange.names import Slot
 from jlora.interchange.pieces import Piece, join, split
 from jlora.interchange.written import PREFIX, Written, origin
 
-
 # What PEFT calls having no targets.
 NO_TARGETS = "dummy-target-modules"
 
@@ -61,6 +60,12 @@ def _tied(piece: Piece) -> list[str]:
 
 
 def _check(pieces: list[Piece]) -> None:
+    for piece in pieces:
+        if piece.slot.parameter != "weight" and piece.slot.experts is None:
+            raise ValueError(
+                f"{piece.slot.path}: PEFT adapts a module's 'weight', or 3-D parameters of experts, not {piece.name!r}; save "
+                "the merged model (jlora merge)"
+            )
     with_m = [piece for piece in pieces if piece.m is not None]
     plain = [piece for piece in pieces if piece.m is None]
     if with_m and plain:
@@ -89,7 +94,7 @@ def _nesting(piece: Piece, pieces: list[Piece]) -> str:
             f"names: {', '.join(other.name for other in together)} are 3-D parameters of one module; give each "
             "TorchParameter a position, in the order in which the module defines them"
         )
-    inside = sorted(places, reverse=True).index(piece.slot.entry.position)
+    inside = sorted((place or 0 for place in places), reverse=True).index(piece.slot.entry.position or 0)
     return ".base_layer" * inside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import string
@@ -296,5 +297,5 @@ def _check_places(found: dict[tuple[str, ...], list[Slot]]) -> None:
         for slot in sharing[1:]:
             if slot.kind != first.kind or slot.torch_columns()[2] != first.torch_columns()[2]:
                 raise ValueError(f"names: {first.path} and {slot.path} differ on what the parameter {name!r} is")
-        if any(one[1] > other[0] for one, other in zip(ranges, ranges[1:])):
+        if any(one[1] > other[0] for one, other in itertools.pairwise(ranges)):
             raise ValueError(f"names: {sharing[0].path} and {sharing[1].path} are both the torch parameter {name!r}")

@@ -159,15 +159,17 @@ def _check_tied(folder: AdapterFolder, found: dict[str, Stored], index: Index) -
         one, other = found.pop(head, None), found.get(embedding)
         if one is None and other is None:
             continue
-        same = one is not None and other is not None and one.scale == other.scale
-        if same and np.array_equal(folder.read(one.a), folder.read(other.b).T) and np.array_equal(
-            folder.read(one.b), folder.read(other.a).T
-        ):  # fmt: skip
+        if one is not None and other is not None and _are_transposes(folder, one, other):
             continue
         raise ValueError(
             f"{folder.file}: {embedding!r} and {head!r} are one array in this model (tied weights), but the adapter "
             "changes them differently; load the model with tie_word_embeddings: false"
         )
+
+
+def _are_transposes(folder: AdapterFolder, one: Stored, other: Stored) -> bool:
+    pairs = ((one.a, other.b), (one.b, other.a))
+    return one.scale == other.scale and all(np.array_equal(folder.read(x), folder.read(y).T) for x, y in pairs)
 
 
 def _part(folder: AdapterFolder, slot: Slot, stored: Stored, dtype: Any, recorded: Recorded) -> Part:
@@ -203,7 +205,7 @@ def _leaf(
     if "m" in arrays:
         method = DoRA(method)
     exact = all(part.scale == scale and part.a.shape[-1] == rank for part in joined)
-    whole = exact and len(joined) == int(np.prod(plain.batch_shape)) or bool(index.slots[keys][0].experts and exact)
+    whole = (exact and len(joined) == int(np.prod(plain.batch_shape))) or bool(index.slots[keys][0].experts and exact)
     method = (recorded.method(list(stored), method) if exact else None) or _edited(plain, method, settings, whole)
     site = index.site(keys, method)
     return Read(site, *_arrays(method, arrays, site, index))

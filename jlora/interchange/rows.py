@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
 from jlora.interchange.forms import Form
@@ -36,7 +38,7 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     Raises:
         ValueError: for rows that are not told, or of which there is no tensor.
     """
-    table = settings.table("trainable_token_indices")
+    table = _table(settings, contents)
     found = {}
     for module, key in contents.rows.items():
         name = index.matrix(module, key)
@@ -59,6 +61,14 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
             f"{folder.file}: trainable_token_indices names {sorted(table)}, but only {sorted(found)} are there"
         )
     return found
+
+
+def _table(settings: Settings, contents: Contents) -> dict[str, Any]:
+    """The rows by module; a bare list is of the one embedding that reads tokens."""
+    bare = settings.bare_list("trainable_token_indices")
+    if bare is None:
+        return settings.table("trainable_token_indices")
+    return dict.fromkeys(contents.rows, bare)
 
 
 def read(folder: AdapterFolder, found: dict[str, tuple[str, Rows]], index: Index) -> list[Read]:

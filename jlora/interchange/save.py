@@ -15,8 +15,8 @@ from safetensors import safe_open
 from jlora import paths
 from jlora.adapted import Adapted
 from jlora.interchange import layout, manifest, serving, wholes
-from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.formats import FORMATS
+from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written

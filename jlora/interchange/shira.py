@@ -88,8 +88,10 @@ def read(
     for keys in index.leaves_of(set(found)):
         slots = [slot for slot in index.slots[keys] if slot.name in found]
         if len(slots) < len(index.slots[keys]):
-            raise ValueError(f"{folder.file}: only {len(slots)} of the {len(index.slots[keys])} layers of {'/'.join(keys)} have "
-                             "a SHiRA; load the model with scan_layers=False")  # fmt: skip
+            raise ValueError(
+                f"{folder.file}: only {len(slots)} of the {len(index.slots[keys])} layers of {'/'.join(keys)} have a SHiRA; "
+                "load the model with scan_layers=False"
+            )
         method = recorded.one(slots, SHiRA)
         if method is None or method.scale != 1:
             method = SHiRA("random", rank=settings.integer("r", 32))

@@ -40,4 +40,3 @@ def lazily_merged(adapted: Adapted) -> Any:
     """
     last: dict[MergedLeaf, np.ndarray] = {}
     return adapted.with_leaves([MergedLeaf(weight, last) for weight in adapted.weights()])
-

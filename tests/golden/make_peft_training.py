@@ -31,7 +31,10 @@ CONFIGS = {
     "olora": lambda: lora(init_lora_weights="olora"),
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
-    "adalora": lambda: AdaLoraConfig(lora_alpha=6, target_modules=TARGETS, orth_reg_weight=0.3, **ADALORA),
+    # Without a task PEFT's model passes its own forward by, and the penalty with it.
+    "adalora": lambda: AdaLoraConfig(
+        lora_alpha=6, target_modules=TARGETS, orth_reg_weight=0.3, task_type="CAUSAL_LM", **ADALORA
+    ),
 }
 # PiSSA and OLoRA move a part of the base into the factors, which decay would shrink.
 DECAYS = {"olora": 0.0, "pissa": 0.0}
@@ -65,16 +68,20 @@ def train(model, name):
     losses = []
     for step in range(STEPS):
         out = model(input_ids=x, labels=x)
-        logits = out.logits[:, :-1].reshape(-1, out.logits.shape[-1])
-        losses.append(torch.nn.functional.cross_entropy(logits, x[:, 1:].reshape(-1)).item())
+        losses.append(plain_loss(out.logits, x))
         out.loss.backward()  # with AdaLoRA's penalty, which PEFT adds to it
         optimizer.step()
         if name == "adalora":
             model.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
     with torch.no_grad():
-        losses.append(model.eval()(input_ids=x, labels=x).loss.item())
+        losses.append(plain_loss(model.eval()(input_ids=x).logits, x))
     return {"losses": losses, "ranks": ranks(model)}
+
+
+def plain_loss(logits, x):
+    """The next tokens' loss, without a penalty."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1)).item()
 
 
 def ranks(model):

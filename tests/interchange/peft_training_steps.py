@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from models_data import quick_jit
 
 import jlora
 from jlora import models, paths
@@ -58,9 +59,9 @@ def train(folder, name, tokens):
         updates, state = tx.update(gradient, state, p)
         return (optax.apply_updates(p, updates), state), value
 
-    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=STEPS))
+    run = quick_jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=STEPS))
     (p, _), losses = run(adapted.params)
-    return [*losses.tolist(), float(loss(p))], ranks(adapted.replace(params=p))
+    return [*losses.tolist(), float(quick_jit(loss)(p))], ranks(adapted.replace(params=p))
 
 
 def ranks(adapted):

@@ -66,7 +66,10 @@ TENSORS = {
         lambda t: t.update({A.replace("up", "down"): t[A], B.replace("up", "down"): t[B]}),
         "no leaf of the params is 'down'",
     ),
-    "a parameter that is not there": (lambda t: t.update({"base_model.model.head.bias": t[A]}), "no leaf .* 'head.bias'"),
+    "a parameter that is not there": (
+        lambda t: t.update({"base_model.model.head.bias": t[A]}),
+        "no leaf .* 'head.bias'",
+    ),
     "no prefix": (lambda t: t.update({"up.lora_A.weight": t[A]}), "doesn't begin with 'base_model.model.'"),
     "a path in a name": (lambda t: t.update({"base_model.model.../../up.weight": t[A]}), "no name of a tensor"),
     "an absolute path": (lambda t: t.update({"/etc/passwd": t[A]}), "is no name of a tensor"),
@@ -160,7 +163,9 @@ def test_a_pickle_is_never_read(folder):
             return (Path(folder / "sprung").write_text, ("x",))
 
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
-    refused(folder, "adapter_model.safetensors is missing; adapter_model.bin is a pickle, .* never read", FileNotFoundError)
+    refused(
+        folder, "adapter_model.safetensors is missing; adapter_model.bin is a pickle, .* never read", FileNotFoundError
+    )
     assert not (folder / "sprung").exists()
 
 

@@ -1,12 +1,12 @@
 """The invariants that PEFT tests (38 shared tests and those of its toy models), as jlora's own.
 
 Each runs eagerly, under jit, over a scanned stack of layers, and on a mesh of eight devices, where that makes a difference.
-The numbers are those of the list that the tests were drawn up from. Left out, since there is nothing here that they could be
-about: unloading and unmerging modules (a merge makes a new tree, and the base is an argument), safe_merge (a merge can't harm
-the base: that is checked), adapters by name, with switching, deleting and falling back (an adapter is a value; a program holds as
-many as it likes), `requires_grad` (what is trained is an argument of its own), layers that print their status (`summary`), and
-wrapping by FSDP or device maps (shardings are the params' own). Matching of targets is tested in test_spec.py, 16-bit
-numbers and checkpointing for every method in the contract.
+The numbers are those of the list that the tests were drawn up from. Left out, since there is nothing here that they could
+be about: unloading and unmerging modules (a merge makes a new tree, and the base is an argument), safe_merge (a merge can't
+harm the base: that is checked), adapters by name, with switching, deleting and falling back (an adapter is a value; a program
+holds as many as it likes), `requires_grad` (what is trained is an argument of its own), layers that print their status
+(`summary`), and wrapping by FSDP or device maps (shardings are the params' own). Matching of targets is tested in
+test_spec.py, 16-bit numbers and checkpointing for every method in the contract.
 """
 
 import jax
@@ -75,7 +75,9 @@ class Problem:
         self.params = {**blocks, "head": {"kernel": weight(4, WIDTH, 8)}}
         if mode == "mesh":
             mesh = jax.make_mesh((8,), ("x",))
-            self.params = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec_of(leaf))), self.params)
+            self.params = jax.tree.map(
+                lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec_of(leaf))), self.params
+            )
         self.function = scanned if stacked else unrolled
         self.jit = (lambda function: function) if mode == "eager" else jax.jit
         self.names = NAMES
@@ -107,7 +109,9 @@ KERNELS = r".*/(up|down)/kernel"
 
 def moved(adapted):
     """Away from the start, by a little."""
-    return adapted.replace(params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape) / 9, adapted.params))
+    return adapted.replace(
+        params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape) / 9, adapted.params)
+    )
 
 
 close = np.testing.assert_allclose
@@ -146,7 +150,9 @@ def test_3_merging_again_changes_nothing_and_one_after_the_other_is_all_at_once(
     at_once = jlora.merge(both)
     first = problem.adapted({r".*/up/kernel": LORA})
     second = jlora.adapterize(
-        jlora.merge(first), {r".*/down/kernel": METHODS["rslora"]}, sites=jlora.sites(problem.function, problem.params, X)
+        jlora.merge(first),
+        {r".*/down/kernel": METHODS["rslora"]},
+        sites=jlora.sites(problem.function, problem.params, X),
     )
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), jlora.merge(moved(second)), at_once)
     nothing = jlora.Adapted(at_once, {}, {}, {}, jlora.adapted.Plan(()))

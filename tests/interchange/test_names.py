@@ -19,7 +19,9 @@ def filled(tree):
 
 
 def moved(adapted):
-    return adapted.replace(params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapted.params))
+    return adapted.replace(
+        params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapted.params)
+    )
 
 
 def out_and_back(params, spec, names, tmp_path, **options):
@@ -142,10 +144,19 @@ WRONG = {
     "an adapted leaf without a name": ({}, "w is adapted but has no torch name"),
     "a leaf of more axes than told": ({"w": TorchParameter("w.weight", "layer in out")}, "w has 2 axes"),
     "an axis that no brace holds": ({"w": TorchParameter("w.weight", "in out")}, None),
-    "a brace that nothing fills": ({"w": TorchParameter("l.{n}.w.weight", "in out")}, "{n} in 'l.{n}.w.weight' is neither"),
+    "a brace that nothing fills": (
+        {"w": TorchParameter("l.{n}.w.weight", "in out")},
+        "{n} in 'l.{n}.w.weight' is neither",
+    ),
     "a kind of vectors": ({"w": TorchParameter("w.weight", "in out", "plain")}, "adapted as a matrix, but its kind is"),
-    "the axes the other way round": ({"w": TorchParameter("w.weight", "out in")}, "the axes are in .* by the names, but"),
-    "an embedding that is none": ({"w": TorchParameter("w.weight", "in out", "embedding")}, "the function contracts it"),
+    "the axes the other way round": (
+        {"w": TorchParameter("w.weight", "out in")},
+        "the axes are in .* by the names, but",
+    ),
+    "an embedding that is none": (
+        {"w": TorchParameter("w.weight", "in out", "embedding")},
+        "the function contracts it",
+    ),
     "no regular expression": ({"(": "w"}, "'\\(' is no regular expression"),
     "something else": ({"w": 3}, "w must lead to a torch name or a TorchParameter, got 3"),
 }

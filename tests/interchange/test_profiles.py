@@ -26,7 +26,9 @@ LORA = jlora.LoRA(rank=2, alpha=3, init="random")
 
 
 def moved(adapted):
-    return adapted.replace(params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapted.params))
+    return adapted.replace(
+        params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapted.params)
+    )
 
 
 def adapted_of(spec):
@@ -60,7 +62,10 @@ REFUSED = {
     "a trained leaf": ({"up/kernel": jlora.Full()}, r"up/kernel: Full\(\) is no low-rank adapter, .* jlora merge"),
     "SHiRA": ({"up/kernel": jlora.SHiRA("weight", rank=1)}, "up/kernel: SHiRA.* is no low-rank adapter"),
     "rows": ({"embed/embedding": jlora.Axes("in out", jlora.Rows((1,)), "gather")}, None),
-    "experts": ({"experts/up": jlora.Axes("batch in out", LORA)}, "experts/up: servers read no LoRA of the kind 'experts'"),
+    "experts": (
+        {"experts/up": jlora.Axes("batch in out", LORA)},
+        "experts/up: servers read no LoRA of the kind 'experts'",
+    ),
 }
 
 
@@ -90,10 +95,11 @@ def test_a_tied_embedding_is_refused_for_servers(tmp_path):
         jlora.save_peft(tmp_path / "out", adapted, names, profile="serving")
 
 
+TRUNCATED = [jlora.SHiRA("weight", rank=2), jlora.DoRA(LORA), jlora.LoRA(6, 4.0, init="random"), jlora.Full()]
+
+
 @pytest.mark.parametrize("profile", ["peft", "serving"])
-@pytest.mark.parametrize(
-    "method", [jlora.SHiRA("weight", rank=2), jlora.DoRA(LORA), jlora.LoRA(rank=6, alpha=4, init="random"), jlora.Full()], ids=str
-)  # fmt: skip
+@pytest.mark.parametrize("method", TRUNCATED, ids=str)
 def test_a_truncation_is_the_best_of_its_rank_and_says_what_is_lost(method, profile, tmp_path):
     native = profile == "peft" and isinstance(method, jlora.DoRA | jlora.Full | jlora.SHiRA)
     adapted = adapted_of({"up/kernel": method})
@@ -113,7 +119,9 @@ def test_a_truncation_is_the_best_of_its_rank_and_says_what_is_lost(method, prof
 
 
 def test_methods_that_no_folder_holds_together_go_out_as_exact_lora(tmp_path):
-    adapted = adapted_of({"up/kernel": jlora.AdaLoRA(rank=3, target=2, alpha=5, steps=10), "down/kernel": jlora.VeRA(4)})
+    adapted = adapted_of(
+        {"up/kernel": jlora.AdaLoRA(rank=3, target=2, alpha=5, steps=10), "down/kernel": jlora.VeRA(4)}
+    )
     report = jlora.save_peft(tmp_path / "out", adapted, NAMES)
     assert report.peft_type == "LORA" and report.residuals == {}
     again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
@@ -165,7 +173,9 @@ def test_tensors_can_be_written_in_16_bits_and_come_back_in_32(dtype, tmp_path):
     jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype=dtype)
     assert {str(t.dtype) for t in saved(tmp_path / "out")[1].values()} == {dtype}
     again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype("f4")), again.params, adapted.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype("f4")), again.params, adapted.params
+    )
 
 
 def test_a_folder_in_use_is_left_alone_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Ten steps of AdamW on a tiny Llama give the losses that they give in PEFT 0.21, and AdaLoRA leaves the same ranks."""
 
 import numpy as np
-import pytest
 import peft_training_steps as training
+import pytest
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])

@@ -6,8 +6,8 @@ Needs torch, transformers and PEFT: `pip install -e ".[test,parity]"`, then `pyt
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import peft_training_steps as training
+import pytest
 
 import jlora
 from jlora import models
@@ -35,7 +35,7 @@ EXPORTS = {
     "embedding": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": LORA}),
     "rows": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Rows((3, 7))}),
     "tied head": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Full()}),
-    "encoder": ("bert", {".*/(query|value|dense)/kernel": LORA}),
+    "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
 }
 
@@ -43,7 +43,9 @@ EXPORTS = {
 def moved(adapted):
     """Adapters away from their start, so that the test is not about zeros."""
     keys = iter(jax.random.split(jax.random.key(3), 1000))
-    return adapted.replace(params=jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape) / 20, adapted.params))
+    return adapted.replace(
+        params=jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape) / 20, adapted.params)
+    )
 
 
 def in_jax(model, adapted, lift=True):
@@ -136,7 +138,9 @@ def test_jlora_computes_what_peft_computes_with_what_peft_wrote(name, scan_layer
     theirs.save_pretrained(tmp_path)
     model, params = models.load(GOLDEN / "llama_yarn", scan_layers=scan_layers)
     adapted = jlora.load_peft(tmp_path, params, models.peft_names(model))
-    np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=1e-5, atol=1e-5)
+    # PEFT took the top singular vectors out of the base in float32; here they are found again.
+    tolerance = 1e-4 if name == "pissa" else 1e-5
+    np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])
