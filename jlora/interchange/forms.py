@@ -67,7 +67,7 @@ def native(weight: Weight) -> Form | None:
 
 
 def _numpy(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, mesh.complete(tree))
+    return jax.tree.map(np.asarray, mesh.complete(tree) if jax.process_count() > 1 else tree)
 
 
 def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:

@@ -72,7 +72,10 @@ def read(directory: Path, tensors: Path) -> dict[str, Any] | None:
             assert isinstance(leaf["method"], dict) and isinstance(leaf["form"], str)
             assert all(isinstance(name, str) for name in leaf["parameters"])
         digest, lines = found["sha256"], found["tensors"]
-        assert all(isinstance(line["key"], str) and isinstance(line["from"], list) for line in lines)
+        assert all(isinstance(line["key"], str) for line in lines)
+        for origin in (origin for line in lines for origin in line["from"]):
+            start, stop = origin.get("ranks", (0, 1))
+            assert isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is damaged or from another version ({error!r}); delete it to read the folder as PEFT's "
                          "own") from None  # fmt: skip

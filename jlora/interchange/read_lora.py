@@ -131,7 +131,13 @@ def read(
     _check_tied(folder, found, index)
     result = []
     for keys in index.leaves_of(set(found)):
-        stored = {slot: found[slot.name] for slot in index.slots[keys] if slot.name in found}
+        stored = {
+            slot: one
+            for slot in index.slots[keys]
+            if (one := found.get(slot.name)) and recorded.holds(one.a, slot, index.by_name[slot.name])
+        }
+        if not stored:  # a part of a fused parameter that had no adapter of its own
+            continue
         parts = [_part(folder, slot, one, index.leaves[keys].dtype, recorded) for slot, one in stored.items()]
         result.append(_leaf(keys, parts, stored, index, settings, recorded))
     return result + _biases(folder, found, index)

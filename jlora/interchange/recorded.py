@@ -34,6 +34,11 @@ class Recorded:
                 return slice(*line["ranks"])
         return slice(None)
 
+    def holds(self, key: str, slot: Slot, others: list[Slot]) -> bool:
+        """Whether a slot is among those whose values a tensor holds; all are, where it says nothing of any of them."""
+        leaves = {line.get("leaf") for line in self._lines.get(key, ())}
+        return slot.path in leaves or not any(other.path in leaves for other in others)
+
     def is_copy(self, key: str, slot: Slot) -> bool:
         """Whether a leaf's part of a tensor is a copy of the base."""
         return any(line.get("leaf") == slot.path and line.get("copy_of_base") for line in self._lines.get(key, ()))

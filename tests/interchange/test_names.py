@@ -74,7 +74,7 @@ def test_a_fused_leaf_with_an_axis_of_parts_is_cut_along_it(roles, tmp_path):
     names = {"qkv": TorchParameter(("q.weight", "k.weight", "v.weight"), roles)}
     adapted, again, tensors = out_and_back(params, {"qkv": jlora.Axes("in out out out", LORA)}, names, tmp_path)
     same(adapted, again)
-    merged = np.take(jlora.merge(adapted)["qkv"] - params["qkv"], 2, axis=at).reshape(6, 4)
+    merged = np.take(np.asarray(jlora.merge(adapted)["qkv"] - params["qkv"]), 2, axis=at).reshape(6, 4)
     np.testing.assert_allclose(delta(tensors, "v"), merged.T, atol=1e-5)
 
 

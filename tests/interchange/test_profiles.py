@@ -59,7 +59,7 @@ def test_for_servers_ranks_are_padded_and_scales_are_in_b(tmp_path):
 REFUSED = {
     "DoRA": ({"up/kernel": jlora.DoRA(LORA)}, "up/kernel: servers reject DoRA; pass svd_rank="),
     "a bias": ({"up/kernel": LORA, "up/bias": jlora.Full()}, r"up/bias: Full\(\) is no low-rank adapter"),
-    "a trained leaf": ({"up/kernel": jlora.Full()}, r"up/kernel: Full\(\) is no low-rank adapter, .* jlora merge"),
+    "a trained leaf": ({"up/kernel": jlora.Full()}, r"up/kernel: Full\(\) is no low-rank adapter, .*jlora merge"),
     "SHiRA": ({"up/kernel": jlora.SHiRA("weight", rank=1)}, "up/kernel: SHiRA.* is no low-rank adapter"),
     "rows": ({"embed/embedding": jlora.Axes("in out", jlora.Rows((1,)), "gather")}, None),
     "experts": (
