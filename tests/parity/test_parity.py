@@ -17,6 +17,7 @@ GOLDEN = training.BASE.parent
 TOKENS = np.arange(20).reshape(2, 10) % 50
 ATTENTION, LINEAR = r".*/(q|v)_proj/kernel", r".*/(q|v|o|gate|down)_proj/kernel"
 LORA = jlora.LoRA(rank=4, alpha=6)
+TIED_ROWS = jlora.Axes("in out", jlora.Rows((3, 7)), "gather")
 # name: (base, spec)
 EXPORTS = {
     "lora": ("llama_yarn", {LINEAR: LORA}),
@@ -34,6 +35,11 @@ EXPORTS = {
     "biases": ("llama_llama3_biases", {ATTENTION: LORA, ".*/(q|down)_proj/bias": jlora.Full()}),
     "embedding": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": LORA}),
     "rows": ("llama_yarn", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Rows((3, 7))}),
+    "tied embedding": (
+        "llama_linear_tied",
+        {ATTENTION: LORA, "embed_tokens/embedding": jlora.Axes("in out", LORA, "gather")},
+    ),
+    "tied rows": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": TIED_ROWS}),
     "tied head": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Full()}),
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
