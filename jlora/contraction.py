@@ -103,6 +103,27 @@ class Options:
     plan: str = "auto"
 
 
+def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
+    """Whether a weight can take the plan that was asked of `lift`.
+
+    Raises:
+        ValueError: for "merged" where the sum would be rounded to 16 bits, or where the adapter's input has dropout.
+    """
+    if plan != "merged":
+        return
+    site = f"{path} {tuple(w.shape)}"
+    if w.dtype.itemsize < 4:
+        raise ValueError(
+            f"{site}: the plan 'merged' would round the adapted weight to {w.dtype} ({8 * w.dtype.itemsize} bits) and lose "
+            "small updates; lift with plan='auto' or 'factored'"
+        )
+    if dropped:
+        raise ValueError(
+            f"{site}: the plan 'merged' has one input for the base and the adapter, but the adapter's has dropout; lift "
+            "with plan='auto' or 'factored', or give no dropout key"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the products of one input with some weights are computed; static.
@@ -162,7 +183,9 @@ def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], optio
     out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
 
     def rows(x: jax.Array) -> list[jax.Array]:
-        plan = choose(options.plan, x.size // x.shape[-1], [w.shape for w in weights], weights[0].dtype)
+        plan = choose(
+            options.plan, x.size // x.shape[-1], [(w.shape[0], w.shape[1]) for w in weights], weights[0].dtype
+        )
         return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan))
 
     products = in_rows(rows, x)

@@ -57,7 +57,12 @@ class Use:
         return [*(axes[n] for n in self.batch), *(free + x_free if self.on_left else x_free + free)]
 
     def options(self, walk: Walk) -> contraction.Options:
-        """What the product is computed with."""
+        """What the product is computed with.
+
+        Raises:
+            ValueError: where the weight can't take a forced plan.
+        """
+        contraction.check_plan(walk.plan, self.weight.name, self.weight.array, self.weight.key is not None)
         return contraction.Options(self.eqn.outvars[0].aval.dtype, self.eqn.params["precision"], walk.plan)
 
 

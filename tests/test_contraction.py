@@ -127,6 +127,18 @@ def test_lift_refuses_an_unknown_plan():
         jlora.lift(lambda p: p, plan="fastest")
 
 
+def test_a_plan_that_a_site_can_not_take_is_refused_with_the_site_and_the_numbers():
+    x, method = normal(0, 4, 8), jlora.LoRA(2, dropout=0.5)
+    product = jlora.lift(lambda p, x: x @ p["layer"]["w"], plan="merged")
+    small = jlora.adapterize({"layer": {"w": normal(1, 8, 6, dtype=jnp.bfloat16)}}, {"layer/w": method})
+    with pytest.raises(ValueError, match=r"layer/w \(8, 6\): the plan 'merged' would round .* bfloat16 \(16 bits\)"):
+        product(small, x.astype(jnp.bfloat16))
+    adapted = jlora.adapterize({"layer": {"w": normal(1, 8, 6)}}, {"layer/w": method})
+    np.testing.assert_allclose(product(adapted, x), x @ adapted.base["layer"]["w"], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"layer/w \(8, 6\): the plan 'merged' has one input .* dropout"):
+        product(adapted.replace(context={"dropout": jax.random.key(0)}), x)
+
+
 def test_products_of_one_activation_share_their_thin_products():
     """q, k and v, cast on the way as Flax does: one product of the input with all `a`, the same values and gradients."""
     params = {name: normal(n, 8, 6) / 8 for n, name in enumerate("qkv")}
