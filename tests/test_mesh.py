@@ -2,11 +2,13 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -163,3 +165,79 @@ def test_a_mesh_with_explicit_axes_gives_the_same(method):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), jax.device_get(got), jax.device_get(wanted)
     )
+
+
+def test_a_cut_that_does_not_divide_names_the_leaf_and_the_numbers():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    site = jlora.adapterize({"up": jnp.zeros((16, 30))}, {"up": jlora.LoRA(2)}).plan.sites[0]
+    with pytest.raises(ValueError, match=r"up: the mesh axis model=4 does not divide the 30 of axis 1 of \(16, 30\)"):
+        jlora.mesh.check_cut(site.path, site.shape, P(None, "model"), mesh.shape)
+    with pytest.raises(ValueError, match="up: axis 0 is cut by 'expert', but the mesh has only data=2, model=4"):
+        jlora.mesh.check_cut(site.path, site.shape, P("expert"), mesh.shape)
+
+
+def test_a_base_on_another_mesh_than_the_one_in_use_is_refused():
+    params, *_ = on_mesh("tensor")
+    with (
+        jax.set_mesh(jax.make_mesh((8,), ("data",), (AxisType.Auto,))),
+        pytest.raises(ValueError, match="up/kernel: the base is cut by model=4, but the mesh in use has only data=8"),
+    ):
+        jlora.adapterize({"up": params["up"]}, {"up/kernel": jlora.LoRA(2)})
+
+
+RULES = (("embed", "data"), ("mlp", "model"), ("layers", None))
+
+
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        cut = lambda *names: nn.with_logical_partitioning(nn.initializers.normal(), names)
+        x = x + nn.Dense(32, kernel_init=cut("embed", "mlp"), bias_init=cut("mlp"), name="up")(x)[..., :16]
+        return nn.Dense(16, kernel_init=cut("mlp", "embed"), use_bias=False, name="down")(jnp.tile(x, 2))
+
+
+def test_logical_axis_names_of_a_flax_base_give_the_adapters_theirs():
+    boxed = Named().init(KEY, X)["params"]
+    spec = {"up/kernel": jlora.DoRA(jlora.LoRA(2)), "down/kernel": jlora.LoRA(2), "up/bias": jlora.Full()}
+    adapted = jlora.adapterize(boxed, spec)
+    named = jlora.mesh.logical_axes(adapted)
+    assert named.params["up"]["kernel"] == {"a": P("embed", None), "b": P(None, "mlp"), "m": P("mlp")}
+    assert named.params["down"]["kernel"] == {"a": P("mlp", None), "b": P(None, "embed")}
+    assert named.params["up"]["bias"] == {"w": P("mlp")}
+    plain = jlora.adapterize(nn.unbox(boxed), spec)
+    assert jlora.mesh.logical_axes(plain, nn.get_partition_spec(boxed)).params == named.params
+    with pytest.raises(ValueError, match="names has nothing for down/kernel"):
+        jlora.mesh.logical_axes(plain, {"up": nn.get_partition_spec(boxed)["up"]})
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    placed = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh, RULES))
+    assert placed.params["up"]["kernel"]["b"].sharding.spec == P(None, "model")
+    assert placed.params["down"]["kernel"]["b"].sharding.spec == P(None, "data")
+    apply = jax.jit(jlora.lift(Named().apply))
+    np.testing.assert_allclose(apply({"params": placed}, X), apply({"params": adapted}, X), rtol=1e-5, atol=1e-5)
+    made = jax.jit(
+        lambda key: jlora.adapterize(boxed, spec, key), out_shardings=jlora.mesh.shardings(adapted, mesh, RULES)
+    )
+    assert made(KEY).params["up"]["kernel"]["a"].sharding.spec == P("data", None)
+
+
+def test_rules_that_do_not_fit_the_mesh_are_refused():
+    adapted = jlora.adapterize(Named().init(KEY, X)["params"], {".*/kernel": jlora.LoRA(2)})
+    mesh = jax.make_mesh((1, 8), ("data", "model"), (AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="the rule 'mlp' -> 'tensor': the mesh has only data=1, model=8"):
+        jlora.mesh.shardings(adapted, mesh, (("mlp", "tensor"),))
+    six = jax.make_mesh((6,), ("model",), (AxisType.Auto,), devices=jax.devices()[:6])
+    with pytest.raises(ValueError, match="base/down/kernel: the mesh axis model=6 does not divide the 32 of axis 0"):
+        jlora.mesh.shardings(adapted, six, (("mlp", "model"),))
+
+
+def test_sharding_metadata_of_nnx_variables_gives_the_adapters_theirs():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        cut = nnx.with_partitioning(nnx.initializers.normal(), ("data", "model"))
+        _, params = nnx.split(nnx.Linear(16, 32, kernel_init=cut, rngs=nnx.Rngs(0)))
+    adapted = jlora.adapterize(params, {"kernel": jlora.LoRA(2)})
+    assert jlora.mesh.logical_axes(adapted).params["kernel"] == {"a": P("data", None), "b": P(None, "model")}
+    assert adapted.params["kernel"]["b"].sharding.spec == P(None, "model")
+    placed = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh))
+    assert placed.params["kernel"]["a"].sharding.spec == P("data", None)

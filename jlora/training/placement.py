@@ -1,13 +1,16 @@
 """Where arrays lie on a mesh of devices.
 
 The axes `data` and `fsdp` cut the rows of a batch. Of all axes but `data`, the last cuts the last axis of every base
-weight that has two or more, and the one before it, if any, cuts the axis before. An adapter's factors follow: the axis
+weight that has two or more, and the one before it, if any, cuts the axis before. Kernels that lead back to the model's
+width (`o_proj`, `down_proj`, BERT's `output/dense`) have the two the other way round, so that what the last axis cut on
+the way in is summed on the way out, and is never gathered. An adapter's factors follow: the axis
 that they share with the weight is cut as the weight's is, the rank is not cut. Everything else is on every device.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora.training import processes
 from jlora.training.errors import SettingError
+
+_BACK = re.compile(r"(^|/)((o|down)_proj|output/dense)/kernel")
 
 #: Axes that cut the rows of a batch; `fsdp` cuts the weights besides, as any other axis does.
 ROWS = ("data", "fsdp")
@@ -79,8 +84,9 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     names = [name for name in mesh.axis_names if name != "data"]
     if len(shape) < 2 or not names:
         return PartitionSpec()
-    entries: list[str | None] = [None] * len(shape)
-    entries[len(shape) - len(names) :] = names
+    entries: list[str | None] = [*[None] * (len(shape) - len(names)), *names]
+    if _BACK.search(path):
+        entries[-2:] = entries[:-3:-1]
     for axis, name in enumerate(entries):
         if name is not None and shape[axis] % mesh.shape[name]:
             raise SettingError(

@@ -103,6 +103,17 @@ def test_two_axes_cut_the_last_two_axes_of_a_weight():
         weight_spec("w", (5, 8), mesh)
 
 
+def test_kernels_back_to_the_models_width_are_cut_the_other_way_round():
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    for path in (
+        "layers/self_attn/o_proj/kernel",
+        "layers_0/mlp/down_proj/kernel",
+        "layer_1/attention/output/dense/kernel",
+    ):
+        assert weight_spec(path, (3, 16, 32), mesh) == PartitionSpec(None, "tensor", "fsdp")
+    assert weight_spec("o_proj/kernel", (16, 32), make_mesh({"tensor": 8})) == PartitionSpec("tensor", None)
+
+
 def test_fsdp_cuts_the_rows_and_the_weights():
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     assert rows_of_batch(mesh, 1).spec == PartitionSpec(None, ("fsdp",))
