@@ -42,6 +42,13 @@ from problems import SHAPES, Settings, as_text, problem, settings_for
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 2
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def clock() -> float:
+    """Seconds. On a CPU with one core (`taskset`) they are this process's own, which others on the machine don't lengthen."""
+    alone = CORES == 1 and jax.default_backend() == "cpu"
+    return time.process_time() if alone else time.perf_counter()
 
 
 def compile_all(found: dict[str, variants.Variant]) -> dict[str, tuple[Any, float, float]]:
@@ -65,10 +72,10 @@ def timers(found: dict[str, variants.Variant], compiled: dict[str, Any]) -> dict
         each, program = found[name], compiled[name][0]
 
         def run() -> float:
-            start = time.perf_counter()
+            start = clock()
             trained, opt, loss = program(each.base, *state[name], each.batch)
             jax.block_until_ready((trained, loss))
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             state[name] = trained, opt
             return seconds
 
@@ -188,6 +195,42 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+HEADS = {
+    "milliseconds": "ms",
+    "ratio": "x bound",
+    "gflop": "GFLOP",
+    "gb_moved": "GB moved",
+    "temp_mb": "temp MB",
+    "trained_and_state_mb": "trained and state MB",
+    "trace_s": "trace s",
+    "compile_s": "compile s",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same for a page, with the targets and the memory of a run."""
+    m, s = result["machine"], result["settings"]
+    lines = [
+        f"{s['batch']} x {s['length']} tokens, rank {s['rank']}, {s['dtype']}; jax {m['jax']} on {m['cores']} core(s) of "
+        f"{m['device']}, {s['repeats']} repeats."
+        if m["platform"] == "cpu"
+        else f"{s['batch']} x {s['length']} tokens, rank {s['rank']}, {s['dtype']}; jax {m['jax']} on {m['device']}.",
+        "",
+        "| | " + " | ".join(HEADS.values()) + " |",
+        "|---" * (len(HEADS) + 1) + "|",
+    ]
+    for name, row in result["rows"].items():
+        cells = (f"{row[c]:.{0 if c == 'milliseconds' else 2}f}" if c in row else "-" for c in HEADS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {line}" for line in result["targets"]), ""]
+    lines += [f"| beyond the base of {result['run']['base_mb']:.1f} MB | left MB | at most MB |", "|---|---|---|"]
+    for name, row in result["run"].items():
+        if isinstance(row, dict):
+            peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.1f}"
+            lines.append(f"| {name} | {row['left_mb']:.1f} | {peak} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars of time and of temp memory."""
     import matplotlib
@@ -212,7 +255,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     about = {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform}
-    return about | {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    return about | {
+        "cores": CORES,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:
@@ -224,6 +271,8 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     torch_python = arguments.pop("torch_python")
     s = settings_for(arguments.pop("shape"), **arguments)
+    if torch_python and CORES == 1:
+        parser.error("with one core the clock is the process's own, and torch has another: run it on two or more")
     if torch_python and s.shape not in ("llama", "gpu"):
         parser.error(f"torch_step.py has no shape {s.shape!r}: leave out --torch-python, or take llama or gpu")
     result = {"settings": asdict(s), "machine": machine(), **measure(s, torch_python)}
@@ -234,6 +283,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"step_time_{s.shape}{as_text(s)}"
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"{stem}.md").write_text(markdown(result))
     plot(result, Path(f"{stem}.png"))
     print(show(result), *result["targets"], run_memory.show(result["run"]), result.get("depth", ""), sep="\n")
 

@@ -40,6 +40,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from variants import beside, with_factors
 
 import jlora
 from jlora import mesh as meshes
@@ -158,23 +159,6 @@ def keep_rows_apart(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     return constrained
 
 
-def naive(apply: Callable[..., Any], scale: float) -> Callable[..., Any]:
-    """The formula as everybody writes it, with the factors beside each kernel."""
-
-    def interceptor(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        if isinstance(context.module, nn.Dense) and context.module.has_variable("params", "a"):
-            a, b = (context.module.get_variable("params", name).astype(y.dtype) for name in "ab")
-            y = y + scale * ((args[0] @ a) @ b)
-        return y
-
-    def applied(*args, **kwargs):
-        with nn.intercept_methods(interceptor):
-            return apply(*args, **kwargs)
-
-    return applied
-
-
 def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Mean cross entropy of the next token; the last position predicts nothing."""
     wanted = jnp.roll(tokens, -1, axis=1)
@@ -240,8 +224,8 @@ def _variant(program: Program, apply: Callable[..., Any], base: Any, tokens: Any
     adapted = adapt(program, apply, base, tokens)
     tx = jlora.optimizer(adapted, optax.adamw, 1e-4)
     if program.kind == "naive":
-        formula = naive(apply, 2.0)
-        return lambda base, p, t: loss_of(formula({"params": _beside(base, p)}, t), t), adapted.params, tx
+        formula = with_factors(apply, 2.0)
+        return lambda base, p, t: loss_of(formula({"params": beside(base, p)}, t), t), adapted.params, tx
     lifted = jlora.lift(apply, plan=program.plan)
     return (
         lambda base, p, t: loss_of(lifted({"params": adapted.replace(base=base, params=p)}, t), t),
@@ -263,13 +247,6 @@ def adapt(program: Program, apply: Callable[..., Any], base: Any, tokens: Any) -
         fields = paths.lookup(adapted.params, site.keys)
         paths.insert(params, site.keys, {name: struct(x, shardings[name]) for name, x in fields.items()})
     return adapted.replace(base=base, params=params)
-
-
-def _beside(base: Any, factors: Any) -> Any:
-    """The params tree with `a` and `b` next to each adapted kernel."""
-    if "kernel" in base and "kernel" in factors:
-        return {**base, **factors["kernel"]}
-    return {name: _beside(sub, factors[name]) if name in factors else sub for name, sub in base.items()}
 
 
 def measure(program: Program, config: LlamaConfig, devices: list[Any], sequences: int | None = None) -> dict[str, Any]:
@@ -386,14 +363,18 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         bound = bound_of(row, rows)
         if row["program"]["kind"] != "jlora" or bound is None:
             continue
-        name, more = Program(**row["program"]).name, row["bytes"] / bound["bytes"] - 1
+        name = Program(**row["program"]).name
         found.append(f"{name}: {'fits' if fits(row) else 'DOES NOT FIT'} with {row['total_bytes'] / 1e9:.2f} GB a chip")
         sums = weight_gradients(row, bound)
         found.append(
             f"{name}: {'NO: ' + '; '.join(sums) if sums else 'no collective carries the gradient of a frozen weight'}"
         )
+        more = {what: row[what] / bound[what] - 1 for what in ("hbm_bytes", "collective_bytes", "bytes")}
+        numbers = f"HBM {100 * more['hbm_bytes']:+.1f} %, collectives {100 * more['collective_bytes']:+.1f} %"
+        most = max(more["hbm_bytes"], more["collective_bytes"])
         found.append(
-            f"{name}: {'at most' if more <= 0.1 else 'MORE THAN'} 10 % above the bound's bytes: {100 * more:+.1f} %"
+            f"{name}: {'at most' if most <= 0.1 else 'MORE THAN'} 10 % above the bound's bytes: {numbers} "
+            f"(with on-chip memory {100 * more['bytes']:+.1f} %)"
         )
     return found
 
