@@ -291,6 +291,18 @@ def best_rate(results: list[Record], **wanted: Any) -> float:
     return min(found, key=lambda r: _finite(smooth(r["losses"])[-1]))["settings"]["rate"]
 
 
+def edge_note(results: list[Record], names: list[str], **wanted: Any) -> str:
+    """A sentence that names the tasks on which the runs with these settings were best at the highest rate of their grid."""
+    edges = []
+    for task in names:
+        grid = [r["settings"]["rate"] for r in select(results, stage="choose", task=task, **wanted)]
+        if best_rate(results, task=task, **wanted) == max(grid):
+            edges.append(task)
+    if not edges:
+        return "LoRA's best rate lies inside its grid on every task."
+    return f"LoRA's best rate is the highest of its grid on {', '.join(edges)}: a wider grid could only favour LoRA."
+
+
 def select(results: list[Record], **wanted: Any) -> list[Record]:
     """The results with these settings, by seed."""
     return sorted((r for r in results if _matches(r, wanted)), key=lambda r: r["settings"]["seed"])

@@ -83,6 +83,8 @@ def report(results, options):
         "A run that never reaches LoRA's final loss counts one step more than there are. Scores: accuracy, or minus the loss "
         "in nats a token for text.",
         "",
+        study.edge_note(results, options.tasks, ratio=1.0),
+        "",
         f"Verdict: {verdict(shares, options.tasks)}",
         "",
         "![training loss](results.png)",

@@ -84,6 +84,8 @@ def report(results, options):
         "",
         *by_rate(results, options),
         "",
+        study.edge_note(results, options.tasks, method="LoRA"),
+        "",
         f"Verdict: {verdict(verdicts)}",
         "",
         "![training loss](results.png)",
