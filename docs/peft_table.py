@@ -42,14 +42,16 @@ def _told(told: dict) -> str:
         return "`trainable_token_indices`"
     if told.get("modules_to_save"):
         return "`modules_to_save`, or `bias`"
-    kind = f"`{told['peft_type']}`" + (" with `use_dora`" if told.get("use_dora") else "")
-    return kind + (f" of rank {told['r']}" if told["peft_type"] == "LORA" else "")
+    kind = f"`{told['peft_type']}`" + (f" of rank {told['r']}" if told["peft_type"] == "LORA" else "")
+    return kind + (", `use_dora`" if told.get("use_dora") else "")
 
 
 def _case(cls: type[jlora.Method]) -> list[jlora.Method]:
-    """The first case, and those of LoRA that start from the weight, which go out at twice the rank."""
+    """The first case; of LoRA those that start from the weight too, of SHiRA one with as many entries as PEFT takes."""
     if cls is jlora.LoRA:
         return [jlora.LoRA(rank=4), jlora.LoRA(rank=4, init="olora"), jlora.LoRA(rank=4, init="pissa")]
+    if cls is jlora.SHiRA:
+        return [jlora.SHiRA("weight", rank=1), jlora.SHiRA("weight", density=0.25)]
     return [next(case for case in cls.CASES if not case.needs)]
 
 

@@ -5,6 +5,7 @@ For `tests/interchange/`. Run with a Python that has torch, transformers and pef
 the adapter: the base by torch names (`base/...`), the input and the output.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,14 @@ def randomise(model):
                 parameter.copy_(start + torch.randn_like(parameter) / 3)
 
 
+def sorted_targets(file):
+    """PEFT keeps them as a set, whose order is another one in each run."""
+    config = json.loads(file.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
 def write(name, build, config):
     torch.manual_seed(5)
     base = build()
@@ -165,6 +174,7 @@ def write(name, build, config):
     shutil.rmtree(folder, ignore_errors=True)
     model.eval().save_pretrained(folder)
     (folder / "README.md").unlink()
+    sorted_targets(folder / "adapter_config.json")
     with torch.no_grad():
         arrays |= {"x": x.numpy(), "y": model(x).numpy()}
     np.savez(folder / "case.npz", **arrays)

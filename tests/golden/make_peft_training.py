@@ -55,7 +55,8 @@ def start(name, folder, base=BASE):
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return model
 

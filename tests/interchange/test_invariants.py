@@ -74,7 +74,7 @@ class Problem:
         blocks = {"layers": tree} if stacked else {f"layers_{n}": part for n, part in enumerate(parts)}
         self.params = {**blocks, "head": {"kernel": weight(4, WIDTH, 8)}}
         if mode == "mesh":
-            mesh = jax.make_mesh((8,), ("x",))
+            mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
             self.params = jax.tree.map(
                 lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec_of(leaf))), self.params
             )
@@ -139,7 +139,7 @@ def test_2_a_merge_computes_what_the_adapters_compute_and_has_the_base_s_form(na
     adapted = problem.adapted({KERNELS: METHODS[name]})
     merged = problem.jit(jlora.merge)(adapted)
     close(problem.jit(problem.function)(merged, problem.x), problem.run(adapted), rtol=2e-5, atol=2e-5)
-    assert not np.allclose(problem.run(adapted), problem.run(problem.params), atol=1e-3)
+    assert not np.allclose(problem.run(adapted), problem.run(problem.params), rtol=1e-4, atol=1e-4)
     assert jax.tree.structure(merged) == jax.tree.structure(problem.params)
 
 
