@@ -4,7 +4,7 @@
    `jlora/methods/__init__.py`. Nothing else has to change.
 2. State the formula and the number of trained values in the docstring; the contract evaluates that number.
 3. Delete what the method does not need: only `axes`, `start`, `weight` and `CASES` are required.
-4. Run `pytest tests/contract -k <Name>`.
+4. Run `pytest tests/contract -k <Name> -m ""`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,11 @@ import jlora.methods
 from contract import checks, discovery
 
 CHECKS = discovery.checks(checks)
+# The first case of a method is tried by plain `pytest`; the others, which cost as much each, are among the long tests.
+CASES = [
+    pytest.param(case, id=str(case), marks=() if case == type(case).CASES[0] else pytest.mark.long)
+    for case in discovery.cases()
+]
 
 
 @pytest.mark.parametrize("module", discovery.modules(), ids=lambda module: module.__name__)
@@ -17,7 +22,7 @@ def test_every_method_module_has_cases_and_exports_what_is_public(module):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("method", discovery.cases(), ids=str)
+@pytest.mark.parametrize("method", CASES)
 def test_contract(method, check):
     CHECKS[check](method)
 
