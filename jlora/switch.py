@@ -147,7 +147,7 @@ def switch(params: Any, pack: Pack, saved: Pack | None = None) -> tuple[Any, Pac
 
     The leaves are overwritten in place: their memory is reused, and the arrays that `params` held (and every other tree that
     holds the same arrays, such as `adapted.base`) can't be used any more. Leaves of which a pack says nothing stay the same
-    objects. Packs of equal sizes share one compiled program.
+    objects. Packs of equal sizes share their compiled programs.
 
     Args:
         params: the base, perhaps with a pack in place.
@@ -165,9 +165,13 @@ def switch(params: Any, pack: Pack, saved: Pack | None = None) -> tuple[Any, Pac
     packs = [each for each in (saved, pack) if each is not None]
     for each in packs:
         _check(each, by_name)
-    names = {site.path for each in packs for site in each.sites}
-    shardings = {name: mesh.named_sharding(by_name[name]) for name in names}
-    changed, before = _overwrite({name: jnp.asarray(by_name[name]) for name in names}, packs)
+    changed = {site.path: jnp.asarray(by_name[site.path]) for each in packs for site in each.sites}
+    shardings = {name: mesh.named_sharding(leaf) for name, leaf in changed.items()}
+    if saved is not None:
+        changed |= _write({site.path: changed[site.path] for site in saved.sites}, saved)
+    touched = {site.path: changed[site.path] for site in pack.sites}
+    before = _read(touched, pack)
+    changed |= _write(touched, pack)
     # XLA may write an equal sharding in another way, for which a compiled step would be compiled anew.
     changed = {
         name: leaf if (s := shardings[name]) is None else jax.device_put(leaf, s) for name, leaf in changed.items()
@@ -184,16 +188,24 @@ def restore(params: Any, saved: Pack) -> Any:
     return switch(params, saved)[0]
 
 
+@jax.jit
+def _read(leaves: dict[str, jax.Array], pack: Pack) -> dict[str, jax.Array]:
+    """What stands at a pack's entries."""
+    return {
+        site.path: leaves[site.path].at[_coordinates(site, pack.index[site.path])].get(mode="promise_in_bounds")
+        for site in pack.sites
+    }
+
+
 @partial(jax.jit, donate_argnums=0)
-def _overwrite(leaves: dict[str, jax.Array], packs: list[Pack]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Writes the packs one after another; also the entries before the last one."""
-    before = {}
-    for pack in packs:
-        at = {site.path: leaves[site.path].at[_coordinates(site, pack.index[site.path])] for site in pack.sites}
-        before = {path: reference.get(mode="promise_in_bounds") for path, reference in at.items()}
+def _write(leaves: dict[str, jax.Array], pack: Pack) -> dict[str, jax.Array]:
+    """The leaves with a pack in place. A program of its own: beside a read of the same leaf XLA copies the leaf."""
+    written = {}
+    for site in pack.sites:
+        at = leaves[site.path].at[_coordinates(site, pack.index[site.path])]
         # Positions that fused adapters share come several times, with the same value.
-        leaves = {**leaves, **{path: at[path].set(pack.values[path], mode="promise_in_bounds") for path in at}}
-    return leaves, before
+        written[site.path] = at.set(pack.values[site.path], mode="promise_in_bounds")
+    return written
 
 
 def _check(pack: Pack, by_name: dict[str, Any]) -> None:
