@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jlora import _compat
 from jlora.allocate import budget, orthogonality, scores, triplets
 from jlora.allocate.transform import Allocation, Edit, Sites, Step
 from jlora.allocate.triplets import Triplet
-from jlora.method import Site
 
 # The paper's code: a new rank starts at this, so that it changes nothing and yet has a gradient in every factor.
 _START = 1e-13
@@ -52,7 +53,7 @@ class ElaLoRARule(Allocation):
         def stay():
             return step.active, [jnp.zeros_like(mask) for mask in step.active], step.factors
 
-        active, grown, factors = jax.lax.cond(now, lambda: self._round(step, sites, count), stay)
+        active, grown, factors = jax.lax.cond(now, lambda: self._round(step, count), stay)
         return [_edit(*each) for each in zip(active, grown, factors, strict=True)]
 
     def _count(self, step: jax.Array) -> jax.Array:
@@ -61,7 +62,7 @@ class ElaLoRARule(Allocation):
         schedule = budget.cubic_moves(self.phases, self.moved)
         return budget.after(self.moved, budget.falls(schedule, self.phases.start_steps, self.phases.last), step)
 
-    def _round(self, step: Step, sites: Sites, count: jax.Array) -> tuple[list, list, list]:
+    def _round(self, step: Step, count: jax.Array) -> tuple[list, list, list]:
         """The masks after a round, those of the new ranks, and the factors with the new ranks in place."""
         found = scores.of_sites(step.sensitivity, step.uncertainty)
         whole = triplets.table(step.active, False)
@@ -71,7 +72,7 @@ class ElaLoRARule(Allocation):
         grown = free & (jnp.cumsum(free, axis=-1) <= grows[:, None])
         keeps, news = triplets.split(kept, found), triplets.split(grown, found)
         key = jax.random.fold_in(jax.random.key(self.seed), step.number)
-        factors = [_grow(key, *each) for each in zip(sites, step.factors, keeps, news, strict=True)]
+        factors = _grow(key, step.factors, keeps, news)
         return [keep | new for keep, new in zip(keeps, news)], news, factors
 
 
@@ -99,17 +100,56 @@ def exchange(
     return active & ~budget.largest(-scores, count, pool), grows
 
 
-def _grow(key: jax.Array, site: Site, factor: Triplet, keep: jax.Array, new: jax.Array) -> Triplet:
+def _grow(key: jax.Array, factors: list[Triplet], keeps: list[jax.Array], news: list[jax.Array]) -> list[Triplet]:
     """The factors with new ranks: unit vectors at right angles to those that remain, and a tiny `e`."""
-    keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(site.path.encode())))
-    a, b = factor.a, jnp.matrix_transpose(factor.b)
-    columns = [
-        orthogonality.with_new_columns(m, keep, new, jax.random.normal(k, m.shape, m.dtype))
-        for k, m in zip(keys, (a, b))
-    ]
-    least = jnp.min(jnp.where(keep, jnp.abs(factor.e), jnp.inf), axis=-1, keepdims=True)
-    e = jnp.where(new, jnp.minimum(least, _START).astype(factor.e.dtype), factor.e)
-    return Triplet(columns[0], e, jnp.matrix_transpose(columns[1]))
+    columns = [m for factor in factors for m in (factor.a, jnp.matrix_transpose(factor.b))]
+    masks = [masks for masks in zip(keeps, news, strict=True) for _ in "ab"]
+    columns = _with_new_columns(key, columns, masks)
+    found = []
+    for factor, keep, new, a, b in zip(factors, keeps, news, columns[::2], columns[1::2]):
+        least = jnp.min(jnp.where(keep, jnp.abs(factor.e), jnp.inf), axis=-1, keepdims=True)
+        e = jnp.where(new, jnp.minimum(least, _START).astype(factor.e.dtype), factor.e)
+        found.append(Triplet(a, e, jnp.matrix_transpose(b)))
+    return found
+
+
+def _with_new_columns(
+    key: jax.Array, columns: list[jax.Array], masks: list[tuple[jax.Array, jax.Array]]
+) -> list[jax.Array]:
+    """`orthogonality.with_new_columns` of every matrix: those of one shape together, since each loop takes long to compile."""
+    found = list(columns)
+    for number, members in enumerate(_alike(columns, lambda m: (m.shape[-2:], m.dtype))):
+        like = [columns[n] for n in members]
+        count = sum(math.prod(m.shape[:-2]) for m in like)
+        draw = jax.random.normal(jax.random.fold_in(key, number), (count, *like[0].shape[-2:]), like[0].dtype)
+        noise = dict(zip(members, triplets.split(draw, like, 2)))
+        # What is cut differently over a mesh with explicit axes can't be put together. The random numbers are the same.
+        for group in _alike(like, _cut):
+            chosen = [members[n] for n in group]
+            parts = [columns[n] for n in chosen]
+            keep, new = (_together([masks[n][which][..., None, :] for n in chosen])[:, 0] for which in (0, 1))
+            random = _together([noise[n] for n in chosen])
+            whole = orthogonality.with_new_columns(_together(parts), keep, new, random)
+            for n, part in zip(chosen, triplets.split(whole, parts, 2)):
+                found[n] = part
+    return found
+
+
+def _alike(values: list[jax.Array], kind: Callable[[jax.Array], Any]) -> list[list[int]]:
+    """The places of the values, those of one kind together."""
+    groups: dict[Any, list[int]] = {}
+    for place, value in enumerate(values):
+        groups.setdefault(kind(value), []).append(place)
+    return list(groups.values())
+
+
+def _cut(m: jax.Array) -> Any:
+    sharding = _compat.explicit_sharding(jax.typeof(m))
+    return None if sharding is None else tuple(sharding.spec)[m.ndim - 2 :]
+
+
+def _together(matrices: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in matrices])
 
 
 def _edit(active: jax.Array, grown: jax.Array, factor: Triplet) -> Edit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,14 +41,15 @@ def write(tree: Any, sites: Sites, triplets: Sequence[Triplet]) -> Any:
     for site, triplet in zip(sites, triplets, strict=True):
         for name, value in triplet._asdict().items():
             if value is not None:
-                tree = _put(tree, (*site.keys, name), value)
+                tree = put(tree, (*site.keys, name), value)
     return tree
 
 
-def _put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
+def put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
+    """A copy of a nested dict with another value at `keys`."""
     if not keys:
         return value
-    return {**tree, keys[0]: _put(tree[keys[0]], keys[1:], value)}
+    return {**tree, keys[0]: put(tree[keys[0]], keys[1:], value)}
 
 
 def only(function: Callable[[Any], Any], tree: Any, sites: Sites) -> Any:
@@ -81,10 +83,9 @@ def table(values: Sequence[jax.Array], fill: Any) -> jax.Array:
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in rows])
 
 
-def split(whole: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The inverse of `table`."""
-    counts = [int(np.prod(x.shape[:-1])) for x in like]
-    starts = np.cumsum([0, *counts])
-    return [
-        whole[start : start + count, : x.shape[-1]].reshape(x.shape) for start, count, x in zip(starts, counts, like)
-    ]
+def split(whole: jax.Array, like: Sequence[jax.Array], own_axes: int = 1) -> list[jax.Array]:
+    """The inverse of `table`; with two axes of a module's own, of matrices of one shape that were put together likewise."""
+    batches = [x.shape[: x.ndim - own_axes] for x in like]
+    starts = np.cumsum([0, *(math.prod(batch) for batch in batches)])
+    parts = [whole[start:end, ..., : x.shape[-1]] for start, end, x in zip(starts, starts[1:], like)]
+    return [part.reshape(x.shape) for part, x in zip(parts, like)]

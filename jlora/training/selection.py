@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from typing import Any
 
@@ -28,22 +30,38 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
     """
     head = {HEAD: jlora.Full()} if settings.task == "classify" else {}
     if settings.spec:
-        return {**head, **{pattern: _method(pattern, table) for pattern, table in settings.spec.items()}}
+        return {
+            **head,
+            **{pattern: _method(pattern, table, settings.steps) for pattern, table in settings.spec.items()},
+        }
     if settings.method == "probe":
         return head
     if settings.method == "full":
         # A pooler that the task does not use cannot be trained.
         unread = [leaf.path for leaf in trace_sites(subject, settings).leaves if not leaf.readings]
         return {**{re.escape(path): None for path in unread}, r".*": jlora.Full()}
-    assert settings.rank is not None and settings.alpha is not None
-    method: Any = jlora.LoRA(rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout or 0.0)
-    if settings.method == "dora":
-        method = jlora.DoRA(method)
     pattern = jlora.ALL_LINEAR if settings.targets == "all-linear" else settings.targets
-    return {**head, pattern: method}
+    return {**head, pattern: _named(settings)}
 
 
-def _method(pattern: str, table: Any) -> Any:
+def _named(settings: Settings) -> jlora.Method:
+    """The method of `--method`, with rank, alpha and dropout."""
+    assert settings.rank is not None and settings.alpha is not None
+    rank, options = settings.rank, {"alpha": settings.alpha, "dropout": settings.dropout or 0.0}
+    if settings.method in ("adalora", "elalora"):
+        steps = settings.steps or 0
+        # A tenth of the run to learn what matters, and three tenths with the ranks that are left.
+        phases = {"steps": settings.steps, "start_steps": steps // 10, "final_steps": 3 * steps // 10}
+        interval = max(1, steps // 100)
+        if settings.method == "adalora":
+            # Half as many ranks again at the start, as in the paper.
+            return jlora.AdaLoRA(rank=math.ceil(1.5 * rank), target=rank, interval=interval, **phases, **options)
+        return jlora.ElaLoRA(rank=rank, interval=interval, **phases, **options)
+    method = jlora.LoRA(rank=rank, **options)
+    return jlora.DoRA(method) if settings.method == "dora" else method
+
+
+def _method(pattern: str, table: Any, steps: int | None) -> Any:
     """A method of a `[spec]` table; `"frozen"` keeps what the pattern matches as it is."""
     if table == "frozen":
         return None
@@ -52,9 +70,18 @@ def _method(pattern: str, table: Any) -> Any:
             "spec", f'entry {pattern!r} must be a table such as {{method = "LoRA", rank = 8}}, got {table!r}'
         )
     try:
-        return jlora.method_from_dict(table)
+        return _of_run(jlora.method_from_dict(table), steps)
     except (ValueError, TypeError, KeyError) as error:
         raise SettingError("spec", f"entry {pattern!r}: {error}") from error
+
+
+def _of_run(method: jlora.Method, steps: int | None) -> jlora.Method:
+    """The method, and those inside it, with the run's number of steps where they leave theirs open."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    changed: dict[str, Any] = {n: _of_run(v, steps) for n, v in values.items() if isinstance(v, jlora.Method)}
+    if "steps" in values and values["steps"] is None:
+        changed["steps"] = steps
+    return dataclasses.replace(method, **changed)
 
 
 def adapt(subject: Subject, settings: Settings) -> jlora.Adapted:

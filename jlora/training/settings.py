@@ -62,11 +62,15 @@ class Settings:
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
     method: str = _setting(
-        "lora", "lora, dora, full (every weight) or probe (the head alone)", group="method",
-        choices=("lora", "dora", "full", "probe"),
+        "lora", "lora, dora, adalora, elalora, full (every weight) or probe (the head alone)", group="method",
+        choices=("lora", "dora", "adalora", "elalora", "full", "probe"),
     )  # fmt: skip
-    rank: int | None = _setting(None, "rank of the adapters (8; shipped model: 16)", group="method")
-    alpha: float | None = _setting(None, "the update is scaled by alpha / rank (twice the rank)", group="method")
+    rank: int | None = _setting(
+        None, "rank of the adapters (8; shipped model: 16); adalora: mean rank at the end", group="method"
+    )
+    alpha: float | None = _setting(
+        None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
+    )
     dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
     targets: str | None = _setting(
         None, "regex that matches whole weight paths, or all-linear (all-linear)", group="method"
@@ -79,7 +83,9 @@ class Settings:
     batch: int | None = _setting(None, "rows per optimizer step (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(
-        None, "peak learning rate (5e-4; full: 5e-5; probe: 5e-3; shipped model: 1e-2)", group="training"
+        None,
+        "peak learning rate (5e-4; adalora, elalora: 1e-3; full: 5e-5; probe: 5e-3; shipped model: 1e-2)",
+        group="training",
     )
     schedule: str = _setting(
         "cosine",

@@ -1,0 +1,46 @@
+"""Adapters of allocated ranks as plain LoRA: fewer columns, the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract.problems import perturbed, weight
+
+import jlora
+
+BASE = {"p": weight(0, 8, 6), "q": weight(1, 6, 8), "stack": weight(2, 3, 8, 8), "rest": weight(3, 8, 8)}
+SPEC = {
+    "p": jlora.AdaLoRA(4, 2, alpha=3),
+    "q": jlora.DoRA(jlora.AdaLoRA(4, 2)),
+    "stack": jlora.Axes("batch in out", jlora.ElaLoRA(2, max_rank=5)),
+    "rest": jlora.LoRA(2),
+}
+
+
+def trained():
+    """Adapters with some ranks at zero, all of `p`'s among them."""
+    adapted = perturbed(jlora.adapterize(BASE, SPEC))
+    params = dict(adapted.params)
+    used = {"p": [0, 0, 0, 0], "q": [0, 1, 0, 1], "stack": [[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]}
+    for name, mask in used.items():
+        params[name] = {**params[name], "e": params[name]["e"] * jnp.asarray(mask, jnp.float32)}
+    return adapted.replace(params=params)
+
+
+def test_compact_adapters_have_the_ranks_that_are_left_and_the_same_weights():
+    adapted = trained()
+    small = jlora.compact(adapted)
+    shapes = {name: fields["a"].shape for name, fields in small.params.items()}
+    assert shapes == {"p": (8, 1), "q": (6, 2), "stack": (3, 8, 3), "rest": (8, 2)}
+    methods = {site.path: site.method for site in small.plan.sites}
+    assert type(methods["p"]) is jlora.LoRA and type(methods["q"].inner) is jlora.LoRA
+    assert methods["rest"] == SPEC["rest"] and small.params["rest"] is adapted.params["rest"]
+    got, wanted = jlora.merge(small), jlora.merge(adapted)
+    for name in BASE:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(wanted["q"], BASE["q"], atol=1e-2)
+
+
+def test_compact_under_jit_is_refused():
+    with pytest.raises(TypeError, match="call it outside of jit"):
+        jax.jit(jlora.compact)(trained())

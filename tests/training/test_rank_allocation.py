@@ -1,0 +1,75 @@
+"""Rank allocation in the job: schedules of the run's length, and a stop in the middle of one."""
+
+import dataclasses
+import json
+
+import pytest
+
+import jlora
+from jlora.training.defaults import resolve
+from jlora.training.errors import SettingError
+from jlora.training.job import finetune
+from jlora.training.metrics import Metrics
+from jlora.training.selection import make_spec
+from jlora.training.settings import Settings
+
+ADA = {"method": "AdaLoRA", "rank": 4, "target": 2}
+
+
+def chosen(**settings):
+    """The methods of a run of 40 steps."""
+    resolved = resolve(Settings(steps=40, **settings))
+    return list(make_spec(None, resolved).values())
+
+
+def test_a_schedule_takes_its_length_from_the_run():
+    assert chosen(spec={".*": ADA}) == [jlora.AdaLoRA(4, 2, steps=40)]
+    assert chosen(spec={".*": {**ADA, "steps": 30}}) == [jlora.AdaLoRA(4, 2, steps=30)]
+    assert chosen(spec={".*": {"method": "DoRA", "inner": ADA}}) == [jlora.DoRA(jlora.AdaLoRA(4, 2, steps=40))]
+    assert chosen(spec={"a": "frozen", "b": {"method": "LoRA"}}) == [None, jlora.LoRA()]
+
+
+def test_the_flags_name_the_methods_with_phases_of_the_run():
+    (ada,) = chosen(method="adalora", rank=4)
+    assert ada == jlora.AdaLoRA(6, 4, 8.0, 40, start_steps=4, final_steps=12)
+    (ela,) = chosen(method="elalora", rank=4, dropout=0.1)
+    assert ela == jlora.ElaLoRA(4, None, 8.0, 40, 4, 12, interval=1, dropout=0.1)
+
+
+def test_a_schedule_that_does_not_fit_into_the_run_is_refused():
+    with pytest.raises(
+        SettingError, match=r"entry '.\*': AdaLoRA's start_steps \(50\) and final_steps \(0\) leave none"
+    ):
+        chosen(spec={".*": {**ADA, "start_steps": 50}})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["adalora", "elalora"])
+def test_a_run_stopped_in_the_middle_of_a_schedule_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+    settings = Settings(
+        method=method, steps=10, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
+        max_validation_rows=1, checkpoint_every=2, evaluate_every=5, sample_tokens=0, progress="none",
+    )  # fmt: skip
+    runs = {name: dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped")}
+    quiet = lambda text: None
+    result = finetune(runs["whole"], quiet)
+    write = Metrics.write
+
+    def fail(self, step, kind, **values):
+        if step == 5:
+            raise RuntimeError("pulled the plug")
+        write(self, step, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", fail)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            finetune(runs["stopped"], quiet)
+    finetune(dataclasses.replace(runs["stopped"], resume=True), quiet)
+    whole, stopped = (
+        json.loads((tmp_path / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs
+    )
+    assert whole == stopped
+    left = sum(
+        int((fields["kernel"]["e"] != 0).sum()) for fields in result.adapted.params["layers"]["self_attn"].values()
+    )
+    assert left == 2 * 2 * 5 if method == "adalora" else left > 0
