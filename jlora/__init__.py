@@ -4,6 +4,7 @@ from jlora.adapted import Adapted as Adapted
 from jlora.adapted import adapterize as adapterize
 from jlora.adapted import merge as merge
 from jlora.adapted import summary as summary
+from jlora.allocate.compact import compact as compact
 from jlora.allocate.history import RankHistory as RankHistory
 from jlora.allocate.transform import rank_history as rank_history
 from jlora.allocate.transform import ranks as ranks
