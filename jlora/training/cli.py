@@ -87,7 +87,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         default="peft",
         help="peft: all that PEFT reads; serving: plain LoRA for vLLM, SGLang and llama.cpp (peft)",
     )
-    parser.add_argument("--svd-rank", type=int, help="turn what has no place into LoRA of at most this rank, with a loss")
+    parser.add_argument(
+        "--svd-rank", type=int, help="turn what has no place into LoRA of at most this rank, with a loss"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as trained)")
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
 
