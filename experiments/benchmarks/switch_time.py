@@ -124,10 +124,11 @@ def verdict(rows: list[dict]) -> str:
     word = "Reproduced" if len(reached) == len(rows) else "Reproduced in part" if reached else "Not reproduced"
     text = "; ".join(f"{size}: {low:.1f} to {high:.1f}" for size, (low, high) in spans.items())
     where = f"at the sizes {', '.join(map(str, reached))}" if reached else "at no size"
-    faster = "at every size" if all(low > 1 for low, _ in spans.values()) else "not at every size"
+    slower = [size for size, (low, _) in spans.items() if low <= 1]
+    faster = f"not always at {', '.join(map(str, slower))}" if slower else "always"
     return (
         f"**{word}.** The paper says {least} to {most} times. LoRA's time over SHiRA's by the side of the weight: {text}. At "
-        f"least {least} for both ranks and both events: {where}. Overwriting was faster for both of them {faster}."
+        f"least {least} for both ranks and both events: {where}. Overwriting was the faster one: {faster}."
     )
 
 
