@@ -80,7 +80,10 @@ def prepare(
         ValueError: where no method of the spec needs data, there is no batch, or a gradient is not finite.
 
     Example:
-        >>> prepared = jlora.prepare(params, spec, loss_fn, batches[:8], key=key)
+        >>> spec = {r".*/(q|v)_proj/kernel": jlora.SHiRA("gradient", density=0.01)}
+        >>> loss_fn = lambda params, tokens: jnp.mean(model.apply({"params": params}, tokens) ** 2)
+        >>> batches = [tokens, tokens + 1]
+        >>> prepared = jlora.prepare(params, spec, loss_fn, batches, key=key)
         >>> adapted = jlora.adapterize(params, spec, key=key, prepared=prepared)
     """
     key = jax.random.key(0) if key is None else _compat.typed_key(key)

@@ -56,7 +56,8 @@ class DeepLoRA(Method):
 
     Example:
         >>> spec = {r".*/(q|v)_proj/kernel": jlora.DeepLoRA(rank=8, compressed=True)}
-        >>> prepared = jlora.prepare(params, spec, loss_fn, batches[:1], key=key)
+        >>> loss_fn = lambda params, tokens: jnp.mean(model.apply({"params": params}, tokens) ** 2)
+        >>> prepared = jlora.prepare(params, spec, loss_fn, [tokens], key=key)
         >>> adapted = jlora.adapterize(params, spec, key=key, prepared=prepared)
 
     Reference:
