@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -180,6 +181,19 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
             "prepared=jlora.prepare(params, spec, loss_fn, batches)"
         )
     key = jax.random.fold_in(key, _number(site.path))
+    sharding = _compat.explicit_sharding(jax.typeof(leaf))
+    if sharding is None:
+        return _start(site, leaf, key, statistics)
+    # With explicit axes a method would have to say how its sorts and factorisations are cut; automatic ones find out.
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
+    specs = mesh.field_specs(site, sharding.spec)
+    placed = Start(*({name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)))
+    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=placed)
+    return automatic(leaf, key, statistics)
+
+
+def _start(site: Site, leaf: jax.Array, key: jax.Array, statistics: Arrays) -> Start:
     if not site.method.matrix:
         return site.method.start(key, leaf, site, **statistics)
 
@@ -201,8 +215,16 @@ def merge(adapted: Adapted) -> Any:
     Example:
         >>> model.apply({"params": jlora.merge(adapted)}, tokens)
     """
-    merged = [_placed_like(weights.effective(weight), weight.array) for weight in adapted.weights()]
+    merged = [_placed_like(_effective(weight), weight.array) for weight in adapted.weights()]
     return adapted.with_leaves(merged)
+
+
+def _effective(weight: Weight) -> jax.Array:
+    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
+    if sharding is None:
+        return weights.effective(weight)
+    automatic: Any = jax.sharding.auto_axes(weights.effective, out_sharding=sharding.spec)
+    return automatic(weight)
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:
