@@ -22,7 +22,7 @@ from jlora.method import Factors
 
 PLANS = ("auto", "factored", "merged")
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
-FORWARD, BACKWARD = 2.0, 2.0
+FORWARD, BACKWARD = 3.0, 3.0
 Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
 
 

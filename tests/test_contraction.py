@@ -105,9 +105,9 @@ def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases()
     up, down = (512, 1408), (1408, 512)
     assert choose("auto", 64, [up]) == Plan((False,), False)
     assert choose("auto", 4096, [up]) == Plan((True,), True)
-    assert choose("auto", 512, [up]) == Plan((True,), False)  # cheap to form for 512 inputs, not for 1408 gradients
-    assert choose("auto", 512, [down]) == Plan((False,), True)
-    assert choose("auto", 1024, [up, up]) == Plan((True, True), False)  # the two share the factored form's cost
+    assert choose("auto", 256, [up]) == Plan((True,), False)  # cheap to form for 512 inputs, not for 1408 gradients
+    assert choose("auto", 256, [down]) == Plan((False,), True)
+    assert choose("auto", 512, [up, up]) == Plan((True, True), False)  # the two share the factored form's cost
     assert choose("auto", 4096, [up], jnp.bfloat16) == Plan((False,), False)
     assert choose("factored", 4096, [up, up]) == Plan((False, False), False)
     assert choose("merged", 1, [up, up], jnp.bfloat16) == Plan((True, True), True)

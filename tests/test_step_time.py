@@ -37,6 +37,7 @@ def test_the_inputs_that_lora_must_keep_are_counted_once_each():
     assert variants.distinct_inputs_bytes(p, adapted) == 4 * tokens * s.layers * (3 * s.width + s.hidden)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["llama", "scanned"])
 def test_every_variant_starts_at_the_same_loss(shape):
     p = problem(settings_for(shape, **TINY))
@@ -44,6 +45,13 @@ def test_every_variant_starts_at_the_same_loss(shape):
     assert {"bound", "jlora auto", "jlora DoRA", "naive", "full"} <= set(losses)
     for name, loss in losses.items():
         assert loss == pytest.approx(losses["bound"], rel=1e-5), name
+
+
+def test_the_naive_formula_starts_at_the_loss_of_the_model():
+    p = problem(settings_for("llama", **{**TINY, "layers": 1}))
+    naive = variants.naive(p, variants.adapt(p, variants.jlora.LoRA(2)))
+    wanted = p.loss(p.net.apply, p.params, p.batch)
+    assert float(naive.step(*naive.arguments)[2]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_nothing_of_the_bases_size_is_left_by_any_phase_of_a_run():

@@ -11,6 +11,7 @@ results/cost_model.json, beside what the same machine has measured before.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,13 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     machine = step_time.machine()
     rows = rows_of(path, machine)
-    for tokens in arguments.tokens:
-        for rank in arguments.ranks:
-            rows[rank, tokens] = measure(rank, tokens, arguments.seconds)
-            print({name: round(value, 3) for name, value in rows[rank, tokens].items()}, flush=True)
-    result = {"machine": machine, "rows": [rows[pair] for pair in sorted(rows)]}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result))
-    print(verdict(result["rows"]))
+    for rank, tokens in itertools.product(arguments.ranks, arguments.tokens):
+        rows[rank, tokens] = measure(rank, tokens, arguments.seconds)
+        print({name: round(value, 3) for name, value in rows[rank, tokens].items()}, flush=True)
+        result = {"machine": machine, "rows": [rows[pair] for pair in sorted(rows)]}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(result))
+    print(verdict([*rows.values()]))
 
 
 def markdown(result: dict[str, Any]) -> str:
