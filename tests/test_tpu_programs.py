@@ -69,13 +69,28 @@ def test_the_lora_program_sums_no_frozen_weights_gradient_and_full_fine_tuning_d
     assert bound["flops"] < lora["flops"] < full["flops"]
 
 
+def test_heads_as_many_as_a_multiple_of_the_rank_do_not_hide_what_the_bound_sums_too(rows):
+    """A gather that is written as a sum, once with the heads apart and once not, is no gradient."""
+    bound, lora, _ = rows
+    with_sums = lambda row, shape, size: {
+        **row,
+        "collectives": [{"kind": "all-reduce", "shape": shape, "bytes": size, "count": 5}],
+    }
+    apart, joined = with_sums(bound, "f32[12, 32, 32]", 4096), with_sums(lora, "f32[384, 32]", 4096)
+    sized = {**joined, "leaves": {"w": [384, 32]}}
+    assert tpu_programs.weight_gradients(sized, apart) == []
+    assert tpu_programs.weight_gradients(sized, {**apart, "collectives": []}) == [
+        "5 sums of 12,288 values, the bound has 0"
+    ]
+
+
 def test_the_table_has_a_line_for_each_program_and_the_verdicts_have_numbers(rows):
     text = tpu_programs.table(rows)
     lines = text.splitlines()
     assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
     assert "fsdp 4 x tensor 2, jlora" in lines[3] and "| yes |" in lines[3]
     sentences = tpu_programs.verdicts(rows)
-    assert len(sentences) == 3 and "fits with 0.00 GB" in sentences[0]
+    assert len(sentences) == 3 and "fits with 0.00 GB" in sentences[0] and "collectives" in sentences[2]
     assert "no collective carries the gradient of a frozen weight" in sentences[1]
     assert json.loads(json.dumps(rows)) == rows
 

@@ -340,9 +340,9 @@ def weight_gradients(row: dict[str, Any], bound: dict[str, Any]) -> list[str]:
     cuts = {i * o for i in (1, *row["mesh"].values()) for o in (1, *row["mesh"].values())}
     matrices = [shape for shape in row["leaves"].values() if len(shape) > 1 and min(shape[-2:]) > 1]
     pieces = {math.prod(axes) // cut for shape in matrices for axes in (shape, shape[-2:]) for cut in cuts}
-    ranks = [n * row["program"]["rank"] for n in (1, 2, 3, 4)]
+    rank = row["program"]["rank"]
 
-    def sums(program: dict[str, Any]) -> Counter:
+    def sums(program: dict[str, Any], ranks: tuple[int, ...]) -> Counter:
         found: Counter = Counter()
         for each in program["collectives"]:
             sizes = json.loads(each["shape"][each["shape"].index("[") :])
@@ -351,8 +351,9 @@ def weight_gradients(row: dict[str, Any], bound: dict[str, Any]) -> list[str]:
                 found[math.prod(sizes)] += each["count"]
         return found
 
-    known = sums(bound)
-    more = {size: count for size, count in sums(row).items() if count > known[size]}
+    known = sums(bound, ())  # the bound has no ranks; a gather may be written as a sum too, of shards among zeros
+    found = sums(row, (rank, 2 * rank, 3 * rank, 4 * rank))
+    more = {size: count for size, count in found.items() if count > known[size]}
     return [f"{count} sums of {size:,} values, the bound has {known[size]}" for size, count in more.items()]
 
 
