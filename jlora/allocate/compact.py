@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jlora import paths
 from jlora.adapted import Adapted, Plan
@@ -64,7 +65,7 @@ def _swapped(method: Any, plain: LoRA) -> Method:
 
 def _fields(factor: Triplet) -> tuple[dict[str, jax.Array], int]:
     """LoRA's factors of the ranks in use, those first."""
-    if isinstance(factor.e, jax.core.Tracer):
+    if isinstance(factor.e, Tracer):
         raise TypeError("jlora.compact makes arrays whose shapes depend on values: call it outside of jit")
     used = np.asarray(jax.device_get(factor.e)) != 0
     rank = max(1, int(used.sum(-1).max()))

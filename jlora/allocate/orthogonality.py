@@ -34,7 +34,7 @@ def penalty(factors: list[Triplet], active: list[jax.Array], weight: float) -> j
         for factor, on in zip(factors, active, strict=True)
         for m in (factor.a, jnp.matrix_transpose(factor.b))
     ]
-    return weight * sum(jnp.sum(norm) for norm in norms) / sum(norm.size for norm in norms)
+    return weight * jnp.mean(jnp.concatenate([norm.ravel() for norm in norms]))
 
 
 def penalty_gradient(factors: list[Triplet], active: list[jax.Array], weight: float) -> list[Triplet]:

@@ -136,8 +136,8 @@ class Allocation:
         if jax.tree.leaves(params):
             active = self.begin(triplets.read(params, sites))
             record = history.recorded(record, 0, counts(active))
-        means = [triplets.only(jnp.zeros_like, params, sites) for _ in range(2)]
-        return AllocationState(tx.init(params), jnp.zeros((), jnp.int32), *means, _tree(active, sites), record)
+        mean, spread = (triplets.only(jnp.zeros_like, params, sites) for _ in range(2))
+        return AllocationState(tx.init(params), jnp.zeros((), jnp.int32), mean, spread, _tree(active, sites), record)
 
     def _update(
         self,
@@ -153,19 +153,20 @@ class Allocation:
         gradients = self._with_penalty(gradients, before, active, sites)
         updates, inner = tx.update(gradients, state.inner, params, **extra)
         moves = triplets.read(updates, sites)
-        number = optax.safe_increment(state.step)
+        number: Any = optax.safe_increment(state.step)
         factors = [_sum(value, move) for value, move in zip(before, moves)]
         means = self._averages(number, state, factors, triplets.read(gradients, sites), sites)
         edits = self.decide(Step(number, *means, active, factors), sites)
         moves = [_edited(move, value, edit) for move, value, edit in zip(moves, before, edits)]
         forget = [triplets.along_rank(edit.forget) for edit in edits]
-        trees = [
-            triplets.write(tree, sites, list(map(_without, mean, forget)))
-            for tree, mean in zip((state.sensitivity, state.uncertainty), means)
-        ]
+        mean, spread = (
+            triplets.write(tree, sites, list(map(_without, each, forget)))
+            for tree, each in zip((state.sensitivity, state.uncertainty), means)
+        )
         masks = [edit.active for edit in edits]
         record = history.recorded(state.history, number, counts(masks))
-        state = AllocationState(_forget(tx, inner, params, sites, forget), number, *trees, _tree(masks, sites), record)
+        inner = _forget(tx, inner, params, sites, forget)
+        state = AllocationState(inner, number, mean, spread, _tree(masks, sites), record)
         return triplets.write(updates, sites, moves), state
 
     def _with_penalty(self, gradients: Any, factors: list[Triplet], active: list[jax.Array], sites: Sites) -> Any:
@@ -214,10 +215,12 @@ def _forget(tx: Any, state: Any, params: Any, sites: Sites, gone: list[Triplet])
     """
 
     def clear(moment: Any, mask: Any) -> Any:
-        shaped = not isinstance(moment, optax.MaskedNode) and jnp.ndim(moment) == jnp.ndim(mask) > 0
-        if not shaped or any(m not in (1, n) for m, n in zip(mask.shape, moment.shape)):
+        if isinstance(moment, optax.MaskedNode):
             return moment
-        return jnp.where(mask, jnp.zeros_like(moment), moment)
+        array, shaped = jnp.asarray(moment), jnp.ndim(moment) == jnp.ndim(mask) > 0
+        if not shaped or any(m not in (1, n) for m, n in zip(mask.shape, array.shape)):
+            return moment
+        return jnp.where(mask, jnp.zeros_like(array), array)
 
     nothing = jax.tree.map(lambda _: np.zeros((), bool), params)
     masks = triplets.write(nothing, sites, gone)
@@ -290,7 +293,10 @@ def rank_history(adapted: Adapted, opt_state: Any) -> RankHistory:
         ValueError: for a state without rank allocation, or with several of different lengths.
 
     Example:
-        >>> jlora.rank_history(adapted, opt_state).plot("ranks.png")
+        >>> adapted = jlora.adapterize(params, {r".*/q_proj/kernel": jlora.AdaLoRA(rank=4, target=2, steps=100)})
+        >>> opt_state = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-3).init(adapted.params)
+        >>> jlora.rank_history(adapted, opt_state).ranks.tolist()
+        [[4]]
     """
     states = _states(opt_state)
     rows = [history.complete_rows(*state.history, state.step) for state in states]

@@ -47,11 +47,12 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
 def _named(settings: Settings) -> jlora.Method:
     """The method of `--method`, with rank, alpha and dropout."""
     assert settings.rank is not None and settings.alpha is not None
-    rank, options = settings.rank, {"alpha": settings.alpha, "dropout": settings.dropout or 0.0}
+    rank: int = settings.rank
+    options: Any = {"alpha": settings.alpha, "dropout": settings.dropout or 0.0}
     if settings.method in ("adalora", "elalora"):
         steps = settings.steps or 0
         # A tenth of the run to learn what matters, and three tenths with the ranks that are left.
-        phases = {"steps": settings.steps, "start_steps": steps // 10, "final_steps": 3 * steps // 10}
+        phases: Any = {"steps": settings.steps, "start_steps": steps // 10, "final_steps": 3 * steps // 10}
         interval = max(1, steps // 100)
         if settings.method == "adalora":
             # Half as many ranks again at the start, as in the paper.
