@@ -119,6 +119,8 @@ def logical_axes(adapted: Adapted, names: Any = None) -> Adapted:
         ValueError: for a leaf without names in `names`.
 
     Example:
+        >>> import flax
+        >>> mesh, rules = jax.make_mesh((1,), ("model",)), [("embed", "model")]
         >>> names = jlora.mesh.logical_axes(adapted)
         >>> shardings = flax.linen.logical_to_mesh_sharding(names, mesh, rules)
     """
@@ -163,6 +165,7 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
         ValueError: for a rule with an axis that the mesh lacks, and an axis that does not divide, naming the leaf.
 
     Example:
+        >>> mesh, rules = jax.make_mesh((1,), ("model",)), [("embed", "model")]
         >>> adapted = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh, rules))
     """
     for logical, entry in rules:

@@ -40,7 +40,10 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
         ValueError: where a file is damaged, or holds what these params or jlora have no place for.
 
     Example:
-        >>> adapted = jlora.load_peft("adapter", params, names=jlora.models.peft_names(model.config))
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {r".*/v_proj/kernel": jlora.Axes("batch in out", jlora.LoRA(4))})
+        >>> report = jlora.save_peft("adapter", adapted, names=jlora.models.peft_names(model))
+        >>> adapted = jlora.load_peft("adapter", params, names=jlora.models.peft_names(model))
     """
     folder = AdapterFolder(path)
     settings = Settings(folder.config, folder.path / CONFIG, list(FORMATS))

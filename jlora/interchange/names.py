@@ -43,7 +43,8 @@ class TorchParameter:
         ValueError: for a kind, role or combination that has no meaning.
 
     Example:
-        >>> {r"layers/attention/(?P<p>[qkvo])/kernel": TorchParameter("h.{layer}.attn.{p}.weight", "layer in out")}
+        >>> q_or_v = jlora.TorchParameter("h.{layer}.attn.{p}.weight", "layer in out")
+        >>> names = {r"layers/attention/(?P<p>[qv])/kernel": q_or_v}
     """
 
     name: str | tuple[str, ...]

@@ -87,7 +87,9 @@ def save_peft(
         OSError: where the disk refuses; nothing is left behind.
 
     Example:
-        >>> jlora.save_peft("out", adapted, names=jlora.models.peft_names(model.config))
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {r".*/v_proj/kernel": jlora.Axes("batch in out", jlora.LoRA(4))})
+        >>> report = jlora.save_peft("out", adapted, names=jlora.models.peft_names(model))
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")

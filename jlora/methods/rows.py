@@ -27,7 +27,7 @@ class Rows(Method):
         ValueError: for indices that are not whole numbers from 0 on, or repeat.
 
     Example:
-        >>> jlora.adapterize(params, {"embed_tokens/embedding": jlora.Rows((32000, 32001))}, sites=sites)
+        >>> jlora.adapterize(params, {r".*/embed.*/embedding": jlora.Rows((3, 7))}, sites=sites)
 
     Reference:
         "Trainable tokens" of PEFT, which stores the rows alike.

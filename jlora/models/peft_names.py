@@ -24,7 +24,8 @@ def peft_names(model: Any) -> dict[str, TorchParameter]:
         TypeError: for anything else.
 
     Example:
-        >>> jlora.save_peft("out", adapted, names=jlora.models.peft_names(model))
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> names = jlora.models.peft_names(model)
     """
     if (backbone := getattr(model, "backbone", None)) is not None:
         config = backbone.config
