@@ -52,7 +52,11 @@ def tiny_encoder(data):
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+# Each compiles a dozen programs; those with most are among the long tests, which CI runs.
+QUICK = ("loraplus", "deep_lora")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in STUDIES])
 def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
     module = study_of(name)
     arguments = [*STUDIES[name], "--out", str(tmp_path)]
