@@ -55,7 +55,7 @@ def test_the_naive_formula_starts_at_the_loss_of_the_model():
 
 
 def test_nothing_of_the_bases_size_is_left_by_any_phase_of_a_run():
-    s = settings_for("llama", **{**TINY, "width": 128, "hidden": 256, "vocab": 512})
+    s = settings_for("llama", **{**TINY, "layers": 1, "width": 128, "hidden": 256, "vocab": 512})
     found = run_memory.measure(s)
     left = {name: row["left_mb"] for name, row in found.items() if isinstance(row, dict)}
     assert {"adapterize", "optimizer", "step", "save"} <= set(left)
@@ -68,5 +68,5 @@ def test_the_results_hold_every_target_and_every_pair_of_the_cost_model():
     result = json.loads((results / "step_time_llama.json").read_text())
     assert any(line.startswith("time / bound") for line in result["targets"])
     rows = json.loads((results / "cost_model.json").read_text())["rows"]
-    assert {row["tokens"] for row in rows} >= {64, 4096} and {row["rank"] for row in rows} >= {4, 64}
+    assert {row["tokens"] for row in rows} >= {64, 1024} and {row["rank"] for row in rows} >= {4, 64}
     assert cost_model.__doc__ and step_time.show(result).count("\n") == len(result["rows"])
