@@ -171,6 +171,8 @@ MARKS: dict[str, Callable[..., str]] = {
     "run folder": run_folder,
     "studies": studies,
     "flags": flags,
-    # In README this says where a table stands.
+    # These say where a table stands that is written into the page itself.
     "methods": str,
+    "kinds": str,
+    "settings": str,
 }
