@@ -188,8 +188,8 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
     shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
     specs = mesh.field_specs(site, sharding.spec)
-    placed = Start(*({name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)))
-    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=placed)
+    placed: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
+    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=Start(*placed))
     return automatic(leaf, key, statistics)
 
 

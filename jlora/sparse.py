@@ -164,7 +164,7 @@ def _product_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[jax.Arra
         terms.append(static.matmul(x, dw))
     if dvalues is not None:
         moved = Entries(entries.rows, entries.columns, dvalues)
-        step = max(16, IN_CACHE * x.shape[-1] // x.size)
+        step = min(max(w.shape), max(16, IN_CACHE * x.shape[-1] // x.size))
         terms.append(static.update(static.plan.gradient, x, w.shape, moved, step))
     y = _product(x, w, entries, static)
     return y, sum(terms[1:], terms[0]).astype(y.dtype) if terms else jnp.zeros_like(y)

@@ -3,9 +3,10 @@
     python experiments/benchmarks/step_time.py [--shape llama|minilm|scanned|gpu] [--rank R] [--batch B] [--length L] ...
     python experiments/benchmarks/step_time.py --torch-python PYTHON      torch and PEFT too, with the Python that has them
 
-All variants are compiled first and then run interleaved, so that a noisy machine bends them alike. Printed, and written to
-results/ as JSON and as a plot: the median time of a step, its ratio to the bound (the median of the pairs' ratios), and what
-XLA says of flops, bytes and memory, which no noise reaches; then what a whole run holds beyond its base (run_memory.py).
+All variants are compiled first and then run in turns, in a new order each time, so that a noisy machine bends them alike.
+Printed, and written to results/ as JSON and as a plot: the median time of a step, its ratio to the bound (the median of the
+turns' ratios), and what XLA says of flops, bytes and memory, which no noise reaches; then what a whole run holds beyond its
+base (run_memory.py).
 
 bound     only the input embedding's scale is trained: the whole forward pass, the whole backward pass to the inputs, and
           no weight gradient. No adapter method can beat it.
@@ -27,6 +28,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -110,11 +112,14 @@ def torch_timers(python: str | None, s: Settings) -> Iterator[tuple[dict[str, Ca
 
 
 def interleave(run: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant's steps, one step of each in turn."""
-    times: dict[str, list[float]] = {name: [] for name in run}
+    """Seconds of every variant's steps: in each turn one step of each, in an order of its own.
+
+    In a fixed order a variant would always meet the memory as the same other left it, which is worth several per cent.
+    """
+    order, times = random.Random(0), {name: [] for name in run}
     for repeat in range(repeats + WARM_UP):
-        for name, timer in run.items():
-            seconds = timer()
+        for name in order.sample(list(run), len(run)):
+            seconds = run[name]()
             if repeat >= WARM_UP:
                 times[name].append(seconds)
     return times
