@@ -1,5 +1,6 @@
 """jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
 
+from jlora import losses as losses
 from jlora.adapted import Adapted as Adapted
 from jlora.adapted import adapterize as adapterize
 from jlora.adapted import merge as merge

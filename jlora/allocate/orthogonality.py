@@ -30,7 +30,7 @@ def penalty(factors: list[Triplet], active: list[jax.Array], weight: float) -> j
         weight: of the mean.
     """
     norms = [
-        _norm(_excess(m, on))
+        excess_norms(m, on)
         for factor, on in zip(factors, active, strict=True)
         for m in (factor.a, jnp.matrix_transpose(factor.b))
     ]
@@ -50,6 +50,11 @@ def penalty_gradient(factors: list[Triplet], active: list[jax.Array], weight: fl
         b = jnp.matrix_transpose(direction(jnp.matrix_transpose(factor.b), on))
         found.append(Triplet(share * direction(factor.a, on), None, share * b))
     return found
+
+
+def excess_norms(m: jax.Array, active: jax.Array) -> jax.Array:
+    """`‖mᵀm - 1‖` of every matrix of `m [*batch, n, r]`, with ones only where a rank is in use; differentiable anywhere."""
+    return _norm(_excess(m, active))
 
 
 def _excess(m: jax.Array, active: jax.Array) -> jax.Array:
