@@ -9,6 +9,9 @@ from jlora.allocate.compact import compact as compact
 from jlora.allocate.history import RankHistory as RankHistory
 from jlora.allocate.transform import rank_history as rank_history
 from jlora.allocate.transform import ranks as ranks
+from jlora.events import Event as Event
+from jlora.events import Moment as Moment
+from jlora.events import run_events as run_events
 from jlora.files import load as load
 from jlora.files import save as save
 from jlora.fingerprint import fingerprint as fingerprint

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+
+if TYPE_CHECKING:
+    from jlora.events import Event
 
 Arrays = dict[str, jax.Array]
 
@@ -207,6 +210,11 @@ class Method:
     @property
     def optimizer_rule(self) -> OptimizerRule | None:
         """What `jlora.optimizer` wraps the optimizer with: rank allocation, a proximal step, a penalty on the factors."""
+        return None
+
+    @property
+    def event(self) -> Event | None:
+        """What the training loop does from the host between some steps (see `jlora.events`): a chain's next link, a round."""
         return None
 
     def __str__(self) -> str:

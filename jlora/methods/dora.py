@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from jlora.events import Event
 from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Sparse, Start, View
 from jlora.methods.lora import LoRA, trained_dtype
 
@@ -93,6 +94,11 @@ class DoRA(Method):
     def optimizer_rule(self) -> OptimizerRule | None:
         """As the inner method."""
         return self.inner.optimizer_rule
+
+    @property
+    def event(self) -> Event | None:
+        """As the inner method."""
+        return self.inner.event
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
         """As the inner method."""

@@ -105,6 +105,17 @@ def make_evaluation(forward: Forward) -> Callable[[jlora.Adapted, Iterable[Any]]
     return evaluate
 
 
+def held_out_loss(forward: Forward) -> Callable[[jlora.Adapted, Any], jax.Array]:
+    """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
+    lifted = jlora.lift(forward)
+
+    def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
+        found = sums(lifted, adapted, batch)
+        return found.loss / jnp.maximum(found.weight, 1.0)
+
+    return loss
+
+
 def to_devices(batch: Batch, mesh: Mesh, parts: int = 0) -> dict[str, jax.Array]:
     """A batch on the mesh, its rows cut by `data`; with `parts`, as `[parts, rows / parts, …]`."""
     if parts:

@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
+from jlora.events import is_due
 from jlora.training import processes
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data
-from jlora.training.loop import State, StepResult, make_evaluation, make_step, to_devices
+from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
 from jlora.training.placement import on_mesh
@@ -28,6 +29,8 @@ from jlora.training.settings import Settings
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
 _FETCH = 10
+# The key of events is folded with this: a number that no step and no part of a batch has.
+_EVENTS = 0x65766E74
 
 
 @dataclasses.dataclass
@@ -57,6 +60,7 @@ class Trainer:
         assert settings.batch and settings.steps and settings.evaluate_every and settings.checkpoint_every
         self._tx = make_optimizer(self.adapted, settings)
         self._evaluate = make_evaluation(self.forward)
+        self._loss = held_out_loss(self.forward)
         self._rate = learning_rate(settings)
         rows = settings.batch // settings.accumulate
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
@@ -112,6 +116,8 @@ class Trainer:
             batch = to_devices(next(self._batches), self.mesh, settings.accumulate)
             state, result = self._step(state, self._still, batch)
             waiting.append((step, result))
+            if is_due(self._still, step):
+                state = self._between(step, state, progress)
             last = step == settings.steps
             validate, save = last or step % settings.evaluate_every == 0, last or step % settings.checkpoint_every == 0
             if validate or save or len(waiting) == _FETCH:
@@ -122,6 +128,18 @@ class Trainer:
                     checkpoints.save(state, self._still, self._batches)
                 waiting, since = [], time.perf_counter()
         return state
+
+    def _between(self, step: int, state: State, progress: Progress) -> State:
+        """What the methods do after this step, before it is validated and saved: so a stop right after is no matter."""
+        whole, key = self._still.replace(params=state.params), jax.random.fold_in(state.key, _EVENTS)
+
+        def say(text: str) -> None:
+            progress.say(f"step {step}: {text}")
+
+        given = (whole, state.opt_state, self._tx, key, step)
+        whole, opt_state = jlora.run_events(*given, loss=self._loss, batches=self._validation, say=say)
+        self._still = whole.replace(params={})
+        return state._replace(params=whole.params, opt_state=opt_state)
 
     def _record(
         self, waiting: list[tuple[int, StepResult]], since: float, metrics: Metrics, progress: Progress
