@@ -5,6 +5,8 @@ Each is a function of arrays that gives one number, to be differentiated with th
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +49,7 @@ def orthogonality(adapted: Adapted, weight: float | jax.Array = 1.0) -> jax.Arra
 
 def _norms(adapted: Adapted, site: Site) -> list[jax.Array]:
     """The norm of every factor of a site, `[*batch]` each."""
-    roles = {("in", "rank"): lambda m: m, ("rank", "out"): jnp.matrix_transpose}
+    roles: dict[tuple[str, ...], Any] = {("in", "rank"): lambda m: m, ("rank", "out"): jnp.matrix_transpose}
     fields = paths.lookup(adapted.params, site.keys)
     columns = [roles[axes](fields[name]) for name, axes in site.method.axes.items() if name in fields and axes in roles]
     if not columns:

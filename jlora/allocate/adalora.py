@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jlora.allocate import budget, scores, triplets
-from jlora.allocate.transform import Allocation, Edit, Sites, Step
+from jlora.allocate import budget, triplets
+from jlora.allocate.scored import ScoredAllocation
+from jlora.allocate.transform import Edit, Step
 from jlora.allocate.triplets import Triplet
 
 
 @dataclass(frozen=True)
-class AdaLoRARule(Allocation):
+class AdaLoRARule(ScoredAllocation):
     """Keeps the ranks with the best scores, as many as the budget of the step; sets `e` to zero at all others.
 
     Until the last allocation gradients still reach them and they may come back, so their moments stay too. At the last
@@ -28,16 +30,12 @@ class AdaLoRARule(Allocation):
 
     name: ClassVar[str] = "AdaLoRA"
 
-    def begin(self, factors: list[Triplet]) -> list[jax.Array]:
-        """All ranks are in use."""
-        return [jnp.ones(factor.e.shape, bool) for factor in factors]
-
-    def decide(self, step: Step, sites: Sites) -> list[Edit]:
+    def choose(self, step: Step, score: Callable[[], list[jax.Array]]) -> list[Edit]:
         """A new choice at every interval and at the last allocation; none later."""
         phases, t = self.phases, step.number
         now = (t > phases.start_steps) & (t <= phases.last) & ((t % phases.interval == 0) | (t == phases.last))
         count = self._budget(step.active, t)
-        active = jax.lax.cond(now, lambda: _best(step, count), lambda: step.active)
+        active = jax.lax.cond(now, lambda: _best(score(), count), lambda: step.active)
         settled = t >= phases.last
         return [self._edit(mask, factor, now | settled, settled) for mask, factor in zip(active, step.factors)]
 
@@ -53,10 +51,11 @@ class AdaLoRARule(Allocation):
 
     def _edit(self, active: jax.Array, factor: Triplet, masks: jax.Array, settled: jax.Array) -> Edit:
         where = Triplet(None, masks & ~active, None)
-        return Edit(active, where, Triplet(None, jnp.zeros_like(factor.e), None), settled & ~active)
+        return Edit(
+            active, where, Triplet(None, jnp.zeros_like(factor.e), None), triplets.along_rank(settled & ~active)
+        )
 
 
-def _best(step: Step, count: jax.Array) -> list[jax.Array]:
-    found = scores.of_sites(step.sensitivity, step.uncertainty)
+def _best(found: list[jax.Array], count: jax.Array) -> list[jax.Array]:
     exists = triplets.table([jnp.ones(score.shape, bool) for score in found], False)
     return triplets.split(budget.largest(triplets.table(found, 0), count, exists), found)

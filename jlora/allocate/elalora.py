@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _compat
-from jlora.allocate import budget, orthogonality, scores, triplets
-from jlora.allocate.transform import Allocation, Edit, Sites, Step
+from jlora.allocate import budget, orthogonality, triplets
+from jlora.allocate.scored import ScoredAllocation
+from jlora.allocate.transform import Edit, Step
 from jlora.allocate.triplets import Triplet
 
 # The paper's code: a new rank starts at this, so that it changes nothing and yet has a gradient in every factor.
@@ -20,7 +21,7 @@ _START = 1e-13
 
 
 @dataclass(frozen=True)
-class ElaLoRARule(Allocation):
+class ElaLoRARule(ScoredAllocation):
     """Prunes and grows the same number of ranks a round, so that their total never changes.
 
     A rank out of use is zero in all factors, in its moments and in its averages.
@@ -43,7 +44,7 @@ class ElaLoRARule(Allocation):
         """Those whose column of `a` is not zero."""
         return [jnp.any(factor.a != 0, axis=-2) for factor in factors]
 
-    def decide(self, step: Step, sites: Sites) -> list[Edit]:
+    def choose(self, step: Step, score: Callable[[], list[jax.Array]]) -> list[Edit]:
         """A round at every interval before the last allocation."""
         phases, t = self.phases, step.number
         count = self._count(t)
@@ -53,7 +54,7 @@ class ElaLoRARule(Allocation):
         def stay():
             return step.active, [jnp.zeros_like(mask) for mask in step.active], step.factors
 
-        active, grown, factors = jax.lax.cond(now, lambda: self._round(step, count), stay)
+        active, grown, factors = jax.lax.cond(now, lambda: self._round(step, score(), count), stay)
         return [_edit(*each) for each in zip(active, grown, factors, strict=True)]
 
     def _count(self, step: jax.Array) -> jax.Array:
@@ -62,9 +63,8 @@ class ElaLoRARule(Allocation):
         schedule = budget.cubic_moves(self.phases, self.moved)
         return budget.after(self.moved, budget.falls(schedule, self.phases.start_steps, self.phases.last), step)
 
-    def _round(self, step: Step, count: jax.Array) -> tuple[list, list, list]:
+    def _round(self, step: Step, found: list[jax.Array], count: jax.Array) -> tuple[list, list, list]:
         """The masks after a round, those of the new ranks, and the factors with the new ranks in place."""
-        found = scores.of_sites(step.sensitivity, step.uncertainty)
         whole = triplets.table(step.active, False)
         slots = triplets.table([jnp.ones_like(mask) for mask in step.active], False)
         kept, grows = exchange(triplets.table(found, 0), whole, slots, count, self.per_module)
@@ -156,4 +156,4 @@ def _edit(active: jax.Array, grown: jax.Array, factor: Triplet) -> Edit:
     """What is not in use is zero at every step, whatever the optimizer does; new ranks get their start."""
     changed, new = triplets.along_rank(~active | grown), triplets.along_rank(grown)
     value = Triplet(*(jnp.where(mask, x, jnp.zeros_like(x)) for mask, x in zip(new, factor)))
-    return Edit(active, changed, value, ~active | grown)
+    return Edit(active, changed, value, changed)

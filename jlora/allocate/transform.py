@@ -12,10 +12,10 @@ import optax
 
 from jlora import paths
 from jlora.adapted import Adapted
-from jlora.allocate import history, orthogonality, scores, triplets
+from jlora.allocate import history, moments, triplets
 from jlora.allocate.budget import Phases
 from jlora.allocate.history import History, RankHistory
-from jlora.allocate.triplets import Triplet
+from jlora.allocate.triplets import FIELDS, Fields, Triplet
 from jlora.method import Site
 
 Sites = tuple[Site, ...]
@@ -27,15 +27,14 @@ class AllocationState(NamedTuple):
     Attributes:
         inner: the state of the optimizer inside.
         step: int32, updates made.
-        sensitivity, uncertainty: moving averages of `|value * gradient|` and of its deviation, laid out as the params.
-        active: mask of the ranks in use at every site, `[*batch, r]`, as of the last allocation.
+        memory: what the rule remembers from step to step, such as averages laid out as the params.
+        active: mask of the ranks in use at every site, `[*batch, r]`.
         history: the number of ranks in use over the run.
     """
 
     inner: Any
     step: jax.Array
-    sensitivity: Any
-    uncertainty: Any
+    memory: Any
     active: Any
     history: History
 
@@ -47,13 +46,15 @@ class Edit(NamedTuple):
         active: mask of the ranks in use from now on, `[*batch, r]`.
         where: for each factor a mask of the entries that are set, or None.
         value: for each factor what they are set to, or None.
-        forget: mask of the ranks whose optimizer moments and averages start anew, `[*batch, r]`.
+        forget: for each factor a mask of the entries whose optimizer moments start anew, or None.
+        moments: for each of the optimizer's trees of moments what they start with; None for zero.
     """
 
     active: jax.Array
     where: Triplet
     value: Triplet
-    forget: jax.Array
+    forget: Triplet
+    moments: list[Triplet] | None = None
 
 
 class Step(NamedTuple):
@@ -61,49 +62,52 @@ class Step(NamedTuple):
 
     Attributes:
         number: int32, of this update, from 1.
-        sensitivity, uncertainty: the averages, this step included.
-        active: masks of the ranks in use so far.
         factors: as the optimizer's step left them.
+        gradients: with which the step was made.
+        active: masks of the ranks in use so far.
+        memory: what the rule remembered so far.
+        moments: the optimizer's trees of moments after the step (`moments.trees`).
     """
 
     number: jax.Array
-    sensitivity: list[Triplet]
-    uncertainty: list[Triplet]
-    active: list[jax.Array]
     factors: list[Triplet]
+    gradients: list[Triplet]
+    active: list[jax.Array]
+    memory: Any
+    moments: list[Any]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Base of the rules: what `Method.optimizer_rule` returns. A subclass says `name`, `begin` and `decide`.
+    """Base of the rules: what `Method.optimizer_rule` returns. A subclass says `name` and `decide`, and what else it needs.
 
     Attributes:
         phases: when ranks are allocated.
-        beta1, beta2: memory of the averages of sensitivity and of uncertainty.
-        orthogonality: weight of the penalty on factors that are not orthonormal.
     """
 
     phases: Phases
-    beta1: float
-    beta2: float
-    orthogonality: float
 
     name: ClassVar[str] = ""
+    fields: ClassVar[Fields] = FIELDS
 
     def begin(self, factors: list[Triplet]) -> list[jax.Array]:
-        """The masks of the ranks in use at the start."""
-        raise NotImplementedError
+        """The masks of the ranks in use at the start: all."""
+        return [jnp.ones(factor.e.shape, bool) for factor in factors]
 
-    def decide(self, step: Step, sites: Sites) -> list[Edit]:
-        """What happens after a step, in traced arrays of fixed shapes."""
-        raise NotImplementedError
+    def remember(self, params: Any, moments: list[Any], sites: Sites) -> Any:
+        """The memory at the start; built of trees laid out as the params, which may be optax's stand-in for one."""
+        return ()
 
-    def constrained(self, active: list[jax.Array]) -> list[jax.Array]:
-        """The ranks whose factors the penalty wants orthonormal."""
-        return active
+    def pull(self, factors: list[Triplet], active: list[jax.Array]) -> list[Triplet] | None:
+        """The gradient of what the method adds to the loss, None for fields without; computed before the step."""
+        return None
+
+    def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Any]:
+        """What happens after a step, and the new memory, in traced arrays of fixed shapes."""
+        raise NotImplementedError
 
     def wrap(self, tx: optax.GradientTransformation, sites: Sites) -> optax.GradientTransformation:
-        """The optimizer with penalty, averages and allocation around it.
+        """The optimizer with the rule around it.
 
         Its `update` needs the params. Nothing may rescale what it returns: a rank is taken away by the update `-value`.
 
@@ -134,10 +138,11 @@ class Allocation:
         # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
         active = [jnp.zeros((), bool)] * len(sites)
         if jax.tree.leaves(params):
-            active = self.begin(triplets.read(params, sites))
+            active = self.begin(triplets.read(params, sites, self.fields))
             record = history.recorded(record, 0, counts(active))
-        mean, spread = (triplets.only(jnp.zeros_like, params, sites) for _ in range(2))
-        return AllocationState(tx.init(params), jnp.zeros((), jnp.int32), mean, spread, _tree(active, sites), record)
+        inner = tx.init(params)
+        memory = self.remember(params, moments.trees(tx, inner), sites)
+        return AllocationState(inner, jnp.zeros((), jnp.int32), memory, _tree(active, sites), record)
 
     def _update(
         self,
@@ -148,47 +153,38 @@ class Allocation:
         params: Any,
         extra: dict[str, Any],
     ) -> tuple[Any, AllocationState]:
-        before = triplets.read(params, sites)
+        before = triplets.read(params, sites, self.fields)
         active = [paths.lookup(state.active, site.keys) for site in sites]
-        gradients = self._with_penalty(gradients, before, active, sites)
+        gradients = added(gradients, self.pull(before, active), sites, self.fields)
         updates, inner = tx.update(gradients, state.inner, params, **extra)
-        moves = triplets.read(updates, sites)
-        number: Any = optax.safe_increment(state.step)
+        moves, given = (triplets.read(tree, sites, self.fields) for tree in (updates, gradients))
         factors = [_sum(value, move) for value, move in zip(before, moves)]
-        means = self._averages(number, state, factors, triplets.read(gradients, sites), sites)
-        edits = self.decide(Step(number, *means, active, factors), sites)
+        number: Any = optax.safe_increment(state.step)
+        step = Step(number, factors, given, active, state.memory, moments.trees(tx, inner))
+        edits, memory = self.decide(step, sites)
         moves = [_edited(move, value, edit) for move, value, edit in zip(moves, before, edits)]
-        forget = [triplets.along_rank(edit.forget) for edit in edits]
-        mean, spread = (
-            triplets.write(tree, sites, list(map(_without, each, forget)))
-            for tree, each in zip((state.sensitivity, state.uncertainty), means)
-        )
         masks = [edit.active for edit in edits]
         record = history.recorded(state.history, number, counts(masks))
-        inner = _forget(tx, inner, params, sites, forget)
-        state = AllocationState(inner, number, mean, spread, _tree(masks, sites), record)
-        return triplets.write(updates, sites, moves), state
+        inner = self._with_moments(tx, inner, sites, edits)
+        state = AllocationState(inner, number, memory, _tree(masks, sites), record)
+        return triplets.write(updates, sites, moves, self.fields), state
 
-    def _with_penalty(self, gradients: Any, factors: list[Triplet], active: list[jax.Array], sites: Sites) -> Any:
-        """The gradients with that of the penalty, as if it were part of the loss."""
-        if not self.orthogonality:
-            return gradients
-        pull = orthogonality.penalty_gradient(factors, self.constrained(active), self.orthogonality)
-        given = triplets.read(gradients, sites)
-        return triplets.write(gradients, sites, [Triplet(g.a + p.a, None, g.b + p.b) for g, p in zip(given, pull)])
+    def _with_moments(self, tx: optax.GradientTransformation, inner: Any, sites: Sites, edits: list[Edit]) -> Any:
+        """The optimizer's state with the moments that the edits ask for."""
+        values = [edit.moments for edit in edits if edit.moments is not None]
+        by_tree = list(zip(*values, strict=True)) if values else None
+        return moments.edited(tx, inner, sites, self.fields, [edit.forget for edit in edits], by_tree)
 
-    def _averages(
-        self, number: jax.Array, state: AllocationState, factors: list[Triplet], gradients: list[Triplet], sites: Sites
-    ) -> tuple[list[Triplet], list[Triplet]]:
-        """The averages with this step, up to the last allocation."""
-        learning = number < self.phases.last
-        old = triplets.read(state.sensitivity, sites), triplets.read(state.uncertainty, sites)
-        new = [scores.smoothed(*each, self.beta1, self.beta2) for each in zip(*old, factors, gradients, strict=True)]
-        kept = [
-            tuple(Triplet(*(jnp.where(learning, n, o) for n, o in zip(*pair))) for pair in zip(new_two, old_two))
-            for new_two, old_two in zip(new, zip(*old))
-        ]
-        return [mean for mean, _ in kept], [spread for _, spread in kept]
+
+def added(gradients: Any, pull: list[Triplet] | None, sites: Sites, fields: Fields) -> Any:
+    """The gradients with those of a term, as if it were part of the loss."""
+    if pull is None:
+        return gradients
+    sums = [
+        Triplet(*(None if p is None else g + p for g, p in zip(*pair)))
+        for pair in zip(triplets.read(gradients, sites, fields), pull, strict=True)
+    ]
+    return triplets.write(gradients, sites, sums, fields)
 
 
 def _sum(value: Triplet, move: Triplet) -> Triplet:
@@ -202,29 +198,6 @@ def _edited(move: Triplet, before: Triplet, edit: Edit) -> Triplet:
         return move if where is None else jnp.where(where, (value - old).astype(move.dtype), move)
 
     return Triplet(*map(one, move, before, edit.where, edit.value))
-
-
-def _without(values: Triplet, gone: Triplet) -> Triplet:
-    return Triplet(*(jnp.where(mask, jnp.zeros_like(value), value) for value, mask in zip(values, gone)))
-
-
-def _forget(tx: Any, state: Any, params: Any, sites: Sites, gone: list[Triplet]) -> Any:
-    """An optimizer's state with zeros for some ranks, in all that it keeps in the shape of the params.
-
-    What it keeps in another shape, such as Adafactor's sums over rows and columns, stays.
-    """
-
-    def clear(moment: Any, mask: Any) -> Any:
-        if isinstance(moment, optax.MaskedNode):
-            return moment
-        array, shaped = jnp.asarray(moment), jnp.ndim(moment) == jnp.ndim(mask) > 0
-        if not shaped or any(m not in (1, n) for m, n in zip(mask.shape, array.shape)):
-            return moment
-        return jnp.where(mask, jnp.zeros_like(array), array)
-
-    nothing = jax.tree.map(lambda _: np.zeros((), bool), params)
-    masks = triplets.write(nothing, sites, gone)
-    return optax.tree_map_params(tx, clear, state, masks, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
 
 def _tree(values: list[Any], sites: Sites) -> dict[str, Any]:

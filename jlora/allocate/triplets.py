@@ -1,4 +1,4 @@
-"""The factors `a`, `e`, `b` of adapted leaves, taken out of trees laid out like `adapted.params` and put back."""
+"""The factors of adapted leaves and the gate between them, taken out of trees laid out like `adapted.params` and put back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from jlora import paths
 from jlora.method import Site
 
 Sites = Sequence[Site]
+#: Names of a method's `a`, gate and `b`; None for what it does not have.
+Fields = tuple[str, str | None, str]
+FIELDS: Fields = ("a", "e", "b")
 
 
 class Triplet(NamedTuple):
@@ -22,7 +25,7 @@ class Triplet(NamedTuple):
 
     Attributes:
         a: of `a [*batch, in, r]`.
-        e: of `e [*batch, r]`.
+        e: of the gate `[*batch, r]`: AdaLoRA's `e`, SoRA's `g`, BeamLoRA's score.
         b: of `b [*batch, r, out]`.
     """
 
@@ -31,16 +34,16 @@ class Triplet(NamedTuple):
     b: Any
 
 
-def read(tree: Any, sites: Sites) -> list[Triplet]:
-    """The factors of every site."""
-    return [Triplet(*(paths.lookup(tree, (*site.keys, name)) for name in Triplet._fields)) for site in sites]
+def read(tree: Any, sites: Sites, fields: Fields = FIELDS) -> list[Triplet]:
+    """The factors of every site; None for those that have no name."""
+    return [Triplet(*(paths.lookup(tree, (*site.keys, name)) if name else None for name in fields)) for site in sites]
 
 
-def write(tree: Any, sites: Sites, triplets: Sequence[Triplet]) -> Any:
+def write(tree: Any, sites: Sites, triplets: Sequence[Triplet], fields: Fields = FIELDS) -> Any:
     """The tree with the factors of every site replaced; None leaves one as it is."""
     for site, triplet in zip(sites, triplets, strict=True):
-        for name, value in triplet._asdict().items():
-            if value is not None:
+        for name, value in zip(fields, triplet):
+            if name and value is not None:
                 tree = put(tree, (*site.keys, name), value)
     return tree
 
@@ -52,12 +55,12 @@ def put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
     return {**tree, keys[0]: put(tree[keys[0]], keys[1:], value)}
 
 
-def only(function: Callable[[Any], Any], tree: Any, sites: Sites) -> Any:
+def only(function: Callable[[Any], Any], tree: Any, sites: Sites, fields: Fields = FIELDS) -> Any:
     """The tree with a function applied to the sites' factors, and `optax.MaskedNode` in place of all else.
 
     So the tree follows the params for optax (`optax.tree_map_params`), and holds nothing for what is not a site's.
     """
-    wanted = {(*site.keys, name) for site in sites for name in Triplet._fields}
+    wanted = {(*site.keys, name) for site in sites for name in fields if name}
     leaves, treedef = paths.flatten_with_keys(tree)
     return jax.tree.unflatten(treedef, [function(x) if keys in wanted else optax.MaskedNode() for keys, x in leaves])
 

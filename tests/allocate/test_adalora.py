@@ -86,7 +86,7 @@ def test_budgets_are_those_of_peft_and_are_met_exactly(case):
 
 def test_averages_are_those_of_peft(case):
     label, (_, _, steps, _, final, _), _, (_, state) = case
-    for name, tree in (("sensitivity", state.sensitivity), ("uncertainty", state.uncertainty)):
+    for name, tree in (("sensitivity", state.memory.sensitivity), ("uncertainty", state.memory.uncertainty)):
         for module, fields in golden(f"{label}/{name}").items():
             for field, value in fields.items():
                 close(tree[module][field][steps - final - 2], value)  # the step before the last allocation

@@ -168,7 +168,7 @@ def test_on_a_mesh_it_is_the_same_and_the_state_lies_as_the_params(alone, kind):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, *jax.device_get(((on_mesh, state_there), (params, state))))
     outer, inner = state_there, state_there.inner  # of the second rule, and of the first
-    for mean, name in ((inner.sensitivity, "p"), (outer.uncertainty, "stack")):
+    for mean, name in ((inner.memory.sensitivity, "p"), (outer.memory.uncertainty, "stack")):
         for field in "ab":
             assert mean[name][field].sharding.is_equivalent_to(on_mesh[name][field].sharding, mean[name][field].ndim)
     assert list(jlora.ranks(adapted, state_there).values())[1:] != [2, 2, 2], "no rank moved"

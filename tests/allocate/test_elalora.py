@@ -135,7 +135,14 @@ def test_values_masks_averages_and_moments_are_those_of_a_loop_over_lists_of_ran
     _, params, gradients, after, states = run
     loop, moved, full = Loop(params), 0, 0
     for t in range(1, STEPS + 1):
-        trees = (gradients, after, states.active, states.sensitivity, states.uncertainty, states.inner[0].trace)
+        trees = (
+            gradients,
+            after,
+            states.active,
+            states.memory.sensitivity,
+            states.memory.uncertainty,
+            states.inner[0].trace,
+        )
         now = jax.tree.map(lambda x: x[t - 1 : t], trees)
         gradient, outcome, active, *kept = (
             {n: jax.tree.map(lambda x: x[0], module(x, n)) for n in MODULES} for x in now
@@ -165,7 +172,7 @@ def test_the_total_never_changes_and_no_module_loses_its_last_rank(run):
 
 def test_ranks_out_of_use_are_zero_in_all_factors_averages_and_moments(run):
     _, _, _, after, states = run
-    for tree in (after, states.sensitivity, states.uncertainty, states.inner[0].trace):
+    for tree in (after, states.memory.sensitivity, states.memory.uncertainty, states.inner[0].trace):
         for name in BASE:
             gone = ~np.asarray(states.active[name])
             assert np.all(np.moveaxis(tree[name]["a"], -1, -2)[gone] == 0)
