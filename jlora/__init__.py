@@ -1,6 +1,7 @@
 """jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
 
 from jlora import losses as losses
+from jlora import mesh as mesh
 from jlora.adapted import Adapted as Adapted
 from jlora.adapted import adapterize as adapterize
 from jlora.adapted import merge as merge
@@ -9,9 +10,6 @@ from jlora.allocate.compact import compact as compact
 from jlora.allocate.history import RankHistory as RankHistory
 from jlora.allocate.transform import rank_history as rank_history
 from jlora.allocate.transform import ranks as ranks
-from jlora.chain import link_ends as link_ends
-from jlora.chain import restart as restart
-from jlora.chain import restart_schedule as restart_schedule
 from jlora.events import Event as Event
 from jlora.events import Moment as Moment
 from jlora.events import run_events as run_events
@@ -31,11 +29,6 @@ from jlora.method import Sparse as Sparse
 from jlora.method import Start as Start
 from jlora.method import View as View
 from jlora.methods import *  # noqa: F403
-from jlora.observe import Statistic as Statistic
-from jlora.observe import input_norms as input_norms
-from jlora.observe import input_squares as input_squares
-from jlora.observe import observe as observe
-from jlora.observe import watch as watch
 from jlora.optimizer import optimizer as optimizer
 from jlora.optimizer import with_rules as with_rules
 from jlora.prepare import Prepared as Prepared

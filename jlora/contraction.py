@@ -96,11 +96,13 @@ class Options:
         out_dtype: dtype of the result.
         precision: the precision that the function asked for.
         plan: "factored", "merged" or "auto" (see `choose`).
+        cut: pieces into which a mesh cuts the input's last axis.
     """
 
     out_dtype: Any
     precision: Any = None
     plan: str = "auto"
+    cut: int = 1
 
 
 def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
@@ -186,7 +188,7 @@ def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], optio
         plan = choose(
             options.plan, x.size // x.shape[-1], [(w.shape[0], w.shape[1]) for w in weights], weights[0].dtype
         )
-        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan))
+        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan, options.cut))
 
     products = in_rows(rows, x)
     return [
@@ -214,6 +216,7 @@ class _Group:
     out_dtype: Any
     precision: Any
     plan: Plan
+    cut: int = 1
 
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return matmul(x, m, dtype, self.precision)
@@ -248,6 +251,8 @@ Matrices = list[jax.Array]
 def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
     """`x @ (w + a @ b)` for each weight, by its plan."""
     accumulate = accumulation_dtype(group.out_dtype)
+    if group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize:
+        return [_in_pieces(group, x, *each) for each in zip(weights, a, b)]
     factored = [n for n, formed in enumerate(group.plan.forward) if not formed]
     low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
     results = []
@@ -259,6 +264,25 @@ def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: 
             y = group.matmul(x, _merged(w, a[n], b[n]).astype(x.dtype), accumulate)
         results.append(y.astype(group.out_dtype))
     return results
+
+
+def _in_pieces(group: _Group, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`x @ (w + a @ b)` as the sum over pieces of the input, each rounded with its share of the adapter.
+
+    Where each device holds a piece, the sum over devices is then one of 16 bits a value.
+    """
+    accumulate = accumulation_dtype(group.out_dtype)
+    x = x.reshape(*x.shape[:-1], group.cut, -1)
+    w, a = (m.reshape(group.cut, -1, m.shape[-1]) for m in (w, a))
+    by_piece = (((x.ndim - 1,), (1,)), ((x.ndim - 2,), (0,)))
+
+    def product(m: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.dot_general(x, m, by_piece, precision=group.precision, preferred_element_type=dtype)
+
+    low = group.matmul(product(a, x.dtype), b, x.dtype)
+    y = (product(w, accumulate) + low.astype(accumulate)).astype(group.out_dtype)
+    # Not jnp.sum, which would add up in 32 bits, and so send 32 bits from device to device.
+    return jax.lax.reduce(y, jnp.zeros((), y.dtype), jax.lax.add, (0,))
 
 
 def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,13 @@ from jlora.walk import Walk
 from jlora.weight import Weight
 
 
-def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error", plan: str = "auto") -> Callable[..., Any]:
+def lift(
+    fn: Callable[..., Any],
+    strict: bool = False,
+    unread: str = "error",
+    plan: str = "auto",
+    cuts: Mapping[str, int] | None = None,
+) -> Callable[..., Any]:
     """The function that runs `fn` on adapted params.
 
     Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
@@ -34,6 +40,9 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error", pl
         unread: "error" refuses an adapted leaf that `fn` never reads; "allow" is for functions that use part of a model.
         plan: how products with low-rank methods are computed: "factored" as `x @ w + (x @ a) @ b`, "merged" by forming
             `w + a @ b` in every pass, or "auto", by a cost model of each product's shape (`jlora.contraction.choose`).
+        cuts: into how many pieces a mesh with automatic axes cuts the input of a leaf's product, by path, from
+            `jlora.mesh.cuts`. In 16 bits each device then adds its part of the adapter before it rounds, so that the sum over
+            devices carries 16 bits a value, as without adapters, and not 32.
 
     Returns:
         A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
@@ -47,50 +56,31 @@ def lift(fn: Callable[..., Any], strict: bool = False, unread: str = "error", pl
         >>> apply = jlora.lift(model.apply)
         >>> logits = apply({"params": adapted}, tokens)
     """
-    check_options(unread, plan)
-
-    @functools.wraps(fn, updated=())
-    def lifted(*args: Any, **kwargs: Any) -> Any:
-        walk = Walk(strict, plan, together=shared.together)
-        return call(walk, fn, args, kwargs, unread == "error")
-
-    return lifted
-
-
-def check_options(unread: str, plan: str) -> None:
-    """Refuses unknown options.
-
-    Raises:
-        ValueError: with what there is.
-    """
     if unread not in ("error", "allow"):
         raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {PLANS}, got {plan!r}")
 
+    @functools.wraps(fn, updated=())
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+        adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
+        if not adapted:
+            return fn(*args, **kwargs)
+        values = [value for each in adapted for value in each.weights()]
 
-def call(
-    walk: Walk,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    must_read: bool,
-    change: Callable[[Weight], Weight] = lambda weight: weight,
-) -> Any:
-    """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
-    adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
-    if not adapted:
-        return fn(*args, **kwargs)
-    values = [change(value) for each in adapted for value in each.weights()]
+        def on_arrays(*arrays: jax.Array) -> Any:
+            left = list(arrays)
+            trees = [
+                x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves
+            ]
+            args, kwargs = jax.tree.unflatten(treedef, trees)
+            return fn(*args, **kwargs)
 
-    def on_arrays(*arrays: jax.Array) -> Any:
-        left = list(arrays)
-        trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
-        args, kwargs = jax.tree.unflatten(treedef, trees)
-        return fn(*args, **kwargs)
+        walk = Walk(strict, plan, cuts or {}, together=shared.together)
+        return run(walk, on_arrays, values, unread == "error")
 
-    return run(walk, on_arrays, values, must_read)
+    return lifted
 
 
 def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:

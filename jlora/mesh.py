@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -178,6 +178,33 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
     for keys, leaf in paths.flatten_with_keys(adapted)[0]:
         check_cut("/".join(keys), leaf.shape, found[keys], mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:
+    """Into how many pieces the named mesh axes cut the input of each adapted leaf's product, for `jlora.lift`.
+
+    Args:
+        adapted: its base as arrays or shapes that lie on a mesh.
+        axes: mesh axes that cut the features of activations (tensor parallelism). Axes along which weights are gathered for
+            their products (FSDP) do not belong here.
+
+    Returns:
+        The number by path, for leaves that are cut so and into more than one piece.
+
+    Example:
+        >>> apply = jlora.lift(model.apply, cuts=jlora.mesh.cuts(adapted, {"tensor"}))
+    """
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
+    found = {}
+    for site in adapted.plan.sites:
+        sharding = named_sharding(leaves[site.keys])
+        if sharding is None or not site.method.matrix:
+            continue
+        spec = (*sharding.spec, *([None] * (len(site.shape) - len(sharding.spec))))
+        names = _names(_outermost(site, site.in_axes, spec))
+        if names and set(names) <= set(axes):
+            found[site.path] = math.prod(sharding.mesh.shape[name] for name in names)
+    return {path: pieces for path, pieces in found.items() if pieces > 1}
 
 
 def place(start: Start, site: Site, leaf: Any) -> Start:

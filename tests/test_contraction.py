@@ -161,13 +161,14 @@ def test_products_of_one_activation_share_their_thin_products():
     assert program.count("f32[5,6] = dot_general") == 1 + 2 * 3 + 1  # with all a; each base and each b; the last one
 
 
-def test_a_small_update_moves_bfloat16_outputs_on_average_as_in_float32():
+@pytest.mark.parametrize("cuts", [{}, {"w": 4}])
+def test_a_small_update_moves_bfloat16_outputs_on_average_as_in_float32(cuts):
     """Each output keeps 8 bits, so most don't move; but over many the movement is the update's, not zero."""
     w, b = normal(1, 256, 256), normal(3, 4, 256) * 0.5e-2
     adapted = jlora.adapterize({"w": w.astype(jnp.bfloat16)}, {"w": jlora.LoRA(4, alpha=4)})
     x = normal(0, 512, 256).astype(jnp.bfloat16)
     a = normal(2, 256, 4) * 1e-2
-    apply = jlora.lift(lambda p: x @ p["w"])
+    apply = jlora.lift(lambda p: x @ p["w"], cuts=cuts)
     before, after = (apply(adapted.replace(params={"w": {"a": a, "b": each}})) for each in (jnp.zeros_like(b), b))
     moved = after.astype(jnp.float32) - before.astype(jnp.float32)
     wanted = x.astype(jnp.float32) @ (a @ b)

@@ -120,6 +120,31 @@ def test_a_tensor_parallel_step_gathers_no_base_weight():
     assert all(np.prod([int(n) for n in shape.split(",") if n]) < 16 * 32 for shape in gathered), gathered
 
 
+def test_inputs_that_a_mesh_cuts_give_the_same_and_are_summed_in_16_bits():
+    params, x, _ = on_mesh("tensor")
+    spec = {r"(out|down)/kernel": jlora.LoRA(2, init="random")}
+    adapted = jlora.adapterize(params, spec, key=KEY, sites=jlora.sites(model, params, x))
+    cuts = jlora.mesh.cuts(adapted, {"model"})
+    assert cuts == {"out/kernel": 4, "down/kernel": 4}
+    assert jlora.mesh.cuts(adapted, {"data"}) == {}
+    half, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (adapted.base, x))
+
+    def run(cuts):
+        loss = lambda p: jnp.mean(jlora.lift(model, cuts=cuts)(adapted.replace(base=half, params=p), x) ** 2)
+        step = jax.jit(jax.value_and_grad(loss))
+        # Sums over the pieces of the input, in 16 bits, before the compiler cuts the program.
+        sums = re.findall(r"reduce\(.* applies stablehlo.add across dimensions = \[0\] : \(tensor<4x\w+xbf16>",
+                          step.lower(adapted.params).as_text())  # fmt: skip
+        return *step(adapted.params), len(sums)
+
+    loss, gradients, sums = run(cuts)
+    wanted, wanted_gradients, none = run(None)
+    assert (sums, none) == (2, 0)
+    np.testing.assert_allclose(loss, wanted, rtol=0.01)
+    for got, each in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients)):
+        assert jnp.linalg.norm(got - each) < 0.02 * jnp.linalg.norm(each)
+
+
 def test_merge_save_and_load_keep_the_shardings(tmp_path):
     params, x, y = on_mesh("mixed")
     adapted, *_ = train(params, x, y, steps=1)

@@ -226,7 +226,7 @@ def _variant(program: Program, apply: Callable[..., Any], base: Any, tokens: Any
     if program.kind == "naive":
         formula = with_factors(apply, 2.0)
         return lambda base, p, t: loss_of(formula({"params": beside(base, p)}, t), t), adapted.params, tx
-    lifted = jlora.lift(apply, plan=program.plan)
+    lifted = jlora.lift(apply, plan=program.plan, cuts=meshes.cuts(adapted, {"tensor"}))
     return (
         lambda base, p, t: loss_of(lifted({"params": adapted.replace(base=base, params=p)}, t), t),
         adapted.params,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,12 @@ class StepResult(NamedTuple):
 Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
 
 
-def make_step(forward: Forward, tx: optax.GradientTransformation, start: State | None = None) -> Step:
+def make_step(
+    forward: Forward,
+    tx: optax.GradientTransformation,
+    start: State | None = None,
+    cuts: Mapping[str, int] | None = None,
+) -> Step:
     """The jitted training step.
 
     Args:
@@ -53,13 +58,14 @@ def make_step(forward: Forward, tx: optax.GradientTransformation, start: State |
         tx: the optimizer, clipping included.
         start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
             move them.
+        cuts: as for `jlora.lift`.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
         and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
         of all, so the result does not depend on the number of parts (but for rounding).
     """
-    forward = jlora.lift(forward)
+    forward = jlora.lift(forward, cuts=cuts)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -92,9 +98,11 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
     return jax.lax.scan(add, zero, (batch, jnp.arange(parts)))[0]
 
 
-def make_evaluation(forward: Forward) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
-    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices."""
-    lifted = jlora.lift(forward)
+def make_evaluation(
+    forward: Forward, cuts: Mapping[str, int] | None = None
+) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
+    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; `cuts` as for the step."""
+    lifted = jlora.lift(forward, cuts=cuts)
     step = jax.jit(lambda adapted, batch: sums(lifted, adapted, batch))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
@@ -105,9 +113,9 @@ def make_evaluation(forward: Forward) -> Callable[[jlora.Adapted, Iterable[Any]]
     return evaluate
 
 
-def held_out_loss(forward: Forward) -> Callable[[jlora.Adapted, Any], jax.Array]:
+def held_out_loss(forward: Forward, cuts: Mapping[str, int] | None = None) -> Callable[[jlora.Adapted, Any], jax.Array]:
     """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
-    lifted = jlora.lift(forward)
+    lifted = jlora.lift(forward, cuts=cuts)
 
     def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
         found = sums(lifted, adapted, batch)

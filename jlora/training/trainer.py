@@ -22,7 +22,7 @@ from jlora.training.data import Data
 from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
-from jlora.training.placement import on_mesh
+from jlora.training.placement import ROWS, on_mesh
 from jlora.training.progress import Progress
 from jlora.training.schedule import learning_rate, make_optimizer
 from jlora.training.settings import Settings
@@ -59,8 +59,10 @@ class Trainer:
         settings = self.settings
         assert settings.batch and settings.steps and settings.evaluate_every and settings.checkpoint_every
         self._tx = make_optimizer(self.adapted, settings)
-        self._evaluate = make_evaluation(self.forward)
-        self._loss = held_out_loss(self.forward)
+        # Axes that cut no rows cut the features of activations.
+        self._cuts = jlora.mesh.cuts(self.adapted, set(self.mesh.shape) - set(ROWS))
+        self._evaluate = make_evaluation(self.forward, self._cuts)
+        self._loss = held_out_loss(self.forward, self._cuts)
         self._rate = learning_rate(settings)
         rows = settings.batch // settings.accumulate
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
@@ -79,7 +81,7 @@ class Trainer:
         whole = processes.by_first(lambda: find_whole(directory))
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
-        done, self._step = int(state.step), make_step(self.forward, self._tx, state)
+        done, self._step = int(state.step), make_step(self.forward, self._tx, state, self._cuts)
         metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
         with contextlib.ExitStack() as stack:
