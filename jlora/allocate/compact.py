@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,40 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.adapted import Adapted, Plan
 from jlora.allocate import triplets
-from jlora.allocate.triplets import Triplet
-from jlora.method import Method
-from jlora.methods.adalora import AdaLoRA
-from jlora.methods.elalora import ElaLoRA
+from jlora.method import Arrays, Method
 from jlora.methods.lora import LoRA
 
-_ALLOCATED = (AdaLoRA, ElaLoRA)
+
+@runtime_checkable
+class Gated(Protocol):
+    """A method `w + scale * (a * gates) @ b` with a gate for every rank, which is zero where the rank is out of use."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """As LoRA's."""
+        ...
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Of `a`, the gate's own field, and `b`."""
+        ...
+
+    def gates(self, params: Arrays) -> jax.Array:
+        """The gates `[*batch, r]` from a leaf's trained arrays."""
+        ...
 
 
 def compact(adapted: Adapted) -> Adapted:
-    """The same adapters as plain `LoRA`: columns with `e = 0` are dropped, `e` is multiplied into `a`, the scale stays.
+    """The same adapters as plain `LoRA`: ranks whose gate is 0 are dropped, the gates go into `a`, the scale stays.
 
     For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
     of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
-    becomes LoRA. Leaves of other methods stay as they are.
+    becomes LoRA. Leaves of methods without gates stay as they are.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -39,9 +58,9 @@ def compact(adapted: Adapted) -> Adapted:
     for site in adapted.plan.sites:
         inner = _inner(site.method)
         if inner is not None:
-            (factor,) = triplets.read(params, [site])
-            fields, rank = _fields(factor)
-            others = {k: v for k, v in paths.lookup(params, site.keys).items() if k not in Triplet._fields}
+            trained = paths.lookup(params, site.keys)
+            fields, rank = _fields(trained["a"], inner.gates(trained), trained["b"])
+            others = {name: value for name, value in trained.items() if name not in inner.axes}
             params = triplets.put(params, site.keys, {**others, **fields})
             plain = LoRA(rank=rank, alpha=inner.scale * rank, dropout=inner.dropout)
             site = dataclasses.replace(site, method=_swapped(site.method, plain))
@@ -49,26 +68,26 @@ def compact(adapted: Adapted) -> Adapted:
     return adapted.replace(params=params, plan=Plan(tuple(sites)))
 
 
-def _inner(method: Any) -> AdaLoRA | ElaLoRA | None:
-    if isinstance(method, _ALLOCATED):
+def _inner(method: Any) -> Gated | None:
+    if isinstance(method, Gated):
         return method
     inside = (getattr(method, field.name) for field in dataclasses.fields(method))
     return next((found for each in inside if isinstance(each, Method) and (found := _inner(each))), None)
 
 
 def _swapped(method: Any, plain: LoRA) -> Method:
-    if isinstance(method, _ALLOCATED):
+    if isinstance(method, Gated):
         return plain
     inside = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     return dataclasses.replace(method, **{n: _swapped(v, plain) for n, v in inside.items() if isinstance(v, Method)})
 
 
-def _fields(factor: Triplet) -> tuple[dict[str, jax.Array], int]:
+def _fields(a: jax.Array, gates: jax.Array, b: jax.Array) -> tuple[dict[str, jax.Array], int]:
     """LoRA's factors of the ranks in use, those first."""
-    if isinstance(factor.e, Tracer):
+    if isinstance(gates, Tracer):
         raise TypeError("jlora.compact makes arrays whose shapes depend on values: call it outside of jit")
-    used = np.asarray(jax.device_get(factor.e)) != 0
+    used = np.asarray(jax.device_get(gates)) != 0
     rank = max(1, int(used.sum(-1).max()))
     order = np.argsort(~used, axis=-1, kind="stable")[..., :rank]
-    a = jnp.take_along_axis(factor.a * factor.e[..., None, :], order[..., None, :], axis=-1)
-    return {"a": a, "b": jnp.take_along_axis(factor.b, order[..., :, None], axis=-2)}, rank
+    a = jnp.take_along_axis(a * gates[..., None, :], order[..., None, :], axis=-1)
+    return {"a": a, "b": jnp.take_along_axis(b, order[..., :, None], axis=-2)}, rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora.allocate.adalora import AdaLoRARule
 from jlora.allocate.budget import Phases
-from jlora.method import Factors, Method, Site, Start, View
+from jlora.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import trained_dtype
 
 
@@ -87,10 +87,14 @@ class AdaLoRA(Method):
         return self.dropout > 0
 
     @property
+    def phases(self) -> Phases:
+        """When ranks are allocated."""
+        return Phases(self.steps, self.start_steps, self.final_steps, self.interval)
+
+    @property
     def optimizer_rule(self) -> AdaLoRARule:
         """One budget for all sites that agree in everything but rank, alpha and dropout."""
-        phases = Phases(self.steps, self.start_steps, self.final_steps, self.interval)
-        return AdaLoRARule(phases, self.beta1, self.beta2, self.orthogonality, self.target)
+        return AdaLoRARule(self.phases, self.beta1, self.beta2, self.orthogonality, self.target)
 
     def check(self, site: Site) -> None:
         """Refuses a rank above the matrix's sides."""
@@ -102,11 +106,15 @@ class AdaLoRA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * (a * e) @ b`."""
-        return weight(view, self.scale)
+        return weight(view, self.scale, view.params["e"])
 
     def factors(self, view: View) -> Factors:
         """Two factors, with `s * e` in the smaller one."""
-        return factors(view, self.scale, self.dropout)
+        return factors(view, self.scale, view.params["e"], self.dropout)
+
+    def gates(self, params: Arrays) -> jax.Array:
+        """`e`."""
+        return params["e"]
 
     def labels(self, site: Site) -> dict[str, str]:
         """As the reference has it, `e` learns and decays as `a` does."""
@@ -125,15 +133,15 @@ def drawn(key: jax.Array, w: jax.Array, rank: int) -> dict[str, jax.Array]:
     return {"a": a, "e": jnp.zeros(rank, dtype), "b": 0.02 * jax.random.normal(key_b, (rank, w.shape[1]), dtype)}
 
 
-def weight(view: View, scale: float) -> jax.Array:
-    """`w + scale * (a * e) @ b`."""
-    a, e, b = (view.params[name] for name in "aeb")
-    return view.w.astype(a.dtype) + scale * ((a * e[None, :]) @ b)
+def weight(view: View, scale: float, gates: jax.Array) -> jax.Array:
+    """`w + scale * (a * gates) @ b`."""
+    a, b = view.params["a"], view.params["b"]
+    return view.w.astype(a.dtype) + scale * ((a * gates[None, :]) @ b)
 
 
-def factors(view: View, scale: float, dropout: float) -> Factors:
-    """The two factors, with `scale * e` in the smaller one."""
-    a, e, b = view.params["a"], scale * view.params["e"], view.params["b"]
+def factors(view: View, scale: float, gates: jax.Array, dropout: float) -> Factors:
+    """The two factors, with `scale * gates` in the smaller one."""
+    a, e, b = view.params["a"], scale * gates, view.params["b"]
     if a.shape[0] <= b.shape[1]:
         return Factors(a * e[None, :], b, dropout=dropout)
     return Factors(a, e[:, None] * b, dropout=dropout)
@@ -159,8 +167,26 @@ def check_rank(name: str, rank: int, site: Site) -> None:
         )
 
 
-def check_hyperparameters(method: Any, counts: tuple[str, ...]) -> None:
-    """Refuses values out of range: those that rank allocation has in common, and the given positive whole numbers.
+#: What a number must be: a test, and the words for it.
+POSITIVE = (lambda v: 0 < v < math.inf, "positive and finite")
+NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "0 or more, and finite")
+BELOW_ONE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_BOUNDS = {
+    "alpha": POSITIVE,
+    "beta1": BELOW_ONE,
+    "beta2": BELOW_ONE,
+    "orthogonality": NOT_NEGATIVE,
+    "dropout": BELOW_ONE,
+}
+
+
+def check_hyperparameters(method: Any, counts: tuple[str, ...], bounds: dict[str, Any] | None = None) -> None:
+    """Refuses values out of range: those that methods with a rule for the optimizer have in common, and the given.
+
+    Args:
+        method: with `phases`, unless it has no schedule.
+        counts: fields that are positive whole numbers.
+        bounds: for other fields that are numbers a test and the words for it.
 
     Raises:
         ValueError: naming the method and the hyperparameter.
@@ -170,18 +196,18 @@ def check_hyperparameters(method: Any, counts: tuple[str, ...]) -> None:
         value = getattr(method, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}'s {field} must be a positive whole number, got {value!r}")
-    bounds = {
-        "alpha": (lambda v: 0 < v < math.inf, "positive and finite"),
-        "beta1": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        "beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        "orthogonality": (lambda v: 0 <= v < math.inf, "0 or more, and finite"),
-        "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    }
-    for field, (holds, wanted) in bounds.items():
-        value = getattr(method, field)
+    for field, (holds, wanted) in {**_BOUNDS, **(bounds or {})}.items():
+        value = getattr(method, field, 0.5)  # in all ranges
         if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
             raise ValueError(f"{name}'s {field} must be {wanted}, got {value!r}")
-    Phases(method.steps, method.start_steps, method.final_steps, method.interval).check(name)
+    for field in fields(method):
+        if isinstance(field.default, bool) and not isinstance(getattr(method, field.name), bool):
+            raise ValueError(f"{name}'s {field.name} must be True or False, got {getattr(method, field.name)!r}")
+    seed = getattr(method, "seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"{name}'s seed must be a whole number of at least 0, got {seed!r}")
+    if hasattr(method, "phases"):
+        method.phases.check(name)
 
 
 AdaLoRA.CASES = (

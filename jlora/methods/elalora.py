@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.allocate.budget import Phases
 from jlora.allocate.elalora import ElaLoRARule
-from jlora.method import Factors, Method, Site, Start, View
+from jlora.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.adalora import AXES, check_hyperparameters, check_rank, drawn, factors, labels, weight
 
 
@@ -82,10 +82,6 @@ class ElaLoRA(Method):
             raise ValueError(
                 f"ElaLoRA's max_rank ({self.max_rank}) is below the rank that it starts with ({self.rank})"
             )
-        if not isinstance(self.anneal, bool):
-            raise ValueError(f"ElaLoRA's anneal must be True or False, got {self.anneal!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"ElaLoRA's seed must be a whole number of at least 0, got {self.seed!r}")
 
     @property
     def scale(self) -> float:
@@ -103,11 +99,15 @@ class ElaLoRA(Method):
         return self.dropout > 0
 
     @property
+    def phases(self) -> Phases:
+        """When ranks are moved."""
+        return Phases(self.steps, self.start_steps, self.final_steps, self.interval)
+
+    @property
     def optimizer_rule(self) -> ElaLoRARule:
         """One total for all sites that agree in everything but ranks, alpha and dropout."""
-        phases = Phases(self.steps, self.start_steps, self.final_steps, self.interval)
         averages = (self.beta1, self.beta2, self.orthogonality)
-        return ElaLoRARule(phases, *averages, self.moved, self.per_module, self.anneal, self.seed)
+        return ElaLoRARule(self.phases, *averages, self.moved, self.per_module, self.anneal, self.seed)
 
     def check(self, site: Site) -> None:
         """Refuses ranks above the matrix's sides."""
@@ -125,11 +125,15 @@ class ElaLoRA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * (a * e) @ b`."""
-        return weight(view, self.scale)
+        return weight(view, self.scale, view.params["e"])
 
     def factors(self, view: View) -> Factors:
         """Two factors, with `s * e` in the smaller one."""
-        return factors(view, self.scale, self.dropout)
+        return factors(view, self.scale, view.params["e"], self.dropout)
+
+    def gates(self, params: Arrays) -> jax.Array:
+        """`e`."""
+        return params["e"]
 
     def labels(self, site: Site) -> dict[str, str]:
         """As AdaLoRA's."""

@@ -1,0 +1,134 @@
+"""BeamLoRA: ranks as beams, which a score ranks, and of which the worst give way to copies of the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.allocate import beamlora
+from jlora.allocate.beamlora import BeamLoRARule
+from jlora.allocate.budget import Phases
+from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.methods.adalora import POSITIVE, check_hyperparameters, check_rank, factors, weight
+from jlora.methods.lora import kaiming, trained_dtype
+
+
+@dataclass(frozen=True)
+class BeamLoRA(Method):
+    """Ranks as beams: `w + s * (a * e) @ b` with `e = rank * softmax(score / temperature)` and `s = alpha / rank`.
+
+    `a [in, rank]`, `score [rank]` and `b [rank, out]` are trained. All scores start at zero, where `e` is one and this is
+    LoRA. The optimizer of `jlora.optimizer`
+    keeps a snapshot of `a`, `b` and their moments, taken at the middle of every interval. At the end of an interval all
+    ranks of all matrices that share these hyperparameters are ordered by `e`, and those beyond the part `p_t` of its sum are
+    dropped, of each matrix at most half. Their places get copies of the snapshot's columns of the best ranks of the same
+    matrix, one each, shuffled; both scores become their mean, and scores lose their moments. So the number of ranks stays, and
+    the loss may jump. `p_t` rises from `top_p` to 1 over the first `steps - final_steps` steps as half a cosine. Trains
+    `rank * (in + out + 1)` values a matrix.
+
+    Worth trying at large ranks, where many of LoRA's ranks do little.
+
+    Args:
+        rank: ranks of every matrix; stays.
+        alpha: numerator of the scale.
+        temperature: of the softmax; the reference has 0.03 at learning rates below 1e-4.
+        top_p: the part of the weight that is kept at first.
+        steps: optimizer steps of the whole run; the training job fills in its own.
+        final_steps: steps in which all ranks are kept; a third of the run in the reference.
+        interval: steps from one choice to the next.
+        seed: of the shuffling.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
+
+    Raises:
+        ValueError: for a hyperparameter out of range, or phases that leave no step for a choice.
+
+    Example:
+        >>> jlora.BeamLoRA(rank=8, alpha=16, steps=1000, final_steps=333, interval=100)
+
+    Reference:
+        Gu et al. 2025, arXiv:2502.13604, by its code: the top-p runs over all matrices (the paper describes it for each).
+        Moments of copied ranks are copied with them, as the paper means it; the code's copy writes into a temporary and has
+        no effect. The code may drop more than half of a matrix, and then copies what it dropped.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    temperature: float = 0.05
+    top_p: float = 0.95
+    steps: int | None = None
+    final_steps: int = 0
+    interval: int = 3000
+    seed: int = 0
+    dropout: float = 0.0
+
+    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+
+    def __post_init__(self) -> None:
+        bounds = {"temperature": POSITIVE, "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1")}
+        check_hyperparameters(self, ("rank",), bounds)
+        if self.interval < 2:
+            raise ValueError(
+                f"BeamLoRA's interval must be at least 2, for a snapshot at its middle, got {self.interval}"
+            )
+
+    @property
+    def phases(self) -> Phases:
+        """When ranks are dropped."""
+        return Phases(self.steps, 0, self.final_steps, self.interval)
+
+    @property
+    def scale(self) -> float:
+        """`s`."""
+        return self.alpha / self.rank
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Roles of the factors' axes."""
+        return {"a": ("in", "rank"), "score": ("rank",), "b": ("rank", "out")}
+
+    @property
+    def uses_key(self) -> bool:
+        """Dropout draws."""
+        return self.dropout > 0
+
+    @property
+    def optimizer_rule(self) -> BeamLoRARule:
+        """One order for all sites that agree in everything but rank, alpha and dropout."""
+        return BeamLoRARule(self.phases, self.temperature, self.top_p, self.seed)
+
+    def check(self, site: Site) -> None:
+        """Refuses a rank above the matrix's sides."""
+        check_rank("rank", self.rank, site)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """`a` kaiming, `b` and the scores zero."""
+        dtype = trained_dtype(w)
+        a = kaiming(key, (w.shape[0], self.rank), dtype)
+        return Start({"a": a, "score": jnp.zeros(self.rank, dtype), "b": jnp.zeros((self.rank, w.shape[1]), dtype)})
+
+    def weight(self, view: View) -> jax.Array:
+        """`w + s * (a * e) @ b`."""
+        return weight(view, self.scale, self.gates(view.params))
+
+    def factors(self, view: View) -> Factors:
+        """Two factors, with `s * e` in the smaller one."""
+        return factors(view, self.scale, self.gates(view.params), self.dropout)
+
+    def gates(self, params: Arrays) -> jax.Array:
+        """`e`."""
+        score = params["score"]
+        return beamlora.gates(score, self.temperature).astype(score.dtype)
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """LoRA+'s groups; scores are vectors, which never decay."""
+        factor = dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
+        return {**factor, "score": "vector"}
+
+
+BeamLoRA.CASES = (
+    BeamLoRA(rank=4, alpha=8, temperature=1.0, steps=2000, interval=1000),
+    BeamLoRA(rank=3, alpha=5, temperature=0.5, steps=2000, interval=900, dropout=0.25),
+)

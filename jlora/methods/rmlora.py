@@ -1,0 +1,69 @@
+"""RM-LoRA: LoRA whose steps train a few ranks each, regularised towards orthonormal factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jlora.allocate.rmlora import RMLoRARule
+from jlora.methods.adalora import check_hyperparameters
+from jlora.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class RMLoRA(LoRA):
+    """Regularized and masked LoRA: `w + s * a @ b`, of whose `rank` ranks `updated`, drawn anew each step, get a gradient.
+
+    The optimizer of `jlora.optimizer` adds the gradient of `orthogonality` times the mean of `‖aᵀa - 1‖` and `‖b bᵀ - 1‖`
+    (Frobenius) over all matrices that share these hyperparameters, and then sets the gradient of all but `updated` ranks of
+    each matrix to zero, in every step but the first. As in the reference this does not freeze them: moments and weight
+    decay move them on, unless `freeze`. With Adam the mean step shrinks by about `sqrt(updated / rank)`. All else is LoRA;
+    with `updated = rank` and `orthogonality = 0` every bit is LoRA's. Trains `rank * (in + out)` values a matrix.
+
+    Worth trying where LoRA overfits, or where its ranks are nearly dependent.
+
+    Args:
+        rank: columns of `a`; at most the smaller side of the matrix.
+        alpha: numerator of the scale.
+        scaling: as LoRA's.
+        init: as LoRA's.
+        dropout: as LoRA's.
+        updated: ranks of each matrix that get a gradient in a step.
+        independent: whether `a` and `b` draw ranks of their own (the reference's v2) or share them (its v1).
+        orthogonality: weight of the penalty.
+        freeze: whether the other ranks stay what they were, exactly; their moments fade all the same.
+        seed: of the masks.
+
+    Raises:
+        ValueError: for a hyperparameter out of range.
+
+    Example:
+        >>> jlora.RMLoRA(rank=8, alpha=32, updated=4, independent=True)
+
+    Reference:
+        Mao et al. 2024, arXiv:2407.12074, by its code, but for one thing: the code also zeroes the gradients of everything
+        trained that is no adapter, such as a head, after the first step; here masks are for the adapters alone.
+    """
+
+    alpha: float = 16.0
+    updated: int = 4
+    independent: bool = False
+    orthogonality: float = 0.1
+    freeze: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_hyperparameters(self, ("rank", "updated"))
+        if self.updated > self.rank:
+            raise ValueError(f"RMLoRA's updated ({self.updated}) is above its rank ({self.rank})")
+
+    @property
+    def optimizer_rule(self) -> RMLoRARule:
+        """One mean of the penalty for all sites that agree in everything but LoRA's own hyperparameters."""
+        return RMLoRARule(self.updated, self.independent, self.orthogonality, self.freeze, self.seed)
+
+
+RMLoRA.CASES = (
+    RMLoRA(rank=4, alpha=8, updated=2, orthogonality=0.0),
+    RMLoRA(rank=4, alpha=8, updated=3, independent=True, orthogonality=1e-4, freeze=True, dropout=0.25),
+)
