@@ -29,6 +29,11 @@ from jlora.method import Sparse as Sparse
 from jlora.method import Start as Start
 from jlora.method import View as View
 from jlora.methods import *  # noqa: F403
+from jlora.observe import Statistic as Statistic
+from jlora.observe import input_norms as input_norms
+from jlora.observe import input_squares as input_squares
+from jlora.observe import observe as observe
+from jlora.observe import watch as watch
 from jlora.optimizer import optimizer as optimizer
 from jlora.optimizer import with_rules as with_rules
 from jlora.prepare import Prepared as Prepared

@@ -39,11 +39,13 @@ def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Checkpoints the walk over the body, so that the adapters' intermediate values are recomputed too."""
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
 
-    def body(*values: Any) -> list[Any]:
-        return walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+    def body(*values: Any) -> tuple[list[Any], list[Any]]:
+        return walk.aside(lambda: walk.arrays(walk.evaluate(jaxpr, consts, list(values))))
 
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(body, **options)(*values)
+    outputs, taps = jax.checkpoint(body, **options)(*values)
+    walk.taps += taps
+    return outputs
 
 
 @rule("scan")
@@ -58,14 +60,14 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     xs, xs_keys = _take_keys(walk, list(xs), length)
     xs, joins = zip(*[_scanned(walk, value, eqn) for value in xs]) if xs else ((), ())
 
-    def body(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], slices: Any) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
         sliced, key_pair = slices
         sliced = [join(value) for join, value in zip(joins, sliced)]
         inner = _give_keys(fixed, key_pair[0]) + list(carry) + _give_keys(sliced, key_pair[1])
-        outputs = walk.arrays(walk.evaluate(jaxpr, consts, inner))
-        return outputs[:num_carry], outputs[num_carry:]
+        outputs, taps = walk.aside(lambda: walk.arrays(walk.evaluate(jaxpr, consts, inner)))
+        return outputs[:num_carry], (outputs[num_carry:], taps)
 
-    carry, ys = jax.lax.scan(
+    carry, (ys, taps) = jax.lax.scan(
         body,
         init,
         (list(xs), (fixed_keys, xs_keys)),
@@ -73,6 +75,7 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    walk.taps += taps
     return [*carry, *ys]
 
 
@@ -106,12 +109,13 @@ def while_loop(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     test_fixed, body_fixed, init = values[:n], values[n : n + m], values[n + m :]
 
     def again(state: Any) -> Any:
-        return walk.evaluate(test, test_consts, [*_at_step(test_fixed, state[0]), *state[1]])[0]
+        inner = [*_at_step(test_fixed, state[0]), *state[1]]
+        return walk.sealed(eqn, lambda: walk.evaluate(test, test_consts, inner))[0]
 
     def advance(state: Any) -> Any:
         step, carry = state
-        outputs = walk.evaluate(body, body_consts, [*_at_step(body_fixed, step), *carry])
-        return step + 1, walk.arrays(outputs, eqn)
+        inner = [*_at_step(body_fixed, step), *carry]
+        return step + 1, walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(body, body_consts, inner), eqn))
 
     start = jax.numpy.zeros((), jax.numpy.int32)
     return list(jax.lax.while_loop(again, advance, (start, walk.arrays(list(init), eqn)))[1])
@@ -132,7 +136,7 @@ def cond(walk: Walk, eqn: Any, index: Any, *values: Any) -> list[Any]:
 
     def branch(closed: Any) -> Any:
         jaxpr, consts = _compat.open_jaxpr(closed)
-        return lambda *values: walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+        return lambda *values: walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(jaxpr, consts, list(values))))
 
     return jax.lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *values)
 
@@ -155,7 +159,7 @@ def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
     def body(*values: Any) -> list[Any]:
         inside = [weights.localised(value) if isinstance(value, Weight) else value for value in values]
-        return walk.arrays(walk.evaluate(jaxpr, consts, inside))
+        return walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(jaxpr, consts, inside)))
 
     outputs = jax.shard_map(
         body,

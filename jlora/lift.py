@@ -56,31 +56,50 @@ def lift(
         >>> apply = jlora.lift(model.apply)
         >>> logits = apply({"params": adapted}, tokens)
     """
+    check_options(unread, plan)
+
+    @functools.wraps(fn, updated=())
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        walk = Walk(strict, plan, cuts or {}, together=shared.together)
+        return call(walk, fn, args, kwargs, unread == "error")
+
+    return lifted
+
+
+def check_options(unread: str, plan: str) -> None:
+    """Refuses unknown options.
+
+    Raises:
+        ValueError: with what there is.
+    """
     if unread not in ("error", "allow"):
         raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {PLANS}, got {plan!r}")
 
-    @functools.wraps(fn, updated=())
-    def lifted(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
-        adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
-        if not adapted:
-            return fn(*args, **kwargs)
-        values = [value for each in adapted for value in each.weights()]
 
-        def on_arrays(*arrays: jax.Array) -> Any:
-            left = list(arrays)
-            trees = [
-                x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves
-            ]
-            args, kwargs = jax.tree.unflatten(treedef, trees)
-            return fn(*args, **kwargs)
+def call(
+    walk: Walk,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    must_read: bool,
+    change: Callable[[Weight], Weight] = lambda weight: weight,
+) -> Any:
+    """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+    adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
+    if not adapted:
+        return fn(*args, **kwargs)
+    values = [change(value) for each in adapted for value in each.weights()]
 
-        walk = Walk(strict, plan, cuts or {}, together=shared.together)
-        return run(walk, on_arrays, values, unread == "error")
+    def on_arrays(*arrays: jax.Array) -> Any:
+        left = list(arrays)
+        trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
+        args, kwargs = jax.tree.unflatten(treedef, trees)
+        return fn(*args, **kwargs)
 
-    return lifted
+    return run(walk, on_arrays, values, must_read)
 
 
 def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:

@@ -172,20 +172,43 @@ def _form(weight: Weight, contract: Any, batch: Any) -> str | None:
     return None
 
 
+def form_of(use: Use) -> str | None:
+    """ "in" for `x @ w`, "out" for `x @ w.T`, None where it is neither, whatever the method."""
+    return _form(use.weight, use.contract, use.batch)
+
+
+def patches(eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
+    """What a convolution multiplies its weight with, `[*positions, in]` with `in` folded as in the weight's matrix.
+
+    Raises:
+        ValueError: for feature groups, where no one matrix multiplies the input.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
+        raise ValueError("its groups of features multiply different inputs")
+    _, features, *spatial = numbers.rhs_spec
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    window = [weight.array.shape[axis] for axis in spatial]
+    cut = jax.lax.conv_general_dilated_patches(
+        x, window, **{name: eqn.params[name] for name in names}, dimension_numbers=numbers
+    )
+    cut = jnp.moveaxis(cut, numbers.out_spec[1], -1)
+    free = [("x", axis) for axis in range(cut.ndim - 1)]
+    have = [
+        *((label,) for label in free),
+        tuple(_sized([p for axis in (features, *spatial) for p in weight.axes[axis]])),
+    ]
+    want = [*((label,) for label in free), tuple(_sized(weight.with_role("in")))]
+    return _regroup(cut, have, want, {("x", axis): cut.shape[axis] for axis in range(cut.ndim)})
+
+
 Label = Any  # a Piece of the weight, or ("x", axis) for an axis of the activation
 
 
 def _contract(walk: Walk, use: Use) -> jax.Array:
     """The product of one use, in the axis order that its equation wants."""
-    weight, x, form = use.weight, use.x, use.form
-    axes = {**_pieces_of(weight, use.contract, use.x_contract), **_pieces_of(weight, use.batch, use.x_batch)}
-    have: list[tuple[Label, ...]] = [axes.get(axis, (("x", axis),)) for axis in range(x.ndim)]
-    free = [("x", axis) for axis in range(x.ndim) if axis not in axes]
-    summed = _sized(weight.with_role("in" if form == "in" else "out"))
-    shared = [piece for piece in weight.batch if any(piece in group for group in axes.values())]
-    sizes = {("x", axis): x.shape[axis] for axis in range(x.ndim)}
-    x = _regroup(x, have, [*((piece,) for piece in shared), *((label,) for label in free), tuple(summed)], sizes)
-
+    weight, form = use.weight, use.form
+    x, shared, free = folded_input(use, "in" if form == "in" else "out")
     kernels, update = (contraction, weights.factors) if weight.method.low_rank else (sparse, weights.sparse)
     product = partial(kernels.dense if form == "in" else kernels.dense_transposed, options=use.options(walk))
     for piece in reversed(weight.batch):
@@ -198,6 +221,19 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     remaining = weight.with_role("out" if form == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return _arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)
+
+
+def folded_input(use: Use, role: str) -> tuple[jax.Array, list[Piece], list[Label]]:
+    """The activation as `[*shared, *free, in]` (or `out`), the batch pieces that it shares with the weight, its own axes."""
+    weight, x = use.weight, use.x
+    axes = {**_pieces_of(weight, use.contract, use.x_contract), **_pieces_of(weight, use.batch, use.x_batch)}
+    have: list[tuple[Label, ...]] = [axes.get(axis, (("x", axis),)) for axis in range(x.ndim)]
+    free = [("x", axis) for axis in range(x.ndim) if axis not in axes]
+    summed = _sized(weight.with_role(role))
+    shared = [piece for piece in weight.batch if any(piece in group for group in axes.values())]
+    sizes = {("x", axis): x.shape[axis] for axis in range(x.ndim)}
+    want = [*((piece,) for piece in shared), *((label,) for label in free), tuple(summed)]
+    return _regroup(x, have, want, sizes), shared, free
 
 
 def _pieces_of(weight: Weight, axes: Any, x_axes: Any) -> dict[int, tuple[Piece, ...]]:

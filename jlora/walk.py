@@ -70,6 +70,8 @@ class Walk:
         cuts: into how many pieces a mesh cuts the input of a leaf's product (see `jlora.lift`).
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.shared`).
+        observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
+        taps: what it took so far.
         readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
     """
 
@@ -79,7 +81,31 @@ class Walk:
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
+    observer: Any = None
+    taps: list[Any] = field(default_factory=list)
     _uses: int = 0
+
+    def aside(self, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """What `run` returns, and the taps made meanwhile: a traced body has to return them."""
+        outer, self.taps = self.taps, []
+        try:
+            return run(), self.taps
+        finally:
+            self.taps = outer
+
+    def sealed(self, eqn: Any, run: Callable[[], Any]) -> Any:
+        """What `run` returns, for a body that can't return taps.
+
+        Raises:
+            ValueError: where there are some, with leaf, primitive and source line.
+        """
+        result, taps = self.aside(run)
+        if taps:
+            raise ValueError(
+                f"observe: {taps[0].name} is used inside {_where(eqn)}, which can't return a statistic; leave it out "
+                "with at=..., or take the product out of there"
+            )
+        return result
 
     def next_key(self, key: jax.Array | None) -> jax.Array | None:
         """A dropout key of its own for every use of a weight."""
@@ -95,6 +121,8 @@ class Walk:
             if self.readings is not None:
                 self.readings.append(Reading(value.name, "other" if eqn is None else eqn.primitive.name))
             return value.array
+        if self.observer is not None:
+            self.observer.check_formed(value, eqn, _where(eqn))
         if value.key is not None:
             raise ValueError(
                 f"{value.name}: the effective weight has to be formed for {_where(eqn)}, and dropout can't act there. "
@@ -166,13 +194,15 @@ class Frame:
 
     def outputs(self, index: int) -> list[Any]:
         """The outputs of an equation, by itself or together with those that share its activation."""
+        eqn = self.jaxpr.eqns[index]
+        if self.walk.observer is not None and eqn.primitive.name in PRODUCTS:
+            self.walk.observer.tap(self.walk, eqn, [self.read(atom) for atom in eqn.invars], _where(eqn))
         if self.walk.together and index in self.groups and index not in self.done:
             members = self.groups[index]
             found = self.walk.together(self.walk, [self.jaxpr.eqns[n] for n in members], self.ahead)
             self.done.update(zip(members, found or ()))
         if index in self.done:
             return self.done.pop(index)
-        eqn = self.jaxpr.eqns[index]
         return self.walk.equation(eqn, [self.read(atom) for atom in eqn.invars])
 
     def read(self, atom: Any) -> Any:

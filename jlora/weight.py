@@ -278,7 +278,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
     leading = [cuts.get(piece) for piece in weight.batch]
 
     def field_spec(name: str) -> PartitionSpec:
-        return PartitionSpec(*leading, *(cuts.get(role) for role in weight.method.axes[name]))
+        return PartitionSpec(*leading, *(cuts.get(role) for role in weight.method.axes.get(name, ())))
 
     return replace(
         weight,

@@ -95,7 +95,7 @@ def check_learn(method):
         def step(carry, _):
             p, state = carry
             value, grads = jax.value_and_grad(loss)(p)
-            updates, state = tx.update(grads, state, p)
+            updates, state = tx.update(grads, state, p, **problems.observed(student))
             return (optax.apply_updates(p, updates), state), value
 
         return jax.lax.scan(step, (student.params, tx.init(student.params)), length=300)[1]
@@ -283,7 +283,7 @@ def check_labels(method):
         )
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=16, embedding_learning_rate=1e-2)
     ones = jax.tree.map(jnp.ones_like, adapted.params)
-    updates, _ = tx.update(ones, tx.init(adapted.params), adapted.params)
+    updates, _ = tx.update(ones, tx.init(adapted.params), adapted.params, **problems.observed(adapted))
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(updates)), "LoRA+ leaves a field without update"
 
 

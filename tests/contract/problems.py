@@ -120,6 +120,15 @@ def perturbed(adapted, seed=2, size=0.3):
     return adapted.replace(params=jax.tree.unflatten(treedef, [x + y for x, y in zip(leaves, noise, strict=True)]))
 
 
+def observed(adapted):
+    """What `tx.update` takes beside the gradients where a method's rule asks for a statistic of the inputs: ones, `[*batch, in]`."""
+    seen = {}
+    for site in adapted.plan.sites:
+        if getattr(site.method.optimizer_rule, "statistic", None) is not None:
+            paths.insert(seen, site.keys, jnp.ones((*site.batch_shape, site.in_size)))
+    return {"inputs": seen} if seen else {}
+
+
 def by_hand(adapted):
     """The params with every adapted leaf replaced by its method's `weight`, without jlora's merge or lift."""
     params = dict(adapted.base)
