@@ -9,11 +9,14 @@ from contract.problems import perturbed, weight
 import jlora
 
 BASE = {"p": weight(0, 8, 6), "q": weight(1, 6, 8), "stack": weight(2, 3, 8, 8), "rest": weight(3, 8, 8)}
+BASE |= {"gated": weight(4, 8, 8), "beams": weight(5, 8, 8)}
 SPEC = {
     "p": jlora.AdaLoRA(4, 2, alpha=3),
     "q": jlora.DoRA(jlora.AdaLoRA(4, 2)),
     "stack": jlora.Axes("batch in out", jlora.ElaLoRA(2, max_rank=5)),
     "rest": jlora.LoRA(2),
+    "gated": jlora.SoRA(4),
+    "beams": jlora.BeamLoRA(3, 5, temperature=1.0),
 }
 
 
@@ -24,6 +27,7 @@ def trained():
     used = {"p": [0, 0, 0, 0], "q": [0, 1, 0, 1], "stack": [[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]}
     for name, mask in used.items():
         params[name] = {**params[name], "e": params[name]["e"] * jnp.asarray(mask, jnp.float32)}
+    params["gated"] = {**params["gated"], "g": params["gated"]["g"].at[1].set(0)}
     return adapted.replace(params=params)
 
 
@@ -31,9 +35,10 @@ def test_compact_adapters_have_the_ranks_that_are_left_and_the_same_weights():
     adapted = trained()
     small = jlora.compact(adapted)
     shapes = {name: fields["a"].shape for name, fields in small.params.items()}
-    assert shapes == {"p": (8, 1), "q": (6, 2), "stack": (3, 8, 3), "rest": (8, 2)}
+    assert shapes == {"p": (8, 1), "q": (6, 2), "stack": (3, 8, 3), "rest": (8, 2), "gated": (8, 3), "beams": (8, 3)}
     methods = {site.path: site.method for site in small.plan.sites}
-    assert type(methods["p"]) is jlora.LoRA and type(methods["q"].inner) is jlora.LoRA
+    assert {type(methods[name]) for name in ("p", "stack", "gated", "beams")} == {jlora.LoRA}
+    assert type(methods["q"].inner) is jlora.LoRA
     assert methods["rest"] == SPEC["rest"] and small.params["rest"] is adapted.params["rest"]
     got, wanted = jlora.merge(small), jlora.merge(adapted)
     for name in BASE:
