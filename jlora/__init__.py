@@ -21,6 +21,9 @@ from jlora.interchange import TorchParameter as TorchParameter
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.lift import lift as lift
+from jlora.links import link_ends as link_ends
+from jlora.links import restart as restart
+from jlora.links import restart_schedule as restart_schedule
 from jlora.method import Factors as Factors
 from jlora.method import Method as Method
 from jlora.method import OptimizerRule as OptimizerRule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,14 @@ class Adapted:
         """A copy with some fields replaced, as in `adapted.replace(params=new_params)`."""
         return dataclasses.replace(self, **changes)
 
-    def weights(self) -> list[Weight]:
-        """The adapted leaves as the values that travel through a lifted function."""
+    def weights(self, names: dict[Method, str] | None = None) -> list[Weight]:
+        """The adapted leaves as the values that travel through a lifted function.
+
+        Args:
+            names: the drawers of shared constants, if the plan is a part of another; by default the plan's own.
+        """
         leaves = dict(paths.flatten_with_keys(self.base)[0])
-        names = self.plan.shared_names()
+        names = self.plan.shared_names() if names is None else names
         drawers = self.frozen.get(SHARED, {})
         return [
             self._weight(site, leaves[site.keys], drawers.get(names.get(site.method), {})) for site in self.plan.sites
@@ -137,10 +142,8 @@ def adapterize(
     by_keys = dict(leaves)
     trained: dict[str, Any] = {}
     frozen = _shared(plan, key, by_keys)
-    for site in plan.sites:
-        leaf = by_keys[site.keys]
-        start = start_of(site, leaf, key) if prepared is None else prepared.start(site)
-        start = mesh.place(start or start_of(site, leaf, key), site, leaf)
+    for site, start in starts_of(plan.sites, by_keys, key, prepared).items():
+        start = mesh.place(start, site, by_keys[site.keys])
         paths.insert(trained, site.keys, start.params)
         if start.frozen:
             paths.insert(frozen, site.keys, start.frozen)
@@ -167,6 +170,21 @@ def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
     for keys, _ in leaves:
         if any("/".join(keys[:n]) in seen for n in range(1, len(keys))):
             raise ValueError(f"the path {'/'.join(keys)!r} continues the path of another leaf")
+
+
+def starts_of(
+    sites: Sequence[Site], leaves: Mapping[tuple[str, ...], Any], key: jax.Array, prepared: Prepared | None = None
+) -> dict[Site, Start]:
+    """The starts of some leaves, with what those of one method draw together."""
+    starts = {}
+    for site in sites:
+        start = None if prepared is None else prepared.start(site)
+        starts[site] = start or start_of(site, leaves[site.keys], key)
+    for method in dict.fromkeys(site.method for site in sites):
+        same = tuple(site for site in sites if site.method == method)
+        own = jax.random.fold_in(key, _number(f"{SHARED}/{same[0].path}"))
+        starts |= dict(zip(same, method.together(own, [starts[site] for site in same], same), strict=True))
+    return starts
 
 
 def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Array) -> Start:
@@ -215,11 +233,12 @@ def merge(adapted: Adapted) -> Any:
     Example:
         >>> model.apply({"params": jlora.merge(adapted)}, tokens)
     """
-    merged = [_placed_like(_effective(weight), weight.array) for weight in adapted.weights()]
+    merged = [_placed_like(effective_leaf(weight), weight.array) for weight in adapted.weights()]
     return adapted.with_leaves(merged)
 
 
-def _effective(weight: Weight) -> jax.Array:
+def effective_leaf(weight: Weight) -> jax.Array:
+    """The effective weight of a leaf, in its form and dtype, on meshes with explicit axes too."""
     sharding = _compat.explicit_sharding(jax.typeof(weight.array))
     if sharding is None:
         return weights.effective(weight)

@@ -163,6 +163,8 @@ class Method:
         exact_start: False for methods whose start is not exactly the base's output.
         local: roles ("in", "out") along which the method may be cut: the effective weight of a slice is what the
             method gives for the slices of its fields. Lets `shard_map` be entered without forming the weight.
+        restarts: False for methods that train values of the weight itself, such as `Full`: a new link of a chain
+            (`jlora.restart`) leaves them, and their moments, as they are.
         axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
         CASES: examples of the method for the contract test; every method has some.
     """
@@ -170,6 +172,7 @@ class Method:
     matrix: ClassVar[bool] = True
     exact_start: ClassVar[bool] = True
     local: ClassVar[frozenset[str]] = frozenset()
+    restarts: ClassVar[bool] = True
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     @property
@@ -186,6 +189,11 @@ class Method:
     def is_sparse(self) -> bool:
         """Whether the method gives entries, so that its weight need not be formed for a product."""
         return type(self).sparse is not Method.sparse
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Constants in which a restart keeps what was learned (see `finished`); without any it goes into the base."""
+        return ()
 
     @property
     def alike(self) -> frozenset[str]:
@@ -236,6 +244,14 @@ class Method:
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The starting arrays for one matrix `w [in, out]`; `statistics [in, out]` are those that `needs` names."""
         raise NotImplementedError(f"{type(self).__name__} has no start")
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """The starts of all leaves of this method, after what they draw in common; stacked matrices in front."""
+        return starts
+
+    def finished(self, view: View) -> Arrays:
+        """The constants of `kept_fields` after a restart, for methods that leave the base alone."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing")
 
     def weight(self, view: View) -> jax.Array:
         """The effective weight `[in, out]`: the method's meaning."""

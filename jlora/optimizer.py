@@ -14,6 +14,8 @@ from jlora.adapted import Adapted
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
 GROUPS = ("a", "b", "vector", "embedding")
+# Marks the groups of what `jlora.restart` leaves alone.
+_KEPT = ", kept"
 
 
 def labels(adapted: Adapted) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def optimizer(
     tree = _with_rates(adapted, labels(adapted))
     used: dict[Hashable, optax.GradientTransformation] = {}
     for label in sorted(set(jax.tree.leaves(tree))):
-        group, _, factor = label.partition(" x ")
+        group, _, factor = label.removesuffix(_KEPT).partition(" x ")
         rate, given = groups[group]
         used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
     return with_rules(adapted, optax.partition(used, tree))
@@ -115,12 +117,17 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
 
 
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree of groups with the factors of fields that have a rate of their own, as "group x factor"."""
+    """The tree of groups with the factors of fields that have a rate of their own, as "group x factor".
+
+    Fields that a restart leaves alone have an optimizer of their own: its step count goes on where the others' starts anew.
+    """
     for site in adapted.plan.sites:
         fields = paths.lookup(tree, site.keys)
         for name, factor in site.method.rates(site).items():
             if factor != 1:
                 fields[name] = f"{fields[name]} x {factor!r}"
+        if not site.method.restarts:
+            fields |= {name: label + _KEPT for name, label in fields.items()}
     return tree
 
 

@@ -2,13 +2,16 @@
 
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
+from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.raclora import RACLoRA as RACLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
 from jlora.methods.rows import Rows as Rows
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.vera import VeRA as VeRA
+from jlora.methods.xgblora import XGBLoRA as XGBLoRA

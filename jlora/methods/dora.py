@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jlora.events import Event
 from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Sparse, Start, View
+from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
 
 
@@ -26,7 +27,7 @@ class DoRA(Method):
         inner: any method with an effective weight: `LoRA(...)`, ...
 
     Raises:
-        TypeError: for an inner method that is none, or has no matrix of its own.
+        TypeError: for an inner method that is none, has no matrix of its own, or is a chain.
 
     Example:
         >>> jlora.DoRA(jlora.LoRA(rank=8, alpha=16))
@@ -40,6 +41,11 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):
             raise TypeError(f"DoRA goes around a method that adapts a matrix, such as LoRA(8); got {self.inner!r}")
+        if isinstance(self.inner, Chain):
+            raise TypeError(
+                "DoRA can't go around Chain: a link of DoRA is no sum of low rank; use jlora.restart on DoRA(LoRA(8)) and "
+                "a float32 base"
+            )
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
@@ -109,6 +115,10 @@ class DoRA(Method):
         inner = self.inner.start(key, w, site, **statistics)
         m = column_norms(w).astype(trained_dtype(w))
         return Start({**inner.params, "m": m}, inner.frozen)
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """As the inner method."""
+        return self.inner.together(key, starts, tuple(replace(site, method=self.inner) for site in sites))
 
     def weight(self, view: View) -> jax.Array:
         """`m / n * v`."""

@@ -22,6 +22,7 @@ class Full(Method):
     """
 
     matrix: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:

@@ -36,6 +36,7 @@ class Rows(Method):
     indices: tuple[int, ...] = (0,)
 
     local: ClassVar[frozenset[str]] = frozenset({"out"})
+    restarts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.indices)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from jlora.training.errors import SettingError
-from jlora.training.settings import Settings
+from jlora.training.settings import CHAINS, Settings
 
 # Measured with 150 steps of 16 x 128 tokens: validation loss 6.12 before; after, with rank 16, 2.67 at a learning rate of 3e-3,
 # 2.51 at 1e-2, 2.63 at 2e-2; with rank 32, 2.49 at 1e-2. Rows of 256 tokens cost 1.8 times as much a token, in attention.
@@ -14,8 +14,12 @@ _SHIPPED_MODEL = {"rank": 16, "learning_rate": 1e-2}
 _DEFAULT_JOB = {"steps": 250, "batch": 16, "max_length": 128, "prompt": "If the function is called"}
 # The probe's: on 2,500 rows of SST-2 by MiniLM accuracy was 0.72 at 5e-4, 0.78 from 2e-3 to 1e-2, 0.76 at 3e-2.
 # AdaLoRA's and ElaLoRA's are from the middle of their papers' scripts, 5e-4 to 1.2e-3; no run here chose them.
+# A chain's links are LoRAs, at LoRA's rate.
 _LEARNING_RATE = {"lora": 5e-4, "dora": 5e-4, "adalora": 1e-3, "elalora": 1e-3, "full": 5e-5, "probe": 5e-3}
-_WITH_ADAPTERS = ("lora", "dora", "adalora", "elalora")
+_LEARNING_RATE |= dict.fromkeys(CHAINS, 5e-4)
+_WITH_ADAPTERS = ("lora", "dora", "adalora", "elalora", *CHAINS)
+# ReLoRA's and COLA's few long links; boosting takes many weak ones.
+_LINKS = {"xgblora": 8}
 _TASK = {
     "lm": {"max_length": 256, "batch": 16, "epochs": 1.0, "packing": True},
     "classify": {"max_length": 128, "batch": 32, "epochs": 3.0, "packing": False},
@@ -33,6 +37,10 @@ def resolve(settings: Settings) -> Settings:
     if settings.model is None and settings.method in _WITH_ADAPTERS:
         # A model this small wants larger steps and a larger rank than the usual ones.
         values |= {name: value for name, value in _SHIPPED_MODEL.items() if name in values}
+    if settings.method in CHAINS and not settings.spec:
+        values["links"] = _LINKS.get(settings.method, 4)
+    if settings.method == "xgblora" and not settings.spec:
+        values["rank"] = 1
     if settings.model is None and settings.data is None:
         values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):
@@ -50,7 +58,8 @@ def count_steps(settings: Settings, rows: int) -> Settings:
     """The settings with steps, warm-up and intervals counted out for `rows` rows of training data.
 
     Raises:
-        SettingError: if a batch takes more rows than there are, or the warm-up is as long as the run.
+        SettingError: if a batch takes more rows than there are, the warm-up is as long as the run, or there are more links
+            than steps.
     """
     assert settings.batch is not None
     if settings.batch > rows:
@@ -62,6 +71,8 @@ def count_steps(settings: Settings, rows: int) -> Settings:
     warmup = settings.warmup if settings.warmup is not None else min(steps - 1, math.ceil(0.03 * steps))
     if warmup >= steps:
         raise SettingError("warmup", f"must be less than the {steps} steps, got {warmup}")
+    if settings.links is not None and settings.links > steps:
+        raise SettingError("links", f"must be at most the {steps} steps, got {settings.links}")
     return dataclasses.replace(
         settings,
         steps=steps,

@@ -11,6 +11,8 @@ from jlora.training.settings import Settings
 def learning_rate(settings: Settings) -> optax.Schedule:
     """Linear warm-up from 0, then constant, or falling to 0 at the last step by a line or half a cosine.
 
+    With links of a chain it rises anew at the start of each, over as many steps as the warm-up.
+
     Args:
         settings: resolved, with steps counted.
     """
@@ -26,7 +28,8 @@ def learning_rate(settings: Settings) -> optax.Schedule:
         return after
     # From peak / warmup, not from 0: a first step with learning rate 0 would do nothing.
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    whole = optax.join_schedules([rise, after], [warmup])
+    return jlora.restart_schedule(whole, jlora.link_ends(settings.links, steps), warmup) if settings.links else whole
 
 
 def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ import jax
 
 import jlora
 from jlora.training.errors import SettingError
-from jlora.training.settings import Settings
+from jlora.training.settings import CHAINS, Settings
 from jlora.training.subject import Subject, example_batch
 
 HEAD = r"classifier/(kernel|bias)"
@@ -58,8 +58,19 @@ def _named(settings: Settings) -> jlora.Method:
             # Half as many ranks again at the start, as in the paper.
             return jlora.AdaLoRA(rank=math.ceil(1.5 * rank), target=rank, interval=interval, **phases, **options)
         return jlora.ElaLoRA(rank=rank, interval=interval, **phases, **options)
+    if settings.method in CHAINS:
+        return _chain(settings, rank, options)
     method = jlora.LoRA(rank=rank, **options)
     return jlora.DoRA(method) if settings.method == "dora" else method
+
+
+def _chain(settings: Settings, rank: int, options: dict[str, Any]) -> jlora.Method:
+    """The chain of `--method`, with links of equal shares of the run; the base stays as it is."""
+    links = {"raclora": jlora.RACLoRA, "xgblora": jlora.XGBLoRA}.get(settings.method, jlora.LoRA)
+    # ReLoRA's paper prunes 99 of 100 moments by magnitude; the others clear them.
+    pruned: Any = {"prune": 0.99, "by": "magnitude"} if settings.method == "relora" else {}
+    assert settings.links is not None
+    return jlora.Chain(links(rank=rank, **options), links=settings.links, steps=settings.steps, **pruned)
 
 
 def _method(pattern: str, table: Any, steps: int | None) -> Any:

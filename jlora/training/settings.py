@@ -12,6 +12,9 @@ from typing import Any
 
 from jlora.training.errors import SettingError
 
+#: Methods that train one adapter after another.
+CHAINS = ("cola", "raclora", "xgblora", "relora")
+
 
 def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
     """A field with its help text; `resumable` marks what may change when a run is resumed."""
@@ -62,11 +65,12 @@ class Settings:
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
     method: str = _setting(
-        "lora", "lora, dora, adalora, elalora, full (every weight) or probe (the head alone)", group="method",
-        choices=("lora", "dora", "adalora", "elalora", "full", "probe"),
+        "lora",
+        "lora, dora, adalora, elalora, chains (cola, raclora, xgblora, relora), full (every weight) or probe (the head alone)",
+        group="method", choices=("lora", "dora", "adalora", "elalora", *CHAINS, "full", "probe"),
     )  # fmt: skip
     rank: int | None = _setting(
-        None, "rank of the adapters (8; shipped model: 16); adalora: mean rank at the end", group="method"
+        None, "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora: mean rank at the end", group="method"
     )
     alpha: float | None = _setting(
         None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
@@ -75,6 +79,10 @@ class Settings:
     targets: str | None = _setting(
         None, "regex that matches whole weight paths, or all-linear (all-linear)", group="method"
     )
+    links: int | None = _setting(
+        None, "cola, raclora, xgblora, relora: adapters trained one after another, in equal shares of the run (4; xgblora: 8)",
+        group="method",
+    )  # fmt: skip
     lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
     spec: dict[str, Any] = _setting({}, "TOML only: table of regex to method table", group="method")  # noqa: RUF009  (a field)
 
@@ -167,7 +175,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 
 _AT_LEAST_ONE = (
-    "max_rows", "max_validation_rows", "rank", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
+    "max_rows", "max_validation_rows", "rank", "links", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
     "keep",
 )  # fmt: skip
 _POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
@@ -221,6 +229,10 @@ def _check_method(settings: Settings) -> None:
         for name in adapters:
             if getattr(settings, name) is not None:
                 raise SettingError(name, "and a [spec] table both say what is adapted: give one of them")
+    if settings.links is not None and (settings.spec or settings.method not in CHAINS):
+        raise SettingError(
+            "links", f"is for the methods {', '.join(CHAINS)}; a [spec] table says it inside its methods"
+        )
     if settings.method in ("full", "probe"):
         for name in (*adapters, "lora_plus_ratio"):
             if getattr(settings, name) is not None:

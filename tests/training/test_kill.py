@@ -28,14 +28,14 @@ targets = ".*/(q|v)_proj/kernel"
 """
 
 
-def start(out, cache):
+def start(out, cache, method):
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }  # fmt: skip
     resume = ["--resume"] if (out / "settings.json").exists() else []
     config = cache.with_suffix(".toml")
-    config.write_text(SETTINGS)
+    config.write_text(SETTINGS + f"method = {json.dumps(method)}\n")
     flags = ["--config", str(config), "--out", str(out), *resume]
     command = [sys.executable, "-m", "jlora.training.cli", "finetune", *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -63,20 +63,21 @@ def kill_after(process, out, count):
 
 
 @pytest.mark.long
-def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "raclora"])
+def test_a_killed_run_ends_with_the_same_bits(method, tmp_path):
     cache = tmp_path / "cache"
-    whole = start(tmp_path / "whole", cache)
+    whole = start(tmp_path / "whole", cache, method)
     assert whole.wait() == 0, whole.stdout.read()
     out = tmp_path / "killed"
     kills = [0, 1, 2, 2, 3]
     for count in kills:
-        process = start(out, cache)
+        process = start(out, cache, method)
         if count == 0:  # before the first step: the folder is claimed, little more
             while not (out / "settings.json").exists():
                 time.sleep(0.001)
         kill_after(process, out, count)
         assert process.returncode == -signal.SIGKILL
-    last = start(out, cache)
+    last = start(out, cache, method)
     assert last.wait() == 0, last.stdout.read()
     assert outcome(out) == outcome(tmp_path / "whole")
     assert [r["step"] for r in outcome(out)[1] if r["kind"] == "train"] == list(range(1, 41))

@@ -1,0 +1,194 @@
+"""Chain: one adapter after another on a base that stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+from jlora.events import Event
+from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """A chain of adapters: `v + past_a @ past_b`, with `v [in, out]` the inner method's weight.
+
+    A link is an adapter of the inner method. When one is done, `jlora.restart` writes it into `past_a [in, (links - 1) * r]`
+    and `past_b [(links - 1) * r, out]`, constants that start as zeros, and draws a new one. So a sequence of small adapters
+    becomes an update of rank `links * r`, the base's bits never change, and no link is rounded away, whatever the base's
+    dtype. Trains `count(inner)` values a matrix. Memory and products grow with `links * r` from the first step, since
+    shapes are fixed. It is saved as it is, and ships as plain LoRA of rank `links * r` (`compact`, `save_peft`).
+
+    COLA is `Chain(LoRA(...))`, RAC-LoRA `Chain(RACLoRA(...))`, boosting `Chain(XGBLoRA(...))`, and ReLoRA
+    `Chain(LoRA(...), prune=0.99)` with `jlora.restart_schedule`. Without Chain, `restart` adds each link to the base.
+
+    Args:
+        inner: a method whose weight is `w + a @ b`: `LoRA(...)`, `RACLoRA(...)`, `XGBLoRA(...)`, ...
+        links: the number of links, the last included.
+        steps: optimizer steps of the whole run, cut into links of one length by `jlora.run_events`; the training job fills
+            in its own. None: you call `jlora.restart` yourself.
+        prune: share of the optimizer's moments that a restart sets to zero; 1 also starts its step count anew.
+        by: which of them, if not all: "random", or the smallest by "magnitude".
+
+    With dropout the finished links' input is dropped too, as they are part of the adapter. An inner start that is taken from
+    the weight (PiSSA) is taken from the weight with the finished links.
+
+    Raises:
+        TypeError: for an inner method that is no low-rank sum, or keeps constants that leaves share.
+        ValueError: for links, steps, prune or by out of range.
+
+    Example:
+        >>> jlora.Chain(jlora.LoRA(rank=8, alpha=16), links=4)
+
+    Reference:
+        COLA: Xia et al. 2024, arXiv:2401.04151; ReLoRA: Lialin et al. 2023, arXiv:2307.05695. Both add each link to the
+        base; keeping the links apart is jlora's, and gives the same weight.
+    """
+
+    inner: Method = field(default_factory=LoRA)
+    links: int = 4
+    steps: int | None = None
+    prune: float = 1.0
+    by: str = "random"
+
+    def __post_init__(self) -> None:
+        inner = self.inner
+        if not isinstance(inner, Method) or not inner.low_rank or isinstance(inner, Chain) or inner.shared_fields:
+            raise TypeError(
+                "Chain goes around a method whose weight is w + a @ b with factors of its own, such as LoRA(8); got "
+                f"{inner!r}. jlora.restart adds links of any method to a float32 base"
+            )
+        if inner.optimizer_rule is not None or inner.event is not None:
+            raise TypeError(f"Chain can't begin {inner} anew: it follows a schedule of its own over the whole run")
+        if not isinstance(self.links, int) or isinstance(self.links, bool) or self.links < 1:
+            raise ValueError(f"Chain's links must be a positive integer, got {self.links!r}")
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < self.links):
+            raise ValueError(f"Chain's steps must be at least its {self.links} links, got {self.steps!r}")
+        check_pruning(self.prune, self.by)
+
+    @property
+    def exact_start(self) -> bool:  # type: ignore[override]
+        """As the inner method."""
+        return self.inner.exact_start
+
+    @property
+    def local(self) -> frozenset[str]:  # type: ignore[override]
+        """As the inner method."""
+        return self.inner.local
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The inner method's, and those of the finished links."""
+        past = {"past_a": ("in", "rank"), "past_b": ("rank", "out"), "link": ()}
+        return {**self.inner.axes, **(past if self.links > 1 else {})}
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """The finished links."""
+        return ("past_a", "past_b", "link")
+
+    @property
+    def alike(self) -> frozenset[str]:
+        """As the inner method."""
+        return self.inner.alike
+
+    @property
+    def uses_key(self) -> bool:
+        """As the inner method."""
+        return self.inner.uses_key
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As the inner method."""
+        return self.inner.needs
+
+    @property
+    def event(self) -> Event | None:
+        """The ends of the links, where the number of steps is known."""
+        from jlora.links import LinkEnds  # which adapts, and so knows the methods
+
+        if self.steps is None or self.links == 1:
+            return None
+        return LinkEnds(self.links, self.steps, self.prune, self.by)
+
+    def check(self, site: Site) -> None:
+        """As the inner method."""
+        self.inner.check(site)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
+        """The first link, and room for those that will be finished."""
+        inner = self.inner.start(key, w, site, **statistics)
+        found = jax.eval_shape(self.inner.factors, View(w, inner.params, inner.frozen, site))
+        if found is None or found.scale is not None:
+            raise TypeError(f"Chain goes around a method whose weight is w + a @ b; that of {self.inner} is another")
+        if self.links == 1:
+            return inner
+        room = (self.links - 1) * found.a.shape[1]
+        past = {
+            "past_a": jnp.zeros((w.shape[0], room), found.a.dtype),
+            "past_b": jnp.zeros((room, w.shape[1]), found.b.dtype),
+            "link": jnp.zeros((), jnp.int32),
+        }
+        return Start(inner.params, {**inner.frozen, **past})
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """As the inner method."""
+        return self.inner.together(key, starts, tuple(replace(site, method=self.inner) for site in sites))
+
+    def finished(self, view: View) -> Arrays:
+        """The constants with the present link among the finished ones."""
+        link, found = view.frozen["link"], self._link(view)
+        column = link * found.a.shape[1]
+        put = jax.lax.dynamic_update_slice_in_dim
+        return {
+            "past_a": put(view.frozen["past_a"], found.a, column, axis=1),
+            "past_b": put(view.frozen["past_b"], found.b, column, axis=0),
+            "link": link + 1,
+        }
+
+    def _link(self, view: View) -> Factors:
+        found = self.inner.factors(view)
+        assert found is not None
+        return found
+
+    def weight(self, view: View) -> jax.Array:
+        """`v + past_a @ past_b`."""
+        v = self.inner.weight(view)
+        return v if self.links == 1 else v + view.frozen["past_a"] @ view.frozen["past_b"]
+
+    def factors(self, view: View) -> Factors:
+        """The present link beside the finished ones."""
+        found = self._link(view)
+        if self.links == 1:
+            return found
+        a = jnp.concatenate([found.a, view.frozen["past_a"]], axis=1)
+        return replace(found, a=a, b=jnp.concatenate([found.b, view.frozen["past_b"]]))
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """As the inner method."""
+        return self.inner.labels(site)
+
+    def rates(self, site: Site) -> dict[str, float]:
+        """As the inner method."""
+        return self.inner.rates(site)
+
+
+def check_pruning(prune: float, by: str) -> None:
+    """Refuses a share of moments or a choice that makes no sense.
+
+    Raises:
+        ValueError: for a share outside of 0 to 1, or an unknown choice.
+    """
+    if not isinstance(prune, int | float) or not 0 <= prune <= 1:
+        raise ValueError(f"prune is the share of the moments that become zero, from 0 to 1; got {prune!r}")
+    if by not in ("random", "magnitude"):
+        raise ValueError(f'moments are pruned by "random" or by "magnitude", got {by!r}')
+
+
+Chain.CASES = (
+    Chain(LoRA(rank=2, alpha=4), links=3),
+    Chain(LoRA(rank=2, dropout=0.25, init="pissa"), links=2, prune=0.9),
+)

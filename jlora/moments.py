@@ -1,0 +1,120 @@
+"""What becomes of an optimizer's moments when some of the trained arrays begin anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora import paths
+from jlora.method import Site
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """How moments are renewed.
+
+    Attributes:
+        prune: share of the entries that become zero; 1 makes everything as `tx.init` does.
+        by: "random" or "magnitude".
+    """
+
+    prune: float = 1.0
+    by: str = "random"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What an array of the optimizer's state belongs to.
+
+    Attributes:
+        number: of the trained array, if it begins anew; -1 for one that stays, -2 for what is no moment.
+        batch: number of stacked axes of the trained array.
+    """
+
+    number: int
+    batch: int = 0
+
+
+_STAYS, _OTHER = _Mark(-1), _Mark(-2)
+_COUNT = _Mark(0)
+
+
+def renewed(
+    tx: optax.GradientTransformation,
+    opt_state: Any,
+    params: Any,
+    sites: tuple[Site, ...],
+    renewal: Renewal,
+    key: jax.Array,
+) -> Any:
+    """The optimizer's state with the moments of some sites renewed.
+
+    A moment is what the optimizer keeps for each trained array (`optax.tree_map_params`). With `prune=1` it becomes what
+    `tx.init` makes of the new arrays, and so does the step count beside it (`count`, the name that optax gives it), by
+    which Adam corrects its averages; a count without moments, a schedule's, goes on. Where moments that stay share the
+    count, it starts anew too: their steps are then shorter for a while, where the new ones' would be too long.
+    `jlora.optimizer` keeps them apart.
+
+    Args:
+        tx: the optimizer.
+        opt_state: its state.
+        params: the new trained arrays, all of them.
+        sites: the leaves that begin anew.
+        renewal: how.
+        key: random key, for pruning.
+    """
+    marks = optax.tree_map_params(
+        tx,
+        lambda leaf, mark: leaf if isinstance(leaf, optax.MaskedNode) else mark,
+        opt_state,
+        _marks(params, sites),
+        transform_non_params=lambda _: _OTHER,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    if renewal.prune == 1:
+        fresh = tx.init(params)
+        return jax.tree.map(lambda mark, old, new: new if mark.number >= 0 else old, _counted(marks), opt_state, fresh)
+    return jax.tree.map(
+        lambda mark, old: _pruned(mark, old, renewal, key) if mark.number >= 0 else old, marks, opt_state
+    )
+
+
+def _marks(params: Any, sites: tuple[Site, ...]) -> Any:
+    """A mark for every trained array."""
+    batches = {site.keys: len(site.batch_axes) for site in sites}
+    leaves, treedef = paths.flatten_with_keys(params)
+    return jax.tree.unflatten(
+        treedef,
+        [_Mark(n, batches[keys[:-1]]) if keys[:-1] in batches else _STAYS for n, (keys, _) in enumerate(leaves)],
+    )
+
+
+def _counted(marks: Any) -> Any:
+    """The marks, with the counts beside moments that begin anew marked as such."""
+    if isinstance(marks, dict):
+        return {name: _counted(each) for name, each in marks.items()}
+    if not isinstance(marks, tuple | list):
+        return marks
+    inside = [_counted(each) for each in marks]
+    if not hasattr(marks, "_fields"):
+        return type(marks)(inside)
+    node: Any = type(marks)(*inside)
+    moments = [each for each in node if isinstance(each, dict)]
+    begins = any(mark.number >= 0 for mark in jax.tree.leaves(moments))
+    return node._replace(count=_COUNT) if begins and getattr(node, "count", None) == _OTHER else node
+
+
+def _pruned(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:
+    """A moment with a share of its entries set to zero, matrix by matrix."""
+    if renewal.by == "random":
+        keep = jax.random.bernoulli(jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)
+        return jnp.where(keep, moment, jnp.zeros_like(moment))
+    rows = jnp.abs(moment).reshape(*moment.shape[: mark.batch], -1)
+    # By places, not by a threshold: of equal entries the first are kept, and the number is exact.
+    place = jnp.argsort(jnp.argsort(-rows, axis=-1, stable=True), axis=-1)
+    keep = place < round((1 - renewal.prune) * rows.shape[-1])
+    return jnp.where(keep.reshape(moment.shape), moment, jnp.zeros_like(moment))

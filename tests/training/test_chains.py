@@ -1,0 +1,78 @@
+"""Chains in the job: links of equal shares of the run, a rate that rises anew, and a stop right after a restart."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jlora
+from jlora.training.defaults import count_steps, resolve
+from jlora.training.errors import SettingError
+from jlora.training.job import finetune
+from jlora.training.metrics import Metrics
+from jlora.training.schedule import learning_rate
+from jlora.training.selection import make_spec
+from jlora.training.settings import CHAINS, Settings
+
+
+def chosen(**settings):
+    """The methods of a run of 40 steps."""
+    return list(make_spec(None, resolve(Settings(steps=40, **settings))).values())
+
+
+def test_the_flags_name_chains_of_the_runs_length():
+    chain = lambda inner, links=4, **options: [jlora.Chain(inner, links, 40, **options)]
+    assert chosen(method="cola", rank=4) == chain(jlora.LoRA(4, 8.0))
+    assert chosen(method="raclora", rank=4, links=5, dropout=0.1) == chain(jlora.RACLoRA(4, 8.0, dropout=0.1), 5)
+    assert chosen(method="xgblora") == chain(jlora.XGBLoRA(1, 2.0), 8)
+    assert chosen(method="relora", rank=4, alpha=2.0) == chain(jlora.LoRA(4, 2.0), prune=0.99, by="magnitude")
+    table = {"method": "Chain", "inner": {"method": "LoRA", "rank": 4}, "links": 3}
+    assert chosen(spec={".*": table}) == chain(jlora.LoRA(4), 3)
+
+
+def test_links_that_do_not_fit_are_refused():
+    with pytest.raises(SettingError, match=r"links is for the methods cola, raclora, xgblora, relora"):
+        Settings(links=3)
+    with pytest.raises(SettingError, match=r"links must be at most the 3 steps, got 4"):
+        count_steps(resolve(Settings(method="cola", steps=3, warmup=0)), 100)
+
+
+def test_the_learning_rate_rises_anew_with_each_link():
+    settings = Settings(method="relora", schedule="constant", learning_rate=1.0, warmup=2, steps=12, links=3)
+    rates = [float(learning_rate(settings)(step)) for step in range(12)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1] * 3)
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "xgblora" else pytest.param(name, marks=pytest.mark.long) for name in CHAINS]
+)
+def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+    settings = Settings(
+        method=method, links=3, steps=6, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
+        max_validation_rows=1, checkpoint_every=2, evaluate_every=6, sample_tokens=0, progress="none", warmup=1,
+    )  # fmt: skip
+    runs = {name: dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped")}
+    quiet = lambda text: None
+    result = finetune(runs["whole"], quiet)
+    write = Metrics.write
+
+    def fail(self, step, kind, **values):
+        if step == 5:  # the last checkpoint is that of step 4, at the end of which a link began
+            raise RuntimeError("pulled the plug")
+        write(self, step, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", fail)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            finetune(runs["stopped"], quiet)
+    finetune(dataclasses.replace(runs["stopped"], resume=True), quiet)
+    whole, stopped = (
+        json.loads((tmp_path / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs
+    )
+    assert whole == stopped
+    frozen = jax.device_get(result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"])
+    assert np.all(frozen["link"] == 2)
+    links = np.split(frozen["past_b"], 2, axis=-2)
+    assert all(np.any(each) for each in links), "a finished link holds nothing"
