@@ -116,7 +116,7 @@ def observe(
         for site in sites:
             mine = [tap for tap in taps if tap.name == site.path]
             if mine:
-                paths.insert(seen, site.keys, _finished(mine, site, taken.finish))
+                paths.insert(seen, site.keys, finished(mine, site, taken.finish))
         return outputs, seen
 
     return observed
@@ -278,7 +278,7 @@ def tapped(
     return outputs, walk.taps
 
 
-def _finished(taps: list[Tap], site: Site, finish: Callable[[Any], Any]) -> Any:
+def finished(taps: list[Tap], site: Site, finish: Callable[[Any], Any] = _same) -> Any:
     """The taps of a leaf added up matrix by matrix, and finished, `[*batch, ...]`."""
     count = math.prod(site.batch_shape)
 
@@ -294,6 +294,47 @@ def _finished(taps: list[Tap], site: Site, finish: Callable[[Any], Any]) -> Any:
     sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), map(total, taps))
     finished = jax.vmap(finish)(sums)
     return jax.tree.map(lambda x: x.reshape(*site.batch_shape, *x.shape[1:]), finished)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the optimizer rules of an `Adapted` want as `tx.update(..., inputs=...)`.
+
+    Attributes:
+        statistic: taken of the inputs.
+        sites: whose.
+    """
+
+    statistic: Statistic
+    sites: tuple[Site, ...]
+
+    @property
+    def at(self) -> str:
+        """The pattern of the leaves, for `observe`."""
+        return "|".join(re.escape(site.path) for site in self.sites)
+
+    def finished(self, sums: Any) -> dict[str, Any]:
+        """The inputs from what was measured of them, added up over the parts of a batch."""
+        seen: dict[str, Any] = {}
+        for site in self.sites:
+            finish = self.statistic.finish
+            for _ in site.batch_axes:
+                finish = jax.vmap(finish)
+            paths.insert(seen, site.keys, finish(paths.lookup(sums, site.keys)))
+        return seen
+
+
+def asked_by(adapted: Adapted) -> Asked | None:
+    """What the methods' optimizer rules want to see of the inputs; None where they want nothing.
+
+    Raises:
+        ValueError: for rules that want different statistics.
+    """
+    wanted = {site: getattr(site.method.optimizer_rule, "statistic", None) for site in adapted.plan.sites}
+    found = {site: statistic for site, statistic in wanted.items() if statistic is not None}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the optimizer rules of {', '.join(site.path for site in found)} want different statistics")
+    return Asked(next(iter(found.values())), tuple(found)) if found else None
 
 
 def _only_adapted(args: Any, kwargs: Any) -> Adapted:

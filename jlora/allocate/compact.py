@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import paths
-from jlora.adapted import Adapted, Plan
+from jlora.adapted import SHARED, Adapted, Plan
 from jlora.allocate import triplets
 from jlora.method import Arrays, Method
 from jlora.methods.lora import LoRA
@@ -36,8 +36,8 @@ class Gated(Protocol):
         """Of `a`, the gate's own field, and `b`."""
         ...
 
-    def gates(self, params: Arrays) -> jax.Array:
-        """The gates `[*batch, r]` from a leaf's trained arrays."""
+    def gates(self, fields: Arrays, /) -> jax.Array:
+        """The gates `[*batch, r]` from a leaf's arrays, trained and constant."""
         ...
 
 
@@ -55,17 +55,25 @@ def compact(adapted: Adapted) -> Adapted:
         >>> small = jlora.compact(adapted)
     """
     params, sites = adapted.params, []
+    frozen: dict[str, Any] = {SHARED: adapted.frozen[SHARED]} if SHARED in adapted.frozen else {}
     for site in adapted.plan.sites:
-        inner = _inner(site.method)
+        inner, constant = _inner(site.method), paths.lookup(adapted.frozen, site.keys)
         if inner is not None:
             trained = paths.lookup(params, site.keys)
-            fields, rank = _fields(trained["a"], inner.gates(trained), trained["b"])
-            others = {name: value for name, value in trained.items() if name not in inner.axes}
-            params = triplets.put(params, site.keys, {**others, **fields})
+            fields, rank = _fields(trained["a"], inner.gates({**constant, **trained}), trained["b"])
+            params = triplets.put(params, site.keys, {**_others(trained, inner), **fields})
+            constant = _others(constant, inner)
             plain = LoRA(rank=rank, alpha=inner.scale * rank, dropout=inner.dropout)
             site = dataclasses.replace(site, method=_swapped(site.method, plain))
         sites.append(site)
-    return adapted.replace(params=params, plan=Plan(tuple(sites)))
+        if constant:
+            paths.insert(frozen, site.keys, constant)
+    return adapted.replace(params=params, frozen=frozen, plan=Plan(tuple(sites)))
+
+
+def _others(fields: Arrays, inner: Gated) -> Arrays:
+    """The arrays that are not the inner method's."""
+    return {name: value for name, value in fields.items() if name not in inner.axes}
 
 
 def _inner(method: Any) -> Gated | None:

@@ -228,7 +228,7 @@ def _states(opt_state: Any) -> list[AllocationState]:
     return found
 
 
-def _allocated(adapted: Adapted, state: AllocationState) -> Sites:
+def allocated(adapted: Adapted, state: AllocationState) -> Sites:
     """The sites that an allocation is about."""
     return tuple(site for site in adapted.plan.sites if not isinstance(paths.lookup(state.active, site.keys), dict))
 
@@ -245,7 +245,7 @@ def ranks(adapted: Adapted, opt_state: Any) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for state in _states(opt_state):
-        sites = _allocated(adapted, state)
+        sites = allocated(adapted, state)
         masks = [np.asarray(jax.device_get(paths.lookup(state.active, site.keys))) for site in sites]
         numbers = np.concatenate([mask.sum(-1).ravel() for mask in masks])
         found |= dict(zip(triplets.names(sites), map(int, numbers), strict=True))
@@ -275,7 +275,7 @@ def rank_history(adapted: Adapted, opt_state: Any) -> RankHistory:
     rows = [history.complete_rows(*state.history, state.step) for state in states]
     if any(not np.array_equal(steps, rows[0][0]) for steps, _ in rows):
         raise ValueError("the methods of this optimizer allocate ranks over different numbers of steps")
-    names = [name for state in states for name in triplets.names(_allocated(adapted, state))]
+    names = [name for state in states for name in triplets.names(allocated(adapted, state))]
     columns = dict(zip(names, np.concatenate([table for _, table in rows], axis=1).T, strict=True))
     order = tuple(name for name in triplets.names(adapted.plan.sites) if name in columns)
     return RankHistory(rows[0][0], order, np.stack([columns[name] for name in order], axis=1))

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 import jlora
+from jlora.observe import Asked, asked_by
 from jlora.training import processes
 from jlora.training.losses import Forward, Sums, sums
 from jlora.training.pipeline import Batch
@@ -54,7 +55,7 @@ def make_step(
     """The jitted training step.
 
     Args:
-        forward: the plain model; it is lifted here.
+        forward: the plain model; it is lifted here, and observed where an optimizer rule takes statistics of inputs.
         tx: the optimizer, clipping included.
         start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
             move them.
@@ -65,18 +66,22 @@ def make_step(
         and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
         of all, so the result does not depend on the number of parts (but for rounding).
     """
-    forward = jlora.lift(forward, cuts=cuts)
+    lifted = jlora.lift(forward, cuts=cuts)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        key = jax.random.fold_in(state.key, state.step)
+        key, asked = jax.random.fold_in(state.key, state.step), asked_by(adapted)
 
         def mean_loss(params, part, part_key):
             whole = adapted.replace(params=params, context={"dropout": part_key})
-            return sums(forward, whole, part).loss / weight
+            if asked is None:
+                return sums(lifted, whole, part).loss / weight, {}
+            found, seen = _observed_sums(forward, asked, whole, part, cuts)
+            return found.loss / weight, seen
 
-        loss, gradient = _over_parts(jax.value_and_grad(mean_loss), state.params, batch, key)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        (loss, seen), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
+        inputs: Any = {} if asked is None else {"inputs": asked.finished(seen)}
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params, **inputs)
         params = optax.apply_updates(state.params, updates)
         result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
         return State(params, opt_state, state.step + 1, state.key), result
@@ -94,8 +99,21 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, part[0], jax.random.fold_in(key, part[1]))), None
 
-    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], batch), key)
+    zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(add, zero, (batch, jnp.arange(parts)))[0]
+
+
+def _observed_sums(forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, cuts: Any) -> tuple[Sums, Any]:
+    """The sums of a batch, and what was measured of the inputs, to be added up over parts."""
+    observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, cuts=cuts), []
+
+    def kept(params: Any, batch: Any) -> jax.Array:
+        logits, found = observed(params, batch)
+        seen.append(found)
+        return logits
+
+    return sums(kept, adapted, batch), seen[0]
 
 
 def make_evaluation(

@@ -121,7 +121,7 @@ def perturbed(adapted, seed=2, size=0.3):
 
 
 def observed(adapted):
-    """What `tx.update` takes beside the gradients where a method's rule asks for a statistic of the inputs: ones, `[*batch, in]`."""
+    """What `tx.update` takes beside gradients where a rule asks for a statistic of the inputs: ones, `[*batch, in]`."""
     seen = {}
     for site in adapted.plan.sites:
         if getattr(site.method.optimizer_rule, "statistic", None) is not None:

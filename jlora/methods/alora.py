@@ -1,0 +1,149 @@
+"""ALoRA: ranks are switched off one by one to find the worst, which go to other matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.allocate.alora import ALoRARule, Round
+from jlora.allocate.budget import Phases
+from jlora.method import Factors, Method, Site, Start, View
+from jlora.methods.adalora import check_rank
+from jlora.methods.gelora import AXES, check_update, factors, weight
+from jlora.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class ALoRA(Method):
+    """Rank allocation by ablation: `w + s * (a * gate) @ b`, with `gate [r]` of 0 and 1, `s = alpha / rank`.
+
+    Every matrix starts with `rank` ranks in use of `r`, its `max_rank`. Between some steps there is a round
+    (`jlora.reallocate`): every rank is scored on one held-out batch by the loss with it alone and the loss without it, the
+    `pruned` worst are taken away, and the matrices that lost none get as many. The total stays what it was, but falls where
+    every matrix lost a rank, or those that lost none have no room. Ranks out of use are zero, and so are their moments. Trains
+    `min(max_rank or 2 * rank, in, out) * (in + out)` values a matrix, of which `rank * (in + out)` are in use on average.
+
+    A round costs two forward passes a rank; it needs held-out data, which the training job has and other loops hand over by
+    `jlora.run_events(adapted, opt_state, tx, key, step, loss, batches)`.
+
+    Args:
+        rank: ranks in use of every matrix at the start.
+        max_rank: most ranks of a matrix; room for them is kept from the start. Default: twice `rank`, or all that it has. (The
+            paper sets no bound.)
+        alpha: numerator of the scale.
+        steps: optimizer steps of the whole run; the training job fills in its own.
+        start_steps: steps before the first round, which comes right after them.
+        final_steps: steps after the last round.
+        interval: steps from one round to the next.
+        pruned: ranks that a round prunes; None for as many as there are matrices. (The paper's count of modules is that of one
+            block in its definition, and that of the whole model where it is used.)
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
+
+    Raises:
+        ValueError: for a hyperparameter out of range, or phases that leave no step for a round.
+
+    Example:
+        >>> jlora.ALoRA(rank=8, alpha=16, steps=1200, start_steps=400, final_steps=100, interval=100)
+
+    Reference:
+        Liu et al. 2024, arXiv:2403.16187. The scale keeps the first rank, and new ranks start as LoRA's: neither is stated.
+    """
+
+    rank: int = 8
+    max_rank: int | None = None
+    alpha: float = 8.0
+    steps: int | None = None
+    start_steps: int = 0
+    final_steps: int = 0
+    interval: int = 100
+    pruned: int | None = None
+    dropout: float = 0.0
+
+    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "max_rank", "pruned"):
+            value = getattr(self, name)
+            if (value is not None or name == "rank") and (type(value) is not int or value < 1):
+                raise ValueError(f"ALoRA's {name} must be a positive whole number, got {value!r}")
+        if self.max_rank is not None and self.max_rank < self.rank:
+            raise ValueError(f"ALoRA's max_rank ({self.max_rank}) is below the rank that it starts with ({self.rank})")
+        check_update(self)
+        self._phases.check("ALoRA")
+
+    @property
+    def _phases(self) -> Phases:
+        return Phases(self.steps, self.start_steps, self.final_steps, self.interval)
+
+    @property
+    def scale(self) -> float:
+        """`s`, by the rank at the start."""
+        return self.alpha / self.rank
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """LoRA's, and the gate's."""
+        return AXES
+
+    @property
+    def alike(self) -> frozenset[str]:
+        """All matrices start with the same gate."""
+        return frozenset({"gate"})
+
+    @property
+    def uses_key(self) -> bool:
+        """Dropout draws."""
+        return self.dropout > 0
+
+    @property
+    def optimizer_rule(self) -> ALoRARule:
+        """The record of ranks, of all sites that agree in everything but rank, alpha and dropout."""
+        return ALoRARule(self._phases, self.pruned)
+
+    @property
+    def event(self) -> Round:
+        """The rounds; one total for the same sites."""
+        return Round(self._phases, self.pruned)
+
+    def check(self, site: Site) -> None:
+        """Refuses ranks above the matrix's sides."""
+        check_rank("rank", self.rank, site)
+        if self.max_rank is not None:
+            check_rank("max_rank", self.max_rank, site)
+
+    def plain(self, rank: int) -> LoRA:
+        """What draws the factors of new ranks."""
+        return LoRA(rank)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """LoRA's factors where a rank is in use, all else zero."""
+        room = min(self.max_rank or 2 * self.rank, *w.shape)
+        in_use = jnp.arange(room) < self.rank
+        a, b = (self.plain(room).start(key, w, site).params[name] for name in "ab")
+        fields = {"a": jnp.where(in_use[None, :], a, 0), "b": jnp.where(in_use[:, None], b, 0)}
+        return Start(fields, {"gate": in_use.astype(a.dtype)})
+
+    def weight(self, view: View) -> jax.Array:
+        """`w + s * (a * gate) @ b`."""
+        return weight(view, self.scale)
+
+    def factors(self, view: View) -> Factors:
+        """Two factors, with `s * gate` in the smaller one."""
+        return factors(view, self.scale, self.dropout)
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """As LoRA."""
+        return LoRA(1).labels(site)
+
+    def gates(self, fields: dict[str, jax.Array]) -> jax.Array:
+        """What `jlora.compact` goes by."""
+        return fields["gate"]
+
+
+ALoRA.CASES = (
+    ALoRA(rank=4, max_rank=4, steps=2000),
+    ALoRA(rank=2, max_rank=3, alpha=5, steps=500, interval=7, pruned=1, dropout=0.25),
+)

@@ -1,0 +1,141 @@
+"""PRILoRA: ranks that grow from the first layer to the last, and a pruned `a`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+
+from jlora.allocate.prilora import PRILoRARule
+from jlora.layers import layer_numbers
+from jlora.method import Factors, Method, Site, Start, View
+from jlora.methods.gelora import AXES, check_update, factors, ranked, weight
+from jlora.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class PRILoRA(Method):
+    """LoRA with ranks that rise over the layers, pruned: `w + alpha * (a * gate) @ b` with `gate` 1 / rank.
+
+    A layer's rank is `first + layer * (last - first) / (layers - 1)`, rounded so that layers at equal distances from both
+    ends add up to `first + last`; a model of one layer has the mean. In a stack of layers every matrix has the arrays of the
+    largest rank among them; `gate` is 0 for what is too much, which starts at zero and has no gradient.
+
+    Every `every` steps the optimizer prunes `a`: of each `group` entries that follow each other in a column, the `pruned`
+    with the smallest `|a| * x` become zero, and so do their moments. `x [in]` is the moving average of the norms of the
+    layer's input features, which `jlora.observe(fn, jlora.input_norms)` takes in the forward pass; hand them over by
+    `tx.update(gradients, opt_state, params, inputs=seen)`. Trains `round((first + last) / 2) * (in + out)` values a matrix
+    on average.
+
+    Worth trying where later layers matter more, as they mostly do in classification.
+
+    Args:
+        first: rank of the first layer. The paper's, like all defaults here as far as is known: only its abstract was read.
+        last: rank of the last layer.
+        alpha: numerator of the scale; each layer divides it by its own rank.
+        every: steps from one pruning to the next.
+        pruned: entries pruned of each group; 0 prunes nothing, and needs no inputs.
+        group: entries of a group, along the inputs.
+        beta: memory of the average of the inputs' norms.
+        mode: "zero": pruned entries learn on from zero; "freeze": they stay zero.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
+
+    Raises:
+        ValueError: for a hyperparameter out of range.
+
+    Example:
+        >>> jlora.adapterize(params, {r".*/q_proj/kernel": jlora.PRILoRA(first=2, last=6, alpha=8)})
+
+    Reference:
+        Benedek & Wolf 2024, arXiv:2401.11316.
+    """
+
+    first: int = 4
+    last: int = 12
+    alpha: float = 8.0
+    every: int = 40
+    pruned: int = 2
+    group: int = 4
+    beta: float = 0.9
+    mode: str = "zero"
+    dropout: float = 0.0
+
+    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("first", 1), ("last", 1), ("every", 1), ("group", 1), ("pruned", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"PRILoRA's {name} must be a whole number of at least {least}, got {value!r}")
+        if self.pruned >= self.group:
+            raise ValueError(f"PRILoRA's pruned ({self.pruned}) must be below its group ({self.group})")
+        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 0 <= self.beta < 1:
+            raise ValueError(f"PRILoRA's beta must be at least 0 and below 1, got {self.beta!r}")
+        if self.mode not in ("zero", "freeze"):
+            raise ValueError(f'PRILoRA\'s mode must be "zero" or "freeze", got {self.mode!r}')
+        check_update(self)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the gated update."""
+        return self.alpha
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """LoRA's, and the gate's."""
+        return AXES
+
+    @property
+    def uses_key(self) -> bool:
+        """Dropout draws."""
+        return self.dropout > 0
+
+    @property
+    def optimizer_rule(self) -> PRILoRARule | None:
+        """The pruning."""
+        return PRILoRARule(self.every, self.pruned, self.group, self.beta, self.mode) if self.pruned else None
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """LoRA's factors of the largest rank; `together` cuts them."""
+        return LoRA(max(self.first, self.last)).start(key, w, site)
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """Gives every matrix its layer's rank."""
+        layers, count = layer_numbers(sites)
+        ranks = linear_ranks(self.first, self.last, count)
+        return ranked(starts, sites, [ranks[layer] for layer in layers], lambda rank: 1 / rank)
+
+    def weight(self, view: View) -> jax.Array:
+        """`w + alpha * (a * gate) @ b`."""
+        return weight(view, self.alpha)
+
+    def factors(self, view: View) -> Factors:
+        """Two factors, with `alpha * gate` in the smaller one."""
+        return factors(view, self.alpha, self.dropout)
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """As LoRA."""
+        return LoRA(1).labels(site)
+
+    def gates(self, fields: dict[str, jax.Array]) -> jax.Array:
+        """What `jlora.compact` goes by."""
+        return fields["gate"]
+
+
+def linear_ranks(first: int, last: int, layers: int) -> np.ndarray:
+    """Ranks from `first` to `last` in equal steps; a half is rounded up in the first half of the layers, down in the other."""
+    if layers == 1:
+        return np.array([round((first + last) / 2)])
+    # In whole numbers, since float steps would round some halves to the wrong side.
+    twice = 2 * (first * (layers - 1) + np.arange(layers) * (last - first))
+    up = (twice + layers - 1) // (2 * (layers - 1))
+    down = -((-twice + layers - 1) // (2 * (layers - 1)))
+    return np.where(2 * np.arange(layers) < layers, up, down)
+
+
+PRILoRA.CASES = (
+    PRILoRA(first=2, last=6, every=400),
+    PRILoRA(first=3, last=2, alpha=5, every=400, pruned=1, group=3, mode="freeze", dropout=0.25),
+)
