@@ -188,7 +188,7 @@ def added(gradients: Any, pull: list[Triplet] | None, sites: Sites, fields: Fiel
 
 
 def _sum(value: Triplet, move: Triplet) -> Triplet:
-    return Triplet(*(v + m.astype(v.dtype) for v, m in zip(value, move)))
+    return Triplet(*(None if v is None else v + m.astype(v.dtype) for v, m in zip(value, move)))
 
 
 def _edited(move: Triplet, before: Triplet, edit: Edit) -> Triplet:

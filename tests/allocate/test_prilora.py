@@ -228,7 +228,7 @@ def test_errors_say_what_is_missing():
     looked_up = jlora.adapterize({"w": jnp.ones((9, 9))}, {"w": jlora.Axes("in out", jlora.PRILoRA(2, 4), "gather")})
     with pytest.raises(ValueError, match="w: PRILoRA prunes by the inputs of a product, and a lookup has none"):
         jlora.optimizer(looked_up, optax.adam, learning_rate=0.01)
-    with pytest.raises(ValueError, match=r"stack, shape \(3, 10, 10\): its layer's rank 12 is above the smaller side"):
+    with pytest.raises(ValueError, match=r"top, shape \(10, 10\): its layer's rank 12 is above the smaller side"):
         start(last=12)
 
 
