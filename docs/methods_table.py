@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 
 import jlora
 import jlora.methods
+from jlora import docstrings
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- methods -->", "<!-- /methods -->"
@@ -36,7 +35,7 @@ def table() -> str:
     ]
     for cls in methods():
         case = cls.CASES[0]
-        cells = (f"`{cls.__name__}`", _first_sentence(cls), f"`{case}`", f"{_trained(case):,}", _papers(cls))
+        cells = (f"`{cls.__name__}`", docstrings.first_sentence(cls), f"`{case}`", f"{_trained(case):,}", _papers(cls))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -53,14 +52,8 @@ def updated(text: str) -> str:
     return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
-def _first_sentence(cls: type) -> str:
-    paragraph = inspect.getdoc(cls).split("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=\.)\s", paragraph)[0]
-
-
 def _papers(cls: type) -> str:
-    numbers = re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getdoc(cls) or "")
-    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in dict.fromkeys(numbers)) or "–"
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in docstrings.papers(cls)) or "–"
 
 
 def _trained(method: jlora.Method) -> int:

@@ -13,6 +13,7 @@ from jlora.allocate.transform import ranks as ranks
 from jlora.events import Event as Event
 from jlora.events import Moment as Moment
 from jlora.events import run_events as run_events
+from jlora.explain import explain as explain
 from jlora.files import load as load
 from jlora.files import save as save
 from jlora.fingerprint import fingerprint as fingerprint

@@ -19,6 +19,9 @@ class Full(Method):
 
     Example:
         >>> jlora.adapterize(params, {r".*/bias": jlora.Full(), jlora.ALL_LINEAR: jlora.LoRA(8)}, sites=sites)
+
+    Reference:
+        Ordinary fine-tuning, of some leaves.
     """
 
     matrix: ClassVar[bool] = False

@@ -58,7 +58,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     spec = make_spec(subject, settings)
     adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), subject.params)
     print(f"model {subject.directory}\n\nhow the model reads its weights:\n{sites}\n")
-    print(f"what would be trained:\n{jlora.summary(adapted)}")
+    print(f"what would be trained:\n{jlora.summary(adapted)}\n\nwhat the methods are:\n{jlora.explain(adapted)}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,10 @@ from jlora.training.errors import SettingError
 
 #: Methods that train one adapter after another.
 CHAINS = ("cola", "raclora", "xgblora", "relora")
+#: The methods of `--method` that train adapters: the keys of `jlora.training.named.METHODS`.
+ADAPTERS = ("lora", "dora", "adalora", "elalora", "sora", "beamlora", "rmlora", "prilora", "gelora", "alora", *CHAINS)
+
+
 
 
 def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
@@ -65,12 +69,11 @@ class Settings:
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
     method: str = _setting(
-        "lora",
-        "lora, dora, adalora, elalora, chains (cola, raclora, xgblora, relora), full (every weight) or probe (the head alone)",
-        group="method", choices=("lora", "dora", "adalora", "elalora", *CHAINS, "full", "probe"),
+        "lora", f"{', '.join(ADAPTERS)}, full (every weight) or probe (the head alone)", group="method",
+        choices=(*ADAPTERS, "full", "probe"),
     )  # fmt: skip
     rank: int | None = _setting(
-        None, "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora: mean rank at the end", group="method"
+        None, "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora, sora: mean rank at the end", group="method"
     )
     alpha: float | None = _setting(
         None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
@@ -92,7 +95,7 @@ class Settings:
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(
         None,
-        "peak learning rate (5e-4; adalora, elalora: 1e-3; full: 5e-5; probe: 5e-3; shipped model: 1e-2)",
+        "peak learning rate (5e-4; adalora, elalora, sora, rmlora: 1e-3; full: 5e-5; probe: 5e-3; shipped model: 1e-2)",
         group="training",
     )
     schedule: str = _setting(

@@ -14,24 +14,37 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.allocate.history import RankHistory
+from jlora.allocate.transform import _states
 
 PHASES = {"steps": 12, "start_steps": 2, "final_steps": 3}
 ADA = jlora.AdaLoRA(rank=3, target=2, interval=2, **PHASES)
 ELA = jlora.ElaLoRA(rank=2, max_rank=4, interval=2, moved=2, **PHASES)
+SORA = jlora.SoRA(rank=4, threshold=0.15, l1=0.5, target=2, **PHASES)
+BEAM = jlora.BeamLoRA(rank=4, temperature=0.3, top_p=0.6, steps=12, final_steps=3, interval=2)
+MASKED = jlora.RMLoRA(rank=3, updated=2)
 WIDER = jlora.AdaLoRA(rank=4, target=2, alpha=3, interval=2, **PHASES)
 # p and q have one budget, though q's rank and alpha are others, and DoRA is around it.
 SPEC = {"p": ADA, "q": jlora.DoRA(WIDER), "stack": jlora.Axes("batch in out", ELA), "bias": jlora.Full()}
+SPEC |= {"gated": SORA, "beams": jlora.Axes("batch in out", BEAM), "masked": MASKED}
 BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 8), "stack": weight(2, 3, 8, 8), "bias": jnp.zeros(8)}
+BASE |= {"gated": weight(5, 8, 8), "beams": weight(6, 2, 8, 8), "masked": weight(7, 8, 8)}
 X, Y = normal(3, 16, 8), normal(4, 16, 8)
 
 
+GROUPS = [("p", "q", "stack", "bias"), pytest.param(("gated", "beams", "masked"), marks=pytest.mark.long)]
+
+
 def model(params, x):
-    x = jnp.tanh(x @ params["p"]) @ params["q"] + params["bias"]
-    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]
+    if "p" in params:
+        x = jnp.tanh(x @ params["p"]) @ params["q"] + params["bias"]
+    else:
+        x = jnp.tanh(x @ params["gated"] @ params["masked"])
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params.get("stack", params.get("beams")))[0]
 
 
-def start(base=BASE):
-    adapted = jlora.adapterize(base, SPEC)
+def start(names=GROUPS[0], dtype=jnp.float32):
+    base = {name: BASE[name].astype(dtype) for name in names}
+    adapted = jlora.adapterize(base, {name: SPEC[name] for name in names})
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), jlora.optimizer(adapted, optax.adamw, 0.05, ratio=2, weight_decay=0.1)
     )
@@ -50,15 +63,19 @@ def make_step(adapted, tx, x=X, y=Y):
     return step
 
 
-@pytest.fixture(scope="module")
-def trained():
+@pytest.fixture(scope="module", params=GROUPS, ids=str)
+def trained(request):
     """What is adapted, its step, the params and states before every step and after the last."""
-    adapted, tx = start()
+    adapted, tx = start(request.param)
     step = make_step(adapted, tx)
     course = [(adapted.params, tx.init(adapted.params))]
     for _ in range(12):
         course.append(step(*course[-1]))
     return adapted, step, course
+
+
+def test_one_compilation_serves_the_whole_schedule(trained):
+    assert trained[1]._cache_size() == 1
 
 
 def in_use(params, name):
@@ -68,21 +85,23 @@ def in_use(params, name):
 def test_sites_with_equal_rules_share_a_budget_and_methods_mix(trained):
     adapted, _, course = trained
     params, state = course[-1]
+    ranks, history = jlora.ranks(adapted, state), jlora.rank_history(adapted, state)
+    assert list(history.names) == list(ranks) and history.ranks[-1].tolist() == list(ranks.values())
+    if "p" not in params:
+        assert ranks == {"beams[0]": 4, "beams[1]": 4, "gated": 2} and history.ranks[0].tolist() == [4, 4, 4]
+        return
     assert in_use(params, "p") + in_use(params, "q") == 2 * 2
-    ranks = jlora.ranks(adapted, state)
     assert list(ranks) == ["p", "q", "stack[0]", "stack[1]", "stack[2]"]
     assert ranks["p"] == in_use(params, "p") and ranks["q"] == in_use(params, "q")
     assert sum(ranks[f"stack[{n}]"] for n in range(3)) == 2 * 3
-    history = jlora.rank_history(adapted, state)
-    assert list(history.names) == list(ranks) and history.ranks[0].tolist() == [3, 4, 2, 2, 2]
-    assert history.ranks[-1].tolist() == list(ranks.values())
+    assert history.ranks[0].tolist() == [3, 4, 2, 2, 2]
     assert np.any(history.ranks[:, 2:] != 2), "no rank moved"
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(params["bias"]))
 
 
 def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(trained, tmp_path):
     adapted, step, course = trained
-    fresh, tx = start()
+    fresh, tx = start(tuple(adapted.base))
     like = jax.eval_shape(lambda: (fresh.params, tx.init(fresh.params)))
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "state", course[5])
@@ -91,6 +110,7 @@ def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(train
     for _ in range(7):
         params, state = step(params, state)
     jax.tree.map(np.testing.assert_array_equal, (params, state), course[-1])
+    assert step._cache_size() <= 2, "restored arrays may be placed otherwise, once"
     before, after = (jlora.ranks(adapted, course[n][1]) for n in (5, 12))
     assert before != after, "nothing is left to decide after the stop"
 
@@ -116,21 +136,25 @@ def test_gradients_accumulated_outside_count_as_one_step():
 
 
 @pytest.mark.long
-def test_a_base_in_16_bits_keeps_its_budget():
-    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
-    adapted, tx = start(base)
-    step, p, state = make_step(adapted, tx, X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)), adapted.params, None
+@pytest.mark.parametrize("names", [getattr(each, "values", [each])[0] for each in GROUPS], ids=str)
+def test_a_base_in_16_bits_keeps_its_budget(names):
+    adapted, tx = start(names, jnp.bfloat16)
+    step, p = make_step(adapted, tx, X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)), adapted.params
     state = tx.init(p)
     kinds = jax.tree.map(lambda x: x.dtype, (p, state))
     for _ in range(12):
         p, state = step(p, state)
     assert jax.tree.map(lambda x: x.dtype, (p, state)) == kinds
-    assert in_use(p, "p") + in_use(p, "q") == 4 == sum(jlora.ranks(adapted, state)[name] for name in "pq")
+    ranks = jlora.ranks(adapted, state)
+    if "p" in names:
+        assert in_use(p, "p") + in_use(p, "q") == 4 == sum(ranks[name] for name in "pq")
+    else:
+        assert ranks["gated"] == 2
 
 
-def updates_only(place):
-    """Five steps with given gradients of an AdaLoRA matrix and an ElaLoRA stack, whose arrays `place` puts somewhere."""
-    base = {name: BASE[name] for name in ("p", "stack")}
+def updates_only(names, place):
+    """Five steps with given gradients of some leaves, whose arrays `place` puts somewhere."""
+    base = {name: BASE[name] for name in names}
     adapted = jlora.adapterize(base, {name: SPEC[name] for name in base})
     tx = jlora.with_rules(adapted, optax.adam(0.05))
     gradient = jax.tree.map(lambda x: normal(6, *x.shape), adapted.params)
@@ -147,31 +171,38 @@ def updates_only(place):
     return adapted, p, state
 
 
-@pytest.fixture(scope="module")
-def alone():
+LEAVES = [("p", "stack"), pytest.param(("gated", "beams", "masked"), marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=LEAVES, ids=str)
+def alone(request):
     """On one device."""
-    return updates_only(lambda _, leaf: leaf)
+    return request.param, *updates_only(request.param, lambda _, leaf: leaf)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_on_a_mesh_it_is_the_same_and_the_state_lies_as_the_params(alone, kind):
-    adapted, params, state = alone
+    names, adapted, params, state = alone
     mesh = jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
-    cuts = {"a": ("model", None), "b": (None, "data"), "e": ()}
+    cuts = {"a": ("model", None), "b": (None, "data"), "e": (), "g": (), "score": ()}
 
     def place(keys, leaf):
         cut = cuts[keys[-1].key]
         return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - len(cut)), *cut)))
 
     with jax.set_mesh(mesh):
-        _, on_mesh, state_there = updates_only(place)
+        _, on_mesh, state_there = updates_only(names, place)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, *jax.device_get(((on_mesh, state_there), (params, state))))
-    outer, inner = state_there, state_there.inner  # of the second rule, and of the first
-    for mean, name in ((inner.memory.sensitivity, "p"), (outer.memory.uncertainty, "stack")):
+    memories = [state.memory for state in _states(state_there)]
+    trees = [tree for memory in memories for tree in jax.tree.leaves(memory, is_leaf=lambda x: isinstance(x, dict))]
+    for tree, name in ((tree, name) for tree in trees for name in names):
         for field in "ab":
-            assert mean[name][field].sharding.is_equivalent_to(on_mesh[name][field].sharding, mean[name][field].ndim)
-    assert list(jlora.ranks(adapted, state_there).values())[1:] != [2, 2, 2], "no rank moved"
+            if hasattr(array := tree[name][field], "sharding"):
+                assert array.sharding.is_equivalent_to(on_mesh[name][field].sharding, array.ndim)
+    assert len(trees) >= 3, "averages, or a snapshot of values and moments"
+    start = jlora.rank_history(adapted, state_there).ranks[0].tolist()
+    assert list(jlora.ranks(adapted, state_there).values()) != start, "no rank moved"
 
 
 def test_what_no_rule_is_about_gets_what_the_optimizer_gives():

@@ -1,0 +1,45 @@
+"""What the docstring of a method says, taken apart: its formula, its count of trained values, its cost, its source."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+_SECTIONS = ("Args", "Raises", "Example", "Reference", "Returns")
+
+
+def first_sentence(cls: type) -> str:
+    """What the method does, with its formula, as one line."""
+    return re.split(r"(?<=\.)\s", _joined(_text(cls).split("\n\n")[0]))[0]
+
+
+def count_formula(cls: type) -> str | None:
+    """The closed form of the sentence "Trains `...` values", in the method's hyperparameters, `in` and `out`."""
+    found = re.search(r"Trains\s+`([^`]+)`\s+values", _text(cls))
+    return _joined(found[1]) if found else None
+
+
+def costs(cls: type) -> str | None:
+    """The sentences that begin with "Costs", as one line."""
+    body = _joined(re.split(rf"\n(?:{'|'.join(_SECTIONS)}):\n", _text(cls))[0])
+    found = [sentence for sentence in re.split(r"(?<=\.)\s+", body) if sentence.startswith("Costs ")]
+    return " ".join(found) or None
+
+
+def reference(cls: type) -> str | None:
+    """The section "Reference", as one line."""
+    found = re.search(rf"\nReference:\n(.*?)(?=\n(?:{'|'.join(_SECTIONS)}):\n|\Z)", _text(cls), re.DOTALL)
+    return _joined(found[1]) if found else None
+
+
+def papers(cls: type) -> list[str]:
+    """The arXiv numbers, in the order of the docstring."""
+    return list(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", _text(cls))))
+
+
+def _text(cls: type) -> str:
+    return inspect.getdoc(cls) or ""
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
