@@ -26,6 +26,8 @@ class AdaLoRA(Method):
     changes. A penalty keeps `a` and `b` close to orthonormal; its gradient is added to yours. Trains `rank * (in + out + 1)`
     values a matrix.
 
+    Costs two averages of every trained value, and for the penalty products of `rank² * (in + out)` a matrix in every step.
+
     Worth trying where the total size of the adapters is tight: the ranks go where they matter.
 
     Args:

@@ -29,6 +29,8 @@ class BeamLoRA(Method):
     the loss may jump. `p_t` rises from `top_p` to 1 over the first `steps - final_steps` steps as half a cosine. Trains
     `rank * (in + out + 1)` values a matrix.
 
+    Costs a copy of the factors and their moments, and at the end of an interval one sort of all ranks.
+
     Worth trying at large ranks, where many of LoRA's ranks do little.
 
     Args:

@@ -25,6 +25,8 @@ class ElaLoRA(Method):
     yet. Pruned and new ranks have no optimizer moments. Trains `min(max_rank or 2 * rank, in, out) * (in + out + 1)` values a
     matrix, of which `rank * (in + out + 1)` are in use on average.
 
+    Costs what AdaLoRA does for all `r` ranks, and in a round a Gram-Schmidt of all factors.
+
     Worth trying where AdaLoRA is: it needs no large start, and a rank can go where none was.
 
     Args:

@@ -19,6 +19,8 @@ class RMLoRA(LoRA):
     decay move them on, unless `freeze`. With Adam the mean step shrinks by about `sqrt(updated / rank)`. All else is LoRA;
     with `updated = rank` and `orthogonality = 0` every bit is LoRA's. Trains `rank * (in + out)` values a matrix.
 
+    Costs products of `rank² * (in + out)` a matrix for the penalty in every step, and the masks' random numbers.
+
     Worth trying where LoRA overfits, or where its ranks are nearly dependent.
 
     Args:

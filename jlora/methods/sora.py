@@ -30,6 +30,8 @@ class SoRA(Method):
     (jlora's addition, for comparisons at equal budgets): at step `steps - final_steps` the `target` largest `|g|` a matrix, on
     average over all that share these hyperparameters, are kept for good, and the thresholds end; the others stay zero.
 
+    Costs nothing to speak of: a comparison for every gate.
+
     Worth trying where the number of ranks should follow from the task rather than from a budget.
 
     Args:

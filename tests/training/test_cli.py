@@ -131,6 +131,7 @@ def test_inspect_shows_what_a_spec_hits(capsys):
     assert main(["inspect", "--rank", "3"]) == 0
     said = capsys.readouterr().out
     assert "layers/mlp/up_proj/kernel" in said and "LoRA(rank=3" in said and "embed_tokens/embedding" in said
+    assert "  what    Low-rank adaptation: `w + s * a @ b`" in said and "multiply-adds more for each row" in said
     assert main(["inspect", "--task", "classify", "--data", "x.csv", "--method", "probe"]) == 2
     assert "x.csv: No such file" in capsys.readouterr().err
 

@@ -59,9 +59,11 @@ def test_every_adapter_of_the_flag_is_made_also_for_the_shortest_run():
         for steps in (1, 2, None):
             settings = resolve(Settings(steps=steps, epochs=None if steps else 1.0, method=name, rank=2))
             (method,) = make_spec(None, settings).values()
-            assert getattr(method, "rank", 2) in (2, 3) and (rule := method.optimizer_rule) is method.optimizer_rule
-            site = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": method}).plan.sites
-            assert rule is None or steps is None or rule.wrap(optax.adam(1e-3), site).init is not None
+            assert isinstance(method, jlora.Method)
+            rule = method.optimizer_rule
+            if rule is not None and steps is not None:
+                sites = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": method}).plan.sites
+                rule.wrap(optax.adam(1e-3), sites)  # refuses a schedule that does not fit
 
 
 def test_a_schedule_that_does_not_fit_into_the_run_is_refused():
