@@ -6,6 +6,7 @@ from jlora.adapted import Adapted as Adapted
 from jlora.adapted import adapterize as adapterize
 from jlora.adapted import merge as merge
 from jlora.adapted import summary as summary
+from jlora.allocate.alora import reallocate as reallocate
 from jlora.allocate.compact import compact as compact
 from jlora.allocate.history import RankHistory as RankHistory
 from jlora.allocate.transform import rank_history as rank_history
@@ -21,6 +22,9 @@ from jlora.interchange import PeftReport as PeftReport
 from jlora.interchange import TorchParameter as TorchParameter
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
+from jlora.intrinsic import gelora_ranks as gelora_ranks
+from jlora.intrinsic import intrinsic_dimension as intrinsic_dimension
+from jlora.intrinsic import intrinsic_dimensions as intrinsic_dimensions
 from jlora.lift import lift as lift
 from jlora.links import link_ends as link_ends
 from jlora.links import restart as restart

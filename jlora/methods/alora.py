@@ -26,8 +26,8 @@ class ALoRA(Method):
     every matrix lost a rank, or those that lost none have no room. Ranks out of use are zero, and so are their moments. Trains
     `min(max_rank or 2 * rank, in, out) * (in + out)` values a matrix, of which `rank * (in + out)` are in use on average.
 
-    A round costs two forward passes a rank; it needs held-out data, which the training job has and other loops hand over by
-    `jlora.run_events(adapted, opt_state, tx, key, step, loss, batches)`.
+    Costs two forward passes a rank on the held-out batch in each round, and nothing in other steps. The training job has
+    held-out data; other loops hand it over by `jlora.run_events(adapted, opt_state, tx, key, step, loss, batches)`.
 
     Args:
         rank: ranks in use of every matrix at the start.

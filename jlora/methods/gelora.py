@@ -28,6 +28,8 @@ class GeLoRA(Method):
     The paper takes the ranks from the intrinsic dimensions of hidden states (`jlora.intrinsic_dimensions` and
     `jlora.gelora_ranks`): where a layer raises the dimension, it needs as many directions at least. Any others may be given.
 
+    Costs forward passes over some rows of data before training, and in a step what LoRA of the largest rank costs.
+
     The first axis along which a leaf is stacked counts layers; else the first number at the end of a key of its path does.
 
     Args:

@@ -27,7 +27,7 @@ class PRILoRA(Method):
     with the smallest `|a| * x` become zero, and so do their moments. `x [in]` is the moving average of the norms of the
     layer's input features, which `jlora.observe(fn, jlora.input_norms)` takes in the forward pass; hand them over by
     `tx.update(gradients, opt_state, params, inputs=seen)`. Trains `round((first + last) / 2) * (in + out)` values a matrix
-    on average.
+    on average. Costs a sum of the squares of every input in each forward pass, and a sort of the groups in each pruning.
 
     Worth trying where later layers matter more, as they mostly do in classification.
 

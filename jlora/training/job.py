@@ -85,7 +85,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = subject.with_head(data.labels) if data.labels else subject
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
-    adapted = place_adapters(adapt(subject, settings), mesh)
+    adapted = place_adapters(adapt(subject, settings, data, mesh), mesh)
     with processes.claim(settings.out, settings.resume) as out:
         about = _about(asked, settings, subject, data, fingerprint)
         try:

@@ -1,0 +1,88 @@
+"""Methods that look at data, in the job: PRILoRA's inputs, GeLoRA's dimensions, ALoRA's held-out batch; with a stop."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jlora
+from jlora.training import measured
+from jlora.training.job import finetune
+from jlora.training.metrics import Metrics
+from jlora.training.settings import Settings
+
+SETTINGS = Settings(
+    steps=12, batch=4, accumulate=2, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=60,
+    max_validation_rows=9, checkpoint_every=2, evaluate_every=6, sample_tokens=0, progress="none",
+)  # fmt: skip
+
+
+def silent(text):
+    pass
+
+
+def stopped_and_whole(settings, folder, monkeypatch, at):
+    """The result of a run, which ends with the same bits as one that was stopped at a step and went on."""
+    runs = {name: dataclasses.replace(settings, out=str(folder / name)) for name in ("whole", "stopped")}
+    result = finetune(runs["whole"], silent)
+    write = Metrics.write
+
+    def fail(self, step, kind, **values):
+        if step == at:
+            raise RuntimeError("pulled the plug")
+        write(self, step, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", fail)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            finetune(runs["stopped"], silent)
+    finetune(dataclasses.replace(runs["stopped"], resume=True), silent)
+    whole, stopped = (json.loads((folder / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs)
+    assert whole == stopped
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["prilora", "gelora", "alora"])
+def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "_ROWS", 16)
+    result = stopped_and_whole(dataclasses.replace(SETTINGS, method=method), tmp_path, monkeypatch, at=7)
+    gates = [
+        np.asarray(result.adapted.frozen["layers"]["self_attn"][name]["kernel"]["gate"])
+        for name in ("q_proj", "v_proj")
+    ]
+    ranks = np.stack([(gate != 0).sum(-1) for gate in gates])
+    layers = ranks.shape[1]
+    assert ranks.sum() == 2 * layers * 2, "the mean rank is --rank"
+    kernels = [result.adapted.params["layers"]["self_attn"][name]["kernel"] for name in ("q_proj", "v_proj")]
+    if method == "prilora":
+        assert np.array_equal(ranks[0], ranks[1]) and (ranks[0, 0], ranks[0, -1]) == (1, 3)
+        # Every step prunes in a run as short as this one, so that half of each used column is zero at its end.
+        zeros = [(np.asarray(kernel["a"])[0, :, 0] == 0).mean() for kernel in kernels]
+        assert zeros == [0.5, 0.5]
+    if method == "gelora":
+        assert np.array_equal(ranks[0], ranks[1]) and ranks.min() >= 1
+    if method == "alora":
+        assert np.ptp(ranks) > 0, "eight rounds moved nothing"
+        assert all(not np.asarray(k["b"])[gate == 0].any() for k, gate in zip(kernels, gates))
+
+
+@pytest.mark.long
+def test_a_table_without_ranks_takes_those_of_the_paper(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "_ROWS", 16)
+    spec = {".*/q_proj/kernel": {"method": "GeLoRA", "alpha": 4}, ".*/v_proj/kernel": {"method": "LoRA", "rank": 2}}
+    settings = dataclasses.replace(SETTINGS, steps=2, rank=None, targets=None, spec=spec, out=str(tmp_path / "run"))
+    methods = {site.path: site.method for site in finetune(settings, silent).adapted.plan.sites}
+    gelora = next(method for path, method in methods.items() if "q_proj" in path)
+    assert isinstance(gelora.ranks, tuple) and len(gelora.ranks) == 5 and min(gelora.ranks) >= 1 and gelora.alpha == 4
+    assert jlora.LoRA(2) in methods.values()
+
+
+def test_a_row_s_point_is_the_mean_over_its_tokens_without_padding():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    batch = {"segment_ids": np.array([[1, 1, 0], [2, 0, 0]])}
+    found = measured._mean_of_tokens(x, batch)
+    np.testing.assert_allclose(found, [x[0, :2].mean(0), x[1, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(measured._mean_of_tokens(x[:, 0], batch), x[:, 0])
