@@ -125,6 +125,8 @@ def fit(
 ) -> tuple[jlora.Adapted, list[float], Any]:
     """Trains by AdamW without decay; the rate rises over the first 5 % of the steps and falls to zero, linearly.
 
+    In a chain it rises so after each restart too.
+
     Args:
         task: the task.
         method: the method on every linear layer; None trains the head alone.
@@ -142,13 +144,18 @@ def fit(
     """
     spec = task.spec(method)
     adapted = jlora.adapterize(task.params(seed), spec, jax.random.key(seed), task.sites, prepared)
-    state = jlora.optimizer(adapted, optax.adamw, 0.0, ratio=ratio, weight_decay=0.0).init(adapted.params)
+    tx = jlora.optimizer(adapted, optax.adamw, 0.0, ratio=ratio, weight_decay=0.0)
+    state = tx.init(adapted.params)
     step, losses = _step(task), []
     ramp = max(1, steps // 20)
+    links = method.links if isinstance(method, jlora.Chain) else 1
+    starts = [0, *jlora.link_ends(links, steps)]
     for number, chosen in enumerate(tasks.batches(task, seed, steps, batch, among)):
-        now = rate * min((number + 1) / ramp, (steps - number) / max(1, steps - ramp))
+        since = number - max(start for start in starts if start <= number)
+        now = rate * min(1, (since + 1) / ramp) * min(1, (steps - number) / max(1, steps - ramp))
         adapted, state, loss = step(adapted, state, tasks.rows(task.train, chosen), now, ratio)
         losses.append(loss)
+        adapted, state = jlora.run_events(adapted, state, tx, jax.random.key(seed), number + 1)
         if each_step is not None:
             each_step(number, adapted, state)
     return adapted, [round(float(loss), 5) for loss in losses], state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from jlora.adapted import Adapted, effective_leaf, starts_of
 from jlora.allocate.triplets import put
 from jlora.events import Moment
 from jlora.method import Arrays, Site
-from jlora.methods.chain import check_pruning
+from jlora.methods.chain import Chain, check_pruning
+from jlora.methods.lora import LoRA
 from jlora.moments import Renewal, renewed
 from jlora.weight import Weight
 
@@ -130,7 +131,8 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
             raise ValueError(
                 f"{site.path}: {site.method} does not start at the base's output, so a restart would move it"
             )
-        if site.method.needs or site.method.optimizer_rule is not None:
+        scheduled = site.method.optimizer_rule is not None or not (site.method.event is None or site.method.kept_fields)
+        if site.method.needs or scheduled:
             what = "starts from data" if site.method.needs else "follows a schedule of its own over the whole run"
             raise ValueError(
                 f"{site.path}: {site.method} {what} and can't be restarted; merge, and adapterize the merged params anew"
@@ -145,17 +147,44 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
 
 
 def _check_room(site: Site, frozen: Arrays) -> None:
-    links = getattr(site.method, "links", None)
-    if "link" in frozen and isinstance(frozen["link"], Tracer):
-        raise TypeError(
-            f"{site.path}: call restart outside of jit, where it sees how many links {site.method} has done"
-        )
-    done = int(np.max(np.asarray(mesh.complete(frozen["link"])))) if "link" in frozen else 0
+    done, links = _done(site, frozen), getattr(site.method, "links", None)
     if links is not None and done + 1 >= links:
         raise ValueError(
             f"{site.path}: link {done + 1} of {site.method} is the last; give it more links at the start, or go on from "
             "jlora.merge(adapted)"
         )
+
+
+def _done(site: Site, frozen: Arrays) -> int:
+    """The number of links that are finished."""
+    if "link" not in frozen:
+        return 0
+    if isinstance(frozen["link"], Tracer):
+        raise TypeError(f"{site.path}: call this outside of jit, where it sees how many links {site.method} has done")
+    return int(np.max(np.asarray(mesh.complete(frozen["link"]))))
+
+
+def unchained(adapted: Adapted) -> Adapted:
+    """The adapters with every `Chain` as plain `LoRA` of all links so far, the present one included; the same weight.
+
+    Raises:
+        TypeError: under `jit`, since the number of links decides the shapes.
+    """
+    chains = {site.keys: site.method for site in adapted.plan.sites if isinstance(site.method, Chain)}
+    if not chains:
+        return adapted
+    params, frozen, sites = adapted.params, {}, []
+    for keys, leaf in paths.flatten_with_keys(adapted.frozen)[0]:
+        if keys[:-1] not in chains:
+            paths.insert(frozen, keys, leaf)
+    for site, weight in zip(adapted.plan.sites, adapted.weights()):
+        if site.keys in chains:
+            found, done = weights.factors(weight), _done(site, weight.frozen) + 1
+            rank = done * (found.a.shape[-1] // chains[site.keys].links)
+            params = put(params, site.keys, {"a": found.a[..., :rank], "b": found.b[..., :rank, :]})
+            site = replace(site, method=LoRA(rank, float(rank), dropout=found.dropout))
+        sites.append(site)
+    return adapted.replace(params=params, frozen=frozen, plan=type(adapted.plan)(tuple(sites)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -202,7 +231,9 @@ def _finished(weight: Weight) -> Arrays:
         return finish(weight)
     assert weight.site is not None
     specs = mesh.field_specs(weight.site, sharding.spec)
-    automatic: Any = jax.sharding.auto_axes(finish, out_sharding={name: specs[name] for name in weight.method.kept_fields})
+    automatic: Any = jax.sharding.auto_axes(
+        finish, out_sharding={name: specs[name] for name in weight.method.kept_fields}
+    )
     return automatic(weight)
 
 

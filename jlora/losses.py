@@ -162,7 +162,8 @@ def spectrum(logits: jax.Array, mask: jax.Array | None = None, *, count: int = 3
     # What float32 leaves of a zero eigenvalue, under the root's infinite slope; the root of it is taken away again.
     least = jnp.finfo(gram.dtype).eps * jax.lax.stop_gradient(jnp.trace(gram)) + jnp.finfo(gram.dtype).tiny
     sigma = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + least) - jnp.sqrt(least)
-    return -jnp.sum(sigma[-count:]) / jnp.maximum(jnp.sum(sigma), jnp.finfo(gram.dtype).tiny)
+    total = jnp.sum(sigma)
+    return -jnp.sum(sigma[-count:]) / jnp.where(total > 0, total, 1)
 
 
 def _outputs(logits: jax.Array, mask: jax.Array | None, form: str) -> tuple[jax.Array, jax.Array]:

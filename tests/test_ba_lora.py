@@ -98,7 +98,7 @@ def test_the_spectrum_is_finite_at_repeated_and_zero_singular_values():
         value, gradient = jax.value_and_grad(lambda z: spectrum(z, count=2))(matrix)
         assert value == pytest.approx(wanted, abs=2e-3)
         assert np.all(np.isfinite(gradient))
-    assert np.all(np.isfinite(jax.grad(lambda z: consistency(z, np.zeros_like(z)))(np.zeros((2, 3), np.float32))))
+    assert np.all(np.isfinite(jax.grad(lambda z: consistency(z, jnp.zeros_like(z)))(np.zeros((2, 3), np.float32))))
 
 
 def test_the_base_of_an_adapted_model_is_its_teacher():

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.adapted import SHARED, Adapted, Plan
 from jlora.allocate import triplets
+from jlora.links import unchained
 from jlora.method import Arrays, Method
 from jlora.methods.lora import LoRA
 
@@ -46,7 +47,8 @@ def compact(adapted: Adapted) -> Adapted:
 
     For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
     of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
-    becomes LoRA. Leaves of methods without gates stay as they are.
+    becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves of methods without gates or links
+    stay as they are.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -54,6 +56,7 @@ def compact(adapted: Adapted) -> Adapted:
     Example:
         >>> small = jlora.compact(adapted)
     """
+    adapted = unchained(adapted)
     params, sites = adapted.params, []
     frozen: dict[str, Any] = {SHARED: adapted.frozen[SHARED]} if SHARED in adapted.frozen else {}
     for site in adapted.plan.sites:

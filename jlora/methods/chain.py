@@ -19,8 +19,9 @@ class Chain(Method):
     A link is an adapter of the inner method. When one is done, `jlora.restart` writes it into `past_a [in, (links - 1) * r]`
     and `past_b [(links - 1) * r, out]`, constants that start as zeros, and draws a new one. So a sequence of small adapters
     becomes an update of rank `links * r`, the base's bits never change, and no link is rounded away, whatever the base's
-    dtype. Trains `count(inner)` values a matrix. Memory and products grow with `links * r` from the first step, since
-    shapes are fixed. It is saved as it is, and ships as plain LoRA of rank `links * r` (`compact`, `save_peft`).
+    dtype. Trains `count(inner)` values a matrix. Costs memory and products for `links * r` ranks from the first step, since
+    shapes are fixed, and no optimizer memory for finished links. It is saved as it is, and ships as plain LoRA of rank
+    `links * r` (`compact`, `save_peft`).
 
     COLA is `Chain(LoRA(...))`, RAC-LoRA `Chain(RACLoRA(...))`, boosting `Chain(XGBLoRA(...))`, and ReLoRA
     `Chain(LoRA(...), prune=0.99)` with `jlora.restart_schedule`. Without Chain, `restart` adds each link to the base.

@@ -20,7 +20,7 @@ class RACLoRA(Method):
     """Randomised asymmetric adaptation: `w + s * a @ b` with one of `a [in, rank]`, `b [rank, out]` random and fixed.
 
     `s = alpha / rank`. The other factor starts at zero, so the start is the base's output. Trains
-    `rank * (out if frozen == "in" else in)` values a matrix: half of LoRA's, and of its optimizer memory. Meant for a
+    `rank * (out if frozen == "in" else in)` values a matrix. Costs half of LoRA's optimizer memory. Meant for a
     chain: `jlora.restart` (or `Chain(RACLoRA(...))`) draws the random factor anew for each link, which makes the whole a
     gradient descent in random subspaces, with guarantees that LoRA's fixed subspace lacks. One gradient step from zero
     with `draw="orthonormal"` is exactly `w - rate * s² * H @ G` (`frozen="in"`), or `w - rate * s² * G @ H`, with `G` the

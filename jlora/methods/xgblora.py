@@ -20,8 +20,8 @@ class XGBLoRA(Method):
     `s = alpha / rank`. `mask` is 1 for a random part of the layers, drawn for all leaves of the method together: layers, not
     leaves, so that the query and the value of a layer are drawn as one. The first stacked axis counts layers, or the first
     number in a leaf's path says its layer; a leaf with neither is a layer of its own. Where `mask` is 0, gradients and
-    update are exactly zero. Trains `rank * (in + out)` values a matrix, of which those of the drawn layers count; the
-    arrays exist for all, so that every link has the same shapes.
+    update are exactly zero. Trains `rank * (in + out)` values a matrix, of which those of the drawn layers count. Costs
+    arrays and products for all layers, drawn or not, so that every link has the same shapes.
 
     Meant for a chain: `jlora.restart` (or `Chain(XGBLoRA(...))`) ends a round of boosting, and draws other layers. The
     penalty on the factors' size that the paper adds is the optimizer's weight decay here.

@@ -138,6 +138,10 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
         for name, leaf in merged.items():
             np.testing.assert_allclose(leaf, before[name], atol=1e-6)
         np.testing.assert_allclose(np.asarray(merged["out"], np.float64) - np.asarray(params["out"]), deltas, atol=1e-6)
+        small = jlora.compact(adapted)  # the links so far
+        methods = {site.path: site.method for site in small.plan.sites}
+        assert methods["out"] == methods["stack"] == jlora.LoRA(2 * link + 2, 2.0 * link + 2) and not small.frozen
+        np.testing.assert_allclose(jlora.merge(small)["stack"], before["stack"], atol=1e-6)
         assert not np.any(after.params["out"]["b"]) and np.any(after.params["out"]["a"] != a)
         gradient = gradients(after)
         assert not np.any(gradient["stack"]["a"]) and np.all(np.any(gradient["stack"]["b"], axis=(1, 2)))
@@ -146,7 +150,7 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
     assert np.linalg.matrix_rank(deltas, tol=1e-9) == 6
     with pytest.raises(ValueError, match=r"out: link 4 of Chain\(.*\) is the last; give it more links"):
         jlora.restart(adapted, state, tx, KEY)
-    with pytest.raises(TypeError, match=r"call restart outside of jit"):
+    with pytest.raises(TypeError, match=r"out: call this outside of jit, where it sees how many links"):
         jax.jit(lambda a, s: jlora.restart(a, s, tx, KEY))(adapted, state)
 
 

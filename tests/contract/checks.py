@@ -317,7 +317,7 @@ def stated_count(method, rows, columns):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out."""
     sentence = re.search(r"Trains\s+`([^`]+)`\s+values", type(method).__doc__ or "")
     assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
-    formula = re.sub(r"\bin\b", "rows", re.sub(r"\bout\b", "columns", sentence[1]))
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", sentence[1]))
     names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
     return eval(
         formula,

@@ -21,6 +21,7 @@ STUDIES = {
     "loraplus": [*SMALL, "--tasks", "shakespeare"],
     "rank_allocation": [*SMALL[:4], "--batch", "4", "--judged", "16", "--tasks", "e2e", "--budgets", "2"],
     "deep_lora": [*SMALL, "--tasks", "stsb", "--examples", "16", "--ranks", "2"],
+    "chains": [*SMALL, "--tasks", "sst2", "--links", "2", "--sketches", "2", "8", "--quadratic", "9"],
     "shira": [*SMALL[:6], "--judged", "16"],
 }
 

@@ -45,9 +45,8 @@ def test_the_learning_rate_rises_anew_with_each_link():
     np.testing.assert_allclose(rates, [0.5, 1, 1, 1] * 3)
 
 
-@pytest.mark.parametrize(
-    "method", [name if name == "xgblora" else pytest.param(name, marks=pytest.mark.long) for name in CHAINS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("method", CHAINS)
 def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, tmp_path, monkeypatch):
     settings = Settings(
         method=method, links=3, steps=6, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
