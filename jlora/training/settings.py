@@ -18,8 +18,6 @@ CHAINS = ("cola", "raclora", "xgblora", "relora")
 ADAPTERS = ("lora", "dora", "adalora", "elalora", "sora", "beamlora", "rmlora", "prilora", "gelora", "alora", *CHAINS)
 
 
-
-
 def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
     """A field with its help text; `resumable` marks what may change when a run is resumed."""
     metadata = {"help": help, "group": group, "choices": choices, "resumable": resumable}
@@ -73,7 +71,10 @@ class Settings:
         choices=(*ADAPTERS, "full", "probe"),
     )  # fmt: skip
     rank: int | None = _setting(
-        None, "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora, sora: mean rank at the end", group="method"
+        None,
+        "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora, sora: mean rank at the end; prilora, gelora, "
+        "alora: mean rank",
+        group="method",
     )
     alpha: float | None = _setting(
         None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
