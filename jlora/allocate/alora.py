@@ -101,9 +101,9 @@ def reallocate(
     """One round of ALoRA: prunes the worst ranks of all its leaves, and gives as many to the modules that lost none.
 
     A rank's score is `S(alone) - S(without)`, `S` minus the loss on the batch: with all other ranks switched off, and with it
-    alone switched off. The `pruned` ranks with the lowest scores go. The modules that lost none get as many new ones, as
-    evenly as possible, the remainder to those with the higher mean score, and as far as they have room (`max_rank`). Where
-    every module lost a rank, none is added, and the total falls, as in the paper. A new rank starts as LoRA's, changes
+    alone switched off. The `pruned` ranks with the lowest scores go, fewer where the modules that lose none have no room for
+    so many (`max_rank`). Those get as many new ones, as evenly as possible, the remainder to those with the higher mean score.
+    Where every module lost a rank, none is added, and the total falls, as in the paper. A new rank starts as LoRA's, changes
     nothing yet, and has no moments.
 
     Compiled once for all rounds with the same `loss` and `tx`: ranks are switched by arrays, one forward pass each for every
@@ -228,9 +228,9 @@ def chosen(
         scores: finite, of the ranks in use.
         active: mask of the ranks in use.
         slots: mask of the ranks that a module has room for.
-        count: ranks to prune.
+        count: ranks to prune; fewer where those that lose none have no room for so many.
     """
-    gone = budget.largest(-scores, count, active)
+    gone = budget.largest(-scores, _affordable(scores, active, slots, count), active)
     whole = ~jnp.any(gone, axis=1)
     number = jnp.sum(active, axis=1)
     mean = jnp.where(number > 0, jnp.sum(jnp.where(active, scores, 0), axis=1) / jnp.maximum(number, 1), -jnp.inf)
@@ -240,6 +240,17 @@ def chosen(
     turn = (jnp.cumsum(free, axis=1) - 1) * len(mean) + place[:, None]
     grown = budget.largest(-turn, jnp.sum(gone), free)
     return active & ~gone, grown
+
+
+def _affordable(scores: jax.Array, active: jax.Array, slots: jax.Array, count: jax.Array | int) -> jax.Array:
+    """The largest number of ranks, up to `count`, that the modules which lose none can take; `count` if all lose one."""
+    order = budget.positions(jnp.where(active, scores, jnp.inf).ravel()).reshape(active.shape)
+    worst = jnp.min(jnp.where(active, order, active.size), axis=1)
+    room = jnp.sum(slots & ~active, axis=1)
+    numbers = jnp.arange(active.size + 1)
+    taken = jnp.sum(jnp.where(worst[None, :] >= numbers[:, None], room[None, :], 0), axis=1)
+    fitting = jnp.max(jnp.where((taken >= numbers) & (numbers <= count), numbers, 0))
+    return jnp.where(jnp.any(worst >= count), fitting, count)
 
 
 def _edited(

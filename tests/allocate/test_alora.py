@@ -33,6 +33,9 @@ def in_turns(scores, active, slots, count):
     """The paper's rule on lists: modules that lost nothing get a rank each in turn, the best mean first."""
     ranks = [(scores[m, r], m, r) for m, r in zip(*np.nonzero(active))]
     gone = sorted(ranks, key=lambda each: each[0])[:count]
+    untouched = lambda: set(range(len(active))) - {m for _, m, _ in gone}
+    while untouched() and sum((slots[m] & ~active[m]).sum() for m in untouched()) < len(gone):
+        gone = gone[:-1]  # no room for so many
     left = {
         m: [r for r in np.flatnonzero(active[m]) if (m, r) not in [g[1:] for g in gone]] for m in range(len(active))
     }
@@ -40,7 +43,7 @@ def in_turns(scores, active, slots, count):
     mean = {m: np.mean(scores[m, left[m]]) if left[m] else -np.inf for m in whole}
     free = {m: [r for r in np.flatnonzero(slots[m]) if not active[m, r]] for m in whole}
     grown = []
-    while len(grown) < len(gone) and any(free.values()):
+    while whole and len(grown) < len(gone):
         for m in sorted(whole, key=lambda m: -mean[m]):
             if free[m] and len(grown) < len(gone):
                 grown.append((m, free[m].pop(0)))
@@ -132,7 +135,7 @@ def loss_of(adapted, on):
     x = np.tanh(X @ weights["p"])
     for n in range(2):
         x = np.tanh(x @ weights["stack"][n])
-    return np.mean((np.tanh(x @ weights["q"]) @ weights["rest"] - Y) ** 2)
+    return float(np.mean((np.tanh(x @ weights["q"]) @ weights["rest"] - Y) ** 2))
 
 
 def test_scores_are_losses_with_weights_written_out_and_decide_the_round(rounds):
