@@ -15,14 +15,16 @@ import pytest
 from jlora.models import Bert, BertConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--rank", "2", "--judged", "16"]
+SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--judged", "16"]
+RANK = ["--rank", "2"]
+# For each study its options, and the methods that are tried: all would compile for minutes.
 STUDIES = {
-    "olora": [*SMALL, "--tasks", "shakespeare"],
-    "loraplus": [*SMALL, "--tasks", "shakespeare"],
-    "rank_allocation": [*SMALL[:4], "--batch", "4", "--judged", "16", "--tasks", "e2e", "--budgets", "2"],
-    "deep_lora": [*SMALL, "--tasks", "stsb", "--examples", "16", "--ranks", "2"],
-    "chains": [*SMALL, "--tasks", "sst2", "--links", "2", "--sketches", "2", "8", "--quadratic", "9"],
-    "shira": [*SMALL[:6], "--judged", "16"],
+    "olora": ([*SMALL, *RANK, "--tasks", "shakespeare"], ("LoRA", "OLoRA")),
+    "loraplus": ([*SMALL, *RANK, "--tasks", "shakespeare"], ()),
+    "rank_allocation": ([*SMALL, "--tasks", "e2e", "--budgets", "2"], ("LoRA", "ElaLoRA")),
+    "deep_lora": ([*SMALL, *RANK, "--tasks", "stsb", "--examples", "16", "--ranks", "2"], ("LoRA", "DeepLoRA")),
+    "shira": (SMALL, ("LoRA 1 %", "SHiRA weight 1 %")),
+    "chains": ([*SMALL, *RANK, "--tasks", "sst2", "--links", "2", "--sketches", "2", "8", "--quadratic", "9"], ()),
 }
 
 
@@ -35,6 +37,10 @@ def study_of(name):
     module.study.COMPILER["xla_backend_optimization_level"] = 0
     module.tasks.MOST_ROWS = 300
     module.tasks.encoder = tiny_encoder
+    if methods := STUDIES.get(name, ((), ()))[1]:
+        every = module.METHODS
+        module.METHODS = {m: every[m] for m in methods} if isinstance(every, dict) else methods
+        module.RATES = {key: rates[:1] for key, rates in module.RATES.items()}
     return module
 
 
@@ -53,14 +59,10 @@ def tiny_encoder(data):
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
-# Each compiles a dozen programs; those with most are among the long tests, which CI runs.
-QUICK = ("loraplus", "deep_lora")
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in STUDIES])
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
     module = study_of(name)
-    arguments = [*STUDIES[name], "--out", str(tmp_path)]
+    arguments = [*STUDIES[name][0], "--out", str(tmp_path)]
     module.study.main(module.STUDY, arguments)
     written = (tmp_path / "results.jsonl").read_text().splitlines()
     assert "Verdict: " in (tmp_path / "results.md").read_text()
