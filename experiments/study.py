@@ -21,6 +21,7 @@ import tasks
 from scipy import stats
 
 import jlora
+from jlora import paths
 
 matplotlib.use("Agg")
 
@@ -144,9 +145,11 @@ def fit(
     """
     spec = task.spec(method)
     adapted = jlora.adapterize(task.params(seed), spec, jax.random.key(seed), task.sites, prepared)
-    tx = jlora.optimizer(adapted, optax.adamw, 0.0, ratio=ratio, weight_decay=0.0)
+    tx = _optimizer(adapted, 0.0, ratio)
     state = tx.init(adapted.params)
     step, losses = _step(task), []
+    # For methods that look at data between steps; some of it is trained on too.
+    rows = [tasks.rows(task.train, np.random.default_rng(seed).permutation(len(task.train["targets"]))[-batch:])]
     ramp = max(1, steps // 20)
     links = method.links if isinstance(method, jlora.Chain) else 1
     starts = [0, *jlora.link_ends(links, steps)]
@@ -155,27 +158,65 @@ def fit(
         now = rate * min(1, (since + 1) / ramp) * min(1, (steps - number) / max(1, steps - ramp))
         adapted, state, loss = step(adapted, state, tasks.rows(task.train, chosen), now, ratio)
         losses.append(loss)
-        adapted, state = jlora.run_events(adapted, state, tx, jax.random.key(seed), number + 1)
+        adapted, state = jlora.run_events(
+            adapted, state, _still(adapted.plan, tx), jax.random.key(seed), number + 1, _mean_loss(task), rows
+        )
         if each_step is not None:
             each_step(number, adapted, state)
     return adapted, [round(float(loss), 5) for loss in losses], state
 
 
+def _optimizer(adapted: jlora.Adapted, rate: Any, ratio: Any) -> optax.GradientTransformation:
+    return jlora.optimizer(adapted, optax.adamw, rate, ratio=ratio, weight_decay=0.0)
+
+
+_OPTIMIZERS: dict[Any, Any] = {}
+
+
+def _still(plan: Any, tx: Any) -> Any:
+    """One optimizer for all runs of a plan: what an event has compiled is found again by it."""
+    return _OPTIMIZERS.setdefault(plan, tx)
+
+
+@functools.cache
+def _mean_loss(task: tasks.Task) -> Any:
+    """`loss(adapted, batch)` for events that look at held-out data."""
+    apply = jlora.lift(task.apply)
+    return lambda adapted, batch: task.loss(apply(adapted, batch["inputs"]), batch["targets"])
+
+
 @functools.cache
 def _step(task: tasks.Task) -> Any:
-    apply = jlora.lift(task.apply)
-
     @functools.partial(jax.jit, compiler_options=COMPILER)
     def step(adapted: jlora.Adapted, state: Any, batch: Any, rate: jax.Array, ratio: jax.Array | None) -> Any:
-        def loss_fn(p: Any) -> jax.Array:
-            return task.loss(apply(adapted.replace(params=p), batch["inputs"]), batch["targets"])
+        rules = (site.method.optimizer_rule for site in adapted.plan.sites)
+        statistic = next((rule.statistic for rule in rules if hasattr(rule, "statistic")), None)
 
-        loss, gradients = jax.value_and_grad(loss_fn)(adapted.params)
-        tx = jlora.optimizer(adapted, optax.adamw, rate, ratio=ratio, weight_decay=0.0)
-        updates, state = tx.update(gradients, state, adapted.params)
+        def loss_fn(p: Any) -> tuple[jax.Array, Any]:
+            whole, seen = adapted.replace(params=p), None
+            if statistic is None:
+                outputs = jlora.lift(task.apply)(whole, batch["inputs"])
+            else:
+                outputs, seen = jlora.observe(task.apply, statistic)(whole, batch["inputs"])
+            return task.loss(outputs, batch["targets"]), seen
+
+        (loss, seen), gradients = jax.value_and_grad(loss_fn, has_aux=True)(adapted.params)
+        tx = optax.with_extra_args_support(_optimizer(adapted, rate, ratio))
+        updates, state = tx.update(gradients, state, adapted.params, inputs=seen)
         return adapted.replace(params=optax.apply_updates(adapted.params, updates)), state, loss
 
     return step
+
+
+def ranks(adapted: jlora.Adapted) -> dict[str, list[int]]:
+    """The ranks of every layer by kernel: those whose gate is not zero, where a method has gates."""
+    found = {}
+    for site in adapted.plan.sites:
+        fields = {**paths.lookup(adapted.frozen, site.keys), **paths.lookup(adapted.params, site.keys)}
+        if "a" in fields:
+            gates = site.method.gates(fields) if hasattr(site.method, "gates") else np.ones(fields["b"].shape[:-1])
+            found[site.path] = np.count_nonzero(np.asarray(gates), axis=-1).tolist()
+    return found
 
 
 def judge(task: tasks.Task, adapted: Any, most: int, data: Record | None = None) -> float:

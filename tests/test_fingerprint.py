@@ -1,5 +1,7 @@
 """The fingerprint: equal for equal values wherever they lie, different for anything else."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,15 @@ def test_resharding_changes_nothing():
         whole = jnp.asarray(VALUES, dtype)
         for spec in (P(), P("a"), P("b", "a"), P(None, ("a", "b"))):
             assert of(jax.device_put(whole, NamedSharding(mesh, spec))) == of(whole)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int4, jnp.complex64])
+def test_blocks_of_a_large_leaf_change_nothing(dtype, monkeypatch):
+    array = jnp.asarray(VALUES * 3, dtype)
+    whole = of(array)
+    monkeypatch.setattr(sys.modules["jlora.fingerprint"], "_BLOCK", 50)
+    assert of(array) == whole
+    assert of(array.at[7, 0].set(1)) != whole
 
 
 def test_numpy_and_jax_arrays_with_the_same_values_are_the_same():
