@@ -169,7 +169,7 @@ def gelora_ranks(
 
     Example:
         >>> jlora.gelora_ranks([3.0, 5.2, 4.0, 7.1], budget=4)
-        (4, 2, 6)
+        (5, 1, 6)
     """
     dimensions = np.asarray(dimensions, np.float64)
     if dimensions.ndim != 1 or len(dimensions) < 2 or not np.isfinite(dimensions).all():

@@ -48,7 +48,7 @@ class Statistic:
         finish: of the total of a matrix over its uses.
 
     Example:
-        >>> mean = jlora.Statistic(lambda x: (x.sum(range(x.ndim - 1)), x.size / x.shape[-1]), lambda t: t[0] / t[1])
+        >>> mean = jlora.Statistic(lambda x: (x.sum(tuple(range(x.ndim - 1))), x.size / x.shape[-1]), lambda t: t[0] / t[1])
         >>> _, seen = jlora.observe(model.apply, mean)({"params": adapted}, tokens)
     """
 

@@ -43,7 +43,7 @@ class GeLoRA(Method):
     Example:
         >>> dimensions = [7.2, 9.9, 8.8]  # before the layers, and after the last, by jlora.intrinsic_dimensions
         >>> jlora.GeLoRA(ranks=jlora.gelora_ranks(dimensions), alpha=4)
-        GeLoRA(ranks=(4, 1), alpha=4)
+        GeLoRA(ranks=(4, 1), alpha=4, dropout=0.0)
 
     Reference:
         Ed-dib et al. 2024, arXiv:2412.09250.
@@ -93,7 +93,11 @@ class GeLoRA(Method):
         return LoRA(max(self.ranks) if isinstance(self.ranks, tuple) else self.ranks).start(key, w, site)
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """Gives every matrix its layer's rank."""
+        """Gives every matrix its layer's rank.
+
+        Raises:
+            ValueError: for ranks of another number of layers, or above a matrix's sides.
+        """
         layers, count = layer_numbers(sites)
         ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,) * count
         if len(ranks) != count:
