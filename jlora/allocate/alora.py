@@ -116,7 +116,7 @@ def reallocate(
         loss: `loss(adapted, batch) -> scalar`, traceable, such as the mean loss of `jlora.lift(model.apply)`.
         batch: held-out data, the same in every round.
         key: of the new ranks.
-        pruned: ranks to prune; as many as there are modules by default.
+        pruned: ranks to prune; by default what the method of the first leaf says.
 
     Returns:
         `adapted` and `opt_state` with the new ranks.
@@ -134,7 +134,8 @@ def reallocate(
     sites = tuple(site for site in adapted.plan.sites if isinstance(site.method.optimizer_rule, ALoRARule))
     if not sites:
         raise ValueError("reallocate found no leaf with ALoRA; other methods allocate ranks in the optimizer's steps")
-    return _reallocated(adapted, opt_state, tx, loss, batch, key, pruned, sites)[:2]
+    rule: Any = sites[0].method.optimizer_rule
+    return _reallocated(adapted, opt_state, tx, loss, batch, key, pruned or rule.pruned, sites)[:2]
 
 
 def _reallocated(

@@ -102,7 +102,7 @@ def rounds():
     for number in range(2):
         course.append(step(*course[-1]))
         given = jax.tree.map(jnp.copy, course[-1])
-        course.append(jlora.reallocate(*given, tx, loss, (X, Y), jax.random.key(number), pruned=3))
+        course.append(jlora.reallocate(*given, tx, loss, (X, Y), jax.random.key(number)))
     course.append(step(*course[-1]))
     assert step._cache_size() == 1 and alora._round._cache_size() == before + 1
     return tx, course
