@@ -74,6 +74,17 @@ def compact(adapted: Adapted) -> Adapted:
     return adapted.replace(params=params, frozen=frozen, plan=Plan(tuple(sites)))
 
 
+def open_gates(adapted: Adapted) -> dict[str, int]:
+    """The number of gates that are not zero, by module, of the methods that have gates."""
+    found: dict[str, int] = {}
+    for site in adapted.plan.sites:
+        if (inner := _inner(site.method)) is not None:
+            fields = {**paths.lookup(adapted.frozen, site.keys), **paths.lookup(adapted.params, site.keys)}
+            numbers = (np.asarray(jax.device_get(inner.gates(fields))) != 0).sum(-1)
+            found |= dict(zip(triplets.names([site]), map(int, numbers.ravel()), strict=True))
+    return found
+
+
 def _others(fields: Arrays, inner: Gated) -> Arrays:
     """The arrays that are not the inner method's."""
     return {name: value for name, value in fields.items() if name not in inner.axes}

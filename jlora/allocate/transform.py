@@ -233,16 +233,21 @@ def allocated(adapted: Adapted, state: AllocationState) -> Sites:
     return tuple(site for site in adapted.plan.sites if not isinstance(paths.lookup(state.active, site.keys), dict))
 
 
-def ranks(adapted: Adapted, opt_state: Any) -> dict[str, int]:
+def ranks(adapted: Adapted, opt_state: Any = None) -> dict[str, int]:
     """The ranks in use now, by module: a leaf's path, with the index of the matrix where the leaf is a stack.
 
     Args:
         adapted: what is trained.
-        opt_state: the state of an optimizer by `jlora.optimizer` or `jlora.with_rules`, wrapped or not.
+        opt_state: the state of an optimizer by `jlora.optimizer` or `jlora.with_rules`, wrapped or not. Without it the gates
+            that are not zero are counted, for methods that have gates, such as GeLoRA and PRILoRA.
 
     Raises:
         ValueError: for a state without rank allocation.
     """
+    if opt_state is None:
+        from jlora.allocate.compact import open_gates  # imports methods, which import this module
+
+        return open_gates(adapted)
     found: dict[str, int] = {}
     for state in _states(opt_state):
         sites = allocated(adapted, state)

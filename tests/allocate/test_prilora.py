@@ -73,6 +73,7 @@ def test_every_layer_has_its_rank_and_scale_and_padding_never_moves():
         in_use = np.any(np.asarray(adapted.params[name]["a"]) != 0, axis=-2).sum(-1)
         assert in_use.tolist() == ranks
         assert adapted.params[name]["a"].shape[-1] == np.max(ranks)
+    assert jlora.ranks(adapted) == {"stack[0]": 2, "stack[1]": 3, "stack[2]": 4, "top": 5}
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=0.05, weight_decay=0.1)
 
     @jit
