@@ -22,6 +22,7 @@ STUDIES = {
     "olora": ([*SMALL, *RANK, "--tasks", "shakespeare"], ("LoRA", "OLoRA")),
     "loraplus": ([*SMALL, *RANK, "--tasks", "shakespeare"], ()),
     "rank_allocation": ([*SMALL, "--tasks", "e2e", "--budgets", "2"], ("LoRA", "ElaLoRA")),
+    "rank_methods": ([*SMALL, "--tasks", "sst2", "--budgets", "2"], ("LoRA", "PRILoRA", "GeLoRA", "ALoRA")),
     "deep_lora": ([*SMALL, *RANK, "--tasks", "stsb", "--examples", "16", "--ranks", "2"], ("LoRA", "DeepLoRA")),
     "shira": (SMALL, ("LoRA 1 %", "SHiRA weight 1 %")),
     "chains": ([*SMALL, *RANK, "--tasks", "sst2", "--links", "2", "--sketches", "2", "8", "--quadratic", "9"], ()),
