@@ -22,6 +22,7 @@ from jlora.training.data import Data, load_data
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import CheckpointError, SettingError
 from jlora.training.files import is_full_disk, write_json
+from jlora.training.measured import ranks_of
 from jlora.training.metrics import Metrics
 from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base
 from jlora.training.report import write_report
@@ -85,9 +86,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = subject.with_head(data.labels) if data.labels else subject
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
-    adapted = place_adapters(adapt(subject, settings, data, mesh), mesh)
+    ranks = read_settings(settings.out).get("ranks", {}) if settings.resume else {}
+    adapted = place_adapters(adapt(subject, settings, data, mesh, ranks), mesh)
     with processes.claim(settings.out, settings.resume) as out:
-        about = _about(asked, settings, subject, data, fingerprint)
+        about = _about(asked, settings, subject, data, fingerprint) | {"ranks": ranks_of(adapted)}
         try:
             _begin(out, about, settings)
             _describe(adapted, subject, data, settings, say)

@@ -22,11 +22,18 @@ _ROWS = 512
 
 
 def with_ranks(
-    spec: dict[Any, Any], subject: Subject, settings: Settings, sites: jlora.Sites, data: Data, mesh: Mesh
+    spec: dict[Any, Any],
+    subject: Subject,
+    settings: Settings,
+    sites: jlora.Sites,
+    data: Data,
+    mesh: Mesh,
+    known: dict[str, list[int]],
 ) -> dict[Any, Any]:
     """The spec with GeLoRA's ranks found: of `--method gelora` with the mean rank of `--rank`, of a table the paper's.
 
-    A row's point is the mean over its tokens, without padding.
+    A row's point is the mean over its tokens, without padding. A resumed run has the ranks that it began with (`known`,
+    from `ranks_of`): measured again, on another machine or mesh, they might come out otherwise.
     """
     budget = settings.rank if settings.method == "gelora" and not settings.spec else None
     waiting = [method for method in spec.values() if isinstance(method, jlora.GeLoRA)]
@@ -35,17 +42,27 @@ def with_ranks(
     for method in dict.fromkeys(waiting):
         own = {pattern: each if each == method else None for pattern, each in spec.items()}
         watched = jlora.watch(subject.params, own, sites)
-        batches = _batches(data, settings, mesh)
-        found = jlora.intrinsic_dimensions(
-            subject.forward, subject.params, own, batches, sites, pooling=_mean_of_tokens, count=_ROWS
-        )
-        most = min(min(site.in_size, site.out_size) for site in watched.plan.sites)
-        ranks = jlora.gelora_ranks(found, budget, most)
+        path = watched.plan.sites[0].path
+        if path in known:
+            ranks = tuple(known[path])
+        else:
+            batches = _batches(data, settings, mesh)
+            found = jlora.intrinsic_dimensions(
+                subject.forward, subject.params, own, batches, sites, pooling=_mean_of_tokens, count=_ROWS
+            )
+            most = min(min(site.in_size, site.out_size) for site in watched.plan.sites)
+            ranks = jlora.gelora_ranks(found, budget, most)
         spec = {
             pattern: dataclasses.replace(each, ranks=ranks) if each == method else each
             for pattern, each in spec.items()
         }
     return spec
+
+
+def ranks_of(adapted: jlora.Adapted) -> dict[str, list[int]]:
+    """GeLoRA's ranks by the path of each leaf, for the settings that a run is resumed with."""
+    methods = {site.path: site.method for site in adapted.plan.sites}
+    return {p: list(m.ranks) for p, m in methods.items() if isinstance(m, jlora.GeLoRA) and isinstance(m.ranks, tuple)}
 
 
 def _batches(data: Data, settings: Settings, mesh: Mesh) -> Any:

@@ -70,9 +70,9 @@ def _of_run(method: jlora.Method, steps: int | None) -> jlora.Method:
     return dataclasses.replace(method, **changed)
 
 
-def adapt(subject: Subject, settings: Settings, data: Data, mesh: Mesh) -> jlora.Adapted:
-    """The adapted model, its adapters drawn by the settings' seed, with ranks that are measured on the training data."""
+def adapt(subject: Subject, settings: Settings, data: Data, mesh: Mesh, ranks: dict[str, list[int]]) -> jlora.Adapted:
+    """The adapted model, its adapters drawn by the settings' seed, with ranks measured on the training data or known."""
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
     sites = trace_sites(subject, settings)
-    spec = with_ranks(make_spec(subject, settings), subject, settings, sites, data, mesh)
+    spec = with_ranks(make_spec(subject, settings), subject, settings, sites, data, mesh, ranks)
     return jlora.adapterize(subject.params, spec, key=key, sites=sites)
