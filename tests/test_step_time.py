@@ -65,8 +65,9 @@ def test_nothing_of_the_bases_size_is_left_by_any_phase_of_a_run():
 
 def test_the_results_hold_every_target_and_every_pair_of_the_cost_model():
     results = step_time.RESULTS
-    result = json.loads((results / "step_time_llama.json").read_text())
-    assert any(line.startswith("time / bound") for line in result["targets"])
+    for shape in ("llama", "minilm", "scanned"):
+        result = json.loads((results / f"step_time_{shape}.json").read_text())
+        assert any(line.startswith("time / bound") for line in result["targets"])
     rows = json.loads((results / "cost_model.json").read_text())["rows"]
-    assert {row["tokens"] for row in rows} >= {64, 1024} and {row["rank"] for row in rows} >= {4, 64}
+    assert {row["tokens"] for row in rows} >= {64, 1024, 4096} and {row["rank"] for row in rows} >= {4, 64}
     assert cost_model.__doc__ and step_time.show(result).count("\n") == len(result["rows"])
