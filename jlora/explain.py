@@ -70,9 +70,9 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
         _matrices(site) * (site.out_size if site.kind == "gather" else site.in_size * site.out_size) for site in sites
     )
     more = sum(_matrices(site) * _products(site, data) for site, data in found)
-    part = 100 * more / max(own, 1)
+    part = float(f"{100 * more / max(own, 1):.2g}")
     return (
-        f"Forward pass: {more:,} multiply-adds more for each row of input ({part:.2g} % of the {own:,} of these matrices); "
+        f"Forward pass: {more:,} multiply-adds more for each row of input ({part:g} % of the {own:,} of these matrices); "
         "about twice as many in the backward pass."
     )
 
