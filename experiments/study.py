@@ -339,6 +339,19 @@ def best_rate(results: list[Record], **wanted: Any) -> float:
     return min(found, key=lambda r: _finite(smooth(r["losses"])[-1]))["settings"]["rate"]
 
 
+def edges(results: list[Record], names: Any, methods: Any) -> str:
+    """A sentence about the methods whose best rate on a task is the highest of its grid."""
+    found = []
+    for method in methods:
+        for task in names:
+            grid = [r["settings"]["rate"] for r in select(results, stage="choose", method=method, task=task)]
+            if best_rate(results, method=method, task=task) == max(grid):
+                found.append(f"{method} on {task}")
+    if not found:
+        return "No best rate is the highest of its grid."
+    return f"Best at the highest rate of their grids, so that a wider one could favour them: {', '.join(found)}."
+
+
 def edge_note(results: list[Record], names: list[str], **wanted: Any) -> str:
     """A sentence that names the tasks on which the runs with these settings were best at the highest rate of their grid."""
     edges = []

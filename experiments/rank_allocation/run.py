@@ -6,8 +6,8 @@ The claims (Chang et al. 2025, arXiv:2504.00254; Zhang et al. 2023, arXiv:2303.1
 matter give better scores than the same number spread evenly, and better than ranks that are only pruned; and taking away the
 layers to which ElaLoRA gave most ranks hurts most.
 
-Three budgets of ranks a matrix, on average and at the end. Each method at its own best rate of three, chosen at the middle
-budget by the final training loss of one seed, then run over other seeds. Ablation: of each trained ElaLoRA model each layer's
+Three budgets of ranks a matrix, on average and at the end. Each method at its own best rate of a grid, chosen at the
+middle budget by the final training loss of one seed, then run over other seeds. Ablation: of each trained ElaLoRA model each layer's
 adapters are switched off alone, and the rise of the test loss is correlated with the layer's number of ranks.
 """
 
@@ -29,7 +29,7 @@ import jlora  # noqa: E402
 from jlora import paths  # noqa: E402
 
 METHODS = ("LoRA", "AdaLoRA", "ElaLoRA")
-RATES = {"sst2": (1e-3, 2e-3, 4e-3), "e2e": (5e-3, 1e-2, 2e-2)}
+RATES = {"sst2": (1e-3, 2e-3, 4e-3), "e2e": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)}
 
 
 def method_of(name, budget, steps):
@@ -155,6 +155,8 @@ def report(results, options):
         "",
         f"Ablation: the rank correlation (Spearman) between a layer's ranks and the rise of the test loss without it is "
         f"{mean:.2f} ± {half:.2f}, over {len(order)} ElaLoRA runs in which layers differ.",
+        "",
+        study.edges(results, options.tasks, METHODS),
         "",
         f"Verdict: budgets: {verdict(better)} Ablation: "
         f"{'reproduced' if mean - half > 0 else 'contradicted' if mean + half < 0 else 'not reproduced at this scale'}.",

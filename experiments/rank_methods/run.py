@@ -102,6 +102,8 @@ def report(results, options):
     return [
         *lines,
         "",
+        study.edges(results, options.tasks, METHODS),
+        "",
         "Verdict: " + " ".join(f"{method}: {verdict(outcomes)}" for method, outcomes in found.items()),
         "",
         "![scores](results.png)",

@@ -139,26 +139,12 @@ def report(results, options):
     return [
         *lines,
         "",
-        edges(results),
+        study.edges(results, TASKS, METHODS),
         "",
         f"Verdict: single tasks: {verdict(outcomes['alone'])} Fusing: {verdict(outcomes['lost'])}",
         "",
         "![accuracy](results.png)",
     ]
-
-
-def edges(results):
-    """A sentence about the methods whose best rate is the highest of their grid."""
-    found = [
-        f"{method} on {task}"
-        for method in METHODS
-        for task in TASKS
-        if study.best_rate(results, method=method, task=task) == max(RATES[method.split()[0]])
-    ]
-    wider = "a wider grid could favour any of them"
-    return (
-        f"At the highest rate of their grids: {', '.join(found)}; {wider}." if found else "No best rate is at an edge."
-    )
 
 
 def mean_of(scores):
