@@ -6,8 +6,8 @@ The claims (Chang et al. 2025, arXiv:2504.00254; Zhang et al. 2023, arXiv:2303.1
 matter give better scores than the same number spread evenly, and better than ranks that are only pruned; and taking away the
 layers to which ElaLoRA gave most ranks hurts most.
 
-Three budgets of ranks a matrix, on average and at the end. Each method at its own best rate of a grid, chosen at the
-middle budget by the final training loss of one seed, then run over other seeds. Ablation: of each trained ElaLoRA model each layer's
+Three budgets of ranks a matrix, on average and at the end. Each method at its own best rate of a grid, chosen at the middle
+budget by the final training loss of one seed, then run over other seeds. Ablation: of each trained ElaLoRA model each layer's
 adapters are switched off alone, and the rise of the test loss is correlated with the layer's number of ranks.
 """
 
