@@ -35,6 +35,7 @@ _NUMBERS = "~numbers"
 
 
 def _same(sums: Any) -> Any:
+    """The total itself."""
     return sums
 
 

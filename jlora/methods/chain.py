@@ -120,7 +120,11 @@ class Chain(Method):
         self.inner.check(site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
-        """The first link, and room for those that will be finished."""
+        """The first link, and room for those that will be finished.
+
+        Raises:
+            TypeError: for an inner method whose weight is not `w + a @ b`.
+        """
         inner = self.inner.start(key, w, site, **statistics)
         found = jax.eval_shape(self.inner.factors, View(w, inner.params, inner.frozen, site))
         if found is None or found.scale is not None:

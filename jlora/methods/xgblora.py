@@ -86,7 +86,11 @@ class XGBLoRA(Method):
         return Start(start.params, {"mask": jnp.ones((), start.params["a"].dtype)})
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """Draws the layers of the link."""
+        """Draws the layers of the link.
+
+        Raises:
+            ValueError: for more layers than there are.
+        """
         numbers, count = layer_numbers(sites)
         if isinstance(self.layers, int) and self.layers > count:
             raise ValueError(f"{self} asks for {self.layers} layers, but {sites[0].path} and the like are in {count}")
