@@ -36,7 +36,7 @@ def test_links_that_do_not_fit_are_refused():
     with pytest.raises(SettingError, match=r"links is for the methods cola, raclora, xgblora, relora"):
         Settings(links=3)
     with pytest.raises(SettingError, match=r"links must be at most the 3 steps, got 4"):
-        count_steps(resolve(Settings(method="cola", steps=3, warmup=0)), 100)
+        count_steps(resolve(Settings(method="cola", links=4, steps=3, warmup=0)), 100)
 
 
 def test_the_learning_rate_rises_anew_with_each_link():
