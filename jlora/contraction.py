@@ -251,15 +251,16 @@ Matrices = list[jax.Array]
 def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
     """`x @ (w + a @ b)` for each weight, by its plan."""
     accumulate = accumulation_dtype(group.out_dtype)
-    if group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize:
-        return [_in_pieces(group, x, *each) for each in zip(weights, a, b)]
-    factored = [n for n, formed in enumerate(group.plan.forward) if not formed]
+    in_pieces = group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize
+    factored = [n for n, formed in enumerate(group.plan.forward) if not formed and not in_pieces]
     low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
     results = []
     for n, w in enumerate(weights):
         if n in low:
             # The adapter's part in 16 bits: half the bytes, and compilers then add it inside the wide product.
             y = group.matmul(x, w, accumulate) + group.matmul(low[n], b[n], x.dtype).astype(accumulate)
+        elif not group.plan.forward[n]:
+            y = _in_pieces(group, x, w, a[n], b[n])
         else:
             y = group.matmul(x, _merged(w, a[n], b[n]).astype(x.dtype), accumulate)
         results.append(y.astype(group.out_dtype))

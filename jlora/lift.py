@@ -17,6 +17,7 @@ from jlora import (
 )
 from jlora.adapted import Adapted
 from jlora.contraction import PLANS
+from jlora.method import Site
 from jlora.walk import Walk
 from jlora.weight import Weight
 
@@ -49,7 +50,8 @@ def lift(
         `jax.jit`.
 
     Raises:
-        ValueError: (when called) for a leaf that is never read; under `strict`, with leaf, primitive and source line.
+        ValueError: (when called) for a leaf that is never read; under `strict`, with leaf, primitive and source line; for
+            cuts of a leaf that is not adapted, or that do not divide its input.
         TypeError: for a method without an effective weight where the weight itself is needed.
 
     Example:
@@ -92,6 +94,7 @@ def call(
     if not adapted:
         return fn(*args, **kwargs)
     values = [change(value) for each in adapted for value in each.weights()]
+    _check_cuts(walk.cuts, [site for each in adapted for site in each.plan.sites])
 
     def on_arrays(*arrays: jax.Array) -> Any:
         left = list(arrays)
@@ -100,6 +103,20 @@ def call(
         return fn(*args, **kwargs)
 
     return run(walk, on_arrays, values, must_read)
+
+
+def _check_cuts(cuts: Mapping[str, int], sites: list[Site]) -> None:
+    """Whether every cut is of an adapted leaf, and divides its input.
+
+    Raises:
+        ValueError: with the path and the numbers.
+    """
+    sizes = {site.path: site.in_size for site in sites if site.method.matrix}
+    for path, pieces in cuts.items():
+        if path not in sizes:
+            raise ValueError(f"cuts names {path}, which is no adapted matrix; they are {', '.join(sizes)}")
+        if pieces < 1 or sizes[path] % pieces:
+            raise ValueError(f"cuts has {pieces} pieces for {path}, which do not divide its {sizes[path]} inputs")
 
 
 def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import linen, nnx
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import paths
 from jlora.method import Site, Start
@@ -189,7 +189,8 @@ def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:
             their products (FSDP) do not belong here.
 
     Returns:
-        The number by path, for leaves that are cut so and into more than one piece.
+        The number by path, for leaves that are cut so and into more than one piece; none on a mesh with explicit axes, where
+        the function itself says how sums are made.
 
     Example:
         >>> apply = jlora.lift(model.apply, cuts=jlora.mesh.cuts(adapted, {"tensor"}))
@@ -198,7 +199,7 @@ def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:
     found = {}
     for site in adapted.plan.sites:
         sharding = named_sharding(leaves[site.keys])
-        if sharding is None or not site.method.matrix:
+        if sharding is None or not site.method.matrix or AxisType.Explicit in sharding.mesh.axis_types:
             continue
         spec = (*sharding.spec, *([None] * (len(site.shape) - len(sharding.spec))))
         names = _names(_outermost(site, site.in_axes, spec))

@@ -1,5 +1,6 @@
 """The adapted product: both plans against the closed form, and what they keep and compute."""
 
+import re
 from functools import partial
 
 import jax
@@ -120,6 +121,17 @@ def test_lift_takes_a_plan_and_gives_the_same(plan):
     x = normal(1, 64, 8)
     wanted = x @ jlora.merge(adapted)["w"]
     np.testing.assert_allclose(jlora.lift(lambda p: x @ p["w"], plan=plan)(adapted), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_cuts_that_fit_no_leaf_are_refused():
+    adapted = jlora.adapterize({"w": normal(0, 8, 6)}, {"w": jlora.LoRA(2)})
+    x = normal(1, 3, 8)
+    for cuts, message in (
+        ({"v": 2}, "cuts names v, which is no adapted matrix; they are w"),
+        ({"w": 3}, "cuts has 3 pieces for w, which do not divide its 8 inputs"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            jlora.lift(lambda p: x @ p["w"], cuts=cuts)(adapted)
 
 
 def test_lift_refuses_an_unknown_plan():
