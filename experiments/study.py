@@ -228,8 +228,14 @@ def judge(task: tasks.Task, adapted: Any, most: int, data: Record | None = None)
 
 def test_loss(task: tasks.Task, adapted: Any, most: int) -> float:
     """The loss on the first `most` rows of the test set."""
+    return tested(task, adapted, most)["loss"]
+
+
+def tested(task: tasks.Task, adapted: Any, most: int) -> Record:
+    """The "score" and the "loss" on the first `most` rows of the test set."""
     outputs = _outputs(task, adapted, most, task.test)
-    return float(task.loss(outputs, task.test["targets"][: len(outputs)]))
+    targets = task.test["targets"][: len(outputs)]
+    return {"score": task.score(outputs, targets), "loss": float(task.loss(outputs, targets))}
 
 
 def _outputs(task: tasks.Task, adapted: Any, most: int, data: Record, batch: int = 64) -> np.ndarray:
@@ -286,6 +292,14 @@ def paired(ours: list[float], theirs: list[float], digits: int = 3) -> tuple[str
     """The mean difference over seeds with its interval as text, and both ends of the interval."""
     mean, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
     return f"{mean:+.{digits}f} ± {half:.{digits}f}", mean - half, mean + half
+
+
+def verdict(found: list[str]) -> str:
+    """What cases that are for sure "above" LoRA, "below" it, or neither, say about the claim that all are above."""
+    above, below = found.count("above"), found.count("below")
+    word = "reproduced" if above == len(found) else "contradicted" if below > above else "reproduced in part"
+    word = "not reproduced at this scale" if above == below == 0 else word
+    return f"{word} (above LoRA in {above} of {len(found)} cases, below in {below})"
 
 
 #: The seed on which learning rates are chosen; the runs that are reported have others.

@@ -34,7 +34,7 @@ class Task:
 
     Attributes:
         name: what it is called in tables.
-        kind: "classify", "regress" (similarity from 0 to 1) or "text".
+        kind: "classify", "detect" (of two uneven classes), "regress" (similarity from 0 to 1) or "text".
         apply: `apply(params, inputs) -> outputs`.
         train, test: `{"inputs": {...}, "targets": ...}` as numpy arrays with rows in front.
         params: `params(seed)`, the pretrained params with a head drawn by the seed.
@@ -56,9 +56,13 @@ class Task:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
 
     def score(self, outputs: np.ndarray, targets: np.ndarray) -> float:
-        """Accuracy, Pearson's correlation, or minus the loss of text: more is better."""
+        """Accuracy, Matthews' correlation, Pearson's correlation, or minus the loss of text: more is better."""
         if self.kind == "classify":
             return float(np.mean(np.argmax(outputs, -1) == targets))
+        if self.kind == "detect":
+            found = np.argmax(outputs, -1)
+            # Of two classes it is Pearson's of the labels, and by convention zero where all rows get one label.
+            return float(np.corrcoef(found, targets)[0, 1]) if np.ptp(found) and np.ptp(targets) else 0.0
         if self.kind == "regress":
             return float(np.corrcoef(outputs[:, 0], targets)[0, 1])
         return -float(self.loss(jnp.asarray(outputs), jnp.asarray(targets)))
@@ -114,7 +118,7 @@ _SENTENCES: dict[str, tuple[Any, ...]] = {
     "sst2": ("sst2/train.tsv", "sst2/test.tsv", 24, (0,), 1, "classify"),
     "banking77": ("banking77/train.csv", "banking77/test.csv", 24, (0,), 1, "classify"),
     "rte": ("rte/train.tsv", "rte/dev.tsv", 64, (1, 2), 3, "classify"),
-    "cola": ("cola/in_domain_train.tsv", "cola/in_domain_dev.tsv", 24, (3,), 1, "classify"),
+    "cola": ("cola/in_domain_train.tsv", "cola/in_domain_dev.tsv", 24, (3,), 1, "detect"),
     "stsb": ("stsb_cc/train.tsv", "stsb_cc/test.tsv", 40, (5, 6), 4, "regress"),
 }
 

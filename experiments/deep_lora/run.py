@@ -142,17 +142,10 @@ def report(results, options):
         "",
         "Spread: the best score less the worst over the ranks, by seed.",
         "",
-        f"Verdict: few examples: {verdict(found)} Rank: {rank_verdict(calmer)}",
+        f"Verdict: few examples: {study.verdict(found)}. Rank: {rank_verdict(calmer)}",
         "",
         "![scores](results.png)",
     ]
-
-
-def verdict(found):
-    above, below = found.count("above"), found.count("below")
-    word = "reproduced" if above == len(found) else "contradicted" if below > above else "reproduced in part"
-    word = "not reproduced at this scale" if above == below == 0 else word
-    return f"{word} (above LoRA in {above} of {len(found)} cases, below in {below})."
 
 
 def rank_verdict(intervals):

@@ -63,10 +63,7 @@ def run(cell, options):
     adapted, losses, state = study.fit(task, method, **settings)
     found = {"losses": losses}
     if cell["stage"] == "run":
-        found |= {
-            "score": study.judge(task, adapted, options.judged),
-            "loss": study.test_loss(task, adapted, options.judged),
-        }
+        found |= study.tested(task, adapted, options.judged)
         found["ranks"] = final_ranks(task, adapted, state)
         if cell["method"] == "ElaLoRA":
             found["without_layer"] = without_each_layer(task, adapted, options.judged)
