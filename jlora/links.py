@@ -23,7 +23,7 @@ from jlora.events import Moment
 from jlora.method import Arrays, Site
 from jlora.methods.chain import Chain, check_pruning
 from jlora.methods.lora import LoRA
-from jlora.moments import Renewal, renewed
+from jlora.renewal import Renewal, renewed
 from jlora.weight import Weight
 
 
