@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
+from jlora.around import Around
 from jlora.events import Event
 from jlora.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class Chain(Method):
+class Chain(Around):
     """A chain of adapters: `v + past_a @ past_b`, with `v [in, out]` the inner method's weight.
 
     A link is an adapter of the inner method. When one is done, `jlora.restart` writes it into `past_a [in, (links - 1) * r]`
@@ -49,7 +50,6 @@ class Chain(Method):
         base; keeping the links apart is jlora's, and gives the same weight.
     """
 
-    inner: Method = field(default_factory=LoRA)
     links: int = 4
     steps: int | None = None
     prune: float = 1.0
@@ -71,16 +71,6 @@ class Chain(Method):
         check_pruning(self.prune, self.by)
 
     @property
-    def exact_start(self) -> bool:  # type: ignore[override]
-        """As the inner method."""
-        return self.inner.exact_start
-
-    @property
-    def local(self) -> frozenset[str]:  # type: ignore[override]
-        """As the inner method."""
-        return self.inner.local
-
-    @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The inner method's, and those of the finished links."""
         past = {"past_a": ("in", "rank"), "past_b": ("rank", "out"), "link": ()}
@@ -92,21 +82,6 @@ class Chain(Method):
         return ("past_a", "past_b", "link")
 
     @property
-    def alike(self) -> frozenset[str]:
-        """As the inner method."""
-        return self.inner.alike
-
-    @property
-    def uses_key(self) -> bool:
-        """As the inner method."""
-        return self.inner.uses_key
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """As the inner method."""
-        return self.inner.needs
-
-    @property
     def event(self) -> Event | None:
         """The ends of the links, where the number of steps is known."""
         from jlora.links import LinkEnds  # which adapts, and so knows the methods
@@ -114,10 +89,6 @@ class Chain(Method):
         if self.steps is None or self.links == 1:
             return None
         return LinkEnds(self.links, self.steps, self.prune, self.by)
-
-    def check(self, site: Site) -> None:
-        """As the inner method."""
-        self.inner.check(site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The first link, and room for those that will be finished.
@@ -138,10 +109,6 @@ class Chain(Method):
             "link": jnp.zeros((), jnp.int32),
         }
         return Start(inner.params, {**inner.frozen, **past})
-
-    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """As the inner method."""
-        return self.inner.together(key, starts, tuple(replace(site, method=self.inner) for site in sites))
 
     def finished(self, view: View) -> Arrays:
         """The constants with the present link among the finished ones."""
@@ -171,14 +138,6 @@ class Chain(Method):
             return found
         a = jnp.concatenate([found.a, view.frozen["past_a"]], axis=1)
         return replace(found, a=a, b=jnp.concatenate([found.b, view.frozen["past_b"]]))
-
-    def labels(self, site: Site) -> dict[str, str]:
-        """As the inner method."""
-        return self.inner.labels(site)
-
-    def rates(self, site: Site) -> dict[str, float]:
-        """As the inner method."""
-        return self.inner.rates(site)
 
 
 def check_pruning(prune: float, by: str) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from jlora.events import Event
-from jlora.method import Arrays, Factors, Method, OptimizerRule, Site, Sparse, Start, View
+from jlora.around import Around
+from jlora.method import Factors, Method, Site, Sparse, Start, View
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
 
 
 @dataclass(frozen=True)
-class DoRA(Method):
+class DoRA(Around):
     """Weight-decomposed adaptation: `m / n * v`, with `v [in, out]` the inner method's weight.
 
     `m [out]` is trained and starts as the column norms of `w`; `n [out]` are the column norms of `v`, a constant for the
@@ -36,8 +36,6 @@ class DoRA(Method):
         Liu et al. 2024, arXiv:2402.09353. The column norms are one per output, over the inputs, as in both reference codes.
     """
 
-    inner: Method = field(default_factory=LoRA)
-
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):
             raise TypeError(f"DoRA goes around a method that adapts a matrix, such as LoRA(8); got {self.inner!r}")
@@ -46,11 +44,6 @@ class DoRA(Method):
                 "DoRA can't go around Chain: a link of DoRA is no sum of low rank; use jlora.restart on DoRA(LoRA(8)) and "
                 "a float32 base"
             )
-
-    @property
-    def exact_start(self) -> bool:  # type: ignore[override]
-        """As the inner method."""
-        return self.inner.exact_start
 
     @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
@@ -72,53 +65,11 @@ class DoRA(Method):
         """As the inner method."""
         return self.inner.is_sparse
 
-    @property
-    def alike(self) -> frozenset[str]:
-        """As the inner method."""
-        return self.inner.alike
-
-    @property
-    def uses_key(self) -> bool:
-        """As the inner method."""
-        return self.inner.uses_key
-
-    def check(self, site: Site) -> None:
-        """As the inner method."""
-        self.inner.check(site)
-
-    @property
-    def shared_fields(self) -> tuple[str, ...]:
-        """As the inner method."""
-        return self.inner.shared_fields
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """As the inner method."""
-        return self.inner.needs
-
-    @property
-    def optimizer_rule(self) -> OptimizerRule | None:
-        """As the inner method."""
-        return self.inner.optimizer_rule
-
-    @property
-    def event(self) -> Event | None:
-        """As the inner method."""
-        return self.inner.event
-
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
-        """As the inner method."""
-        return self.inner.shared(key, sites)
-
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The inner start, and the column norms of the matrix."""
         inner = self.inner.start(key, w, site, **statistics)
         m = column_norms(w).astype(trained_dtype(w))
         return Start({**inner.params, "m": m}, inner.frozen)
-
-    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """As the inner method."""
-        return self.inner.together(key, starts, tuple(replace(site, method=self.inner) for site in sites))
 
     def weight(self, view: View) -> jax.Array:
         """`m / n * v`."""
@@ -144,10 +95,6 @@ class DoRA(Method):
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""
         return {**self.inner.labels(site), "m": "vector"}
-
-    def rates(self, site: Site) -> dict[str, float]:
-        """As the inner method."""
-        return self.inner.rates(site)
 
 
 def column_norms(w: jax.Array) -> jax.Array:
