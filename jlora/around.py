@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 
 from jlora.events import Event
 from jlora.method import Arrays, Method, OptimizerRule, Site, Start
-from jlora.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Around(Method):
         inner: the method inside.
     """
 
-    inner: Method = field(default_factory=LoRA)
+    inner: Method
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]

@@ -20,6 +20,7 @@ from jlora.allocate import budget, history, moments, triplets
 from jlora.allocate.budget import Phases
 from jlora.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
 from jlora.allocate.triplets import Fields, Triplet
+from jlora.around import Around
 from jlora.events import Loss, Moment
 from jlora.method import Site
 
@@ -189,7 +190,7 @@ def _most(sites: Sites) -> int:
 
 def _alora(method: Any) -> Any:
     """The ALoRA that a method is, or has inside."""
-    return method if not hasattr(method, "inner") else _alora(method.inner)
+    return _alora(method.inner) if isinstance(method, Around) else method
 
 
 def _switched(

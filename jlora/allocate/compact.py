@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +13,11 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.adapted import SHARED, Adapted, Plan
 from jlora.allocate import triplets
+from jlora.around import Around
+from jlora.gated import Gated
 from jlora.links import unchained
 from jlora.method import Arrays, Method
 from jlora.methods.lora import LoRA
-
-
-@runtime_checkable
-class Gated(Protocol):
-    """A method `w + scale * (a * gates) @ b` with a gate for every rank, which is zero where the rank is out of use."""
-
-    @property
-    def scale(self) -> float:
-        """The factor of the update."""
-        ...
-
-    @property
-    def dropout(self) -> float:
-        """As LoRA's."""
-        ...
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Of `a`, the gate's own field, and `b`."""
-        ...
-
-    def gates(self, fields: Arrays, /) -> jax.Array:
-        """The gates `[*batch, r]` from a leaf's arrays, trained and constant."""
-        ...
 
 
 def compact(adapted: Adapted) -> Adapted:
@@ -90,18 +68,18 @@ def _others(fields: Arrays, inner: Gated) -> Arrays:
     return {name: value for name, value in fields.items() if name not in inner.axes}
 
 
-def _inner(method: Any) -> Gated | None:
-    if isinstance(method, Gated):
-        return method
-    inside = (getattr(method, field.name) for field in dataclasses.fields(method))
-    return next((found for each in inside if isinstance(each, Method) and (found := _inner(each))), None)
+def _inner(method: Method) -> Any:
+    """The method with gates that a method is or has inside, if any."""
+    if isinstance(method, Around):
+        return _inner(method.inner)
+    return method if isinstance(method, Gated) else None
 
 
-def _swapped(method: Any, plain: LoRA) -> Method:
-    if isinstance(method, Gated):
-        return plain
-    inside = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return dataclasses.replace(method, **{n: _swapped(v, plain) for n, v in inside.items() if isinstance(v, Method)})
+def _swapped(method: Method, plain: LoRA) -> Method:
+    """A method with another one in the place of the one with gates."""
+    if isinstance(method, Around):
+        return dataclasses.replace(method, inner=_swapped(method.inner, plain))
+    return plain
 
 
 def _fields(a: jax.Array, gates: jax.Array, b: jax.Array) -> tuple[dict[str, jax.Array], int]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.allocate.adalora import AdaLoRARule
 from jlora.allocate.budget import Phases
-from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.gated import Gated
+from jlora.hyperparameters import check_hyperparameters
+from jlora.method import Site, Start
 from jlora.methods.lora import trained_dtype
 
 
 @dataclass(frozen=True)
-class AdaLoRA(Method):
+class AdaLoRA(Gated):
     """Rank allocation by pruning: `w + s * (a * e) @ b`, with `a [in, rank]`, `e [rank]`, `b [rank, out]`, `s = alpha / rank`.
 
     Every matrix starts with `rank` ranks. The optimizer of `jlora.optimizer` scores them by smoothed sensitivity times
@@ -66,27 +67,12 @@ class AdaLoRA(Method):
     orthogonality: float = 0.5
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+    gate: ClassVar[str] = "e"
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "target"))
         if self.target > self.rank:
             raise ValueError(f"AdaLoRA's target ({self.target}) is above the rank that it starts with ({self.rank})")
-
-    @property
-    def scale(self) -> float:
-        """`s`; the references add 1e-5 to the rank."""
-        return self.alpha / self.rank
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
-        return AXES
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     @property
     def phases(self) -> Phases:
@@ -98,33 +84,14 @@ class AdaLoRA(Method):
         """One budget for all sites that agree in everything but rank, alpha and dropout."""
         return AdaLoRARule(self.phases, self.beta1, self.beta2, self.orthogonality, self.target)
 
-    def check(self, site: Site) -> None:
-        """Refuses a rank above the matrix's sides."""
-        check_rank("rank", self.rank, site)
-
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """`a` and `b` normal with deviation 0.02, `e` zero."""
         return Start(drawn(key, w, self.rank))
 
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * e) @ b`."""
-        return weight(view, self.scale, view.params["e"])
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * e` in the smaller one."""
-        return factors(view, self.scale, view.params["e"], self.dropout)
-
-    def gates(self, params: Arrays) -> jax.Array:
-        """`e`."""
-        return params["e"]
-
     def labels(self, site: Site) -> dict[str, str]:
         """As the reference has it, `e` learns and decays as `a` does."""
-        return labels(site)
-
-
-#: What the methods with three factors have in common.
-AXES = {"a": ("in", "rank"), "e": ("rank",), "b": ("rank", "out")}
+        groups = super().labels(site)
+        return {**groups, "e": groups["a"]}
 
 
 def drawn(key: jax.Array, w: jax.Array, rank: int) -> dict[str, jax.Array]:
@@ -133,83 +100,6 @@ def drawn(key: jax.Array, w: jax.Array, rank: int) -> dict[str, jax.Array]:
     dtype = trained_dtype(w)
     a = 0.02 * jax.random.normal(key_a, (w.shape[0], rank), dtype)
     return {"a": a, "e": jnp.zeros(rank, dtype), "b": 0.02 * jax.random.normal(key_b, (rank, w.shape[1]), dtype)}
-
-
-def weight(view: View, scale: float, gates: jax.Array) -> jax.Array:
-    """`w + scale * (a * gates) @ b`."""
-    a, b = view.params["a"], view.params["b"]
-    return view.w.astype(a.dtype) + scale * ((a * gates[None, :]) @ b)
-
-
-def factors(view: View, scale: float, gates: jax.Array, dropout: float) -> Factors:
-    """The two factors, with `scale * gates` in the smaller one."""
-    a, e, b = view.params["a"], scale * gates, view.params["b"]
-    if a.shape[0] <= b.shape[1]:
-        return Factors(a * e[None, :], b, dropout=dropout)
-    return Factors(a, e[:, None] * b, dropout=dropout)
-
-
-def labels(site: Site) -> dict[str, str]:
-    """Learning-rate groups: LoRA+'s, with `e` in that of `a`."""
-    if site.kind == "gather":
-        return dict.fromkeys("aeb", "embedding")
-    return {"a": "a", "e": "a", "b": "b"}
-
-
-def check_rank(name: str, rank: int, site: Site) -> None:
-    """Refuses a rank above the matrix's sides.
-
-    Raises:
-        ValueError: naming both.
-    """
-    side = min(site.in_size, site.out_size)
-    if rank > side:
-        raise ValueError(
-            f"{name} {rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix; use {side} or less"
-        )
-
-
-#: What a number must be: a test, and the words for it.
-POSITIVE = (lambda v: 0 < v < math.inf, "positive and finite")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "0 or more, and finite")
-BELOW_ONE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-_BOUNDS = {
-    "alpha": POSITIVE,
-    "beta1": BELOW_ONE,
-    "beta2": BELOW_ONE,
-    "orthogonality": NOT_NEGATIVE,
-    "dropout": BELOW_ONE,
-}
-
-
-def check_hyperparameters(method: Any, counts: tuple[str, ...], bounds: dict[str, Any] | None = None) -> None:
-    """Refuses values out of range: those that methods with a rule for the optimizer have in common, and the given.
-
-    Args:
-        method: with `phases`, unless it has no schedule.
-        counts: fields that are positive whole numbers.
-        bounds: for other fields that are numbers a test and the words for it.
-
-    Raises:
-        ValueError: naming the method and the hyperparameter.
-    """
-    name = type(method).__name__
-    for field in counts:
-        value = getattr(method, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}'s {field} must be a positive whole number, got {value!r}")
-    for field, (holds, wanted) in {**_BOUNDS, **(bounds or {})}.items():
-        value = getattr(method, field, 0.5)  # in all ranges
-        if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
-            raise ValueError(f"{name}'s {field} must be {wanted}, got {value!r}")
-    for field in fields(method):
-        if isinstance(field.default, bool) and not isinstance(getattr(method, field.name), bool):
-            raise ValueError(f"{name}'s {field.name} must be True or False, got {getattr(method, field.name)!r}")
-    seed = getattr(method, "seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"{name}'s seed must be a whole number of at least 0, got {seed!r}")
-    if hasattr(method, "phases"):
-        method.phases.check(name)
 
 
 AdaLoRA.CASES = (

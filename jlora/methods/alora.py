@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.allocate.alora import ALoRARule, Round
 from jlora.allocate.budget import Phases
-from jlora.method import Factors, Method, Site, Start, View
-from jlora.methods.adalora import check_rank
-from jlora.methods.gelora import AXES, check_update, factors, weight
+from jlora.gated import Gated
+from jlora.hyperparameters import check_hyperparameters
+from jlora.method import Site, Start
 from jlora.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class ALoRA(Method):
+class ALoRA(Gated):
     """Rank allocation by ablation: `w + s * (a * gate) @ b`, with `gate [r]` of 0 and 1, `s = alpha / rank`.
 
     Every matrix starts with `rank` ranks in use of `r`, its `max_rank`. Between some steps there is a round
@@ -63,31 +62,13 @@ class ALoRA(Method):
     pruned: int | None = None
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
-
     def __post_init__(self) -> None:
-        for name in ("rank", "max_rank", "pruned"):
-            value = getattr(self, name)
-            if (value is not None or name == "rank") and (type(value) is not int or value < 1):
-                raise ValueError(f"ALoRA's {name} must be a positive whole number, got {value!r}")
-        if self.max_rank is not None and self.max_rank < self.rank:
-            raise ValueError(f"ALoRA's max_rank ({self.max_rank}) is below the rank that it starts with ({self.rank})")
-        check_update(self)
-        self._phases.check("ALoRA")
+        check_hyperparameters(self, ("rank", "max_rank", "pruned"))
 
     @property
-    def _phases(self) -> Phases:
+    def phases(self) -> Phases:
+        """When there are rounds."""
         return Phases(self.steps, self.start_steps, self.final_steps, self.interval)
-
-    @property
-    def scale(self) -> float:
-        """`s`, by the rank at the start."""
-        return self.alpha / self.rank
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """LoRA's, and the gate's."""
-        return AXES
 
     @property
     def alike(self) -> frozenset[str]:
@@ -95,25 +76,14 @@ class ALoRA(Method):
         return frozenset({"gate"})
 
     @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
-
-    @property
     def optimizer_rule(self) -> ALoRARule:
         """The record of ranks, of all sites that agree in everything but rank, alpha and dropout."""
-        return ALoRARule(self._phases, self.pruned)
+        return ALoRARule(self.phases, self.pruned)
 
     @property
     def event(self) -> Round:
         """The rounds; one total for the same sites."""
-        return Round(self._phases, self.pruned)
-
-    def check(self, site: Site) -> None:
-        """Refuses ranks above the matrix's sides."""
-        check_rank("rank", self.rank, site)
-        if self.max_rank is not None:
-            check_rank("max_rank", self.max_rank, site)
+        return Round(self.phases, self.pruned)
 
     def plain(self, rank: int) -> LoRA:
         """What draws the factors of new ranks."""
@@ -126,22 +96,6 @@ class ALoRA(Method):
         a, b = (self.plain(room).start(key, w, site).params[name] for name in "ab")
         fields = {"a": jnp.where(in_use[None, :], a, 0), "b": jnp.where(in_use[:, None], b, 0)}
         return Start(fields, {"gate": in_use.astype(a.dtype)})
-
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * gate) @ b`."""
-        return weight(view, self.scale)
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * gate` in the smaller one."""
-        return factors(view, self.scale, self.dropout)
-
-    def labels(self, site: Site) -> dict[str, str]:
-        """As LoRA."""
-        return LoRA(1).labels(site)
-
-    def gates(self, fields: dict[str, jax.Array]) -> jax.Array:
-        """What `jlora.compact` goes by."""
-        return fields["gate"]
 
 
 ALoRA.CASES = (

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jlora.allocate import beamlora
 from jlora.allocate.beamlora import BeamLoRARule
 from jlora.allocate.budget import Phases
-from jlora.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.adalora import POSITIVE, check_hyperparameters, check_rank, factors, weight
+from jlora.gated import Gated
+from jlora.hyperparameters import POSITIVE, check_hyperparameters
+from jlora.method import Arrays, Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
 
 
 @dataclass(frozen=True)
-class BeamLoRA(Method):
+class BeamLoRA(Gated):
     """Ranks as beams: `w + s * (a * e) @ b` with `e = rank * softmax(score / temperature)` and `s = alpha / rank`.
 
     `a [in, rank]`, `score [rank]` and `b [rank, out]` are trained. All scores start at zero, where `e` is one and this is
@@ -66,7 +67,7 @@ class BeamLoRA(Method):
     seed: int = 0
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+    gate: ClassVar[str] = "score"
 
     def __post_init__(self) -> None:
         bounds = {"temperature": POSITIVE, "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1")}
@@ -82,28 +83,9 @@ class BeamLoRA(Method):
         return Phases(self.steps, 0, self.final_steps, self.interval)
 
     @property
-    def scale(self) -> float:
-        """`s`."""
-        return self.alpha / self.rank
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
-        return {"a": ("in", "rank"), "score": ("rank",), "b": ("rank", "out")}
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
-
-    @property
     def optimizer_rule(self) -> BeamLoRARule:
         """One order for all sites that agree in everything but rank, alpha and dropout."""
         return BeamLoRARule(self.phases, self.temperature, self.top_p, self.seed)
-
-    def check(self, site: Site) -> None:
-        """Refuses a rank above the matrix's sides."""
-        check_rank("rank", self.rank, site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """`a` kaiming, `b` and the scores zero."""
@@ -111,23 +93,14 @@ class BeamLoRA(Method):
         a = kaiming(key, (w.shape[0], self.rank), dtype)
         return Start({"a": a, "score": jnp.zeros(self.rank, dtype), "b": jnp.zeros((self.rank, w.shape[1]), dtype)})
 
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * e) @ b`."""
-        return weight(view, self.scale, self.gates(view.params))
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * e` in the smaller one."""
-        return factors(view, self.scale, self.gates(view.params), self.dropout)
-
-    def gates(self, params: Arrays) -> jax.Array:
+    def gates(self, fields: Arrays) -> jax.Array:
         """`e`."""
-        score = params["score"]
+        score = fields["score"]
         return beamlora.gates(score, self.temperature).astype(score.dtype)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; scores are vectors, which never decay."""
-        factor = dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
-        return {**factor, "score": "vector"}
+        return {**super().labels(site), "score": "vector"}
 
 
 BeamLoRA.CASES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class DoRA(Around):
     Reference:
         Liu et al. 2024, arXiv:2402.09353. The column norms are one per output, over the inputs, as in both reference codes.
     """
+
+    inner: Method = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from jlora.allocate.budget import Phases
 from jlora.allocate.elalora import ElaLoRARule
-from jlora.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.adalora import AXES, check_hyperparameters, check_rank, drawn, factors, labels, weight
+from jlora.gated import Gated
+from jlora.hyperparameters import check_hyperparameters
+from jlora.method import Site, Start
+from jlora.methods.adalora import drawn
 
 
 @dataclass(frozen=True)
-class ElaLoRA(Method):
+class ElaLoRA(Gated):
     """Rank allocation by pruning and growing: `w + s * (a * e) @ b`, `a [in, r]`, `e [r]`, `b [r, out]`, `s = alpha / rank`.
 
     Every matrix starts with `rank` ranks in use of `r`, its `max_rank`. The optimizer of `jlora.optimizer` scores them as
@@ -74,31 +76,10 @@ class ElaLoRA(Method):
     seed: int = 0
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+    gate: ClassVar[str] = "e"
 
     def __post_init__(self) -> None:
-        check_hyperparameters(
-            self, ("rank", "moved", "per_module", *(("max_rank",) if self.max_rank is not None else ()))
-        )
-        if self.max_rank is not None and self.max_rank < self.rank:
-            raise ValueError(
-                f"ElaLoRA's max_rank ({self.max_rank}) is below the rank that it starts with ({self.rank})"
-            )
-
-    @property
-    def scale(self) -> float:
-        """`s`, by the rank at the start; the reference adds 1e-5 to it."""
-        return self.alpha / self.rank
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
-        return AXES
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
+        check_hyperparameters(self, ("rank", "moved", "per_module", "max_rank"))
 
     @property
     def phases(self) -> Phases:
@@ -111,12 +92,6 @@ class ElaLoRA(Method):
         averages = (self.beta1, self.beta2, self.orthogonality)
         return ElaLoRARule(self.phases, *averages, self.moved, self.per_module, self.anneal, self.seed)
 
-    def check(self, site: Site) -> None:
-        """Refuses ranks above the matrix's sides."""
-        check_rank("rank", self.rank, site)
-        if self.max_rank is not None:
-            check_rank("max_rank", self.max_rank, site)
-
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """`a` and `b` normal with deviation 0.02 where a rank is in use, all else zero."""
         room = min(self.max_rank or 2 * self.rank, *w.shape)
@@ -125,21 +100,10 @@ class ElaLoRA(Method):
         a, b = (jnp.where(mask, params[name], 0) for name, mask in (("a", in_use[None, :]), ("b", in_use[:, None])))
         return Start({"a": a, "e": params["e"], "b": b})
 
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * e) @ b`."""
-        return weight(view, self.scale, view.params["e"])
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * e` in the smaller one."""
-        return factors(view, self.scale, view.params["e"], self.dropout)
-
-    def gates(self, params: Arrays) -> jax.Array:
-        """`e`."""
-        return params["e"]
-
     def labels(self, site: Site) -> dict[str, str]:
-        """As AdaLoRA's."""
-        return labels(site)
+        """As the reference has it, `e` learns and decays as `a` does."""
+        groups = super().labels(site)
+        return {**groups, "e": groups["a"]}
 
 
 # With room to grow, spare ranks stay zero, and a teacher of all ranks can't be learned: tests/allocate grows ranks.

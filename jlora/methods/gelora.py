@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jlora.gated import Gated, ranked
+from jlora.hyperparameters import check_hyperparameters
 from jlora.layers import layer_numbers
-from jlora.method import Factors, Method, Site, Start, View
+from jlora.method import Site, Start
 from jlora.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class GeLoRA(Method):
+class GeLoRA(Gated):
     """LoRA with a rank for each layer: `w + s * (a * gate) @ b`, with `a [in, rank]`, `b [rank, out]`.
 
     `s = alpha / mean of ranks`, the same in all layers, and `gate` is 1 for the ranks of the matrix's layer. In a stack of
@@ -53,29 +51,17 @@ class GeLoRA(Method):
     alpha: float = 8.0
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
-
     def __post_init__(self) -> None:
         given = () if self.ranks is None else self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
         if (given == () and self.ranks is not None) or any(type(rank) is not int or rank < 1 for rank in given):
             raise ValueError(f"GeLoRA's ranks must be a positive whole number, or one a layer, got {self.ranks!r}")
-        check_update(self)
+        check_hyperparameters(self)
 
     @property
     def scale(self) -> float:
         """`s`."""
         ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks or 1,)
         return self.alpha * len(ranks) / sum(ranks)
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """LoRA's, and the gate's."""
-        return AXES
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     def check(self, site: Site) -> None:
         """Refuses a method without ranks, and one rank for all that is above the matrix's sides."""
@@ -105,77 +91,6 @@ class GeLoRA(Method):
                 f"GeLoRA has ranks for {len(ranks)} layers, but {sites[0].path} and the like are in {count}"
             )
         return ranked(starts, sites, [np.asarray(ranks)[layer] for layer in layers], np.ones_like)
-
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * gate) @ b`."""
-        return weight(view, self.scale)
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * gate` in the smaller one."""
-        return factors(view, self.scale, self.dropout)
-
-    def labels(self, site: Site) -> dict[str, str]:
-        """As LoRA."""
-        return LoRA(1).labels(site)
-
-    def gates(self, fields: dict[str, jax.Array]) -> jax.Array:
-        """What `jlora.compact` goes by."""
-        return fields["gate"]
-
-
-#: What the methods with a constant gate have in common.
-AXES = {"a": ("in", "rank"), "gate": ("rank",), "b": ("rank", "out")}
-
-
-def ranked(
-    starts: list[Start], sites: tuple[Site, ...], ranks: list[np.ndarray], value: Callable[[np.ndarray], Any]
-) -> list[Start]:
-    """The starts with factors cut to the ranks `[*batch]` of their matrices, and the gates, `value(rank)` in use and 0 else.
-
-    Raises:
-        ValueError: for a rank above a matrix's sides.
-    """
-    cut = []
-    for start, site, rank in zip(starts, sites, ranks, strict=True):
-        width, side = int(np.max(rank)), min(site.in_size, site.out_size)
-        if width > side:
-            raise ValueError(
-                f"{site.path}, shape {site.shape}: its layer's rank {width} is above the smaller side of the "
-                f"{site.in_size} x {site.out_size} matrix; use {side} or less"
-            )
-        used = np.arange(width) < rank[..., None]
-        a, b = start.params["a"][..., :width], start.params["b"][..., :width, :]
-        fields = {"a": jnp.where(used[..., None, :], a, 0), "b": jnp.where(used[..., :, None], b, 0)}
-        gate = jnp.asarray(np.where(used, np.asarray(value(rank))[..., None], 0), a.dtype)
-        cut.append(replace(start, params={**start.params, **fields}, frozen={**start.frozen, "gate": gate}))
-    return cut
-
-
-def weight(view: View, scale: float) -> jax.Array:
-    """`w + scale * (a * gate) @ b`."""
-    a, b, gate = view.params["a"], view.params["b"], view.frozen["gate"]
-    return view.w.astype(a.dtype) + scale * ((a * gate[None, :]) @ b)
-
-
-def factors(view: View, scale: float, dropout: float) -> Factors:
-    """The two factors, with `scale * gate` in the smaller one."""
-    a, b, gate = view.params["a"], view.params["b"], scale * view.frozen["gate"]
-    if a.shape[0] <= b.shape[1]:
-        return Factors(a * gate[None, :], b, dropout=dropout)
-    return Factors(a, gate[:, None] * b, dropout=dropout)
-
-
-def check_update(method: Any) -> None:
-    """Refuses an alpha or dropout out of range.
-
-    Raises:
-        ValueError: naming the method.
-    """
-    name = type(method).__name__
-    if not isinstance(method.alpha, int | float) or not 0 < method.alpha < math.inf:
-        raise ValueError(f"{name}'s alpha must be positive and finite, got {method.alpha!r}")
-    if not isinstance(method.dropout, int | float) or not 0 <= method.dropout < 1:
-        raise ValueError(f"{name}'s dropout must be at least 0 and below 1, got {method.dropout!r}")
 
 
 GeLoRA.CASES = (GeLoRA(ranks=4), GeLoRA(ranks=2, alpha=3, dropout=0.25))

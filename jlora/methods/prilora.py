@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import numpy as np
 
 from jlora.allocate.prilora import PRILoRARule
+from jlora.gated import Gated, ranked
+from jlora.hyperparameters import check_hyperparameters
 from jlora.layers import layer_numbers
-from jlora.method import Factors, Method, Site, Start, View
-from jlora.methods.gelora import AXES, check_update, factors, ranked, weight
+from jlora.method import Site, Start
 from jlora.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class PRILoRA(Method):
+class PRILoRA(Gated):
     """LoRA with ranks that rise over the layers, pruned: `w + alpha * (a * gate) @ b` with `gate` 1 / rank.
 
     A layer's rank is `first + layer * (last - first) / (layers - 1)`, rounded so that layers at equal distances from both
@@ -62,35 +62,18 @@ class PRILoRA(Method):
     mode: str = "zero"
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
-
     def __post_init__(self) -> None:
-        for name, least in (("first", 1), ("last", 1), ("every", 1), ("group", 1), ("pruned", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"PRILoRA's {name} must be a whole number of at least {least}, got {value!r}")
+        pruned = (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0")
+        check_hyperparameters(self, ("first", "last", "every", "group"), {"pruned": pruned})
         if self.pruned >= self.group:
             raise ValueError(f"PRILoRA's pruned ({self.pruned}) must be below its group ({self.group})")
-        if not isinstance(self.beta, int | float) or isinstance(self.beta, bool) or not 0 <= self.beta < 1:
-            raise ValueError(f"PRILoRA's beta must be at least 0 and below 1, got {self.beta!r}")
         if self.mode not in ("zero", "freeze"):
             raise ValueError(f'PRILoRA\'s mode must be "zero" or "freeze", got {self.mode!r}')
-        check_update(self)
 
     @property
     def scale(self) -> float:
         """The factor of the gated update."""
         return self.alpha
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """LoRA's, and the gate's."""
-        return AXES
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     @property
     def optimizer_rule(self) -> PRILoRARule | None:
@@ -106,22 +89,6 @@ class PRILoRA(Method):
         layers, count = layer_numbers(sites)
         ranks = linear_ranks(self.first, self.last, count)
         return ranked(starts, sites, [ranks[layer] for layer in layers], lambda rank: 1 / rank)
-
-    def weight(self, view: View) -> jax.Array:
-        """`w + alpha * (a * gate) @ b`."""
-        return weight(view, self.alpha)
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `alpha * gate` in the smaller one."""
-        return factors(view, self.alpha, self.dropout)
-
-    def labels(self, site: Site) -> dict[str, str]:
-        """As LoRA."""
-        return LoRA(1).labels(site)
-
-    def gates(self, fields: dict[str, jax.Array]) -> jax.Array:
-        """What `jlora.compact` goes by."""
-        return fields["gate"]
 
 
 def linear_ranks(first: int, last: int, layers: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlora.allocate.rmlora import RMLoRARule
-from jlora.methods.adalora import check_hyperparameters
+from jlora.hyperparameters import check_hyperparameters
 from jlora.methods.lora import LoRA
 
 

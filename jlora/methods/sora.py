@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ import numpy as np
 
 from jlora.allocate.budget import Phases
 from jlora.allocate.sora import SoRARule
-from jlora.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.adalora import NOT_NEGATIVE, check_hyperparameters, check_rank, factors, weight
+from jlora.gated import Gated
+from jlora.hyperparameters import NOT_NEGATIVE, check_hyperparameters
+from jlora.method import Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
 
 
 @dataclass(frozen=True)
-class SoRA(Method):
+class SoRA(Gated):
     """Rank by sparse gates: `w + s * (a * g) @ b`, with `a [in, rank]`, gates `g [rank]`, `b [rank, out]`, `s = alpha / rank`.
 
     After every step `u` of your optimizer the gates take the proximal step of an L1 norm: `g` becomes `T(g + u)`, with
@@ -73,12 +74,11 @@ class SoRA(Method):
     final_steps: int = 0
     dropout: float = 0.0
 
-    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+    gate: ClassVar[str] = "g"
 
     def __post_init__(self) -> None:
-        counts = ("rank", "stages", *(("target",) if self.target is not None else ()))
-        numbers = ("threshold", "l1", *(("first_threshold",) if self.first_threshold is not None else ()))
-        check_hyperparameters(self, counts, {name: NOT_NEGATIVE for name in numbers})  # noqa: C420 (keys are any text)
+        numbers: dict[str, Any] = dict.fromkeys(("threshold", "first_threshold", "l1"), NOT_NEGATIVE)
+        check_hyperparameters(self, ("rank", "stages", "target"), numbers)
         if self.target is not None and self.target > self.rank:
             raise ValueError(f"SoRA's target ({self.target}) is above the rank that it starts with ({self.rank})")
         self._check_thresholds()
@@ -109,28 +109,9 @@ class SoRA(Method):
         return Phases(self.steps, self.start_steps, self.final_steps, 1)
 
     @property
-    def scale(self) -> float:
-        """`s`, by the rank at the start."""
-        return self.alpha / self.rank
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
-        return {"a": ("in", "rank"), "g": ("rank",), "b": ("rank", "out")}
-
-    @property
-    def uses_key(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
-
-    @property
     def optimizer_rule(self) -> SoRARule:
         """One L1 term and one target for all sites that agree in everything but rank, alpha and dropout."""
         return SoRARule(self.phases, self.thresholds, self.l1, self.target)
-
-    def check(self, site: Site) -> None:
-        """Refuses a rank above the matrix's sides."""
-        check_rank("rank", self.rank, site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """`a` kaiming, `b` zero, gates standard normal."""
@@ -140,22 +121,9 @@ class SoRA(Method):
         g = jax.random.normal(key_g, (self.rank,), dtype)
         return Start({"a": a, "g": g, "b": jnp.zeros((self.rank, w.shape[1]), dtype)})
 
-    def weight(self, view: View) -> jax.Array:
-        """`w + s * (a * g) @ b`."""
-        return weight(view, self.scale, view.params["g"])
-
-    def factors(self, view: View) -> Factors:
-        """Two factors, with `s * g` in the smaller one."""
-        return factors(view, self.scale, view.params["g"], self.dropout)
-
-    def gates(self, params: Arrays) -> jax.Array:
-        """`g`."""
-        return params["g"]
-
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; gates are vectors, which never decay."""
-        factor = dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
-        return {**factor, "g": "vector"}
+        return {**super().labels(site), "g": "vector"}
 
 
 SoRA.CASES = (

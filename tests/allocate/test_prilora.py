@@ -236,7 +236,7 @@ def test_errors_say_what_is_missing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"first": 0}, "first must be a whole number of at least 1, got 0"),
+        ({"first": 0}, "first must be a positive whole number, got 0"),
         ({"pruned": 3}, r"pruned \(3\) must be below its group \(3\)"),
         ({"beta": 1.0}, "beta must be at least 0 and below 1, got 1.0"),
         ({"mode": "drop"}, 'mode must be "zero" or "freeze"'),
