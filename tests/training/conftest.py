@@ -1,7 +1,16 @@
 """The job's tests compile the same small programs again and again: a cache for the session."""
 
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
 import jax
 import pytest
+
+import jlora
+from jlora.training.job import finetune
+from jlora.training.metrics import Metrics
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -17,3 +26,52 @@ def compilation_cache(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def unplugged():
+    """`with unplugged(step):` runs what stops with an error when it writes the metrics of that step."""
+
+    @contextlib.contextmanager
+    def stop(at):
+        write = Metrics.write
+
+        def fail(self, step, kind, **values):
+            if step == at:
+                raise RuntimeError("pulled the plug")
+            write(self, step, kind, **values)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Metrics, "write", fail)
+            with pytest.raises(RuntimeError, match="pulled the plug"):
+                yield
+
+    return stop
+
+
+@pytest.fixture
+def stopped_and_resumed(tmp_path, unplugged):
+    """Runs settings as a whole, and once more stopped at a step and resumed: both end with the same bits."""
+
+    def run(settings, at=5):
+        whole, stopped = (dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped"))
+        result = finetune(whole, _quiet)
+        with unplugged(at):
+            finetune(stopped, _quiet)
+        with pytest.MonkeyPatch.context() as patch:
+            # A resumed run has the ranks that it began with.
+            patch.setattr(jlora, "intrinsic_dimensions", None)
+            finetune(dataclasses.replace(stopped, resume=True), _quiet)
+        assert _adapters(whole) == _adapters(stopped)
+        return result
+
+    return run
+
+
+def _quiet(text):
+    pass
+
+
+def _adapters(settings):
+    """What the saved adapters say of themselves, the hashes of their arrays included."""
+    return json.loads((Path(settings.out) / "adapters" / "jlora.json").read_text())["adapters"]

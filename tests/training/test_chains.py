@@ -1,8 +1,5 @@
 """Chains in the job: links of equal shares of the run, a rate that rises anew, and a stop right after a restart."""
 
-import dataclasses
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -10,8 +7,6 @@ import pytest
 import jlora
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
-from jlora.training.job import finetune
-from jlora.training.metrics import Metrics
 from jlora.training.schedule import learning_rate
 from jlora.training.selection import make_spec
 from jlora.training.settings import CHAINS, Settings
@@ -47,30 +42,12 @@ def test_the_learning_rate_rises_anew_with_each_link():
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", CHAINS)
-def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, stopped_and_resumed):
     settings = Settings(
         method=method, links=3, steps=6, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
         max_validation_rows=1, checkpoint_every=2, evaluate_every=6, sample_tokens=0, progress="none", warmup=1,
     )  # fmt: skip
-    runs = {name: dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped")}
-    quiet = lambda text: None
-    result = finetune(runs["whole"], quiet)
-    write = Metrics.write
-
-    def fail(self, step, kind, **values):
-        if step == 5:  # the last checkpoint is that of step 4, at the end of which a link began
-            raise RuntimeError("pulled the plug")
-        write(self, step, kind, **values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "write", fail)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            finetune(runs["stopped"], quiet)
-    finetune(dataclasses.replace(runs["stopped"], resume=True), quiet)
-    whole, stopped = (
-        json.loads((tmp_path / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs
-    )
-    assert whole == stopped
+    result = stopped_and_resumed(settings)
     frozen = jax.device_get(result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"])
     assert np.all(frozen["link"] == 2)
     links = np.split(frozen["past_b"], 2, axis=-2)

@@ -1,7 +1,6 @@
 """Methods that look at data, in the job: PRILoRA's inputs, GeLoRA's dimensions, ALoRA's held-out batch; with a stop."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import jlora
 from jlora.training import measured
 from jlora.training.job import finetune
-from jlora.training.metrics import Metrics
 from jlora.training.settings import Settings
 
 SETTINGS = Settings(
@@ -23,35 +21,11 @@ def silent(text):
     pass
 
 
-def stopped_and_whole(settings, folder, monkeypatch, at):
-    """The result of a run, which ends with the same bits as one that was stopped at a step and went on."""
-    runs = {name: dataclasses.replace(settings, out=str(folder / name)) for name in ("whole", "stopped")}
-    result = finetune(runs["whole"], silent)
-    write = Metrics.write
-
-    def fail(self, step, kind, **values):
-        if step == at:
-            raise RuntimeError("pulled the plug")
-        write(self, step, kind, **values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "write", fail)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            finetune(runs["stopped"], silent)
-    with monkeypatch.context() as patch:
-        # A resumed run has the ranks that it began with.
-        patch.setattr(jlora, "intrinsic_dimensions", None)
-        finetune(dataclasses.replace(runs["stopped"], resume=True), silent)
-    whole, stopped = (json.loads((folder / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs)
-    assert whole == stopped
-    return result
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["prilora", "gelora", "alora"])
-def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and_resumed, monkeypatch):
     monkeypatch.setattr(measured, "_ROWS", 16)
-    result = stopped_and_whole(dataclasses.replace(SETTINGS, method=method), tmp_path, monkeypatch, at=7)
+    result = stopped_and_resumed(dataclasses.replace(SETTINGS, method=method), at=7)
     gates = [
         np.asarray(result.adapted.frozen["layers"]["self_attn"][name]["kernel"]["gate"])
         for name in ("q_proj", "v_proj")

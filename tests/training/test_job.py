@@ -62,20 +62,11 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def interrupted(tmp_path_factory, unplugged):
     """The same run, stopped by an error in step 5, after the checkpoint of step 4."""
     out = tmp_path_factory.mktemp("job") / "run"
-    write = Metrics.write
-
-    def fail(self, step, kind, **values):
-        if step == 5:
-            raise RuntimeError("pulled the plug")
-        write(self, step, kind, **values)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "write", fail)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            finetune(settings(out), quiet)
+    with unplugged(5):
+        finetune(settings(out), quiet)
     return out
 
 

@@ -1,8 +1,5 @@
 """Rank allocation in the job: schedules of the run's length, and a stop in the middle of one."""
 
-import dataclasses
-import json
-
 import jax.numpy as jnp
 import optax
 import pytest
@@ -11,8 +8,6 @@ import jlora
 from jlora import paths
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
-from jlora.training.job import finetune
-from jlora.training.metrics import Metrics
 from jlora.training.named import METHODS
 from jlora.training.selection import make_spec
 from jlora.training.settings import ADAPTERS, Settings
@@ -75,30 +70,12 @@ def test_a_schedule_that_does_not_fit_into_the_run_is_refused():
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["adalora", "elalora", "sora", "beamlora"])
-def test_a_run_stopped_in_the_middle_of_a_schedule_ends_with_the_same_bits(method, tmp_path, monkeypatch):
+def test_a_run_stopped_in_the_middle_of_a_schedule_ends_with_the_same_bits(method, stopped_and_resumed):
     settings = Settings(
         method=method, steps=10, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
         max_validation_rows=1, checkpoint_every=2, evaluate_every=5, sample_tokens=0, progress="none",
     )  # fmt: skip
-    runs = {name: dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped")}
-    quiet = lambda text: None
-    result = finetune(runs["whole"], quiet)
-    write = Metrics.write
-
-    def fail(self, step, kind, **values):
-        if step == 5:
-            raise RuntimeError("pulled the plug")
-        write(self, step, kind, **values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "write", fail)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            finetune(runs["stopped"], quiet)
-    finetune(dataclasses.replace(runs["stopped"], resume=True), quiet)
-    whole, stopped = (
-        json.loads((tmp_path / name / "adapters" / "jlora.json").read_text())["adapters"] for name in runs
-    )
-    assert whole == stopped
+    result = stopped_and_resumed(settings)
     sites = result.adapted.plan.sites
     gates = [site.method.gates(paths.lookup(result.adapted.params, site.keys)) for site in sites]
     left = sum(int((gate != 0).sum()) for gate in gates)
