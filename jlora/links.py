@@ -179,10 +179,10 @@ def unchained(adapted: Adapted) -> Adapted:
             paths.insert(frozen, keys, leaf)
     for site, weight in zip(adapted.plan.sites, adapted.weights()):
         if site.keys in chains:
-            found, done = weights.factors(weight), _done(site, weight.frozen) + 1
-            rank = done * (found.a.shape[-1] // chains[site.keys].links)
-            params = put(params, site.keys, {"a": found.a[..., :rank], "b": found.b[..., :rank, :]})
-            site = replace(site, method=LoRA(rank, float(rank), dropout=found.dropout))
+            found = weights.factors(weight)
+            used = chains[site.keys].in_use(_done(site, weight.frozen), found.a.shape[-1])
+            params = put(params, site.keys, {"a": found.a[..., used], "b": found.b[..., used, :]})
+            site = replace(site, method=LoRA(len(used), float(len(used)), dropout=found.dropout))
         sites.append(site)
     return adapted.replace(params=params, frozen=frozen, plan=type(adapted.plan)(tuple(sites)))
 

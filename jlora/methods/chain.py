@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.around import Around
 from jlora.events import Event
@@ -34,13 +36,16 @@ class Chain(Around):
             in its own. None: you call `jlora.restart` yourself.
         prune: share of the optimizer's moments that a restart sets to zero; 1 also starts its step count anew.
         by: which of them, if not all: "random", or the smallest by "magnitude".
+        ranks: the rank of each link, at most the inner method's, for chains whose links become smaller; by default all of them.
+            What a link does not use gets no gradient and is not kept, so the finished links take `sum(ranks[:-1])` columns. The
+            scale stays the inner method's.
 
     With dropout the finished links' input is dropped too, as they are part of the adapter. An inner start that is taken from
     the weight (PiSSA) is taken from the weight with the finished links.
 
     Raises:
         TypeError: for an inner method that is no low-rank sum, or keeps constants that leaves share.
-        ValueError: for links, steps, prune or by out of range.
+        ValueError: for links, ranks, steps, prune or by out of range.
 
     Example:
         >>> jlora.Chain(jlora.LoRA(rank=8, alpha=16), links=4)
@@ -50,10 +55,12 @@ class Chain(Around):
         base; keeping the links apart is jlora's, and gives the same weight.
     """
 
+    inner: Method = field(default_factory=LoRA)
     links: int = 4
     steps: int | None = None
     prune: float = 1.0
     by: str = "random"
+    ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         inner = self.inner
@@ -66,9 +73,22 @@ class Chain(Around):
             raise TypeError(f"Chain can't begin {inner} anew: it follows a schedule of its own over the whole run")
         if not isinstance(self.links, int) or isinstance(self.links, bool) or self.links < 1:
             raise ValueError(f"Chain's links must be a positive integer, got {self.links!r}")
+        if self.ranks is not None:
+            self._check_ranks(self.ranks)
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < self.links):
             raise ValueError(f"Chain's steps must be at least its {self.links} links, got {self.steps!r}")
         check_pruning(self.prune, self.by)
+
+    def _check_ranks(self, ranks: Any) -> None:
+        most = getattr(self.inner, "rank", None)
+        whole = isinstance(ranks, tuple) and all(type(rank) is int and rank >= 1 for rank in ranks)
+        if not whole or len(ranks) != self.links:
+            raise ValueError(f"Chain's ranks must be {self.links} positive whole numbers, one a link, got {ranks!r}")
+        if getattr(self.inner, "from_weight", False) or most is None or max(ranks) > most:
+            raise ValueError(
+                f"Chain's ranks {ranks!r} must be within the rank of {self.inner}, whose factors must have that rank; those of "
+                "PiSSA and OLoRA have twice as many columns"
+            )
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -102,7 +122,7 @@ class Chain(Around):
             raise TypeError(f"Chain goes around a method whose weight is w + a @ b; that of {self.inner} is another")
         if self.links == 1:
             return inner
-        room = (self.links - 1) * found.a.shape[1]
+        room = (self.links - 1) * found.a.shape[1] if self.ranks is None else sum(self.ranks[:-1])
         past = {
             "past_a": jnp.zeros((w.shape[0], room), found.a.dtype),
             "past_b": jnp.zeros((room, w.shape[1]), found.b.dtype),
@@ -113,22 +133,43 @@ class Chain(Around):
     def finished(self, view: View) -> Arrays:
         """The constants with the present link among the finished ones."""
         link, found = view.frozen["link"], self._link(view)
-        column = link * found.a.shape[1]
-        put = jax.lax.dynamic_update_slice_in_dim
+        rank = found.a.shape[1]
+        used = self._used(link, rank)
+        starts = np.cumsum([0, *(self.ranks or (rank,) * self.links)])
+        # Columns out of use go nowhere: those behind the last are dropped, the others are those of later links.
+        columns = jnp.asarray(starts, jnp.int32)[link] + jnp.arange(rank)
         return {
-            "past_a": put(view.frozen["past_a"], found.a, column, axis=1),
-            "past_b": put(view.frozen["past_b"], found.b, column, axis=0),
+            "past_a": view.frozen["past_a"].at[:, columns].set(found.a * used.astype(found.a.dtype), mode="drop"),
+            "past_b": view.frozen["past_b"].at[columns].set(found.b, mode="drop"),
             "link": link + 1,
         }
+
+    def _used(self, link: jax.Array | int, rank: int) -> jax.Array:
+        """1 for the ranks of a link and 0 for the others, `[rank]`."""
+        return (jnp.arange(rank) < jnp.asarray(self.ranks or (rank,) * self.links)[link]).astype(jnp.float32)
 
     def _link(self, view: View) -> Factors:
         found = self.inner.factors(view)
         assert found is not None
-        return found
+        if self.ranks is None:
+            return found
+        # On one factor is enough: then neither gets a gradient there.
+        used = self._used(view.frozen.get("link", 0), found.b.shape[0])
+        return replace(found, b=found.b * used.astype(found.b.dtype)[:, None])
+
+    def in_use(self, link: int, width: int) -> np.ndarray:
+        """Which of the `width` columns of the factors hold something in a link, the first being 0."""
+        ranks = self.ranks or (width // self.links,) * self.links
+        present = width - sum(ranks[:-1])
+        return np.concatenate([np.arange(ranks[link]), present + np.arange(sum(ranks[:link]))])
 
     def weight(self, view: View) -> jax.Array:
         """`v + past_a @ past_b`."""
-        v = self.inner.weight(view)
+        if self.ranks is None:
+            v = self.inner.weight(view)
+        else:
+            found = self._link(view)
+            v = view.w.astype(found.a.dtype) + found.a @ found.b
         return v if self.links == 1 else v + view.frozen["past_a"] @ view.frozen["past_b"]
 
     def factors(self, view: View) -> Factors:
@@ -155,4 +196,5 @@ def check_pruning(prune: float, by: str) -> None:
 Chain.CASES = (
     Chain(LoRA(rank=2, alpha=4), links=3),
     Chain(LoRA(rank=2, dropout=0.25, init="pissa"), links=2, prune=0.9),
+    Chain(LoRA(rank=2, alpha=4), links=3, ranks=(2, 2, 1)),
 )

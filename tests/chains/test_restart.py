@@ -154,6 +154,30 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
         jax.jit(lambda a, s: jlora.restart(a, s, tx, KEY))(adapted, state)
 
 
+def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
+    ranks = (3, 1, 2)
+    params, adapted, tx, state, step, traces = trained(jlora.Chain(jlora.LoRA(3, alpha=6), links=3, ranks=ranks))
+    merge, gradients = jit(jlora.merge), jit(lambda a: jax.grad(lambda p: loss_of(a, p))(a.params))
+    assert adapted.frozen["out"]["past_a"].shape == (8, 4) and adapted.frozen["stack"]["past_b"].shape == (2, 4, 8)
+    change = np.zeros((8, 8))
+    for link, rank in enumerate(ranks):
+        a, b = (np.asarray(adapted.params["out"][name], np.float64) for name in "ab")
+        change += 2.0 * (a[:, :rank] @ b[:rank])
+        found = merge(adapted)
+        np.testing.assert_allclose(np.asarray(found["out"], np.float64) - np.asarray(params["out"]), change, atol=1e-6)
+        gradient = gradients(adapted)["stack"]
+        assert np.all(np.any(gradient["b"], axis=2) == (np.arange(3) < rank))
+        assert np.all(np.any(gradient["a"], axis=1) == (np.arange(3) < rank))
+        small = jlora.compact(adapted)
+        methods = {site.path: site.method for site in small.plan.sites}
+        assert methods["out"].rank == methods["stack"].rank == sum(ranks[: link + 1])
+        np.testing.assert_allclose(jlora.merge(small)["stack"], found["stack"], atol=1e-6)
+        if link < 2:
+            adapted, state = jlora.restart(adapted, state, tx, jax.random.fold_in(KEY, link))
+            adapted, state = step(adapted, state)
+    assert len(traces) == 1 and np.linalg.matrix_rank(change, tol=1e-9) == 6
+
+
 def test_fifty_small_links_on_a_16_bit_base_add_up_and_would_be_lost_in_it():
     links, size = 50, 1e-4
     params = {"w": base()["out"].astype(jnp.bfloat16)}
@@ -238,6 +262,12 @@ def test_a_chain_refuses_what_it_cannot_hold():
         jlora.Chain(jlora.LoRA(2), links=0)
     with pytest.raises(ValueError, match=r"steps must be at least its 4 links, got 3"):
         jlora.Chain(jlora.LoRA(2), links=4, steps=3)
+    for ranks in ((2, 1), (2, 0, 1), [2, 1, 1]):
+        with pytest.raises(ValueError, match=r"ranks must be 3 positive whole numbers, one a link, got"):
+            jlora.Chain(jlora.LoRA(2), links=3, ranks=ranks)
+    for inner in (jlora.LoRA(1), jlora.LoRA(2, init="pissa")):
+        with pytest.raises(ValueError, match=r"ranks \(2, 1\) must be within the rank of LoRA\(.*\), whose factors"):
+            jlora.Chain(inner, links=2, ranks=(2, 1))
 
 
 def test_a_chain_of_one_link_is_its_inner_method():
