@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from jlora import paths
 from jlora.adapted import Adapted
-from jlora.layers import layer_numbers
+from jlora.layers import layer_numbers, numbered
 from jlora.method import Site
 from jlora.methods.gelora import GeLoRA
 from jlora.observe import Observer, finished, tapped, watch
@@ -114,8 +113,8 @@ def intrinsic_dimensions(
         trim: as for `jlora.intrinsic_dimension`.
 
     Raises:
-        ValueError: for an unknown pooling, no batch, or a function without a weight after the last layer and without an output
-            of features.
+        ValueError: for an unknown pooling, no batch, a weight that is used several times, or a function without a weight after
+            the last layer and without an output of features.
 
     Example:
         >>> loss_fn = lambda params, tokens: jnp.mean(model.apply({"params": params}, tokens) ** 2)
@@ -138,7 +137,7 @@ def intrinsic_dimensions(
 
     @jax.jit
     def points(watched: Adapted, batch: Any) -> tuple[dict[str, Any], Any]:
-        observer = Observer(functools.partial(_points, pool, batch), refuses=False)
+        observer = Observer(lambda x: (_points(pool, batch, x), jnp.ones(())), refuses=False)
         outputs, taps = tapped(fn, (watched, batch), {}, observer, chosen, Walk(), must_read=False)
         seen = {site.path: finished([t for t in taps if t.name == site.path], site) for site in chosen}
         return seen, _output(outputs, pool, batch) if last is None else seen[last.path]
@@ -146,7 +145,8 @@ def intrinsic_dimensions(
     states: list[list[np.ndarray]] = [[] for _ in range(len(places) + 1)]
     while batch is not None and sum(map(len, states[-1])) < count:
         seen, after = jax.device_get(points(watched, batch))
-        for state, found in zip(states, [*(seen[site.path][index] for site, index in places), after]):
+        before = [_single(seen[site.path], index, site) for site, index in places]
+        for state, found in zip(states, [*before, after if last is None else _single(after, (), last)]):
             state.append(found)
         batch = next(data, None)
     return np.array([intrinsic_dimension(np.concatenate(state)[:count], trim) for state in states])
@@ -217,6 +217,21 @@ def _points(pool: Callable[[jax.Array, Any], jax.Array], batch: Any, x: jax.Arra
     return pool(x.astype(jnp.float32), batch)
 
 
+def _single(seen: tuple[np.ndarray, np.ndarray], index: Any, site: Site) -> np.ndarray:
+    """The points of one matrix.
+
+    Raises:
+        ValueError: where several uses of it were added up.
+    """
+    points, uses = seen
+    if (count := int(uses[index])) != 1:
+        raise ValueError(
+            f"{site.path} is used {count} times in one pass, and what goes into the uses can't be told apart: give a function "
+            "that uses it once, such as one of two towers"
+        )
+    return points[index]
+
+
 def _of_gelora(patterns: Any) -> Any:
     """The patterns, or a spec's with GeLoRA alone, if it has that."""
     if not isinstance(patterns, Mapping) or not any(map(_is_gelora, patterns.values())):
@@ -241,18 +256,12 @@ def _named(adapted: Adapted) -> dict[str, Any]:
 def _head(report: Sites, params: Any, inner: Adapted) -> dict[str, Any] | None:
     """A spec of the head as it is multiplied, if it is none of the layers'."""
     leaves = report.aligned(dict(paths.flatten_with_keys(params)[0]))
-    inside = {_numbered(site.keys) for site in inner.plan.sites} - {None}
+    inside = {numbered(site.keys) for site in inner.plan.sites} - {None}
     for keys, leaf in leaves.items():
-        own = "/".join(keys) in _paths(inner) or _numbered(keys) in inside
+        own = "/".join(keys) in _paths(inner) or numbered(keys) in inside
         if leaf.head and not own and (roles := _product_roles(leaf)) is not None:
             return {re.escape("/".join(keys)): Axes(roles, next(iter(inner.plan.sites)).method)}
     return None
-
-
-def _numbered(keys: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The part of a path that names a layer."""
-    at = next((n for n, key in enumerate(keys) if key[-1:].isdigit()), None)
-    return None if at is None else keys[: at + 1]
 
 
 def _product_roles(leaf: Leaf) -> str | None:

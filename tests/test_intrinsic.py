@@ -110,6 +110,9 @@ def test_a_head_tied_to_the_embedding_and_a_function_that_returns_states_serve_a
 def test_what_can_t_be_measured_is_an_error():
     with pytest.raises(ValueError, match="what comes after the last layer is not to be seen"):
         jlora.intrinsic_dimensions(lambda p, t: jnp.sum(hidden(p, t)[-1]), PARAMS, "layers/q", TOKENS)
+    towers = lambda p, t: loss(p, t) + loss(p, t[:, ::-1])
+    with pytest.raises(ValueError, match="layers/q is used 2 times in one pass, and what goes into the uses can't be"):
+        jlora.intrinsic_dimensions(towers, PARAMS, "layers/q", TOKENS)
     with pytest.raises(ValueError, match="pooling must be one of .* or a function"):
         jlora.intrinsic_dimensions(loss, PARAMS, "layers/q", TOKENS, pooling="max")
     with pytest.raises(ValueError, match="got no batch"):

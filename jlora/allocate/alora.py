@@ -64,7 +64,8 @@ class Round:
     def due(self, step: int) -> bool:
         """Whether a round is made after this many steps."""
         phases = self.phases
-        if phases.steps is None or not max(1, phases.start_steps) <= step <= phases.last:
+        # Not after the last step: new ranks would never be trained.
+        if phases.steps is None or step == phases.steps or not max(1, phases.start_steps) <= step <= phases.last:
             return False
         return (step - phases.start_steps) % phases.interval == 0
 
@@ -103,15 +104,15 @@ def reallocate(
 
     A rank's score is `S(alone) - S(without)`, `S` minus the loss on the batch: with all other ranks switched off, and with it
     alone switched off. The `pruned` ranks with the lowest scores go, fewer where the modules that lose none have no room for
-    so many (`max_rank`). Those get as many new ones, as evenly as possible, the remainder to those with the higher mean score.
-    Where every module lost a rank, none is added, and the total falls, as in the paper. A new rank starts as LoRA's, changes
-    nothing yet, and has no moments.
+    so many (`max_rank`) or every module would lose one. Those that lose none get as many new ones, as evenly as possible, the
+    remainder to those with the higher mean score. So the total stays. (In the paper it falls where every module loses one.) A
+    new rank starts as LoRA's, changes nothing yet, and has no moments.
 
     Compiled once for all rounds with the same `loss` and `tx`: ranks are switched by arrays, one forward pass each for every
     rank alone and without, one after the other. `jlora.run_events` calls this by the method's own schedule.
 
     Args:
-        adapted: what is trained; its trained arrays are donated.
+        adapted: what is trained; its trained arrays are donated, but for those that are also the base's.
         opt_state: the optimizer's state; donated.
         tx: the optimizer.
         loss: `loss(adapted, batch) -> scalar`, traceable, such as the mean loss of `jlora.lift(model.apply)`.
@@ -143,14 +144,16 @@ def _reallocated(
     adapted: Adapted, opt_state: Any, tx: Any, loss: Loss, batch: Any, key: Any, pruned: int | None, sites: Sites
 ) -> tuple[Adapted, Any, jax.Array, jax.Array]:
     """The round, and the modules' numbers of ranks before and after."""
-    given = (adapted.params, opt_state)
-    places = jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.sharding, given)
+    # A method may start from the base's own array, as Full does, and the base must outlive the round.
+    lent = {id(leaf) for leaf in jax.tree.leaves(adapted.base)}
+    given = (jax.tree.map(lambda x: jnp.copy(x) if id(x) in lent else x, adapted.params), opt_state)
+    places = jax.tree.map(lambda x: None if isinstance(x, Tracer) else getattr(x, "sharding", None), given)
     made = _round(*given, adapted.replace(params={}), batch, key, tx, loss, sites, pruned)
     params, opt_state = jax.tree.map(_placed, made[:2], places)
     frozen = adapted.frozen
     for site, gate in zip(sites, made[2]):
         old = paths.lookup(frozen, (*site.keys, "gate"))
-        gate = _placed(gate, None if isinstance(old, Tracer) else old.sharding)
+        gate = _placed(gate, None if isinstance(old, Tracer) else getattr(old, "sharding", None))
         frozen = triplets.put(frozen, (*site.keys, "gate"), gate)
     return adapted.replace(params=params, frozen=frozen), opt_state, *made[3:]
 
@@ -217,7 +220,9 @@ def _scores(score: Callable[[jax.Array], jax.Array], active: jax.Array, most: in
         return score(jnp.where(alone, mask, active & ~mask))
 
     both = jax.lax.map(one, (jnp.tile(first, 2), jnp.arange(2 * len(first)) < len(first)))
-    found = jnp.nan_to_num(both[: len(first)] - both[len(first) :])
+    # What has no number is the worst.
+    found = both[: len(first)] - both[len(first) :]
+    found = jnp.nan_to_num(found, nan=jnp.finfo(found.dtype).min)
     return jnp.where(active, jnp.zeros(active.size, found.dtype).at[first].set(found).reshape(active.shape), 0)
 
 
@@ -245,14 +250,13 @@ def chosen(
 
 
 def _affordable(scores: jax.Array, active: jax.Array, slots: jax.Array, count: jax.Array | int) -> jax.Array:
-    """The largest number of ranks, up to `count`, that the modules which lose none can take; `count` if all lose one."""
+    """The largest number of ranks, up to `count`, that the modules which lose none can take."""
     order = budget.positions(jnp.where(active, scores, jnp.inf).ravel()).reshape(active.shape)
     worst = jnp.min(jnp.where(active, order, active.size), axis=1)
     room = jnp.sum(slots & ~active, axis=1)
     numbers = jnp.arange(active.size + 1)
     taken = jnp.sum(jnp.where(worst[None, :] >= numbers[:, None], room[None, :], 0), axis=1)
-    fitting = jnp.max(jnp.where((taken >= numbers) & (numbers <= count), numbers, 0))
-    return jnp.where(jnp.any(worst >= count), fitting, count)
+    return jnp.max(jnp.where((taken >= numbers) & (numbers <= count), numbers, 0))
 
 
 def _edited(

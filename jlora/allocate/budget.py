@@ -46,6 +46,8 @@ class Phases:
                 f"{name}'s start_steps ({self.start_steps}) and final_steps ({self.final_steps}) leave none of the "
                 f"{self.steps} steps for allocating ranks: make them smaller, or train longer"
             )
+        if self.interval > max(2, self.steps):
+            raise ValueError(f"{name}'s interval ({self.interval}) is longer than the run's {self.steps} steps")
 
     @property
     def last(self) -> int:

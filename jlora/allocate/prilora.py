@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import paths
+from jlora import _compat, paths
 from jlora.allocate import budget, moments, triplets
 from jlora.allocate.triplets import Fields, Triplet
 from jlora.method import Site
@@ -110,7 +110,14 @@ class PRILoRARule:
         return triplets.write(updates, sites, moves, _FIELDS), PruningState(inner, step, norms, kept)
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
-        """The entries that are zero after this step."""
+        """The entries that are zero after this step, which lie as `a` does."""
+        sharding = _compat.explicit_sharding(jax.typeof(a))
+        if sharding is None:
+            return self._now_zero(step, a, norms, kept)
+        automatic: Any = jax.sharding.auto_axes(self._now_zero, out_sharding=sharding.spec)
+        return automatic(step, a, norms, kept)
+
+    def _now_zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
         now = step % self.every == 0
         frozen = ~kept if self.mode == "freeze" else jnp.zeros(a.shape, bool)
         return jax.lax.cond(now, lambda: frozen | ~self._kept(a, norms, frozen), lambda: frozen)

@@ -21,10 +21,9 @@ class ALoRA(Gated):
 
     Every matrix starts with `rank` ranks in use of `r`, its `max_rank`. Between some steps there is a round
     (`jlora.reallocate`): every rank is scored on one held-out batch by the loss with it alone and the loss without it, the
-    `pruned` worst are taken away, and the matrices that lost none get as many. The total stays what it was, but falls, as in
-    the paper, where every matrix lost a rank. Where those that lost none have no room, fewer are taken away. Ranks out of use
-    are zero, and so are their moments. Trains `min(max_rank or 2 * rank, in, out) * (in + out)` values a matrix, of which
-    `rank * (in + out)` are in use on average.
+    `pruned` worst are taken away, and the matrices that lost none get as many. Where those have no room, or every matrix would
+    lose one, fewer are taken away: the total stays. Ranks out of use are zero, and so are their moments. Trains
+    `min(max_rank or 2 * rank, in, out) * (in + out)` values a matrix, of which `rank * (in + out)` are in use on average.
 
     Costs two forward passes a rank on the held-out batch in each round, and nothing in other steps. The training job has
     held-out data; other loops hand it over by `jlora.run_events(adapted, opt_state, tx, key, step, loss, batches)`.
@@ -50,6 +49,7 @@ class ALoRA(Gated):
 
     Reference:
         Liu et al. 2024, arXiv:2403.16187. The scale keeps the first rank, and new ranks start as LoRA's: neither is stated.
+        In the paper the total falls where every matrix loses a rank.
     """
 
     rank: int = 8

@@ -76,6 +76,11 @@ class BeamLoRA(Gated):
             raise ValueError(
                 f"BeamLoRA's interval must be at least 2, for a snapshot at its middle, got {self.interval}"
             )
+        if self.steps is not None and 2 * self.interval > max(4, self.steps):
+            raise ValueError(
+                f"BeamLoRA's interval ({self.interval}) leaves none of the {self.steps} steps for a choice: it needs twice as "
+                "many"
+            )
 
     @property
     def phases(self) -> Phases:

@@ -54,7 +54,9 @@ class GeLoRA(Gated):
     def __post_init__(self) -> None:
         given = () if self.ranks is None else self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
         if (given == () and self.ranks is not None) or any(type(rank) is not int or rank < 1 for rank in given):
-            raise ValueError(f"GeLoRA's ranks must be a positive whole number, or one a layer, got {self.ranks!r}")
+            raise ValueError(
+                f"GeLoRA's ranks must be a positive whole number, or a tuple of one a layer, got {self.ranks!r}"
+            )
         check_hyperparameters(self)
 
     @property

@@ -54,8 +54,8 @@ class RMLoRA(LoRA):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_hyperparameters(self, ("rank", "updated"))
+        super().__post_init__()
         if self.updated > self.rank:
             raise ValueError(f"RMLoRA's updated ({self.updated}) is above its rank ({self.rank})")
 

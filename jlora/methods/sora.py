@@ -92,6 +92,8 @@ class SoRA(Gated):
             )
         if self.first_threshold is not None and self.stages == 1:
             raise ValueError("SoRA's first_threshold is that of the first of several stages: give stages too")
+        if self.first_threshold is None and self.stages > 1:
+            raise ValueError(f"SoRA's {self.stages} stages rise from a first_threshold: give that too, such as 0.0")
         if self.spacing == "log" and not self.thresholds[0] > 0:
             raise ValueError("SoRA's spacing 'log' multiplies thresholds: give a first_threshold above 0")
 

@@ -34,8 +34,8 @@ def in_turns(scores, active, slots, count):
     ranks = [(scores[m, r], m, r) for m, r in zip(*np.nonzero(active))]
     gone = sorted(ranks, key=lambda each: each[0])[:count]
     untouched = lambda: set(range(len(active))) - {m for _, m, _ in gone}
-    while untouched() and sum((slots[m] & ~active[m]).sum() for m in untouched()) < len(gone):
-        gone = gone[:-1]  # no room for so many
+    while sum((slots[m] & ~active[m]).sum() for m in untouched()) < len(gone):
+        gone = gone[:-1]  # no room for so many, or none without a loss
     left = {
         m: [r for r in np.flatnonzero(active[m]) if (m, r) not in [g[1:] for g in gone]] for m in range(len(active))
     }
@@ -73,10 +73,25 @@ def test_eight_ranks_over_three_modules_are_three_three_and_two():
     assert grown.sum(1).tolist() == [2, 3, 3, 0] and kept.sum(1).tolist() == [4, 4, 4, 0]
 
 
-def test_where_every_module_lost_a_rank_none_is_added():
+def test_where_every_module_would_lose_a_rank_fewer_are_pruned():
     active = jnp.arange(3) < jnp.array([[2], [2]])
     kept, grown = chosen(jnp.array([[0.0, 9, 0], [1, 8, 0]]), active, jnp.ones((2, 3), bool), 2)
-    assert kept.sum() == 2 and not grown.any()
+    assert kept.tolist() == [[False, True, False], [True, True, False]]
+    assert grown.tolist() == [[False] * 3, [False, False, True]]
+    single = jnp.ones((3, 1), bool) & jnp.array([True, False])
+    for _ in range(4):
+        kept, grown = chosen(jnp.where(single, jnp.array([[1.0], [2], [3]]), 0), single, jnp.ones((3, 2), bool), 3)
+        single = kept | grown
+    assert single.sum() == 3
+
+
+def test_a_round_leaves_the_base_to_its_owner():
+    params = {"w": jnp.eye(4), "head": jnp.ones((4, 4))}
+    adapted = jlora.adapterize(params, {"w": jlora.ALoRA(2, steps=9, interval=3), "head": jlora.Full()})
+    tx = optax.sgd(0.1)
+    fn = lambda adapted, x: jnp.mean(jlora.lift(lambda p, x: x @ p["w"] @ p["head"])(adapted, x) ** 2)
+    jlora.reallocate(adapted, tx.init(adapted.params), tx, fn, jnp.ones((2, 4)), jax.random.key(0))
+    np.testing.assert_array_equal(params["head"], 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +260,7 @@ def test_rounds_come_by_the_method_s_schedule_on_the_middle_batch():
     tx = jlora.optimizer(adapted, optax.sgd, 0.1)
     state = tx.init(adapted.params)
     key = jax.random.key(0)
+    assert not jlora.ALoRA(2, steps=9, interval=3).event.due(9), "a round after the last step"
     assert jlora.run_events(adapted, state, tx, key, 5) == (adapted, state)
     with pytest.raises(ValueError, match="p: ALoRA scores ranks by a loss on held-out data"):
         jlora.run_events(adapted, state, tx, key, 4)
@@ -260,6 +276,7 @@ def test_what_makes_no_sense_is_refused():
         ({"max_rank": 1}, r"max_rank \(1\) is below the rank that it starts with \(2\)"),
         ({"pruned": 0}, "pruned must be a positive whole number, got 0"),
         ({"steps": 6, "start_steps": 4, "final_steps": 2}, r"leave none of the 6 steps"),
+        ({"steps": 80}, r"interval \(100\) is longer than the run's 80 steps"),
     ]:
         with pytest.raises(ValueError, match=f"ALoRA's .*{message}"):
             jlora.ALoRA(**{"rank": 2, **changes})

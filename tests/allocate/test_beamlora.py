@@ -205,6 +205,7 @@ def test_it_starts_as_lora():
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"rank": 0}, "rank must be a positive whole number, got 0"),
         ({"steps": 4, "final_steps": 4}, r"start_steps \(0\) and final_steps \(4\) leave none of the 4 steps"),
+        ({"steps": 50, "interval": 30}, r"interval \(30\) leaves none of the 50 steps for a choice"),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(changes, message):

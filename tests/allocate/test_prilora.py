@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from contract.problems import jit, normal, weight
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.allocate.prilora import least
@@ -65,6 +67,40 @@ def test_layers_are_counted_by_stacked_axes_and_by_numbers_of_paths():
     assert [found[f"layer_{n}"] for n in (1, 2, 10)] == [2, 3, 11]
     assert found["layers"].tolist() == [[n + 1] * 2 for n in range(12)]
     assert layer_numbers([site for site in sites if site.keys[0] in ("pooler", "embed")])[0] == [0, 1]
+
+
+def test_an_axis_of_experts_inside_numbered_layers_counts_no_layers():
+    params = {f"layers_{n}": {"q": jnp.ones((4, 4)), "experts": jnp.ones((3, 4, 4))} for n in range(2)}
+    spec = {".*/experts": jlora.Axes("batch in out", jlora.LoRA(2)), ".*/q": jlora.LoRA(2)}
+    sites = jlora.adapterize(params, spec).plan.sites
+    numbers, count = layer_numbers(sites)
+    assert count == 2
+    assert {site.path: np.ravel(number).tolist() for site, number in zip(sites, numbers)} == {
+        "layers_0/experts": [0, 0, 0], "layers_0/q": [0], "layers_1/experts": [1, 1, 1], "layers_1/q": [1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["zero", "freeze"])
+def test_pruning_is_the_same_on_a_mesh_with_explicit_axes(mode):
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Explicit,))
+    params = {"w": normal(3, 12, 8)}
+    adapted = jlora.adapterize(params, {"w": jlora.PRILoRA(3, 3, every=2, pruned=2, group=3, mode=mode)})
+    tx = jlora.optimizer(adapted, optax.adam, 0.1)
+
+    def run(p, norms):
+        state = tx.init(p)
+        for _ in range(3):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, p), state, p, inputs={"w": norms})
+            p = optax.apply_updates(p, updates)
+        return p
+
+    alone = jit(run)(adapted.params, jnp.arange(12.0))
+    with jax.set_mesh(mesh):
+        place = lambda leaf, *cut: jax.device_put(leaf, NamedSharding(mesh, P(*cut)))
+        a, b = (adapted.params["w"][name] for name in "ab")
+        there = jit(run)({"w": {"a": place(a, "model"), "b": place(b)}}, place(jnp.arange(12.0), "model"))
+    assert (np.asarray(alone["w"]["a"]) == 0).any() == (mode == "freeze")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *jax.device_get((there, alone)))
 
 
 def test_every_layer_has_its_rank_and_scale_and_padding_never_moves():
@@ -262,6 +298,8 @@ def test_gelora_takes_ranks_for_its_layers():
     with pytest.raises(ValueError, match=r"w, shape \(4, 4\): GeLoRA's ranks come from data: .*intrinsic_dimensions"):
         jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": jlora.GeLoRA()})
     for ranks in (0, (), (1, 0), 2.0):
-        with pytest.raises(ValueError, match="GeLoRA's ranks must be a positive whole number, or one a layer"):
+        with pytest.raises(
+            ValueError, match="GeLoRA's ranks must be a positive whole number, or a tuple of one a layer"
+        ):
             jlora.GeLoRA(ranks)
     assert jlora.method_from_dict(jlora.method_to_dict(method)) == method

@@ -216,6 +216,7 @@ def test_thresholds_rise_by_equal_amounts_or_equal_factors():
             {"spacing": "log", "first_threshold": 0.0, "stages": 2},
             "'log' multiplies thresholds: give a first_threshold",
         ),
+        ({"stages": 7}, "7 stages rise from a first_threshold: give that too"),
         ({"spacing": "cubic"}, "spacing must be 'linear' or 'log', got 'cubic'"),
         ({"stages": 0}, "stages must be a positive whole number, got 0"),
         ({"steps": 4, "final_steps": 4}, r"start_steps \(0\) and final_steps \(4\) leave none of the 4 steps"),
