@@ -295,11 +295,32 @@ def paired(ours: list[float], theirs: list[float], digits: int = 3) -> tuple[str
 
 
 def verdict(found: list[str]) -> str:
-    """What cases that are for sure "above" LoRA, "below" it, or neither, say about the claim that all are above."""
+    """What cases that are for sure "above" LoRA, "below" it, or neither, say about the claim that all are above.
+
+    One interval in forty lies above by chance alone: so "in part" wants more of them than chance gives in 95 of 100 studies.
+    """
     above, below = found.count("above"), found.count("below")
-    word = "reproduced" if above == len(found) else "contradicted" if below > above else "reproduced in part"
-    word = "not reproduced at this scale" if above == below == 0 else word
+    by_chance = [stats.binom.sf(count - 1, len(found), 0.025) > 0.05 for count in (above, below)]
+    if above == len(found):
+        word = "reproduced"
+    elif below > above and not by_chance[1]:
+        word = "contradicted"
+    else:
+        word = "not reproduced at this scale" if by_chance[0] or below >= above else "reproduced in part"
     return f"{word} (above LoRA in {above} of {len(found)} cases, below in {below})"
+
+
+def blind(task: tasks.Task, most: int) -> float:
+    """The score of the commonest label for all of the first `most` test rows."""
+    targets = task.test["targets"][:most]
+    commonest = np.bincount(targets).argmax()
+    return task.score(np.eye(targets.max() + 1)[np.full(len(targets), commonest)], targets)
+
+
+def surely_above(values: list[float], than: float) -> bool:
+    """Whether the 95 % interval of the mean lies above a number."""
+    mean, half = interval(values)
+    return mean - half > than
 
 
 #: The seed on which learning rates are chosen; the runs that are reported have others.
@@ -354,28 +375,31 @@ def best_rate(results: list[Record], **wanted: Any) -> float:
 
 
 def edges(results: list[Record], names: Any, methods: Any) -> str:
-    """A sentence about the methods whose best rate on a task is the highest of its grid."""
-    found = []
+    """A sentence about the methods whose best rate on a task is at an end of its grid."""
+    ends: dict[str, list[str]] = {"highest": [], "lowest": []}
     for method in methods:
         for task in names:
-            grid = [r["settings"]["rate"] for r in select(results, stage="choose", method=method, task=task)]
-            if best_rate(results, method=method, task=task) == max(grid):
-                found.append(f"{method} on {task}")
-    if not found:
-        return "No best rate is the highest of its grid."
-    return f"Best at the highest rate of their grids, so that a wider one could favour them: {', '.join(found)}."
+            if end := _end(results, task=task, method=method):
+                ends[end].append(f"{method} on {task}")
+    if not any(ends.values()):
+        return "Every best rate lies inside its grid."
+    found = "; ".join(f"at the {end} rate {', '.join(cases)}" for end, cases in ends.items() if cases)
+    return f"Best at an end of their grids, so that a wider one could favour them: {found}."
 
 
 def edge_note(results: list[Record], names: list[str], **wanted: Any) -> str:
-    """A sentence that names the tasks on which the runs with these settings were best at the highest rate of their grid."""
-    edges = []
-    for task in names:
-        grid = [r["settings"]["rate"] for r in select(results, stage="choose", task=task, **wanted)]
-        if best_rate(results, task=task, **wanted) == max(grid):
-            edges.append(task)
-    if not edges:
+    """A sentence about the tasks on which the runs with these settings, LoRA's, were best at an end of their grid."""
+    found = [f"the {end} on {task}" for task in names if (end := _end(results, task=task, **wanted))]
+    if not found:
         return "LoRA's best rate lies inside its grid on every task."
-    return f"LoRA's best rate is the highest of its grid on {', '.join(edges)}: a wider grid could only favour LoRA."
+    return f"LoRA's best rate is {', '.join(found)} of its grid: a wider grid could only favour LoRA."
+
+
+def _end(results: list[Record], **wanted: Any) -> str | None:
+    """Which end of its grid the best rate of these runs is at, if it is at one."""
+    grid = [r["settings"]["rate"] for r in select(results, stage="choose", **wanted)]
+    best = best_rate(results, **wanted)
+    return "highest" if best == max(grid) else "lowest" if best == min(grid) else None
 
 
 def select(results: list[Record], **wanted: Any) -> list[Record]:

@@ -8,8 +8,10 @@ a higher rank; RAC-LoRA (Malinovsky et al. 2024, arXiv:2410.08305) converges as 
 rank / n.
 
 Each method, at the best of three learning rates, chosen by the final training loss of one seed, then over other seeds, all with
-the same number of steps. The rate: gradient steps of random sketches on a quadratic with curvature 1 in all directions, where
-the theory is exact, and on one whose curvatures lie between 0.1 and 1, where it is a bound; each against its theory.
+the same number of steps; the learning rate rises anew with each link. ReLoRA is its restarts alone, without the steps of full
+fine-tuning that it begins with. "Nearer to full fine-tuning" is tried where that is above LoRA. The rate: gradient steps of
+random sketches on a quadratic with curvature 1 in all directions, where the theory is exact, and on one whose curvatures lie
+between 0.1 and 1, where it is a bound; each against its theory.
 """
 
 import sys
@@ -28,6 +30,7 @@ import study  # noqa: E402
 import tasks  # noqa: E402
 
 import jlora  # noqa: E402
+from jlora import paths  # noqa: E402
 
 CHAINS = ("COLA", "ReLoRA", "RAC-LoRA", "XGBLoRA")
 METHODS = ("LoRA", *CHAINS, "full")
@@ -76,10 +79,19 @@ def run(cell, options):
     method = method_of(cell["method"], cell["rank"], cell["links"], cell["steps"])
     settings = {name: cell[name] for name in ("rate", "steps", "seed", "batch")}
     adapted, losses, _ = study.fit(task, method, **settings)
-    found = {"losses": losses, "trained": sum(leaf.size for leaf in jax.tree.leaves(adapted.params))}
+    found = {"losses": losses, "trained": trained_values(adapted)}
     if cell["stage"] == "run":
         found |= study.tested(task, adapted, options.judged)
     return found
+
+
+def trained_values(adapted):
+    """The number of values in training at a time: of boosting those of the drawn layers."""
+    total = 0
+    for site in adapted.plan.sites:
+        drawn = paths.lookup(adapted.frozen, site.keys).get("mask", 1.0)
+        total += sum(leaf.size for leaf in paths.lookup(adapted.params, site.keys).values()) * float(jnp.mean(drawn))
+    return round(total)
 
 
 def quadratic(curvature, rank, links):
@@ -143,7 +155,7 @@ def training_lines(results, options, axes, verdicts):
         f"Rank {options.rank}, alpha twice the rank, all linear layers, {options.steps} steps of {options.batch} rows, "
         f"{options.links} links ({2 * options.links} for XGBLoRA, of rank 1 on half of the layers), {options.seeds} seeds; the "
         "best of three rates, chosen on another seed. Means with 95 % intervals. Sentences come in half as many rows. Full: "
-        "all linear layers.",
+        "all linear layers. The learning rate rises over 5 % of the steps in the beginning and after each restart.",
         "",
         "| task | method | trained at a time | rate | final training loss | test loss | test score | score above LoRA |",
         "|---|---|---|---|---|---|---|---|",
@@ -171,16 +183,27 @@ def training_lines(results, options, axes, verdicts):
 
 
 def chain_verdict(task, above):
-    """Which chains are surely above or below LoRA, and where full fine-tuning is."""
-    parts = []
-    for word, holds in (("above", lambda low, high: low > 0), ("below", lambda low, high: high < 0)):
-        names = [f"{name} ({above[name][0]})" for name in CHAINS if holds(*above[name][1:])]
-        if names:
-            parts.append(f"{word} LoRA: {', '.join(names)}")
-    rest = [name for name in CHAINS if above[name][1] <= 0 <= above[name][2]]
-    if rest:
-        parts.append(f"not to be told from LoRA: {', '.join(rest)}")
-    return f"{task}, at equal steps, {'; '.join(parts)}; full fine-tuning is at {above['full'][0]}."
+    """Which chains are surely above or below LoRA, and whether that is nearer to full fine-tuning."""
+    text, low, _ = above["full"]
+    higher = [name for name in CHAINS if above[name][1] > 0]
+    lower = [name for name in CHAINS if above[name][2] < 0]
+    groups = {
+        "above LoRA": higher,
+        "below LoRA": lower,
+        "not to be told from LoRA": [name for name in CHAINS if name not in higher + lower],
+    }
+    parts = [
+        f"{word}: {', '.join(f'{name} ({above[name][0]})' for name in names)}"
+        for word, names in groups.items()
+        if names
+    ]
+    claim = (
+        f"full fine-tuning is above LoRA ({text}), and "
+        f"{'nearer to it than LoRA are ' + ', '.join(higher) if higher else 'no chain is surely nearer to it'}"
+        if low > 0
+        else f"full fine-tuning is not surely above LoRA ({text}), so the claim can't be tried"
+    )
+    return f"{task}, at equal steps: {'; '.join(parts)}; {claim}."
 
 
 def rate_lines(results, options, axis, verdicts):
@@ -209,12 +232,13 @@ def rate_lines(results, options, axis, verdicts):
                 line.set_alpha(0.8)
     axis.set(title=f"RAC-LoRA, n = {SIDE}; dotted: theory", xlabel="link", ylabel="error / error at the start")
     axis.legend(frameon=False, fontsize=8)
-    off = max(abs(measured - wanted) for measured, wanted in exact)
+    # Of the fall, not of what is left: at rank 1 of 16 a factor of 0.95 for 0.9375 would be a fifth less.
+    off = max(abs((1 - measured) / (1 - wanted) - 1) for measured, wanted in exact)
     held = all(measured <= wanted + 1e-6 for measured, wanted in bounded)
     verdicts.append(
-        f"RAC-LoRA's rate rank / n is {'reproduced' if off < 0.02 and held else 'not reproduced'}: where the theory is exact "
-        f"the measured factors are within {off:.4f} of it, and its bound {'holds' if held else 'does not hold'} for uneven "
-        "curvature."
+        f"RAC-LoRA's rate rank / n is {'reproduced' if off < 0.05 and held else 'not reproduced'}: where the theory is exact "
+        f"the measured falls are within {100 * off:.1f} % of it, and its bound {'holds' if held else 'does not hold'} for "
+        "uneven curvature."
     )
     return lines
 
