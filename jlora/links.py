@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from jlora.events import Moment
 from jlora.method import Arrays, Site
 from jlora.methods.chain import Chain, check_pruning
 from jlora.methods.lora import LoRA
-from jlora.renewal import Renewal, renewed
+from jlora.renewal import Renewal, check_state, renewed
 from jlora.weight import Weight
 
 
@@ -48,8 +49,8 @@ def restart(
     tx: optax.GradientTransformation,
     key: jax.Array,
     *,
-    prune: float = 1.0,
-    by: str = "random",
+    prune: float | None = None,
+    by: str | None = None,
     donate: bool = True,
     sites: Sequence[Site] | None = None,
 ) -> tuple[Adapted, Any]:
@@ -57,9 +58,11 @@ def restart(
 
     1. Each adapted leaf of the base becomes its effective weight. For `Chain` the base stays as it is, to the bit, and the
        link's factors go among the finished ones.
-    2. The method's arrays are drawn anew from `key`, frozen ones too, so the output stays what it was.
+    2. The method's arrays are drawn anew from `key`, frozen ones too but for those that leaves share, so the output stays
+       what it was.
     3. The optimizer's moments of these arrays become what they were at the start, and so does the step count that corrects
-       them. The count of a schedule of the learning rate goes on. With `prune` below 1, as in ReLoRA, that share of each
+       them (`jlora.optimizer` has one for each chain, and another one for what never begins anew). The count of a schedule of
+       the learning rate goes on. With `prune` below 1, as in ReLoRA, that share of each
        moment becomes zero, and the counts go on.
 
     Leaves whose methods train values of the weight itself (`Full`, `Rows`) keep them, and their moments. All is one
@@ -70,8 +73,9 @@ def restart(
         opt_state: the optimizer's state.
         tx: the optimizer; the same object every time, since another one is compiled for anew.
         key: random key of the new link: fold the number of the link into one of your own.
-        prune: share of the moments that become zero.
-        by: which of them: "random", one draw for all moments of an array, or the smallest by "magnitude" of each matrix.
+        prune: share of the moments that become zero; by default what a `Chain` says, else all.
+        by: which of them: "random", one draw for all moments of an array, or the smallest by "magnitude" of each matrix; by
+            default what a `Chain` says, else "random".
         donate: whether the memory of `opt_state` and of the folded leaves of the base may be used for the results. Then
             those arrays are gone, also for the `params` that `adapterize` was given: it copies nothing.
         sites: the leaves that begin anew; by default all whose methods can.
@@ -81,7 +85,8 @@ def restart(
 
     Raises:
         ValueError: for a base of 16 bits, to which a small link would be lost; a chain that is full; a method that starts
-            elsewhere than at the base, from data, or follows a schedule of its own; a share or choice out of range.
+            elsewhere than at the base, from data, or follows a schedule of its own; a share or choice out of range, or
+            chains that disagree about them; an optimizer that accumulates gradients, in the middle of that.
         TypeError: for a `Chain` under `jit`, where nobody could see that it is full.
 
     Example:
@@ -93,13 +98,17 @@ def restart(
     Reference:
         Xia et al. 2024, arXiv:2401.04151; Lialin et al. 2023, arXiv:2307.05695.
     """
-    check_pruning(prune, by)
     renewing = tuple(site for site in adapted.plan.sites if site.method.restarts) if sites is None else tuple(sites)
+    renewal = _renewal(renewing, prune, by)
+    check_state(opt_state, renewal)
     leaves = dict(paths.flatten_with_keys(adapted.base)[0])
     _check(adapted, renewing)
+    shared = Counter(map(id, leaves.values()))
     folded = {site.path: leaves[site.keys] for site in renewing if not site.method.kept_fields}
+    # An array that is also another leaf of the base must outlive the program.
+    folded = {path: jnp.copy(leaf) if shared[id(leaf)] > 1 else leaf for path, leaf in folded.items()}
     kept = {site.path: leaves[site.keys] for site in renewing if site.method.kept_fields}
-    link = _Link(renewing, tx, Renewal(float(prune), by))
+    link = _Link(renewing, tx, renewal)
     given = (folded, opt_state, kept, adapted.params, adapted.frozen, _compat.typed_key(key))
     places, form = jax.tree.flatten(
         jax.tree.map(_place, (folded, opt_state, adapted.params, adapted.frozen)), is_leaf=lambda x: x is None
@@ -108,6 +117,24 @@ def restart(
     new = [found.get(site.path, leaves[site.keys]) for site in adapted.plan.sites]
     base = adapted.with_leaves(new) if found else adapted.base
     return adapted.replace(base=base, params=trained, frozen=frozen), opt_state
+
+
+def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Renewal:
+    """What becomes of the moments: as asked for, or as the chains have it.
+
+    Raises:
+        ValueError: for a share or choice out of range, or sites that disagree.
+    """
+    own = {(m.prune, m.by) if isinstance(m := site.method, Chain) else (1.0, "random") for site in sites}
+    if len(own) > 1 and (prune is None or by is None):
+        raise ValueError(
+            f"the methods that begin anew prune moments in different ways, {sorted(own)}: say prune and by, or restart them "
+            "apart by sites"
+        )
+    wanted = next(iter(own), (1.0, "random"))
+    prune, by = wanted[0] if prune is None else prune, wanted[1] if by is None else by
+    check_pruning(prune, by)
+    return Renewal(float(prune), by)
 
 
 def _place(leaf: Any) -> NamedSharding | None:

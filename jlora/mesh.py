@@ -229,10 +229,12 @@ def replicate(tree: Any, leaf: Any) -> Any:
 def complete(tree: Any) -> Any:
     """The tree with every array whole in every process; for what is small, such as adapters.
 
-    Every process must call it. Arrays that are whole already stay as they are.
+    Every process must call it. Arrays that are whole already, and numpy's, stay as they are.
     """
 
-    def one(leaf: jax.Array) -> jax.Array:
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
         if leaf.is_fully_addressable or leaf.is_fully_replicated or not isinstance(leaf.sharding, NamedSharding):
             return leaf
         return jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)

@@ -14,8 +14,6 @@ from jlora.adapted import Adapted
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
 GROUPS = ("a", "b", "vector", "embedding")
-# Marks the groups of what `jlora.restart` leaves alone.
-_KEPT = ", kept"
 
 
 def labels(adapted: Adapted) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def optimizer(
     tree = _with_rates(adapted, labels(adapted))
     used: dict[Hashable, optax.GradientTransformation] = {}
     for label in sorted(set(jax.tree.leaves(tree))):
-        group, _, factor = label.removesuffix(_KEPT).partition(" x ")
+        group, _, factor = label.partition(", ")[0].partition(" x ")
         rate, given = groups[group]
         used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
     return with_rules(adapted, optax.partition(used, tree))
@@ -119,15 +117,20 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     """The tree of groups with the factors of fields that have a rate of their own, as "group x factor".
 
-    Fields that a restart leaves alone have an optimizer of their own: its step count goes on where the others' starts anew.
+    What begins anew at another time, or never, has an optimizer of its own (", link 0", ", kept"): at a restart the step count
+    of the others starts anew with their moments.
     """
+    links: dict[Any, int] = {}
     for site in adapted.plan.sites:
-        fields = paths.lookup(tree, site.keys)
-        for name, factor in site.method.rates(site).items():
+        fields, method = paths.lookup(tree, site.keys), site.method
+        for name, factor in method.rates(site).items():
             if factor != 1:
                 fields[name] = f"{fields[name]} x {factor!r}"
-        if not site.method.restarts:
-            fields |= {name: label + _KEPT for name, label in fields.items()}
+        if not method.restarts:
+            fields |= {name: f"{label}, kept" for name, label in fields.items()}
+        elif method.kept_fields and method.event is not None:
+            number = links.setdefault(method.event, len(links))
+            fields |= {name: f"{label}, link {number}" for name, label in fields.items()}
     return tree
 
 

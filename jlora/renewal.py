@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import optax.contrib
+from jax.core import Tracer
 
 from jlora import paths
 from jlora.method import Site
@@ -41,6 +44,29 @@ class _Mark:
 
 _STAYS, _OTHER = _Mark(-1), _Mark(-2)
 _COUNT = _Mark(0)
+# What optax calls a step count that corrects averages.
+_COUNTS = ("count", "t")
+
+
+def check_state(opt_state: Any, renewal: Renewal) -> None:
+    """Refuses states whose moments can't be renewed.
+
+    Raises:
+        ValueError: for gradients that are being accumulated, and for a share of copies of the trained arrays.
+    """
+    kinds = (optax.MultiStepsState, optax.contrib.ScheduleFreeState)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
+        done = state.mini_step if isinstance(state, optax.MultiStepsState) else 0
+        if not isinstance(done, Tracer) and np.asarray(done):
+            raise ValueError(
+                f"the optimizer is in the middle of accumulating gradients (part {np.asarray(done)} of a step of "
+                "optax.MultiSteps): restart after a whole step"
+            )
+        if isinstance(state, optax.contrib.ScheduleFreeState) and renewal.prune < 1:
+            raise ValueError(
+                "a schedule-free optimizer keeps a copy of the trained arrays in its state, of which no share can become zero: "
+                "restart it with prune=1"
+            )
 
 
 def renewed(
@@ -54,10 +80,11 @@ def renewed(
     """The optimizer's state with the moments of some sites renewed.
 
     A moment is what the optimizer keeps for each trained array (`optax.tree_map_params`). With `prune=1` it becomes what
-    `tx.init` makes of the new arrays, and so does the step count beside it (`count`, the name that optax gives it), by
-    which Adam corrects its averages; a count without moments, a schedule's, goes on. Where moments that stay share the
-    count, it starts anew too: their steps are then shorter for a while, where the new ones' would be too long.
-    `jlora.optimizer` keeps them apart.
+    `tx.init` makes of the new arrays, and so does the step count beside it (`count` or `t`, the names that optax gives it),
+    by which Adam corrects its averages; a count without moments, a schedule's, goes on. Where moments that stay share the
+    count, it starts anew too, and their next steps are of the wrong length: up to twice as long in the first hundred steps of
+    a run, where the averages are still filling up, shorter later. `jlora.optimizer` keeps apart what begins anew at
+    different times.
 
     Args:
         tx: the optimizer.
@@ -104,8 +131,9 @@ def _counted(marks: Any) -> Any:
         return type(marks)(inside)
     node: Any = type(marks)(*inside)
     moments = [each for each in node if isinstance(each, dict)]
-    begins = any(mark.number >= 0 for mark in jax.tree.leaves(moments))
-    return node._replace(count=_COUNT) if begins and getattr(node, "count", None) == _OTHER else node
+    if not any(mark.number >= 0 for mark in jax.tree.leaves(moments)):
+        return node
+    return node._replace(**{name: _COUNT for name in _COUNTS if getattr(node, name, None) == _OTHER})
 
 
 def _pruned(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:

@@ -43,6 +43,8 @@ def test_events_happen_at_their_steps_once_for_all_leaves_that_share_them():
     params = {name: jnp.ones((4, 4)) for name in "uvwx"}
     spec = {"[uv]": Eventful(2), "w": jlora.DoRA(Eventful(2, factor=3.0)), "x": jlora.LoRA(2)}
     adapted = jlora.adapterize(params, spec)
+    params = {name: {**fields, "b": jnp.ones((2, 4))} for name, fields in adapted.params.items()}
+    adapted = adapted.replace(params=params)
     tx = optax.sgd(0.1)
     given = (adapted, tx.init(adapted.params))
     said = []
@@ -53,5 +55,5 @@ def test_events_happen_at_their_steps_once_for_all_leaves_that_share_them():
     assert run(1)[0] is adapted and said == []
     found, _ = run(2)
     assert said == ["['u', 'v'] at 2", "['w'] at 2"]
-    for name, wanted in {"u": 1.0, "v": 1.0, "w": 1.0, "x": 0.0}.items():
+    for name, wanted in {"u": 3.0, "v": 3.0, "w": 4.0, "x": 1.0}.items():
         np.testing.assert_array_equal(found.params[name]["b"], np.full((2, 4), wanted))

@@ -20,6 +20,7 @@ from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
+from jlora.links import unchained
 from jlora.weight import Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -95,6 +96,7 @@ def save_peft(
         raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
         raise ValueError(f"svd_rank must be a positive integer, got {svd_rank!r}")
+    adapted = unchained(adapted)
     slots = resolve(names, paths.flatten_with_keys(adapted.base)[0])
     forms = _forms(adapted, slots, profile, svd_rank)
     out = _written(adapted, forms, slots, profile)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora.around import Around
 from jlora.events import Event
+from jlora.gated import Gated
 from jlora.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import LoRA
 
@@ -36,9 +37,9 @@ class Chain(Around):
             in its own. None: you call `jlora.restart` yourself.
         prune: share of the optimizer's moments that a restart sets to zero; 1 also starts its step count anew.
         by: which of them, if not all: "random", or the smallest by "magnitude".
-        ranks: the rank of each link, at most the inner method's, for chains whose links become smaller; by default all of them.
-            What a link does not use gets no gradient and is not kept, so the finished links take `sum(ranks[:-1])` columns. The
-            scale stays the inner method's.
+        ranks: the rank of each link, at most the inner method's, for chains whose links become smaller; by default all of
+            them. What a link does not use gets no gradient from the loss and is not kept, so the finished links take
+            `sum(ranks[:-1])` columns. The scale stays the inner method's.
 
     With dropout the finished links' input is dropped too, as they are part of the adapter. An inner start that is taken from
     the weight (PiSSA) is taken from the weight with the finished links.
@@ -71,6 +72,11 @@ class Chain(Around):
             )
         if inner.optimizer_rule is not None or inner.event is not None:
             raise TypeError(f"Chain can't begin {inner} anew: it follows a schedule of its own over the whole run")
+        if isinstance(inner, Gated):
+            raise TypeError(f"Chain can't begin {inner} anew: its ranks are given out once, over all layers")
+        if inner.needs or not inner.exact_start:
+            what = "from data" if inner.needs else "elsewhere than at the base"
+            raise TypeError(f"Chain can't begin {inner} anew: it starts {what}")
         if not isinstance(self.links, int) or isinstance(self.links, bool) or self.links < 1:
             raise ValueError(f"Chain's links must be a positive integer, got {self.links!r}")
         if self.ranks is not None:
@@ -84,10 +90,11 @@ class Chain(Around):
         whole = isinstance(ranks, tuple) and all(type(rank) is int and rank >= 1 for rank in ranks)
         if not whole or len(ranks) != self.links:
             raise ValueError(f"Chain's ranks must be {self.links} positive whole numbers, one a link, got {ranks!r}")
-        if getattr(self.inner, "from_weight", False) or most is None or max(ranks) > most:
+        whole_start = getattr(self.inner, "from_weight", False) or getattr(self.inner, "init", None) == "orthogonal"
+        if whole_start or most is None or max(ranks) > most:
             raise ValueError(
-                f"Chain's ranks {ranks!r} must be within the rank of {self.inner}, whose factors must have that rank; those of "
-                "PiSSA and OLoRA have twice as many columns"
+                f"Chain's ranks {ranks!r} must be within the rank of an inner method whose factors have that many columns, "
+                f"one of them zero at the start (no PiSSA, OLoRA or orthogonal start); got {self.inner}"
             )
 
     @property

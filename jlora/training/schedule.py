@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import optax
 
 import jlora
+from jlora.links import LinkEnds
 from jlora.training.settings import Settings
 
 
-def learning_rate(settings: Settings) -> optax.Schedule:
+def learning_rate(settings: Settings, restarts: Sequence[int] = ()) -> optax.Schedule:
     """Linear warm-up from 0, then constant, or falling to 0 at the last step by a line or half a cosine.
 
-    With links of a chain it rises anew at the start of each, over as many steps as the warm-up.
+    It rises anew after each restart, over as many steps as the warm-up.
 
     Args:
         settings: resolved, with steps counted.
+        restarts: the steps after which a chain begins its next link.
     """
     peak, steps, warmup = settings.learning_rate, settings.steps, settings.warmup
     assert peak is not None and steps is not None and warmup is not None
@@ -29,7 +33,13 @@ def learning_rate(settings: Settings) -> optax.Schedule:
     # From peak / warmup, not from 0: a first step with learning rate 0 would do nothing.
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     whole = optax.join_schedules([rise, after], [warmup])
-    return jlora.restart_schedule(whole, jlora.link_ends(settings.links, steps), warmup) if settings.links else whole
+    return jlora.restart_schedule(whole, restarts, warmup)
+
+
+def restarts_of(adapted: jlora.Adapted) -> list[int]:
+    """The steps after which a chain of these adapters begins its next link."""
+    events = {event for site in adapted.plan.sites if isinstance(event := site.method.event, LinkEnds)}
+    return sorted({step for event in events for step in jlora.link_ends(event.links, event.steps)})
 
 
 def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:
@@ -37,7 +47,7 @@ def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.Gradient
     tx = jlora.optimizer(
         adapted,
         optax.adamw,
-        learning_rate=learning_rate(settings),
+        learning_rate=learning_rate(settings, restarts_of(adapted)),
         ratio=settings.lora_plus_ratio,
         weight_decay=settings.weight_decay,
     )

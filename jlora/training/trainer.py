@@ -24,7 +24,7 @@ from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
 from jlora.training.placement import ROWS, on_mesh
 from jlora.training.progress import Progress
-from jlora.training.schedule import learning_rate, make_optimizer
+from jlora.training.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings import Settings
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
@@ -63,7 +63,7 @@ class Trainer:
         self._cuts = jlora.mesh.cuts(self.adapted, set(self.mesh.shape) - set(ROWS))
         self._evaluate = make_evaluation(self.forward, self._cuts)
         self._loss = held_out_loss(self.forward, self._cuts)
-        self._rate = learning_rate(settings)
+        self._rate = learning_rate(settings, restarts_of(self.adapted))
         rows = settings.batch // settings.accumulate
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
         self._batches = self.data.training_batches(settings.batch, settings.seed)

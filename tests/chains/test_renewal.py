@@ -38,13 +38,14 @@ def by_path(state):
         (lambda a: optax.sgd(optax.constant_schedule(0.1), momentum=0.9), set(), {"[1].count"}),
         (lambda a: optax.lion(0.1), {"[0].count"}, set()),
         (lambda a: optax.adafactor(0.1), {"[0].count"}, set()),
+        (lambda a: optax.adan(0.1), {"[0].t"}, set()),
         (
             lambda a: optax.MultiSteps(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), 2),
             {".inner_opt_state.inner_state[0].count"},
             {".inner_opt_state.count", ".gradient_step"},
         ),
     ],
-    ids=["adamw", "sgd", "lion", "adafactor", "multisteps"],
+    ids=["adamw", "sgd", "lion", "adafactor", "adan", "multisteps"],
 )
 def test_moments_of_restarted_leaves_begin_anew_with_their_counts(tx, begin, go_on):
     state, new = map(by_path, anew(tx))

@@ -178,6 +178,60 @@ def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     assert len(traces) == 1 and np.linalg.matrix_rank(change, tol=1e-9) == 6
 
 
+def test_a_restart_prunes_as_the_chain_says_unless_asked_otherwise():
+    chain = jlora.Chain(jlora.LoRA(4), links=3, prune=0.5, by="magnitude")
+    _, adapted, tx, state, _, _ = trained(chain, steps=2)
+
+    def left(**options):
+        found = jlora.restart(adapted, state, tx, KEY, donate=False, **options)[1]
+        adam = next(each.inner_state[0] for group, each in found.inner_states.items() if group.startswith("b"))
+        return float(np.mean(np.asarray(adam.nu["out"]["b"]) != 0)), int(adam.count)
+
+    assert left() == (0.5, 2) and left(prune=1.0) == (0.0, 0) and left(prune=0.75) == (0.25, 2)
+    (plain,) = jlora.adapterize({"out": jnp.eye(8)}, {"out": jlora.LoRA(2)}).plan.sites
+    with pytest.raises(
+        ValueError, match=r"prune moments in different ways, \[\(0.5, 'magnitude'\), \(1.0, 'random'\)\]"
+    ):
+        jlora.restart(adapted, state, tx, KEY, sites=[adapted.plan.sites[-1], plain])
+
+
+def test_each_chain_of_several_has_a_step_count_of_its_own():
+    params = {name: jnp.eye(8) for name in "qv"}
+    spec = {"q": jlora.Chain(jlora.LoRA(2), links=2, steps=4), "v": jlora.Chain(jlora.LoRA(2), links=4, steps=4)}
+    adapted = jlora.adapterize(params, spec, KEY)
+    tx = jlora.optimizer(adapted, optax.adam, 1e-2)
+    state = tx.init(adapted.params)
+    for number in (1, 2):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, adapted.params), state, adapted.params)
+        adapted = adapted.replace(params=optax.apply_updates(adapted.params, updates))
+        adapted, state = jlora.run_events(adapted, state, tx, KEY, number)
+        after = {group: int(masked.inner_state[0].count) for group, masked in state.inner_states.items()}
+        wanted = {1: {"link 0": 1, "link 1": 0}, 2: {"link 0": 0, "link 1": 0}}[number]
+        assert after == {f"{field}, {link}": count for field in "ab" for link, count in wanted.items()}
+
+
+def test_what_is_shared_or_of_numpy_survives_a_restart():
+    w = jax.random.normal(KEY, (8, 8))
+    adapted = jlora.adapterize({"w": w, "tied": w}, {"w": jlora.LoRA(2)}, KEY)
+    tx = optax.sgd(0.1)
+    adapted, _ = jlora.restart(adapted, tx.init(adapted.params), tx, KEY)
+    np.testing.assert_array_equal(adapted.base["tied"], w)  # not deleted
+    chain = jax.device_get(jlora.adapterize({"w": w}, {"w": jlora.Chain(jlora.LoRA(2), links=2)}, KEY))
+    after, _ = jlora.restart(chain, tx.init(chain.params), tx, KEY)
+    assert jlora.compact(chain).params["w"]["a"].shape == (8, 2) and int(after.frozen["w"]["link"]) == 1
+
+
+def test_a_restart_in_the_middle_of_a_step_is_refused():
+    adapted = start(base(), jlora.LoRA(2))
+    for tx, message in (
+        (optax.MultiSteps(optax.adam(0.1), 2), r"in the middle of accumulating gradients \(part 1 of a step"),
+        (optax.contrib.schedule_free_adamw(0.1), "keeps a copy of the trained arrays"),
+    ):
+        _, state = tx.update(adapted.params, tx.init(adapted.params), adapted.params)
+        with pytest.raises(ValueError, match=message):
+            jlora.restart(adapted, state, tx, KEY, prune=0.5)
+
+
 def test_fifty_small_links_on_a_16_bit_base_add_up_and_would_be_lost_in_it():
     links, size = 50, 1e-4
     params = {"w": base()["out"].astype(jnp.bfloat16)}
@@ -256,6 +310,12 @@ def test_a_chain_refuses_what_it_cannot_hold():
         jlora.adapterize({"w": jnp.ones((8, 8))}, {"w": jlora.Chain(jlora.DoRA(jlora.LoRA(2)))})
     with pytest.raises(TypeError, match=r"can't begin AdaLoRA\(.*\) anew"):
         jlora.Chain(jlora.AdaLoRA(4, 2, steps=10))
+    with pytest.raises(TypeError, match=r"can't begin GeLoRA\(.*\) anew: its ranks are given out once"):
+        jlora.Chain(jlora.GeLoRA((1, 2)))
+    with pytest.raises(TypeError, match=r"can't begin LoRA\(.*\) anew: it starts elsewhere than at the base"):
+        jlora.Chain(jlora.LoRA(2, init="random"))
+    with pytest.raises(TypeError, match=r"can't begin DeepLoRA\(.*\) anew: it starts from data"):
+        jlora.Chain(jlora.DeepLoRA(compressed=True))
     with pytest.raises(TypeError, match=r"DoRA can't go around Chain"):
         jlora.DoRA(jlora.Chain(jlora.LoRA(2)))
     with pytest.raises(ValueError, match=r"links must be a positive integer, got 0"):
@@ -265,8 +325,8 @@ def test_a_chain_refuses_what_it_cannot_hold():
     for ranks in ((2, 1), (2, 0, 1), [2, 1, 1]):
         with pytest.raises(ValueError, match=r"ranks must be 3 positive whole numbers, one a link, got"):
             jlora.Chain(jlora.LoRA(2), links=3, ranks=ranks)
-    for inner in (jlora.LoRA(1), jlora.LoRA(2, init="pissa")):
-        with pytest.raises(ValueError, match=r"ranks \(2, 1\) must be within the rank of LoRA\(.*\), whose factors"):
+    for inner in (jlora.LoRA(1), jlora.LoRA(2, init="pissa"), jlora.LoRA(2, init="orthogonal")):
+        with pytest.raises(ValueError, match=r"ranks \(2, 1\) must be within the rank of .* got LoRA\("):
             jlora.Chain(inner, links=2, ranks=(2, 1))
 
 

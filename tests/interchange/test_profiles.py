@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -54,6 +55,19 @@ def test_for_servers_ranks_are_padded_and_scales_are_in_b(tmp_path):
     assert "vLLM needs --max-lora-rank 8 or more" in str(report)
     again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jlora.merge(again), jlora.merge(adapted))
+
+
+def test_a_chain_ships_with_the_links_that_it_has(tmp_path):
+    adapted = moved(jlora.adapterize(PARAMS, {"up/kernel": jlora.Chain(jlora.LoRA(3), links=3, ranks=(3, 2, 1))}))
+    tx = optax.sgd(0.1)
+    for done, rank in enumerate((3, 5, 6)):
+        jlora.save_peft(tmp_path / str(done), adapted, NAMES)
+        config, tensors = saved(tmp_path / str(done))
+        assert config["r"] == rank and tensors["base_model.model.up.lora_A.weight"].shape == (rank, 10)
+        again = jlora.load_peft(tmp_path / str(done), PARAMS, NAMES)
+        np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-5)
+        if done < 2:
+            adapted = moved(jlora.restart(adapted, tx.init(adapted.params), tx, jax.random.key(done))[0])
 
 
 REFUSED = {

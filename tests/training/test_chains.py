@@ -1,13 +1,14 @@
 """Chains in the job: links of equal shares of the run, a rate that rises anew, and a stop right after a restart."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
-from jlora.training.schedule import learning_rate
+from jlora.training.schedule import learning_rate, restarts_of
 from jlora.training.selection import make_spec
 from jlora.training.settings import CHAINS, Settings
 
@@ -35,8 +36,10 @@ def test_links_that_do_not_fit_are_refused():
 
 
 def test_the_learning_rate_rises_anew_with_each_link():
-    settings = Settings(method="relora", schedule="constant", learning_rate=1.0, warmup=2, steps=12, links=3)
-    rates = [float(learning_rate(settings)(step)) for step in range(12)]
+    settings = Settings(schedule="constant", learning_rate=1.0, warmup=2, steps=12)
+    spec = {"w": jlora.Chain(jlora.LoRA(2), links=3, steps=12)}  # of --method, or of a [spec] table
+    restarts = restarts_of(jlora.adapterize({"w": jnp.eye(8)}, spec))
+    rates = [float(learning_rate(settings, restarts)(step)) for step in range(12)]
     np.testing.assert_allclose(rates, [0.5, 1, 1, 1] * 3)
 
 
