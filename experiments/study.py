@@ -376,23 +376,29 @@ def best_rate(results: list[Record], **wanted: Any) -> float:
 
 def edges(results: list[Record], names: Any, methods: Any) -> str:
     """A sentence about the methods whose best rate on a task is at an end of its grid."""
-    ends: dict[str, list[str]] = {"highest": [], "lowest": []}
-    for method in methods:
-        for task in names:
-            if end := _end(results, task=task, method=method):
-                ends[end].append(f"{method} on {task}")
-    if not any(ends.values()):
+    found = _at_ends(results, {f"{m} on {task}": {"method": m, "task": task} for m in methods for task in names})
+    if not found:
         return "Every best rate lies inside its grid."
-    found = "; ".join(f"at the {end} rate {', '.join(cases)}" for end, cases in ends.items() if cases)
-    return f"Best at an end of their grids, so that a wider one could favour them: {found}."
+    cases = "; ".join(f"at the {end} rate {', '.join(labels)}" for end, labels in found.items())
+    return f"Best at an end of their grids, so that a wider one could favour them: {cases}."
 
 
 def edge_note(results: list[Record], names: list[str], **wanted: Any) -> str:
     """A sentence about the tasks on which the runs with these settings, LoRA's, were best at an end of their grid."""
-    found = [f"the {end} on {task}" for task in names if (end := _end(results, task=task, **wanted))]
+    found = _at_ends(results, {task: {**wanted, "task": task} for task in names})
     if not found:
         return "LoRA's best rate lies inside its grid on every task."
-    return f"LoRA's best rate is {', '.join(found)} of its grid: a wider grid could only favour LoRA."
+    cases = " and ".join(f"the {end} of its grid on {', '.join(labels)}" for end, labels in found.items())
+    return f"LoRA's best rate is {cases}: a wider grid could only favour LoRA."
+
+
+def _at_ends(results: list[Record], cases: dict[str, Record]) -> dict[str, list[str]]:
+    """For the ends of grids, "highest" and "lowest", the labels of the runs that are best there."""
+    found: dict[str, list[str]] = {}
+    for label, wanted in cases.items():
+        if end := _end(results, **wanted):
+            found.setdefault(end, []).append(label)
+    return found
 
 
 def _end(results: list[Record], **wanted: Any) -> str | None:
