@@ -12,7 +12,7 @@ from jlora.allocate import orthogonality, triplets
 
 BASE = {"p": weight(0, 8, 6), "stack": weight(1, 2, 6, 8), "head": jnp.zeros(3)}
 PHASES = {"steps": 9, "orthogonality": 0.3}
-METHODS = {"AdaLoRA": jlora.AdaLoRA(3, 2, **PHASES), "ElaLoRA": jlora.ElaLoRA(2, max_rank=4, **PHASES)}
+METHODS = {"AdaLoRA": jlora.AdaLoRA(3, 2, **PHASES), "ElaLoRA": jlora.ElaLoRA(2, max_rank=4, interval=3, **PHASES)}
 
 
 def adapted(method):
