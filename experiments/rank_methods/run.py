@@ -81,7 +81,7 @@ def report(results, options):
         f"Claims: each method is above LoRA with as many ranks. All linear layers, alpha 16, {options.steps} steps of "
         f"{options.batch // 2} rows, {options.seeds} seeds, {options.judged} test rows at most. Scores: accuracy, on CoLA "
         "Matthews' correlation. Means with 95 % intervals; differences to LoRA, of scores and of the test loss, are paired by "
-        "seed.",
+        "seed. Pairs of RTE are cut at 64 tokens.",
     ]
     found = {method: {"score": [], "loss": []} for method in METHODS[1:]}
     unlearned = []
