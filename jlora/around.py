@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -88,3 +89,13 @@ class Around(Method):
     def rates(self, site: Site) -> dict[str, float]:
         """As the inner method."""
         return self.inner.rates(site)
+
+
+def innermost(method: Method) -> Any:
+    """The method inside all those that are around it, or itself."""
+    return innermost(method.inner) if isinstance(method, Around) else method
+
+
+def with_innermost(method: Method, new: Method) -> Method:
+    """The same methods around another innermost one."""
+    return replace(method, inner=with_innermost(method.inner, new)) if isinstance(method, Around) else new

@@ -20,7 +20,7 @@ from jlora.allocate import budget, history, moments, triplets
 from jlora.allocate.budget import Phases
 from jlora.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
 from jlora.allocate.triplets import Fields, Triplet
-from jlora.around import Around
+from jlora.around import innermost
 from jlora.events import Loss, Moment
 from jlora.method import Site
 
@@ -188,12 +188,7 @@ def _in_use(gate: jax.Array) -> jax.Array:
 
 def _most(sites: Sites) -> int:
     """The ranks at the start of a run, of which there are never more."""
-    return sum(_alora(site.method).rank * math.prod(site.batch_shape) for site in sites)
-
-
-def _alora(method: Any) -> Any:
-    """The ALoRA that a method is, or has inside."""
-    return _alora(method.inner) if isinstance(method, Around) else method
+    return sum(innermost(site.method).rank * math.prod(site.batch_shape) for site in sites)
 
 
 def _switched(
@@ -267,7 +262,7 @@ def _edited(
     factors = triplets.read(adapted.params, sites, _FIELDS)
     news, forget = [], []
     for site, factor, keep, new in zip(sites, factors, kept, grown, strict=True):
-        plain = dataclasses.replace(site, method=_alora(site.method).plain(new.shape[-1]))
+        plain = dataclasses.replace(site, method=innermost(site.method).plain(new.shape[-1]))
         fresh = start_of(plain, leaves[site.keys], key).params
         along, used = triplets.along_rank(new), triplets.along_rank(keep)
         a = jnp.where(along.a, fresh["a"], jnp.where(used.a, factor.a, 0))

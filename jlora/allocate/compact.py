@@ -13,10 +13,10 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.adapted import SHARED, Adapted, Plan
 from jlora.allocate import triplets
-from jlora.around import Around
+from jlora.around import innermost, with_innermost
 from jlora.gated import Gated
 from jlora.links import unchained
-from jlora.method import Arrays, Method
+from jlora.method import Arrays
 from jlora.methods.lora import LoRA
 
 
@@ -38,14 +38,14 @@ def compact(adapted: Adapted) -> Adapted:
     params, sites = adapted.params, []
     frozen: dict[str, Any] = {SHARED: adapted.frozen[SHARED]} if SHARED in adapted.frozen else {}
     for site in adapted.plan.sites:
-        inner, constant = _inner(site.method), paths.lookup(adapted.frozen, site.keys)
-        if inner is not None:
+        inner, constant = innermost(site.method), paths.lookup(adapted.frozen, site.keys)
+        if isinstance(inner, Gated):
             trained = paths.lookup(params, site.keys)
             fields, rank = _fields(trained["a"], inner.gates({**constant, **trained}), trained["b"])
             params = triplets.put(params, site.keys, {**_others(trained, inner), **fields})
             constant = _others(constant, inner)
-            plain = LoRA(rank=rank, alpha=inner.scale * rank, dropout=inner.dropout)
-            site = dataclasses.replace(site, method=_swapped(site.method, plain))
+            plain = LoRA(rank=rank, alpha=inner.scale * rank, dropout=inner.dropout)  # type: ignore[attr-defined]
+            site = dataclasses.replace(site, method=with_innermost(site.method, plain))
         sites.append(site)
         if constant:
             paths.insert(frozen, site.keys, constant)
@@ -56,7 +56,7 @@ def open_gates(adapted: Adapted) -> dict[str, int]:
     """The number of gates that are not zero, by module, of the methods that have gates."""
     found: dict[str, int] = {}
     for site in adapted.plan.sites:
-        if (inner := _inner(site.method)) is not None:
+        if isinstance(inner := innermost(site.method), Gated):
             fields = {**paths.lookup(adapted.frozen, site.keys), **paths.lookup(adapted.params, site.keys)}
             numbers = (np.asarray(jax.device_get(inner.gates(fields))) != 0).sum(-1)
             found |= dict(zip(triplets.names([site]), map(int, numbers.ravel()), strict=True))
@@ -66,20 +66,6 @@ def open_gates(adapted: Adapted) -> dict[str, int]:
 def _others(fields: Arrays, inner: Gated) -> Arrays:
     """The arrays that are not the inner method's."""
     return {name: value for name, value in fields.items() if name not in inner.axes}
-
-
-def _inner(method: Method) -> Any:
-    """The method with gates that a method is or has inside, if any."""
-    if isinstance(method, Around):
-        return _inner(method.inner)
-    return method if isinstance(method, Gated) else None
-
-
-def _swapped(method: Method, plain: LoRA) -> Method:
-    """A method with another one in the place of the one with gates."""
-    if isinstance(method, Around):
-        return dataclasses.replace(method, inner=_swapped(method.inner, plain))
-    return plain
 
 
 def _fields(a: jax.Array, gates: jax.Array, b: jax.Array) -> tuple[dict[str, jax.Array], int]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
+from jlora.around import innermost, with_innermost
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.pipeline import collate, padded_length
@@ -36,9 +37,9 @@ def with_ranks(
     from `ranks_of`): measured again, on another machine or mesh, they might come out otherwise.
     """
     budget = settings.rank if settings.method == "gelora" and not settings.spec else None
-    waiting = [method for method in spec.values() if isinstance(method, jlora.GeLoRA)]
+    waiting = [method for method in spec.values() if isinstance(innermost(method), jlora.GeLoRA)]
     if budget is None:
-        waiting = [method for method in waiting if method.ranks is None]
+        waiting = [method for method in waiting if innermost(method).ranks is None]
     for method in dict.fromkeys(waiting):
         own = {pattern: each if each == method else None for pattern, each in spec.items()}
         watched = jlora.watch(subject.params, own, sites)
@@ -53,7 +54,7 @@ def with_ranks(
             most = min(min(site.in_size, site.out_size) for site in watched.plan.sites)
             ranks = jlora.gelora_ranks(found, budget, most)
         spec = {
-            pattern: dataclasses.replace(each, ranks=ranks) if each == method else each
+            pattern: with_innermost(each, dataclasses.replace(innermost(each), ranks=ranks)) if each == method else each
             for pattern, each in spec.items()
         }
     return spec
@@ -61,7 +62,7 @@ def with_ranks(
 
 def ranks_of(adapted: jlora.Adapted) -> dict[str, list[int]]:
     """GeLoRA's ranks by the path of each leaf, for the settings that a run is resumed with."""
-    methods = {site.path: site.method for site in adapted.plan.sites}
+    methods = {site.path: innermost(site.method) for site in adapted.plan.sites}
     return {p: list(m.ranks) for p, m in methods.items() if isinstance(m, jlora.GeLoRA) and isinstance(m.ranks, tuple)}
 
 

@@ -49,10 +49,14 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and
 @pytest.mark.long
 def test_a_table_without_ranks_takes_those_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "_ROWS", 16)
-    spec = {".*/q_proj/kernel": {"method": "GeLoRA", "alpha": 4}, ".*/v_proj/kernel": {"method": "LoRA", "rank": 2}}
+    gelora = {"method": "GeLoRA", "alpha": 4}
+    spec = {
+        ".*/q_proj/kernel": {"method": "DoRA", "inner": gelora},
+        ".*/v_proj/kernel": {"method": "LoRA", "rank": 2},
+    }
     settings = dataclasses.replace(SETTINGS, steps=2, rank=None, targets=None, spec=spec, out=str(tmp_path / "run"))
     methods = {site.path: site.method for site in finetune(settings, silent).adapted.plan.sites}
-    gelora = next(method for path, method in methods.items() if "q_proj" in path)
+    gelora = next(method.inner for path, method in methods.items() if "q_proj" in path)
     assert isinstance(gelora.ranks, tuple) and len(gelora.ranks) == 5 and min(gelora.ranks) >= 1 and gelora.alpha == 4
     assert jlora.LoRA(2) in methods.values()
 
