@@ -74,8 +74,8 @@ def restart(
         tx: the optimizer; the same object every time, since another one is compiled for anew.
         key: random key of the new link: fold the number of the link into one of your own.
         prune: share of the moments that become zero; by default what a `Chain` says, else all.
-        by: which of them: "random", one draw for all moments of an array, or the smallest by "magnitude" of each matrix; by
-            default what a `Chain` says, else "random".
+        by: which of them: at "random", or the smallest of each matrix by "magnitude" of the array's first moment (Adam's mean).
+            One choice serves all moments of an array. By default what a `Chain` says, else "random".
         donate: whether the memory of `opt_state` and of the folded leaves of the base may be used for the results. Then
             those arrays are gone, also for the `params` that `adapterize` was given: it copies nothing.
         sites: the leaves that begin anew; by default all whose methods can.

@@ -105,9 +105,18 @@ def renewed(
     if renewal.prune == 1:
         fresh = tx.init(params)
         return jax.tree.map(lambda mark, old, new: new if mark.number >= 0 else old, _counted(marks), opt_state, fresh)
-    return jax.tree.map(
-        lambda mark, old: _pruned(mark, old, renewal, key) if mark.number >= 0 else old, marks, opt_state
-    )
+    masks: dict[Any, jax.Array] = {}
+
+    def pruned(mark: _Mark, moment: jax.Array) -> jax.Array:
+        if mark.number < 0:
+            return moment
+        # The first moment of an array decides for all: a mean that is kept without its square makes a step without bound.
+        place = (mark.number, moment.shape)
+        if place not in masks:
+            masks[place] = _kept(mark, moment, renewal, key)
+        return jnp.where(masks[place], moment, jnp.zeros_like(moment))
+
+    return jax.tree.map(pruned, marks, opt_state)
 
 
 def _marks(params: Any, sites: tuple[Site, ...]) -> Any:
@@ -136,13 +145,11 @@ def _counted(marks: Any) -> Any:
     return node._replace(**{name: _COUNT for name in _COUNTS if getattr(node, name, None) == _OTHER})
 
 
-def _pruned(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:
-    """A moment with a share of its entries set to zero, matrix by matrix."""
+def _kept(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:
+    """A mask of the entries of a moment that are kept, matrix by matrix."""
     if renewal.by == "random":
-        keep = jax.random.bernoulli(jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)
-        return jnp.where(keep, moment, jnp.zeros_like(moment))
+        return jax.random.bernoulli(jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)
     rows = jnp.abs(moment).reshape(*moment.shape[: mark.batch], -1)
     # By places, not by a threshold: of equal entries the first are kept, and the number is exact.
     place = jnp.argsort(jnp.argsort(-rows, axis=-1, stable=True), axis=-1)
-    keep = place < round((1 - renewal.prune) * rows.shape[-1])
-    return jnp.where(keep.reshape(moment.shape), moment, jnp.zeros_like(moment))
+    return (place < round((1 - renewal.prune) * rows.shape[-1])).reshape(moment.shape)

@@ -36,7 +36,7 @@ class Chain(Around):
         steps: optimizer steps of the whole run, cut into links of one length by `jlora.run_events`; the training job fills
             in its own. None: you call `jlora.restart` yourself.
         prune: share of the optimizer's moments that a restart sets to zero; 1 also starts its step count anew.
-        by: which of them, if not all: "random", or the smallest by "magnitude".
+        by: which of them, if not all: "random", or the smallest by "magnitude" of the first moment.
         ranks: the rank of each link, at most the inner method's, for chains whose links become smaller; by default all of
             them. What a link does not use gets no gradient from the loss and is not kept, so the finished links take
             `sum(ranks[:-1])` columns. The scale stays the inner method's.
