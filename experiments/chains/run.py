@@ -7,7 +7,7 @@ The claims: COLA (Xia et al. 2024, arXiv:2401.04151), ReLoRA (Lialin et al. 2023
 a higher rank; RAC-LoRA (Malinovsky et al. 2024, arXiv:2410.08305) converges as full gradient descent does, at a rate lower by
 rank / n.
 
-Each method, at the best of three learning rates, chosen by the final training loss of one seed, then over other seeds, all with
+Each method, at the best of four learning rates, chosen by the final training loss of one seed, then over other seeds, all with
 the same number of steps; the learning rate rises anew with each link. ReLoRA is its restarts alone, without the steps of full
 fine-tuning that it begins with. "Nearer to full fine-tuning" is tried where that is above LoRA. The rate: gradient steps of
 random sketches on a quadratic with curvature 1 in all directions, where the theory is exact, and on one whose curvatures lie
@@ -34,7 +34,7 @@ from jlora import paths  # noqa: E402
 
 CHAINS = ("COLA", "ReLoRA", "RAC-LoRA", "XGBLoRA")
 METHODS = ("LoRA", *CHAINS, "full")
-#: The lowest of three rates, each twice the one before. Full fine-tuning takes smaller steps.
+#: The lowest of four rates, each twice the one before. Full fine-tuning takes smaller steps.
 RATES = {"sst2": 1e-3, "e2e": 1e-2}
 FULL = {"sst2": 1e-4, "e2e": 1e-3}
 SIDE, DRAWS = 16, 64  # of the quadratic's matrix; independent chains
@@ -55,12 +55,12 @@ def method_of(name, rank, links, steps):
 
 
 def rates(task, name):
-    """Three learning rates."""
+    """Four learning rates."""
     low = FULL[task] if name == "full" else RATES[task]
     if name == "ReLoRA":
         # After a restart its steps are up to six times the rate: most averages are empty, and the step count is not.
-        low /= 8
-    return [low, 2 * low, 4 * low]
+        low /= 4
+    return [low, 2 * low, 4 * low, 8 * low]
 
 
 def plan(results, options):
@@ -157,7 +157,7 @@ def training_lines(results, options, axes, verdicts):
     lines = [
         f"Rank {options.rank}, alpha twice the rank, all linear layers, {options.steps} steps of {options.batch} rows, "
         f"{options.links} links ({2 * options.links} for XGBLoRA, of rank 1 on half of the layers), {options.seeds} seeds; the "
-        "best of three rates, chosen on another seed. Means with 95 % intervals. Sentences come in half as many rows. Full: "
+        "best of four rates, chosen on another seed. Means with 95 % intervals. Sentences come in half as many rows. Full: "
         "all linear layers. The learning rate rises over 5 % of the steps in the beginning and after each restart.",
         "",
         "| task | method | trained at a time | rate | final training loss | test loss | test score | score above LoRA |",
