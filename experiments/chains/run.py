@@ -57,9 +57,6 @@ def method_of(name, rank, links, steps):
 def rates(task, name):
     """Four learning rates."""
     low = FULL[task] if name == "full" else RATES[task]
-    if name == "ReLoRA":
-        # After a restart its steps are up to six times the rate: most averages are empty, and the step count is not.
-        low /= 4
     return [low, 2 * low, 4 * low, 8 * low]
 
 
