@@ -24,8 +24,8 @@ class Chain(Around):
     and `past_b [(links - 1) * r, out]`, constants that start as zeros, and draws a new one. So a sequence of small adapters
     becomes an update of rank `links * r`, the base's bits never change, and no link is rounded away, whatever the base's
     dtype. Trains `count(inner)` values a matrix. Costs memory and products for `links * r` ranks from the first step, since
-    shapes are fixed, and no optimizer memory for finished links. It is saved as it is, and ships as plain LoRA of rank
-    `links * r` (`compact`, `save_peft`).
+    shapes are fixed, and no optimizer memory for finished links. It is saved as it is, and ships as plain LoRA of the links
+    that it has by then (`compact`, `save_peft`).
 
     COLA is `Chain(LoRA(...))`, RAC-LoRA `Chain(RACLoRA(...))`, boosting `Chain(XGBLoRA(...))`, and ReLoRA
     `Chain(LoRA(...), prune=0.99)` with `jlora.restart_schedule`. Without Chain, `restart` adds each link to the base.
@@ -45,7 +45,7 @@ class Chain(Around):
     the weight (PiSSA) is taken from the weight with the finished links.
 
     Raises:
-        TypeError: for an inner method that is no low-rank sum, or keeps constants that leaves share.
+        TypeError: for an inner method that is no low-rank sum, keeps constants that leaves share, or can't begin anew.
         ValueError: for links, ranks, steps, prune or by out of range.
 
     Example:

@@ -39,7 +39,7 @@ class SoRA(Gated):
         rank: ranks of every matrix at the start.
         alpha: numerator of the scale, which never changes.
         threshold: what a step takes from every gate; with stages that of the last.
-        first_threshold: of the first stage; None: as `threshold`.
+        first_threshold: of the first stage, where there are several.
         stages: number of equally long stages between `start_steps` and `steps - final_steps`.
         spacing: how thresholds rise from stage to stage: "linear", by equal amounts, or "log", by equal factors.
         l1: weight of the mean of `|g|` over all gates, whose gradient is added to yours; the reference's `sparse_lambda`.

@@ -90,8 +90,19 @@ def test_a_round_leaves_the_base_to_its_owner():
     adapted = jlora.adapterize(params, {"w": jlora.ALoRA(2, steps=9, interval=3), "head": jlora.Full()})
     tx = optax.sgd(0.1)
     fn = lambda adapted, x: jnp.mean(jlora.lift(lambda p, x: x @ p["w"] @ p["head"])(adapted, x) ** 2)
+    # As a restored checkpoint may be; of copies, since a view on the host would keep the base's array from being donated.
+    held = jax.device_get(jax.tree.map(jnp.copy, adapted))
     jlora.reallocate(adapted, tx.init(adapted.params), tx, fn, jnp.ones((2, 4)), jax.random.key(0))
     np.testing.assert_array_equal(params["head"], 1.0)
+    moved, _ = jlora.reallocate(held, tx.init(held.params), tx, fn, jnp.ones((2, 4)), jax.random.key(0))
+    assert moved.frozen["w"]["gate"].sum() == 2
+
+
+def test_a_rank_whose_score_is_no_number_is_the_worst():
+    active = jnp.ones((2, 2), bool)
+    alone = lambda table: jnp.where(jnp.array_equal(table, jnp.eye(4, dtype=bool)[2].reshape(2, 2)), jnp.nan, -1.0)
+    found = alora._scores(alone, active, 4)
+    assert np.isfinite(found).all() and int(jnp.argmin(found)) == 2 and int(jnp.sum(found < 0)) == 1
 
 
 @pytest.fixture(scope="module")

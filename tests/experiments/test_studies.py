@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jlora.models import Bert, BertConfig
@@ -75,6 +76,58 @@ def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
     assert again[:-1] == written[:-1]
     first, second = ({**json.loads(lines[-1]), "seconds": 0} for lines in (written, again))
     assert first == second, "a run that was done again came out otherwise"
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "cases", "word"),
+    [
+        (3, 0, 3, "reproduced "),
+        (1, 0, 3, "not reproduced"),  # one interval of three lies above by chance in 7 of 100 studies
+        (2, 0, 6, "reproduced in part"),
+        (2, 2, 9, "not reproduced"),
+        (0, 1, 3, "not reproduced"),
+        (1, 3, 9, "contradicted"),
+    ],
+)
+def test_a_verdict_reckons_with_chance(above, below, cases, word):
+    study = study_of("rank_methods").study
+    found = ["above"] * above + ["below"] * below + ["between"] * (cases - above - below)
+    assert study.verdict(found).startswith(word)
+
+
+def test_both_ends_of_a_grid_are_named():
+    study = study_of("rank_methods").study
+    best = {"LoRA": 1, "SoRA": 2, "ALoRA": 3}
+    results = [
+        {
+            "settings": {"stage": "choose", "task": "t", "method": m, "rate": rate, "seed": 0},
+            "losses": [abs(rate - own)],
+        }
+        for m, own in best.items()
+        for rate in (1, 2, 3)
+    ]
+    said = study.edges(results, ["t"], best)
+    assert said.endswith("at the lowest rate LoRA on t; at the highest rate ALoRA on t.")
+    assert study.edges(results, ["t"], ["SoRA"]) == "Every best rate lies inside its grid."
+    assert "the lowest of its grid on t" in study.edge_note(results, ["t"], method="LoRA")
+
+
+def test_a_chain_is_nearer_to_full_fine_tuning_only_where_that_is_above():
+    verdict = study_of("chains").chain_verdict
+    sides = {"above": ("+", 0.1, 0.3), "below": ("-", -0.3, -0.1), "between": ("0", -0.1, 0.1)}
+    others = dict.fromkeys(("ReLoRA", "RAC-LoRA", "XGBLoRA"), sides["between"])
+    of = lambda full, cola: {**others, "COLA": sides[cola], "full": sides[full]}
+    assert verdict("t", of("above", "above")).endswith("nearer to it than LoRA are COLA.")
+    assert verdict("t", of("above", "between")).endswith("no chain is surely nearer to it.")
+    assert verdict("t", of("below", "above")).endswith("so the claim can't be tried.")
+
+
+def test_a_task_of_uneven_classes_is_scored_by_matthews_correlation():
+    module = study_of("rank_methods")
+    task = module.tasks.Task("cola", "detect", None, {}, {"targets": np.array([1, 1, 1, 0, 0])}, None)
+    assert module.study.blind(task, 5) == 0.0
+    outputs = np.eye(2)[[1, 1, 0, 0, 1]]  # 2 hits, 1 false alarm, 1 miss, 1 right rejection
+    assert task.score(outputs, task.test["targets"]) == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/run.py")), ids=lambda path: path.parent.name)
