@@ -147,7 +147,7 @@ def custom_derivative(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     if walk.readings is None:
         return None
     jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
-    return walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+    return walk.evaluate(jaxpr, consts, list(values))
 
 
 @rule("shard_map")

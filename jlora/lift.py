@@ -11,6 +11,8 @@ import jax
 from jlora import (
     _compat,
     control,  # noqa: F401  (registers its rules)
+    origins,
+    probing,  # noqa: F401  (registers its rules)
     products,  # noqa: F401  (registers its rules)
     rules,  # noqa: F401  (registers its rules)
     shared,
@@ -124,6 +126,8 @@ def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_re
     shapes = [jax.typeof(value.array) for value in values]
     closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
     jaxpr, consts = _compat.open_jaxpr(closed)
+    if walk.readings is not None:
+        walk.origins = origins.find(jaxpr, consts, [value.name for value in values])
     outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
     if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
         raise ValueError(

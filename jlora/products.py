@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import contraction, sparse
+from jlora import contraction, lookup, sparse
 from jlora import weight as weights
 from jlora.method import Factors
-from jlora.walk import Reading, Walk, bind, rule
+from jlora.walk import Walk, bind, rule
 from jlora.weight import Axes, Piece, Weight
 
 
@@ -80,15 +80,8 @@ def use_of(eqn: Any, lhs: Any, rhs: Any) -> Use:
 def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
     """Any contraction of an activation with all in-axes, or all out-axes, of a weight, on either side."""
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        if rhs.site is None:
-            other = use_of(eqn, lhs.array, rhs)
-            _record(walk, eqn, rhs, other.contract, other.batch)
-            rhs = rhs.array
         rhs = walk.materialise(rhs, eqn)
     use = use_of(eqn, lhs, rhs)
-    if use.weight.site is None:
-        _record(walk, eqn, use.weight, use.contract, use.batch)
-        return bind(eqn, [value.array if isinstance(value, Weight) else value for value in (lhs, rhs)])
     return None if use.form is None else [_contract(walk, use)]
 
 
@@ -128,29 +121,19 @@ def _single_matrix(weight: Weight) -> tuple[jax.Array, Factors]:
     return drop(weights.matrix(weight)), drop(weights.factors(weight))
 
 
-def _record(walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kind: str | None = None) -> None:
-    """Notes how a leaf of yet unknown roles is contracted."""
-    assert walk.readings is not None
-    walk.seen.add(weight.name)
-    contracted = {piece.axis for axis in contract for piece in weight.axes[axis]}
-    batched = {piece.axis for axis in batch for piece in weight.axes[axis]}
-    visible = {piece.axis for group in weight.axes for piece in group}
-    sliced = set(range(len(weight.leaf_shape))) - visible
-    free = visible - contracted - batched
-    if not free:  # an out axis of size 1 that was squeezed away
-        free, sliced = {axis for axis in sliced if weight.leaf_shape[axis] == 1}, set()
-    roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | sliced))
-    walk.readings.append(Reading(weight.name, kind or eqn.primitive.name, *roles))
-
-
 def _factored(weight: Weight, x: jax.Array) -> bool:
     """Whether the factored form can be used; otherwise the effective weight is formed."""
-    return weight.method.low_rank and jnp.issubdtype(x.dtype, jnp.floating)
+    return weight.method.low_rank and _is_float(x)
 
 
 def _by_entries(weight: Weight, x: jax.Array) -> bool:
     """Whether the sparse form can be used."""
-    return weight.method.is_sparse and jnp.issubdtype(x.dtype, jnp.floating)
+    return weight.method.is_sparse and _is_float(x)
+
+
+def _is_float(x: jax.Array) -> bool:
+    """Whether factors can be cast to the activation's dtype; 8 bits would round them away."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(x.dtype).itemsize > 1
 
 
 def _big(pieces: Any) -> set[Piece]:
@@ -270,18 +253,14 @@ def _arrange(y: jax.Array, labels: list[Label], order: list[Any], shape: tuple[i
 
 
 @rule("ragged_dot_general")
-def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, group_sizes: Any) -> list[Any] | None:
+def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, group_sizes: Any, *offset: Any) -> list[Any] | None:
     """Rows of an activation in groups, each with the matrix of its expert."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contract, contract), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
-    if not isinstance(weight, Weight) or not (
-        x.ndim == 2 and tuple(x_contract) == (1,) and groups and batch == ((), ())
-    ):
+    by_rows = tuple(x_contract) == (1,) and groups and batch == ((), ()) and not offset
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or x.ndim != 2 or not by_rows:
         return None
-    if weight.site is None:
-        _record(walk, eqn, weight, contract, groups)
-        return bind(eqn, [x, weight.array, group_sizes])
     if _form(weight, contract, groups) != "in" or not _factored(weight, x) or len(_big(weight.batch)) != 1:
         return None
     stacked = next(iter(_big(weight.batch)))
@@ -305,59 +284,50 @@ def _ragged(x: jax.Array, m: jax.Array, out_dtype: Any, group_sizes: jax.Array, 
 
 @rule("gather")
 def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
-    """An embedding's lookup: rows of the base plus rows of `a`, times `b`. Dropout does not act on it."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if not isinstance(weight, Weight) or numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+    """Matrices out of a stack, which go on as a stack, or an embedding's lookup (see `jlora.lookup`)."""
+    axes = lookup.indexed_axes(eqn)
+    if not isinstance(weight, Weight) or isinstance(indices, Weight) or axes is None:
         return None
-    (axis,) = numbers.start_index_map
-    whole = all(n == weight.array.shape[d] for d, n in enumerate(sizes) if d != axis)
-    if numbers.collapsed_slice_dims != (axis,) or sizes[axis] != 1 or not whole:
+    selected = lookup.select(eqn, weight, indices, axes)
+    if selected is not None:
+        return [selected]
+    form = _form(weight, axes, ())
+    known = eqn.params["mode"] in lookup.MODES
+    if form is None or len(axes) > 1 or not known or not weight.method.low_rank or _big(weight.batch):
         return None
-    if weight.site is None:
-        _record(walk, eqn, weight, (axis,), (), "gather")
-        return bind(eqn, [weight.array, indices])
-    form = _form(weight, (axis,), ())
-    if form is None or not weight.method.low_rank or _big(weight.batch):
-        return None
-    return [_lookup(walk, eqn, weight, indices, form, axis)]
+    return [_lookup(walk, eqn, weight, indices, form, axes[0])]
 
 
 def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str, axis: int) -> jax.Array:
+    """Rows of the base plus rows of `a`, times `b`. Dropout does not act on it."""
     walk.seen.add(weight.name)
     base = bind(eqn, [weight.array, indices])[0]
     accumulate = contraction.accumulation_dtype(base.dtype)
     f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
     table, other = (f.a, f.b) if form == "in" else (f.b.T, f.a.T)
-    rows = _rows(eqn, table, indices).astype(base.dtype)
+    rows = lookup.rows(eqn, table, indices).astype(base.dtype)
 
     # The result has the looked-up positions and the weight's remaining axes in the order that the function wants.
     positions = [("x", n) for n in range(indices.ndim - 1)]
     remaining = weight.with_role("out" if form == "in" else "in")
-    kept = iter([weight.axes[d] for d in range(len(weight.axes)) if d != axis])
-    places = iter([(label,) for label in positions])
-    offset = eqn.params["dimension_numbers"].offset_dims
-    order = [next(kept) if d in offset else next(places) for d in range(base.ndim)]
+    order = lookup.interleaved(
+        eqn, base.ndim, [(label,) for label in positions], [g for d, g in enumerate(weight.axes) if d != axis]
+    )
 
     def place(y: jax.Array) -> jax.Array:
         y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
         return _arrange(y, [*positions, *remaining], order, base.shape)
 
-    delta = contraction.matmul(rows, other.astype(base.dtype), accumulate)
-    total = base + place(delta)
-    if f.scale is not None:
-        scale = f.scale.astype(accumulate)
-        scale = scale if form == "in" else _rows(eqn, scale[:, None], indices)
-        total = total * place(jnp.broadcast_to(scale, delta.shape))
-    return total.astype(base.dtype)
+    def adapted(base: jax.Array) -> jax.Array:
+        delta = contraction.matmul(rows, other.astype(base.dtype), accumulate)
+        total = base + place(delta)
+        if f.scale is not None:
+            scale = f.scale.astype(accumulate)
+            scale = scale if form == "in" else lookup.rows(eqn, scale[:, None], indices)
+            total = total * place(jnp.broadcast_to(scale, delta.shape))
+        return total.astype(base.dtype)
 
-
-def _rows(eqn: Any, table: jax.Array, indices: jax.Array) -> jax.Array:
-    """`table[indices]` with the equation's treatment of indices out of bounds."""
-    numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    options = {name: eqn.params[name] for name in ("mode", "fill_value")}
-    return jax.lax.gather(table, indices, numbers, (1, table.shape[1]), **options)
+    return lookup.in_bounds(eqn, indices, weight.array.shape[axis], base, adapted)
 
 
 @rule("conv_general_dilated")
@@ -369,9 +339,6 @@ def convolution(walk: Walk, eqn: Any, x: Any, weight: Any) -> list[Any] | None:
     x = walk.materialise(x, eqn)
     out_axis = numbers.rhs_spec[0]
     taps = tuple(axis for axis in range(x.ndim) if axis != out_axis)
-    if weight.site is None:
-        _record(walk, eqn, weight, taps, (), "conv_general_dilated")
-        return bind(eqn, [x, weight.array])
     if _form(weight, taps, ()) != "in" or not _factored(weight, x) or _big(weight.batch):
         return None
     walk.seen.add(weight.name)

@@ -19,12 +19,48 @@ from jlora.walk import Walk, bind, passes, rule
 from jlora.weight import Piece, Weight
 
 
-@passes("convert_element_type", "sharding_constraint", "copy", "copy_p", "name", "reduce_precision", "reshard", "pvary")
-def same_axes(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
-    """The base array alone takes the cast or constraint; a cast to integers needs the weight itself."""
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+@passes("sharding_constraint", "copy", "copy_p", "name", "reshard", "pvary")
+def same_axes(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
+    """The base's array alone takes the constraint or name."""
+    return [value.moved(lambda x: bind(eqn, [x])[0])]
+
+
+@passes("convert_element_type")
+def cast(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
+    """The base's array alone takes a cast to a float of 16 bits or more, so that a small update is not rounded away.
+
+    What rounds harder (8 bits and fewer, integers) changes an update for good, and is done to the weight itself.
+    """
+    dtype = eqn.outvars[0].aval.dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
         return None
-    return [replace(value, array=bind(eqn, [value.array])[0])]
+    return [value.moved(lambda x: bind(eqn, [x])[0])]
+
+
+@passes("mul", "div", "neg")
+def scale(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
+    """A number times a weight: what the method adds is multiplied by it too."""
+    at = next(n for n, value in enumerate(values) if isinstance(value, Weight))
+    value = values[at]
+    number = _number(eqn.primitive.name, at, values)
+    if number is None or eqn.outvars[0].aval.shape != value.array.shape:
+        return None
+    scaled = bind(eqn, [value.array if n == at else other for n, other in enumerate(values)])[0]
+    stored = value.array if value.stored is None else value.stored
+    factor = number if value.factor is None else value.factor * number
+    return [replace(value, array=scaled, stored=stored, factor=factor)]
+
+
+def _number(primitive: str, at: int, values: tuple[Any, ...]) -> jax.Array | None:
+    """What `mul`, `div` or `neg` multiplies the weight in place `at` by; None where that is not one number."""
+    if primitive == "neg":
+        return jnp.float32(-1)
+    other = values[1 - at]
+    if isinstance(other, Weight) or jnp.size(other) != 1 or (primitive == "div" and at == 1):
+        return None
+    # In 32 bits at least, since the method's part is multiplied in its own precision.
+    other = jnp.asarray(other, jnp.promote_types(jnp.result_type(other), jnp.float32)).reshape(())
+    return 1 / other if primitive == "div" else other
 
 
 @passes("stop_gradient")
@@ -44,13 +80,16 @@ def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 def transpose(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
     """Permutes the axes' meanings with the axes."""
     axes = tuple(value.axes[axis] for axis in eqn.params["permutation"])
-    return [replace(value, array=bind(eqn, [value.array])[0], axes=axes)]
+    return [value.moved(lambda x: bind(eqn, [x])[0], axes=axes)]
 
 
 @passes("reshape")
 def reshape(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | None:
-    """Merges and splits axes as long as each remains a row of whole pieces."""
-    moved = None if dynamic else weights.regroup(value, tuple(eqn.params["new_sizes"]), bind(eqn, [value.array])[0])
+    """Merges and splits axes as long as each remains a row of whole pieces, in whatever order the axes are read."""
+    if dynamic:
+        return None
+    order = eqn.params["dimensions"] or range(value.array.ndim)
+    moved = weights.regroup(value, order, tuple(eqn.params["new_sizes"]), lambda x: bind(eqn, [x])[0])
     return None if moved is None else [moved]
 
 
@@ -58,7 +97,7 @@ def reshape(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | N
 def squeeze(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
     """Drops axes of size 1; a sliced stack axis of size 1 stays with the method's arrays."""
     kept = tuple(group for axis, group in enumerate(value.axes) if axis not in eqn.params["dimensions"])
-    return [replace(value, array=bind(eqn, [value.array])[0], axes=kept)]
+    return [value.moved(lambda x: bind(eqn, [x])[0], axes=kept)]
 
 
 @passes("broadcast_in_dim")
@@ -70,7 +109,7 @@ def broadcast_in_dim(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list
     axes: list[tuple[Piece, ...]] = [()] * len(shape)
     for group, axis in zip(value.axes, eqn.params["broadcast_dimensions"], strict=True):
         axes[axis] = group
-    return [replace(value, array=bind(eqn, [value.array])[0], axes=tuple(axes))]
+    return [value.moved(lambda x: bind(eqn, [x])[0], axes=tuple(axes))]
 
 
 @passes("slice")
@@ -102,7 +141,7 @@ def unstack(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
         if part is None:
             return None
         axes = (*part.axes[:axis], *part.axes[axis + 1 :])
-        parts.append(replace(part, array=jax.lax.squeeze(part.array, [axis]), axes=axes))
+        parts.append(part.moved(partial(jax.lax.squeeze, dimensions=[axis]), axes=axes))
     return parts
 
 

@@ -25,12 +25,14 @@ class Leaf:
         shape: its shape.
         readings: every way in which it is read, in program order.
         head: whether its last product is the function's output, with no other weight after it.
+        entered: whether what is made of it, and of other leaves, but not of data, meets an activation in a product.
     """
 
     keys: Keys
     shape: tuple[int, ...]
     readings: tuple[Reading, ...]
     head: bool
+    entered: bool = False
 
     @property
     def path(self) -> str:
@@ -114,7 +116,9 @@ def _role_words(shape: tuple[int, ...], roles: tuple[tuple[int, ...], ...]) -> l
 def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
     """Traces a function once and reports, for every leaf of its first argument, how it is read.
 
-    Nothing is computed: the arguments may be arrays or `jax.ShapeDtypeStruct`s.
+    Nothing is computed: the arguments may be arrays or `jax.ShapeDtypeStruct`s. A weight is followed to its product through
+    casts, transposes, reshapes, slices, and also through masks, scales, joins and permutations, which don't change what its
+    axes mean. Pass the data as arguments: what the function closes over counts as constant, such as a mask.
 
     Args:
         fn: any JAX function whose first argument holds the params, such as a Flax model's `apply`.
@@ -157,7 +161,7 @@ def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
         by_name.setdefault(reading.name, []).append(reading)
     return Sites(
         tuple(
-            Leaf(keys, tuple(leaf.shape), tuple(by_name.get(name, ())), name in head)
+            Leaf(keys, tuple(leaf.shape), tuple(by_name.get(name, ())), name in head, name in walk.origins.entered)
             for name, (keys, leaf) in zip(names, kept, strict=True)
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,30 @@ def resolve(leaves: Iterable[tuple[Keys, Any]], spec: Spec, sites: Sites | None)
                 found.append(_site(keys, leaf, method, found_roles))
     for n, (pattern, _) in enumerate(entries):
         _check_hits(pattern, hits[n], taken[n], shapes)
+    for pattern, method in entries:
+        if pattern is ALL_LINEAR and method is not None and found_roles is not None:
+            _say_left_out(method, entries, found_roles)
     return found
+
+
+def _say_left_out(method: Method | Axes, entries: list[tuple[Any, Any]], leaves: Mapping[Keys, Leaf]) -> None:
+    """Warns of weights that meet an activation in a form in which their axes can't be told, and that no pattern names."""
+    left_out = [
+        leaf
+        for keys, leaf in leaves.items()
+        if leaf.entered and len(leaf.shape) > 1 and leaf.kind is None and not any(_matches(pattern, keys, frozenset()) for pattern, _ in entries)
+    ]
+    if not left_out:
+        return
+    uses = [f"{leaf.path} (by {', '.join(dict.fromkeys(r.primitive for r in leaf.readings))})" for leaf in left_out]
+    first = left_out[0]
+    axes = " ".join(["batch"] * (len(first.shape) - 2) + ["in", "out"][: len(first.shape)])
+    warnings.warn(
+        f"ALL_LINEAR leaves out {', '.join(uses)}: the function changes them before their product so that their axes can't "
+        f'be told. To adapt one, name its axes, as in {{"{first.path}": jlora.Axes("{axes}", {method})}}; to leave it out '
+        f'without this warning, {{"{first.path}": None}}',
+        stacklevel=4,
+    )
 
 
 def _checked(spec: Spec) -> list[tuple[Any, Method | Axes | None]]:

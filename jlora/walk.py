@@ -15,15 +15,21 @@ import jax
 
 from jlora import _compat
 from jlora import weight as weights
-from jlora.weight import Weight
+from jlora.weight import Several, Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
+#: Rules for leaves whose roles are being found out, before those of `RULES` (see `jlora.probing`).
+PROBES: dict[str, Callable[..., Any]] = {}
 #: Primitives that use a weight rather than pass it on, with the kind of site that they make it.
 PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
 
 
 #: Primitives that a weight passes through; they may be run ahead of their turn.
 PASSES: set[str] = set()
+
+#: Primitives that run a program of their own, to which their operands go as they are.
+INLINE = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
+ENTERED = (*INLINE, "remat2", "checkpoint", "remat", "scan", "while", "cond", "shard_map")
 
 
 def passes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -32,12 +38,19 @@ def passes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return rule(*names)
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def probes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`rule`, for leaves whose roles are being found out; such a rule sees one of them at a time."""
+    return rule(*names, registry=PROBES)
+
+
+def rule(
+    *names: str, registry: dict[str, Callable[..., Any]] = RULES
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function `(walk, eqn, *values) -> list of outputs, or None to fall back` for some primitives."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
-            RULES[name] = function
+            registry[name] = function
         return function
 
     return register
@@ -73,6 +86,7 @@ class Walk:
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
         taps: what it took so far.
         readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
+        origins: where the function's values come from, there (see `jlora.origins`).
     """
 
     strict: bool = False
@@ -83,6 +97,7 @@ class Walk:
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
     observer: Any = None
     taps: list[Any] = field(default_factory=list)
+    origins: Any = None
     _uses: int = 0
 
     def aside(self, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
@@ -114,13 +129,14 @@ class Walk:
 
     def materialise(self, value: Any, eqn: Any = None) -> Any:
         """A plain array for a value: itself, or the effective weight."""
+        if self.readings is not None:
+            for member in weights.members(value):
+                if member.lookup is None:
+                    self.note(Reading(member.name, "other" if eqn is None else eqn.primitive.name))
+            return getattr(value, "array", value) if isinstance(value, Weight | Several) else value
         if not isinstance(value, Weight):
             return value
         self.seen.add(value.name)
-        if value.site is None:
-            if self.readings is not None:
-                self.readings.append(Reading(value.name, "other" if eqn is None else eqn.primitive.name))
-            return value.array
         if self.observer is not None:
             self.observer.check_formed(value, eqn, _where(eqn))
         if value.key is not None:
@@ -141,6 +157,8 @@ class Walk:
 
     def equation(self, eqn: Any, values: list[Any]) -> list[Any]:
         """The outputs of one equation."""
+        if self.readings is not None:
+            return self._probed(eqn, values)
         values = [self.materialise(value, eqn) if _is_whole(value) else value for value in values]
         if any(isinstance(value, Weight) for value in values):
             outputs = self.by_rule(eqn, values)
@@ -149,12 +167,44 @@ class Walk:
             values = [self.materialise(value, eqn) for value in values]
         return bind(eqn, values)
 
+    def note(self, reading: Reading) -> None:
+        """Adds a reading of a leaf."""
+        assert self.readings is not None
+        self.seen.add(reading.name)
+        self.readings.append(reading)
+
+    def forget(self, reading: Reading) -> None:
+        """Takes back one reading that turned out to be another."""
+        if self.readings is not None and reading in self.readings:
+            self.readings.remove(reading)
+
+    def _probed(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """The outputs of one equation where roles are being found out; each leaf is followed as if it were the only one."""
+        if not any(isinstance(value, Weight | Several) for value in values):
+            return bind(eqn, values)
+        name = eqn.primitive.name
+        if name in ENTERED:
+            # A loop or a branch takes arrays and single leaves.
+            values = [self.materialise(v, eqn) if isinstance(v, Several) and name not in INLINE else v for v in values]
+            return RULES[name](self, eqn, *values)
+        handler = PROBES.get(name) or RULES.get(name)
+        plain = [value.array if isinstance(value, Weight | Several) else value for value in values]
+        found: dict[int, list[Weight]] = {}
+        for at, value in enumerate(values):
+            for member in weights.members(value):
+                results = handler and handler(self, eqn, *plain[:at], member, *plain[at + 1 :])
+                if results is None:
+                    self.materialise(member, eqn)
+                for n, result in enumerate(results or ()):
+                    found.setdefault(n, []).extend(weights.members(result))
+        return [weights.joined(array, found.get(n, ())) for n, array in enumerate(bind(eqn, plain))]
+
     def by_rule(self, eqn: Any, values: list[Any]) -> list[Any] | None:
         """The outputs by the primitive's rule; None where there is none, or it does not apply."""
         handler = RULES.get(eqn.primitive.name)
         if handler is None:
             return None
-        if eqn.primitive.name not in PRODUCTS or self.readings is not None:
+        if eqn.primitive.name not in PRODUCTS:
             return handler(self, eqn, *values)
         sharding = _compat.explicit_sharding(eqn.outvars[0].aval)
         if sharding is None:
@@ -215,7 +265,7 @@ class Frame:
             return self.read(atom)
         index = self.defined[atom]
         eqn = self.jaxpr.eqns[index]
-        if eqn.primitive.name not in PASSES:
+        if not _passes(eqn):
             return None
         values = [self.ahead(each) for each in eqn.invars]
         if not any(isinstance(value, Weight) for value in values) or any(value is None for value in values):
@@ -234,6 +284,12 @@ def _sharing(jaxpr: Any) -> dict[int, list[int]]:
                 if not hasattr(atom, "val"):
                     by_operand.setdefault(atom, []).append(index)
     return {found[0]: found for found in by_operand.values() if len(found) > 1}
+
+
+def _passes(eqn: Any) -> bool:
+    """Whether a weight passes through an equation; of several operands all but one must be numbers."""
+    arrays = sum(atom.aval.ndim > 0 for atom in eqn.invars)
+    return eqn.primitive.name in PASSES and (arrays == 1 or eqn.primitive.name not in ("mul", "div"))
 
 
 def _is_whole(value: Any) -> bool:

@@ -8,6 +8,7 @@ which axes are contracted, and the method's arrays, which never moved, are appli
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +54,9 @@ class Weight:
         leaf_shape: shape of the leaf; static.
         axes: the pieces that make up each axis of `array`; static.
         batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
+        factor: the number by which the function multiplied the weight, or None.
+        stored: `array` without that factor, which is what the method sees; None where they are the same.
+        lookup: the reading as a table, of rows that may turn out to be matrices of a stack; None otherwise; static.
     """
 
     array: jax.Array
@@ -65,6 +69,9 @@ class Weight:
     leaf_shape: tuple[int, ...] = field(metadata={"static": True})
     axes: Axes = field(metadata={"static": True})
     batch: tuple[Piece, ...] = field(metadata={"static": True})
+    factor: jax.Array | None = None
+    stored: jax.Array | None = None
+    lookup: Any = field(default=None, metadata={"static": True})
 
     @property
     def method(self) -> Method:
@@ -83,10 +90,41 @@ class Weight:
         """The pieces of one role in canonical order."""
         return sorted(piece for axis in self.axes for piece in axis if self.role(piece) == role)
 
+    def moved(self, move: Callable[[jax.Array], jax.Array], **changes: Any) -> Weight:
+        """The weight with its array moved, and what else that changes."""
+        stored = None if self.stored is None else move(self.stored)
+        return replace(self, array=move(self.array), stored=stored, **changes)
+
     def on_fields(self, change: Any) -> Weight:
         """The weight with `change` applied to every array of the method that is the leaf's own."""
         params, frozen = jax.tree.map(change, (self.params, self.frozen))
         return replace(self, params=params, frozen=frozen)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Leaves whose roles are being found out, joined to one array.
+
+    Attributes:
+        members: the leaves, each with the joined array as its own.
+    """
+
+    members: tuple[Weight, ...]
+
+    @property
+    def array(self) -> jax.Array:
+        """The joined array."""
+        return self.members[0].array
+
+
+def members(value: Any) -> tuple[Weight, ...]:
+    """The leaves that are in a value."""
+    return value.members if isinstance(value, Several) else (value,) if isinstance(value, Weight) else ()
+
+
+def joined(array: jax.Array, found: Sequence[Weight]) -> Any:
+    """An array together with the leaves that are in it, if any."""
+    return array if not found else found[0] if len(found) == 1 else Several(tuple(found))
 
 
 def start(array: Any, site: Site, params: Arrays, frozen: Arrays, shared: Arrays, key: jax.Array | None) -> Weight:
@@ -131,8 +169,13 @@ def canonical_axes(weight: Weight) -> Axes:
 
 
 def matrix(weight: Weight) -> jax.Array:
-    """The base leaf as `[*batch, in, out]`."""
+    """The base's array as `[*batch, in, out]`, as the function has it."""
     return rearrange(weight.array, weight.axes, canonical_axes(weight))
+
+
+def _stored(weight: Weight) -> jax.Array:
+    """The base's array without the function's factor."""
+    return weight.array if weight.stored is None else weight.stored
 
 
 def over_batch(function: Any, weight: Weight) -> Any:
@@ -145,17 +188,21 @@ def over_batch(function: Any, weight: Weight) -> Any:
 
     for _ in weight.batch:
         one = jax.vmap(one)
-    return one(matrix(weight), weight.params, weight.frozen)
+    return one(rearrange(_stored(weight), weight.axes, canonical_axes(weight)), weight.params, weight.frozen)
 
 
 def factors(weight: Weight) -> Factors:
-    """The factors of a low-rank method, with the batch axes in front."""
-    return over_batch(weight.method.factors, weight)
+    """The factors of a low-rank method beside `matrix(weight)`, with the batch axes in front."""
+    found = over_batch(weight.method.factors, weight)
+    return found if weight.factor is None else replace(found, b=found.b * weight.factor.astype(found.b.dtype))
 
 
 def sparse(weight: Weight) -> Sparse:
-    """The entries of a sparse method, with the batch axes in front."""
-    return over_batch(weight.method.sparse, weight)
+    """The entries of a sparse method beside `matrix(weight)`, with the batch axes in front."""
+    found = over_batch(weight.method.sparse, weight)
+    if weight.factor is None:
+        return found
+    return replace(found, values=found.values * weight.factor.astype(found.values.dtype))
 
 
 def effective(weight: Weight) -> jax.Array:
@@ -165,12 +212,15 @@ def effective(weight: Weight) -> jax.Array:
         view = View(weight.array, weight.params, weight.frozen, weight.site, weight.shared)
         return weight.method.weight(view).astype(weight.array.dtype)
     folded = over_batch(weight.method.weight, weight).astype(weight.array.dtype)
-    return rearrange(folded, canonical_axes(weight), weight.axes)
+    formed = rearrange(folded, canonical_axes(weight), weight.axes)
+    return formed if weight.factor is None else formed * weight.factor.astype(formed.dtype)
 
 
-def regroup(weight: Weight, shape: tuple[int, ...], array: jax.Array) -> Weight | None:
-    """The weight with `array`, its reshaped base, or None where the new axes would not be whole pieces."""
-    pieces = [piece for axis in weight.axes for piece in axis]
+def regroup(
+    weight: Weight, order: Sequence[int], shape: tuple[int, ...], reshape: Callable[[jax.Array], jax.Array]
+) -> Weight | None:
+    """The weight reshaped, its axes read in the given order; None where the new axes would not be whole pieces."""
+    pieces = [piece for axis in order for piece in weight.axes[axis]]
     axes, splits = [], []
     for size in shape:
         group: list[Piece] = []
@@ -191,7 +241,7 @@ def regroup(weight: Weight, shape: tuple[int, ...], array: jax.Array) -> Weight 
         axes.append(tuple(group))
     if any(piece.size > 1 for piece in pieces):
         return None
-    moved = replace(weight, array=array, axes=tuple(axes))
+    moved = weight.moved(reshape, axes=tuple(axes))
     for piece, outer, inner in splits:
         moved = _split_batch(moved, piece, outer, inner)
     return moved
@@ -230,13 +280,14 @@ def narrow(weight: Weight, axis: int, size: int, cut_array: Any, cut: Any) -> We
         batch = (*weight.batch[:at], smaller, *weight.batch[at + 1 :])
         weight = replace(weight.on_fields(lambda x: cut(x, at)), batch=batch)
     axes = (*weight.axes[:axis], (smaller,), *weight.axes[axis + 1 :])
-    return replace(weight, array=cut_array(weight.array), axes=axes)
+    return weight.moved(cut_array, axes=axes)
 
 
 def stop(weight: Weight) -> Weight:
     """The weight with no gradient flowing into anything of it."""
-    stopped = weight.on_fields(jax.lax.stop_gradient)
-    return replace(stopped, array=jax.lax.stop_gradient(weight.array), shared=jax.lax.stop_gradient(weight.shared))
+    halted = jax.tree.map(jax.lax.stop_gradient, (weight.shared, weight.factor))
+    stopped = weight.on_fields(jax.lax.stop_gradient).moved(jax.lax.stop_gradient)
+    return replace(stopped, shared=halted[0], factor=halted[1])
 
 
 def unstack(weight: Weight) -> tuple[Weight, Any] | None:
@@ -254,8 +305,10 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
         return None
     at = weight.batch.index(piece)
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
-    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={})
-    return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, shared=weight.shared)
+    # What has no axis to scan over reaches every step as it is.
+    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None)
+    whole = {"shared": weight.shared, "factor": weight.factor}
+    return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
 
 
 def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
@@ -283,6 +336,8 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
     return replace(
         weight,
         array=spec,
+        stored=None if weight.stored is None else spec,
+        factor=None if weight.factor is None else PartitionSpec(),
         params={name: field_spec(name) for name in weight.params},
         frozen={name: field_spec(name) for name in weight.frozen},
         shared={name: PartitionSpec() for name in weight.shared},

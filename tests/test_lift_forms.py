@@ -101,7 +101,24 @@ FORMS = {
     "experts by ragged_dot": (STACK, lambda p: lax.ragged_dot(X[0], p["w"], jnp.array([2, 0, 3])), False),
     "one leaf at two places": (SQUARE, lambda p: two_places(p, X), False),
     "several leaves concatenated": ({"q": normal(0, 6, 4), "k": normal(1, 6, 3)}, lambda p: X @ jnp.concatenate([p["q"], p["k"]], axis=1), True),
-    "elementwise use": (SQUARE, lambda p: X @ (p["w"] * 2), True),
+    "elementwise use": (SQUARE, lambda p: X @ jnp.tanh(p["w"]), True),
+    "times a number": (SQUARE, lambda p: X @ (-p["w"] / 4), False),
+    "stack times a traced number": (STACK, lambda p: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), X, X.mean() * p["w"])[0], False),
+    "lookup times a number": (SQUARE, lambda p: (p["w"] * 3)[jnp.array([1, 5])], False),
+    "divided by the weight": (SQUARE, lambda p: X @ (1 / (2 + p["w"])), True),
+    "reshape in column-major order": ({"w": normal(0, 2, 3, 4)}, lambda p: X @ p["w"].reshape(6, 4, order="F"), False),
+    "cast to 8 bits and back": (SQUARE, lambda p: X @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32), True),
+    "reduced precision": (SQUARE, lambda p: X @ lax.reduce_precision(p["w"], 5, 3), True),
+    "lookup beyond the rows, filled": (SQUARE, lambda p: p["w"].at[jnp.array([0, 3, 99])].get(mode="fill", fill_value=2.0), False),
+    "lookup beyond the rows, masked": (SQUARE, lambda p: jnp.where(jnp.array([[True], [False]]), jnp.take(p["w"], jnp.array([3, 99]), axis=0), 0), False),
+    "lookup of columns beyond the last": (SQUARE, lambda p: p["w"].at[:, jnp.array([0, -99])].get(mode="fill", fill_value=2.0), False),
+    "lookup beyond the rows, clipped": (SQUARE, lambda p: jnp.take(p["w"], jnp.array([0, 99]), axis=0, mode="clip"), False),
+    "lookup beyond the rows, promised not to be": (SQUARE, lambda p: p["w"][jnp.array([0, 99])], False),
+    "columns permuted": (SQUARE, lambda p: X @ p["w"][:, jnp.array([3, 1, 0, 2, 5, 4])], False),
+    "experts by index": (STACK, lambda p: jnp.einsum("ti,tkio->tko", X[0], p["w"][jnp.array([[0, 2], [1, 1], [2, 0], [0, 0], [1, 2]])]), False),
+    "experts by index, filled": (STACK, lambda p: X[0, :2] @ p["w"].at[jnp.array([0, 99])].get(mode="fill", fill_value=2.0), True),
+    "layers by take": (STACK, lambda p: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ jnp.take(p["w"], i, axis=0)), X), False),
+    "experts of layers by two indices": ({"w": normal(0, 2, 3, 6, 4)}, lambda p: jnp.einsum("ti,tio->to", X[0, :2], p["w"][jnp.array([1, 0]), jnp.array([2, 1])]), False),
     "weight as output": (SQUARE, lambda p: (X @ p["w"], p["w"]), True),
     "two weights multiplied": (PAIR, lambda p: X @ (p["w"] @ p["v"]), True),
     "stop_gradient": (PAIR, lambda p: X @ p["w"] @ lax.stop_gradient(p["v"]), False),
@@ -110,7 +127,9 @@ FORMS = {
 
 def adapted_form(name, method):
     params, f, needs_weight = FORMS[name]
-    report = None if needs_weight else jlora.sites(f, params)  # no product says the roles where the weight is needed
+    matrices = all(leaf.ndim == 2 for leaf in params.values())
+    # No product says the roles where the weight is needed, save those of a stack.
+    report = None if needs_weight and matrices else jlora.sites(f, params)
     return f, jlora.adapterize(params, {".*": METHODS[method]}, sites=report)
 
 

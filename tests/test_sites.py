@@ -177,18 +177,84 @@ def test_unread_is_error_or_allow():
         jlora.lift(lambda p: p, unread="ignore")
 
 
+def through_steps(p, x):
+    """One way to change a weight before its product for each leaf, named after it."""
+    x = jnp.tanh(x @ p["permuted"][:, jnp.array([3, 1, 0, 2])])
+    x = jnp.tanh(x @ (p["masked"] * jnp.tril(jnp.ones((4, 4)))) @ jnp.where(jnp.eye(4) > 0, 0, p["chosen"]))
+    x = jnp.tanh(x @ (p["normed"] / jnp.linalg.norm(p["normed"], axis=0, keepdims=True) * p["lengths"]))
+    rounded = p["rounded"] + lax.stop_gradient(jnp.round(p["rounded"] * 8) / 8 - p["rounded"])
+    q, k = jnp.split(jnp.tanh(x @ rounded) @ jnp.concatenate([p["q"], p["k"]], axis=1), 2, axis=1)
+    x = jnp.tanh((q * k) @ jnp.pad(p["padded"], ((0, 1), (0, 0))) + p["table"])
+    x = jnp.einsum("bi,bio->bo", x, jnp.broadcast_to(p["repeated"], (2, 4, 4))) * p["gain"]
+    return x @ p["head"]
+
+
+CHANGED = ("permuted", "masked", "chosen", "normed", "rounded", "q", "k", "repeated")
+STEPS = {name: jnp.ones((4, 4)) for name in CHANGED}
+STEPS |= {"padded": jnp.ones((3, 4)), "table": zeros(2, 4), "lengths": zeros(4), "gain": zeros(4), "head": zeros(4, 3)}
+
+
+def test_all_linear_follows_weights_that_are_changed_before_their_product_and_takes_no_tables():
+    report = jlora.sites(through_steps, STEPS, zeros(2, 4))
+    adapted = jlora.adapterize(STEPS, {jlora.ALL_LINEAR: LORA}, sites=report)
+    assert {site.path for site in adapted.plan.sites} == {*CHANGED, "padded"}
+    assert {(site.in_axes, site.out_axes) for site in adapted.plan.sites} == {((0,), (1,))}
+
+
+def sorted_first(p, x):
+    return jnp.tanh(x @ jnp.sort(p["sorted"], axis=0)) @ p["plain"] @ p["head"]
+
+
+SORTED = {"sorted": zeros(4, 4), "plain": zeros(4, 4), "head": zeros(4, 3)}
+
+
+def test_all_linear_says_which_weights_it_leaves_out_and_what_to_write():
+    report = jlora.sites(sorted_first, SORTED, zeros(2, 4))
+    with pytest.warns(UserWarning, match=r"ALL_LINEAR leaves out sorted \(by sort\): .*") as said:
+        jlora.adapterize(SORTED, {jlora.ALL_LINEAR: LORA}, sites=report)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert '{"sorted": jlora.Axes("in out", LoRA(rank=2))}' in str(said[0].message)
+
+
+@pytest.mark.parametrize("choice", [None, jlora.Axes("in out", LORA)])
+def test_a_weight_that_the_spec_names_is_not_said_to_be_left_out(choice, recwarn):
+    report = jlora.sites(sorted_first, SORTED, zeros(2, 4))
+    jlora.adapterize(SORTED, {"sorted": choice, jlora.ALL_LINEAR: LORA}, sites=report)
+    assert not recwarn
+
+
+def experts_and_tables(p, tokens, choice):
+    """Experts chosen by row, layers by a traced number, and tables of which the one has three axes."""
+    x = p["table"][tokens] + jnp.einsum("thd,dhe->te", p["heads"][tokens], p["mix"])
+    x = jnp.einsum("ti,tio->to", x, jnp.take(p["experts"], choice, axis=0))
+    several = p["experts"][jnp.stack([choice, choice], axis=1)]
+    x = jnp.einsum("ti,tkio->tko", x, several).sum(1) + jnp.einsum("ti,tio->to", x, several.mean(1))
+    return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ jnp.take(p["layers"], i, axis=0)), x)
+
+
+def test_a_stack_that_is_indexed_is_no_table_and_a_table_is_no_stack():
+    params = {"table": zeros(7, 4), "heads": zeros(7, 2, 3), "mix": zeros(3, 2, 4), "experts": zeros(5, 4, 4)}
+    params["layers"] = zeros(3, 4, 4)
+    report = jlora.sites(experts_and_tables, params, jnp.zeros(6, int), jnp.zeros(6, int))
+    found = {leaf.path: (leaf.kind, leaf.roles) for leaf in report.leaves}
+    stack = ("dot", ((1,), (2,), (0,)))
+    assert found["experts"] == found["layers"] == stack
+    assert found["table"] == ("gather", ((0,), (1,), ()))
+    assert found["heads"] == ("gather", ((0,), (1, 2), ()))
+
+
 def test_strict_names_primitive_path_and_the_users_line():
     adapted = jlora.adapterize({"layer": {"w": zeros(4, 4)}}, {"layer/w": LORA})
 
     def doubled(p, x):
-        return x @ (p["layer"]["w"] * 2)
+        return x @ jnp.tanh(p["layer"]["w"])
 
     with pytest.raises(ValueError) as caught:
         jlora.lift(doubled, strict=True)(adapted, zeros(1, 4))
     line = doubled.__code__.co_firstlineno + 1
     for part in (
         "strict: the effective weight of layer/w, shape (4, 4)",
-        "`mul`",
+        "`tanh`",
         f"test_sites.py:{line} (",
         "doubled",
     ):
