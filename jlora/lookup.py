@@ -50,7 +50,9 @@ def along(eqn: Any, array: jax.Array, indices: jax.Array, axes: tuple[int, ...])
         start_index_map=axes,
     )
     sizes = [1 if axis in axes else size for axis, size in enumerate(array.shape)]
-    fill = 0 if eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP else None
+    # An integer that is filled in is the number of no matrix and of no entry.
+    empty = 0 if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.iinfo(array.dtype).max
+    fill = empty if eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP else None
     return jax.lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"], fill_value=fill)
 
 
@@ -75,17 +77,25 @@ def in_bounds(
     return jnp.where(inside, found, jax.lax.stop_gradient(found))
 
 
-def select(eqn: Any, weight: Weight, indices: jax.Array, axes: tuple[int, ...]) -> Weight | None:
-    """The matrices that indices take out of a stack, each with the method's arrays for it.
+def selected(eqn: Any, weight: Weight) -> list[Piece] | None:
+    """The batch pieces of a stack that a lookup indexes.
 
     None where an axis is not one batch axis, or where what is filled in is no matrix that the method could have made.
     """
-    pieces = [weights.single_batch_piece(weight, axis) for axis in axes]
-    if any(piece is None for piece in pieces) or eqn.params["mode"] not in MODES or not _fills_nan(eqn):
+    axes = indexed_axes(eqn)
+    if axes is None or eqn.params["mode"] not in MODES or not _fills_nan(eqn):
         return None
-    order = pieces[0].order if pieces[0] is not None else ()
-    new = [Piece((*order, 2, n), size) for n, size in enumerate(indices.shape[:-1])]
-    at = tuple(weight.batch.index(piece) for piece in pieces if piece is not None)
+    pieces = [piece for axis in axes if (piece := weights.single_batch_piece(weight, axis)) is not None]
+    return pieces if len(pieces) == len(axes) > 0 else None
+
+
+def select(eqn: Any, weight: Weight, indices: jax.Array) -> Weight | None:
+    """The matrices that indices take out of a stack, each with the method's arrays for it; None where it is no stack."""
+    axes, pieces = indexed_axes(eqn), selected(eqn, weight)
+    if axes is None or pieces is None:
+        return None
+    new = [Piece((*pieces[0].order, 2, n), size) for n, size in enumerate(indices.shape[:-1])]
+    at = tuple(weight.batch.index(piece) for piece in pieces)
     kept = [group for axis, group in enumerate(weight.axes) if axis not in axes]
     changed = weight.on_fields(lambda x: along(eqn, x, indices, at))
     batch = (*new, *(piece for n, piece in enumerate(weight.batch) if n not in at))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora import _compat, paths, products, shared
+from jlora import _compat, lookup, paths, products, shared
 from jlora.adapted import Adapted, adapterize
 from jlora.contraction import accumulation_dtype
 from jlora.lift import call, check_options
@@ -210,6 +210,8 @@ class Observer:
         if not found:
             return
         weight = found[0]
+        if eqn.primitive.name == "gather" and lookup.selected(eqn, weight) is not None:
+            return  # matrices out of a stack, which are multiplied later
         try:
             x, shared_pieces = _input(eqn, values)
         except ValueError as error:

@@ -109,7 +109,7 @@ def reduce_(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
 @probes("dot_general")
 def dot_general(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """A contraction."""
-    at, value = _probe(values)
+    at, _ = _probe(values)
     contract, batch = (pair[at] for pair in eqn.params["dimension_numbers"])
     return product(walk, eqn, values, contract, batch)
 

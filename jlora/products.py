@@ -285,15 +285,16 @@ def _ragged(x: jax.Array, m: jax.Array, out_dtype: Any, group_sizes: jax.Array, 
 @rule("gather")
 def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
     """Matrices out of a stack, which go on as a stack, or an embedding's lookup (see `jlora.lookup`)."""
-    axes = lookup.indexed_axes(eqn)
-    if not isinstance(weight, Weight) or isinstance(indices, Weight) or axes is None:
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
         return None
-    selected = lookup.select(eqn, weight, indices, axes)
-    if selected is not None:
-        return [selected]
+    matrices = lookup.select(eqn, weight, indices)
+    if matrices is not None:
+        return [matrices]
+    axes = lookup.indexed_axes(eqn)
+    if axes is None or len(axes) != 1 or eqn.params["mode"] not in lookup.MODES:
+        return None
     form = _form(weight, axes, ())
-    known = eqn.params["mode"] in lookup.MODES
-    if form is None or len(axes) > 1 or not known or not weight.method.low_rank or _big(weight.batch):
+    if form is None or not weight.method.low_rank or _big(weight.batch):
         return None
     return [_lookup(walk, eqn, weight, indices, form, axes[0])]
 

@@ -92,10 +92,12 @@ def resolve(leaves: Iterable[tuple[Keys, Any]], spec: Spec, sites: Sites | None)
 
 def _say_left_out(method: Method | Axes, entries: list[tuple[Any, Any]], leaves: Mapping[Keys, Leaf]) -> None:
     """Warns of weights that meet an activation in a form in which their axes can't be told, and that no pattern names."""
+    named = [pattern for pattern, _ in entries]
     left_out = [
         leaf
         for keys, leaf in leaves.items()
-        if leaf.entered and len(leaf.shape) > 1 and leaf.kind is None and not any(_matches(pattern, keys, frozenset()) for pattern, _ in entries)
+        if leaf.entered and leaf.kind is None and len(leaf.shape) > 1
+        if not any(_matches(pattern, keys, frozenset()) for pattern in named)
     ]
     if not left_out:
         return

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 import jlora
 
 SHAPES = {"heads": (8, 2, 4), "output": (2, 4, 8), "stack": (3, 8, 8), "loose": (2, 8, 8), "experts": (2, 8, 8)}
-SHAPES |= {"convolution": (3, 8, 8), "tied": (8, 8), "q": (8, 8), "k": (8, 6), "down": (6, 5)}
+SHAPES |= {"chosen": (3, 8, 8), "convolution": (3, 8, 8), "tied": (8, 8), "q": (8, 8), "k": (8, 6), "down": (6, 5)}
 PARAMS = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(SHAPES.items())}
 X = normal(20, 2, 5, 8)
+CHOICE = np.array([[0, 2, 2, 1, 0], [2, 2, 0, 0, 2]])
 
 
 def model(params, x, note=lambda name, x: None):
@@ -28,6 +29,9 @@ def model(params, x, note=lambda name, x: None):
     for n in range(2):  # a stack that is taken apart by hand
         note("loose", (n, x))
         x = jnp.tanh(x @ params["loose"][n])
+    for n in range(3):  # an expert a token, out of a stack
+        note("chosen", (n, x[n == CHOICE]))
+    x = jnp.tanh(jnp.einsum("btd,btdf->btf", x, params["chosen"][jnp.asarray(CHOICE)]))
     note("experts", (0, x))
     note("experts", (1, 2 * x))
     x = jnp.tanh(jnp.einsum("ebtd,edf->ebtf", jnp.stack([x, 2 * x]), params["experts"])).sum(0)
@@ -100,7 +104,7 @@ def test_norms_are_those_of_the_inputs_in_every_form_of_use(observed):
     (_, seen, *_), adapted = observed
     assert set(seen) == set(SHAPES)
     for name, squares in by_hand(jlora.merge(adapted)).items():
-        batch = {"stack": (3,), "loose": (2,), "experts": (2,)}.get(name, ())
+        batch = {"stack": (3,), "chosen": (3,), "loose": (2,), "experts": (2,)}.get(name, ())
         size = 24 if name == "convolution" else 6 if name == "down" else 8
         assert seen[name].shape == (*batch, size)
         wanted = np.sqrt(squares[: batch[0] if batch else 1, :size])
