@@ -144,12 +144,20 @@ def test_the_recomputed_forward_of_a_checkpoint_drops_the_same():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), checkpointed, plain)
 
 
+@pytest.mark.parametrize("method", [LORA, jlora.DoRA(LORA)])
+def test_a_number_times_the_weight_multiplies_all_of_a_dropped_product(method):
+    adapted = with_key(jlora.adapterize({"w": W}, {"w": method}), 0)
+    adapted = adapted.replace(params=jax.tree.map(lambda x: x + 0.1, adapted.params))
+    once = jlora.lift(lambda p: X @ p["w"])(adapted)
+    np.testing.assert_allclose(jlora.lift(lambda p: X @ (3 * p["w"]))(adapted), 3 * once, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_where_the_weight_has_to_be_formed_is_refused_with_path_and_line():
     adapted = jlora.adapterize({"layer": {"w": W}}, {"layer/w": LORA})
-    lifted = jlora.lift(lambda p: X @ (2 * p["layer"]["w"]))
+    lifted = jlora.lift(lambda p: X @ jnp.tanh(p["layer"]["w"]))
     with pytest.raises(
         ValueError,
-        match=r"layer/w: the effective weight has to be formed for `mul` at .*test_dropout.py:\d+ .*Set dropout=0",
+        match=r"layer/w: the effective weight has to be formed for `tanh` at .*test_dropout.py:\d+ .*Set dropout=0",
     ):
         lifted(with_key(adapted, 0))
     assert lifted(adapted).shape == X.shape
