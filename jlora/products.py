@@ -128,7 +128,9 @@ def _single_matrix(weight: Weight) -> tuple[jax.Array, Factors]:
     return drop(weights.matrix(weight)), drop(weights.factors(weight))
 
 
-def _record(walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kind: str | None = None) -> None:
+def _record(
+    walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kind: str | None = None, grouped: bool = False
+) -> None:
     """Notes how a leaf of yet unknown roles is contracted."""
     assert walk.readings is not None
     walk.seen.add(weight.name)
@@ -140,7 +142,7 @@ def _record(walk: Walk, eqn: Any, weight: Weight, contract: Any, batch: Any, kin
     if not free:  # an out axis of size 1 that was squeezed away
         free, sliced = {axis for axis in sliced if weight.leaf_shape[axis] == 1}, set()
     roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | sliced))
-    walk.readings.append(Reading(weight.name, kind or eqn.primitive.name, *roles))
+    walk.readings.append(Reading(weight.name, kind or eqn.primitive.name, *roles, grouped))
 
 
 def _factored(weight: Weight, x: jax.Array) -> bool:
@@ -370,7 +372,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, weight: Any) -> list[Any] | None:
     out_axis = numbers.rhs_spec[0]
     taps = tuple(axis for axis in range(x.ndim) if axis != out_axis)
     if weight.site is None:
-        _record(walk, eqn, weight, taps, (), "conv_general_dilated")
+        _record(walk, eqn, weight, taps, (), "conv_general_dilated", eqn.params["feature_group_count"] > 1)
         return bind(eqn, [x, weight.array])
     if _form(weight, taps, ()) != "in" or not _factored(weight, x) or _big(weight.batch):
         return None
