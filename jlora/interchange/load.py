@@ -50,7 +50,7 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
     """
     folder = AdapterFolder(path)
     leaves = dict(paths.flatten_with_keys(params)[0])
-    index = Index(resolve(names, leaves.items()), leaves, folder.path)
+    index = Index(resolve(names, leaves.items()), leaves, folder.file)
     with _named(folder.path):
         return _adapted(params, leaves, _read(folder, index))
 

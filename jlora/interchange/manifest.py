@@ -92,6 +92,7 @@ def _check(found: dict[str, Any]) -> None:
     if found["format"] != FORMAT:
         raise ValueError(f"format {brief(found['format'])}, wanted {FORMAT}")
     _wanted(found["profile"] in ("peft", "serving"), "profile", found["profile"])
+    _wanted(isinstance(found["sha256"], str), "sha256", found["sha256"])
     _wanted(isinstance(found.get("settings", {}), dict), "settings", found.get("settings"))
     for name in ("leaves", "tensors"):
         _wanted(_is_list(found[name], dict), name, found[name])

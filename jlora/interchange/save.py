@@ -115,7 +115,8 @@ def save_peft(
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
+    with np.errstate(over="ignore"):  # refused with the leaf's path
+        return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
 
 
 def _forms(
