@@ -47,7 +47,7 @@ class Leaf:
     def kind(self) -> str | None:
         """ "gather" where the leaf is looked up, else "dot", "conv" or "grouped conv"; None where it is in no product."""
         kinds = [GROUPED if reading.grouped else PRODUCTS[reading.primitive] for reading in self.products]
-        return "gather" if "gather" in kinds else kinds[0] if kinds else None
+        return next((kind for kind in ("gather", GROUPED, *kinds) if kind in kinds), None)
 
     @property
     def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:

@@ -91,7 +91,7 @@ class Settings:
         warnings.warn(
             f"{self._where}: the setting {key[:100]!r} = {brief(value)} is unknown and left out, as PEFT leaves out settings "
             "of later releases",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _init(self) -> str:

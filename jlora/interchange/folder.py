@@ -56,6 +56,8 @@ class AdapterFolder:
             self._slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: not a whole safetensors file ({error}); copy it again") from None
+        if not self._slices:
+            raise ValueError(f"{self.file}: holds no tensors; the adapter was not saved whole")
         for key in self._slices:
             if _KEY.fullmatch(key) is None:
                 raise ValueError(f"{self.file}: {key[:100]!r} is no name of a tensor; wanted words joined by dots")

@@ -86,7 +86,7 @@ def _stored(
     if not tied and (pair[0] == "embedding_a") != (slot.kind == "embedding"):
         raise ValueError(f"{folder.file}: {key!r} and the names differ on whether {name!r} is an embedding")
     _check_attention(folder, stem, key, index)
-    _check_groups(folder, key, slot)
+    _check_groups(folder, key, roles[pair[1]], slot)
     if not (inner or tied or slot.experts):
         settings.check_target(stem, key)
     goal = stem.removesuffix(INNER) if inner else name.rpartition(".")[0] if tied else target(slot)
@@ -119,13 +119,15 @@ def _check_attention(folder: AdapterFolder, stem: str, key: str, index: Index) -
         )
 
 
-def _check_groups(folder: AdapterFolder, key: str, slot: Slot) -> None:
-    """PEFT's A of a convolution in groups reads the channels of all groups, and no kernel does that."""
-    shape, own = folder.shape(key), slot.sizes("in")[-1]
-    if slot.kind == "conv" and len(shape) > 1 and shape[1] > own and shape[1] % own == 0:
+def _check_groups(folder: AdapterFolder, a: str, b: str, slot: Slot) -> None:
+    """PEFT's A of a convolution in groups reads the channels of all groups, and B those of one; no kernel does that."""
+    if slot.kind != "conv" or min(len(folder.shape(key)) for key in (a, b)) < 3:
+        return
+    (rank, channels), ranks, own = folder.shape(a)[:2], folder.shape(b)[1], slot.sizes("in")[-1]
+    if channels > own and channels * ranks == own * rank:
         raise ValueError(
-            f"{folder.file}: {key!r} reads {shape[1]} channels where a filter of {slot.name!r} has {own}: PEFT's LoRA of a "
-            f"convolution in {shape[1] // own} groups reads all channels, which is no change of the kernel and can't be loaded"
+            f"{folder.file}: {a!r} reads {channels} channels where a filter of {slot.name!r} has {own}: PEFT's LoRA of a "
+            f"convolution in {channels // own} groups reads all channels, which is no change of the kernel and can't be loaded"
         )
 
 

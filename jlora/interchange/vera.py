@@ -69,6 +69,8 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         folder.check(roles["d"], (rank,), f"rank {rank} of {name!r}")
         rows, columns = max(rows, rows_here), max(columns, columns_here)
         found[name] = roles
+    if not found:
+        raise ValueError(f"{folder.file}: has no vera_lambda_b and vera_lambda_d; the file is not whole")
     for key, role in SHARED.items():
         if role not in contents.shared:
             raise ValueError(
