@@ -71,9 +71,10 @@ class Settings:
 
     def __init__(self, config: dict[str, Any], where: Any, known: list[str]):
         self._config, self._where = config, where
-        self.peft_type = config.get("peft_type")
-        if self.peft_type not in known:
-            raise ValueError(f"{where}: peft_type {brief(self.peft_type)} is not read; known are {', '.join(known)}")
+        peft_type = config.get("peft_type")
+        if not isinstance(peft_type, str) or peft_type not in known:
+            raise ValueError(f"{where}: peft_type {brief(peft_type)} is not read; known are {', '.join(known)}")
+        self.peft_type = peft_type
         for key, value in config.items():
             if key in REFUSED and value not in OFF:
                 raise ValueError(f"{where}: {key} is {brief(value)}: {REFUSED[key]}, which jlora has not")

@@ -69,11 +69,13 @@ class _Matcher:
         if op == "BRANCH":
             return {end for branch in argument[1] for end in self.sequence(branch, starts)}
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeated(*argument, starts)
+            least, most, part = argument
+            return self._repeated(least, most, part, starts)
         if op == "SUBPATTERN" and not (argument[1] or argument[2]):
             return self.sequence(argument[3], starts)
         if op in ("ASSERT", "ASSERT_NOT"):
-            return {at for at in starts if self._looks(*argument, at) == (op == "ASSERT")}
+            direction, part = argument
+            return {at for at in starts if self._looks(direction, part, at) == (op == "ASSERT")}
         raise ValueError(f"{'flags' if op == 'SUBPATTERN' else op.lower()} in a pattern are not read")
 
     def _repeated(self, least: int, most: int, part: Any, starts: set[int]) -> set[int]:
