@@ -53,8 +53,9 @@ class Recorded:
         if any("ranks" in line for line in self._lines.get(key, ())):
             return
         for leaf in self._methods.get(name, ()):
-            inner = leaf["method"].inner if isinstance(leaf["method"], DoRA) else leaf["method"]
-            if not isinstance(inner, LoRA) or leaf["form"] != "lora" or "residual" in leaf:
+            inner = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
+            # A class of somebody's own may have gone out by its weight, in other factors.
+            if type(inner) is not LoRA or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale
             if told[0] != rank or abs(told[1] - scale) > 1e-9 * abs(told[1]):
