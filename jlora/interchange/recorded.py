@@ -90,10 +90,10 @@ class Recorded:
         """The LoRA that was written for these parameters, where it is what was found; None elsewhere."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
-        inner = method.inner if isinstance(method, DoRA) else method
+        inner = method.inner if type(method) is DoRA else method
         plain = found.inner if isinstance(found, DoRA) else found
         if (
-            not isinstance(inner, LoRA)
+            type(inner) is not LoRA
             or not isinstance(plain, LoRA)
             or isinstance(method, DoRA) != isinstance(found, DoRA)
         ):
