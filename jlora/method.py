@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, jax.Array]
 
+# The kind of site that a convolution in feature groups is.
+GROUPED = "grouped conv"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -33,7 +36,7 @@ class Site:
         in_axes: axes contracted with the activation, in the leaf's order.
         out_axes: axes that remain in the product.
         batch_axes: axes over which separate matrices are stacked (layers, experts).
-        kind: how the function reads it: "dot", "conv" or "gather" (an embedding's lookup).
+        kind: how the function reads it: "dot", "conv", "grouped conv" (in feature groups) or "gather" (an embedding's lookup).
         method: the method that adapts it.
     """
 

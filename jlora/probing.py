@@ -133,10 +133,10 @@ def convolution(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     if at != 1 or eqn.params["batch_group_count"] != 1:
         return None
     taps = tuple(axis for axis in range(value.array.ndim) if axis != out_axis)
-    return product(walk, eqn, values, taps, ())
+    return product(walk, eqn, values, taps, (), grouped=eqn.params["feature_group_count"] > 1)
 
 
-def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any) -> list[Any]:
+def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, grouped: bool = False) -> list[Any]:
     """Notes how a leaf is contracted; what comes out is an activation.
 
     What was looked up is a weight where an activation meets one of its own axes and leaves another: experts by `w[index]`,
@@ -155,7 +155,7 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any) -> lis
     elif not free:  # an out axis of size 1 that was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
     roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
-    walk.note(Reading(value.name, eqn.primitive.name, *roles))
+    walk.note(Reading(value.name, eqn.primitive.name, *roles, grouped))
     return _plain(eqn, values)
 
 

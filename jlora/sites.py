@@ -11,6 +11,7 @@ import jax
 from jlora import _compat, heads, paths
 from jlora import weight as weights
 from jlora.lift import run
+from jlora.method import GROUPED
 from jlora.walk import PRODUCTS, Reading, Walk
 
 Keys = tuple[str, ...]
@@ -46,9 +47,9 @@ class Leaf:
 
     @property
     def kind(self) -> str | None:
-        """ "gather" where the leaf is looked up, else "dot" or "conv"; None where it is in no product."""
-        kinds = [PRODUCTS[reading.primitive] for reading in self.products]
-        return "gather" if "gather" in kinds else kinds[0] if kinds else None
+        """ "gather" where the leaf is looked up, else "dot", "conv" or "grouped conv"; None where it is in no product."""
+        kinds = [GROUPED if reading.grouped else PRODUCTS[reading.primitive] for reading in self.products]
+        return next((kind for kind in ("gather", GROUPED, *kinds) if kind in kinds), None)
 
     @property
     def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:

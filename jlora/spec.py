@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from jlora import paths
-from jlora.method import Method, Site
+from jlora.method import GROUPED, Method, Site
 
 if TYPE_CHECKING:
     from jlora.sites import Leaf, Sites
@@ -36,7 +36,7 @@ class Axes:
     Args:
         roles: one word an axis: "in", "out" or "batch" (stacked layers, experts), as in `"batch in out"`.
         method: the method.
-        kind: "dot", or "gather" for an embedding, or "conv".
+        kind: "dot", or "gather" for an embedding, or "conv" for a convolution ("grouped conv" where it has feature groups).
 
     Raises:
         ValueError: for other words.
@@ -53,8 +53,8 @@ class Axes:
         words = set(self.roles.split())
         if not {"in", "out"} <= words or not words <= {"in", "out", "batch"}:
             raise ValueError(f'roles are words "in", "out" and "batch", with in and out among them; got {self.roles!r}')
-        if self.kind not in ("dot", "gather", "conv"):
-            raise ValueError(f'kind must be "dot", "gather" or "conv", got {self.kind!r}')
+        if self.kind not in ("dot", "gather", "conv", GROUPED):
+            raise ValueError(f'kind must be "dot", "gather" or "conv", got {self.kind!r} (or {GROUPED!r})')
 
 
 Spec = Mapping[Any, Method | Axes | None]
@@ -163,6 +163,8 @@ def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf]
     kind, roles, bare = "dot", None, method
     if isinstance(method, Axes):
         bare, kind, roles = method.method, method.kind, _named_roles(path, shape, method)
+        if traced is not None and traced[keys].kind == GROUPED:
+            kind = GROUPED
     assert isinstance(bare, Method)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path}, shape {shape}, holds {leaf.dtype}; only floating-point leaves can be adapted")

@@ -64,6 +64,7 @@ class Reading:
         name: path of the leaf.
         primitive: the primitive that reads it.
         in_axes, out_axes, batch_axes: roles of the axes; empty where the primitive is no product.
+        grouped: whether it is a convolution in feature groups.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Reading:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
+    grouped: bool = False
 
 
 @dataclass

@@ -77,7 +77,8 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     """
     found, most = {}, settings.integer("init_r", 12)
     for module, roles in contents.adapters.items():
-        name = plain_matrix(module, next(iter(roles.values())), index)
+        name = plain_matrix(module, key := next(iter(roles.values())), index)
+        settings.check_target(module, key)
         if missing := {"a", "e", "b"} - set(roles):
             raise ValueError(f"{folder.file}: {module!r} has no lora_{min(missing).upper()}; the file is not whole")
         slot, rank = index.by_name[name][0], folder.shape(roles["a"])[0]
@@ -109,7 +110,7 @@ def read(
     rank, alpha = settings.integer("init_r", 12), settings.number("lora_alpha", 8)
     alpha = (alpha if alpha > 0 else rank) * rank / (rank + EPSILON)
     target = min(settings.integer("target_r", 8), rank)
-    plain = AdaLoRA(rank, target, alpha, dropout=settings.number("lora_dropout", 0.0))
+    plain = AdaLoRA(rank, target, alpha, dropout=settings.probability("lora_dropout"))
     result = []
     for keys in index.leaves_of(set(found)):
         slots = [slot for slot in index.slots[keys] if slot.name in found]

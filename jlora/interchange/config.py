@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
+import warnings
 from typing import Any
+
+from jlora.interchange import patterns
+from jlora.interchange.folder import brief
 
 # Settings that say what the tensors are.
 USED = {
@@ -31,7 +33,7 @@ UNUSED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "deltaT", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform",
     "lora_ga_config", "mask_type", "beta1", "beta2", "megatron_config", "megatron_core", "orth_reg_weight", "peft_version",
-    "projection_prng_key", "qalora_group_size", "random_seed", "revision", "runtime_config", "save_projection",
+    "merge_weights", "projection_prng_key", "qalora_group_size", "random_seed", "revision", "runtime_config", "save_projection",
     "target_modules", "target_r", "task_type", "tfinal", "tinit", "total_step", "loftq_config",
 }  # fmt: skip
 
@@ -39,6 +41,7 @@ UNUSED = {
 REFUSED = {
     "alora_invocation_tokens": "an adapter that acts after some tokens only (aLoRA)",
     "arrow_config": "routing among adapters (Arrow)",
+    "enable_lora": "one adapter of some of q, k and v (the first releases of PEFT)",
     "kasa_config": "an edited base (KaSA)",
     "layer_replication": "a base with repeated layers",
     "monteclora_config": "random adapters (MonteCLoRA)",
@@ -46,6 +49,9 @@ REFUSED = {
     "use_qalora": "pooled inputs (QA-LoRA)",
     "velora_config": "compressed activations (VeLoRA)",
 }
+
+# Values of a setting that is off.
+OFF = (None, False, [], {}, "")
 
 # Starts that change the base in a way which the tensors don't hold.
 EDITED_BASE = ("loftq", "corda", "lora_ga")
@@ -65,31 +71,48 @@ class Settings:
 
     def __init__(self, config: dict[str, Any], where: Any, known: list[str]):
         self._config, self._where = config, where
-        self.peft_type = str(config.get("peft_type"))
-        if self.peft_type not in known:
-            raise ValueError(
-                f"{where}: peft_type {config.get('peft_type')!r} is not read; known are {', '.join(known)}"
-            )
+        peft_type = config.get("peft_type")
+        if not isinstance(peft_type, str) or peft_type not in known:
+            raise ValueError(f"{where}: peft_type {brief(peft_type)} is not read; known are {', '.join(known)}")
+        self.peft_type = peft_type
         for key, value in config.items():
-            if key in REFUSED and value not in (None, False, [], {}):
-                raise ValueError(f"{where}: {key} is {value!r}: {REFUSED[key]}, which jlora has not")
-            if key not in USED and key not in UNUSED and key not in REFUSED and value not in (None, False, [], {}, ""):
-                raise ValueError(
-                    f"{where}: the setting {key!r} = {value!r} is unknown, and it may change what the tensors mean; remove it "
-                    "if it does not"
-                )
-        self.init = str(config.get("init_lora_weights", True)).lower()
-        if self.init.startswith(EDITED_BASE):
+            if key in REFUSED and value not in OFF:
+                raise ValueError(f"{where}: {key} is {brief(value)}: {REFUSED[key]}, which jlora has not")
+            if key not in USED and key not in UNUSED and key not in REFUSED and value not in OFF:
+                self._unknown(key, value)
+        self.init = self._init()
+
+    def _unknown(self, key: str, value: Any) -> None:
+        """PEFT leaves out settings of later releases, with a warning; all that changed a function so far were these."""
+        if value is True or isinstance(value, list | dict):
             raise ValueError(
-                f"{where}: init_lora_weights is {self.init!r}, whose base differs from the model's own; convert it to plain "
-                "LoRA with PEFT first (path_initial_model_for_weight_conversion)"
+                f"{self._where}: the setting {key[:100]!r} = {brief(value)} is unknown, and it may change what the tensors "
+                "mean; remove it if it does not"
             )
+        warnings.warn(
+            f"{self._where}: the setting {key[:100]!r} = {brief(value)} is unknown and left out, as PEFT leaves out settings "
+            "of later releases",
+            stacklevel=5,
+        )
+
+    def _init(self) -> str:
+        value = self._config.get("init_lora_weights", True)
+        if not isinstance(value, str | int | None):
+            raise ValueError(f"{self._where}: init_lora_weights must be true, false or a name, got {brief(value)}")
+        if str(value).lower().startswith(EDITED_BASE):
+            raise ValueError(
+                f"{self._where}: init_lora_weights is {brief(value)}, whose base differs from the model's own; convert it to "
+                "plain LoRA with PEFT first (path_initial_model_for_weight_conversion)"
+            )
+        return str(value).lower()
 
     def integer(self, key: str, default: int) -> int:
         """A whole number of at least 1."""
-        value = self._config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self._where}: {key} must be a positive integer, got {value!r}")
+        return self._positive(key, self._config.get(key, default))
+
+    def _positive(self, key: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise ValueError(f"{self._where}: {key} must be a positive integer, got {brief(value)}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -97,29 +120,37 @@ class Settings:
         return self._finite(key, self._config.get(key, default))
 
     def _finite(self, key: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{self._where}: {key} must be a finite number, got {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 2.0**127:
+            raise ValueError(f"{self._where}: {key} must be a finite number, got {brief(value)}")
+        return value
+
+    def probability(self, key: str) -> float:
+        """A probability below 1; 0 where the setting is missing or null, since it only matters in training."""
+        value = 0.0 if self._config.get(key) is None else self.number(key, 0.0)
+        if not 0 <= value < 1:
+            raise ValueError(f"{self._where}: {key} must be at least 0 and below 1, got {value!r}")
         return value
 
     def flag(self, key: str) -> bool:
-        """True or false."""
-        value = self._config.get(key) or False
-        if not isinstance(value, bool):
-            raise ValueError(f"{self._where}: {key} must be true or false, got {value!r}")
-        return value
+        """True or false; a missing setting is false."""
+        value = self._config.get(key)
+        if value not in (*OFF, True):  # 0 and 1 too
+            raise ValueError(f"{self._where}: {key} must be true or false, got {brief(value)}")
+        return bool(value)
 
     def names(self, key: str) -> list[str]:
         """A list of names; empty where the setting is missing."""
         value = self._config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise ValueError(f"{self._where}: {key} must be a list of names, got {value!r}")
+            raise ValueError(f"{self._where}: {key} must be a list of names, got {brief(value)}")
         return value
 
     def table(self, key: str) -> dict[str, Any]:
         """A table; empty where the setting is missing."""
         value = self._config.get(key) or {}
         if not isinstance(value, dict):
-            raise ValueError(f"{self._where}: {key} must be a table, got {value!r}")
+            raise ValueError(f"{self._where}: {key} must be a table, got {brief(value)}")
         return value
 
     def bare_list(self, key: str) -> list[Any] | None:
@@ -127,35 +158,35 @@ class Settings:
         value = self._config.get(key)
         return value if isinstance(value, list) and value else None
 
+    def check_target(self, module: str, key: str) -> None:
+        """A module is among the targets, where these are a list: PEFT ignores the tensors of any other.
+
+        Raises:
+            ValueError: where it is not.
+        """
+        value = self._config.get("target_modules")
+        if isinstance(value, list) and not any(module.endswith(name) for name in self.names("target_modules")):
+            raise ValueError(
+                f"{self._where}: target_modules {brief(value)} does not name {module!r}, so PEFT would ignore its tensor "
+                f"{key!r}; name it, or take the tensor out"
+            )
+
     def rank(self, target: str) -> int:
         """The rank of a module, by PEFT's rule: the first pattern that ends its name."""
-        value = self._pattern("rank_pattern", target, self.integer("r", 8))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self._where}: rank_pattern of {target!r} must be a positive integer, got {value!r}")
-        return value
+        return self._positive(*self._pattern("rank_pattern", target, "r"))
 
     def alpha(self, target: str) -> float:
         """The alpha of a module."""
-        return self._finite("alpha_pattern", self._pattern("alpha_pattern", target, self.number("lora_alpha", 8)))
+        return self._finite(*self._pattern("alpha_pattern", target, "lora_alpha"))
 
-    def _pattern(self, key: str, target: str, default: Any) -> Any:
+    def _pattern(self, key: str, target: str, default: str) -> tuple[str, Any]:
+        """Where the value for a module stands, and the value."""
         for pattern, value in self.table(key).items():
-            if _matches(pattern, target, f"{self._where}: {key}"):
-                return value
-        return default
-
-
-# A name, perhaps with the wildcards that people write; nothing whose matching can take long.
-_PATTERN = re.compile(r"[\w\-.^$*+?|\\\[\]()]{1,1000}")
-
-
-def _matches(pattern: str, target: str, where: str) -> bool:
-    if pattern == target or target.endswith("." + pattern):
-        return True
-    try:
-        # A repeated group could take exponential time.
-        if _PATTERN.fullmatch(pattern) is None or re.search(r"\)[*+?]", pattern) or sum(map(pattern.count, "*+?")) > 8:
-            raise re.error("too long or too involved")
-        return re.match(rf"(.*\.)?({pattern})$", target) is not None
-    except re.error as error:
-        raise ValueError(f"{where} holds {pattern[:100]!r}, which is no pattern ({error})") from None
+            try:
+                if patterns.matches(pattern, target):
+                    return f"{key} of {target!r}", value
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._where}: {key} holds {brief(pattern)}, which is no pattern ({error})"
+                ) from None
+        return default, self._config.get(default, 8)

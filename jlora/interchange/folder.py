@@ -23,6 +23,7 @@ FLOATS = {
 INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 LARGEST_CONFIG = 10_000_000
 LARGEST_HEADER = 50_000_000
+DEEPEST = 50
 _KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 
@@ -41,7 +42,11 @@ class AdapterFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: no such folder; an adapter is a folder with {CONFIG} and {TENSORS}")
-        self.config = _read_config(self.path / CONFIG)
+        if not (self.path / CONFIG).is_file():
+            raise FileNotFoundError(
+                f"{self.path / CONFIG}: no such file; an adapter is a folder with {CONFIG} and {TENSORS}"
+            )
+        self.config = read_object(self.path / CONFIG)
         self.file = self.path / TENSORS
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.path}: {TENSORS} is missing{_pickle_advice(self.path)}")
@@ -51,6 +56,8 @@ class AdapterFolder:
             self._slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: not a whole safetensors file ({error}); copy it again") from None
+        if not self._slices:
+            raise ValueError(f"{self.file}: holds no tensors; the adapter was not saved whole")
         for key in self._slices:
             if _KEY.fullmatch(key) is None:
                 raise ValueError(f"{self.file}: {key[:100]!r} is no name of a tensor; wanted words joined by dots")
@@ -79,12 +86,19 @@ class AdapterFolder:
         """A tensor.
 
         Raises:
-            ValueError: where the file is damaged.
+            ValueError: where the file is damaged, or the tensor holds NaN or infinity.
         """
         try:
-            return self._handle.get_tensor(key)
+            tensor = self._handle.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: {key!r} can't be read ({error}); copy the file again") from None
+        if not (finite := np.isfinite(tensor)).all():
+            at = np.unravel_index(int(np.argmin(finite)), tensor.shape)
+            raise ValueError(
+                f"{self.file}: {key!r} holds {float(tensor[at])} at {[int(n) for n in at]}, and {tensor.size - finite.sum()} "
+                f"of its {tensor.size} values are not finite; the training that wrote it diverged, or the file is damaged"
+            )
+        return tensor
 
     def read_as(self, key: str, dtype: np.dtype) -> np.ndarray:
         """A tensor in the dtype of an adapter, which loses nothing.
@@ -106,18 +120,53 @@ def _pickle_advice(path: Path) -> str:
     return f"; {found[0]} is a pickle, which can run code and is never read: save it as safetensors with PEFT first"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an adapter is a folder with {CONFIG} and {TENSORS}")
+def brief(value: Any) -> str:
+    """A value of a file as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, of a file that may be anything.
+
+    Raises:
+        ValueError: for a file that is too large, no JSON, no object, nested too deeply, or with two values for one key.
+    """
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for settings")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON for settings (nested too deeply)") from None
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: wanted a JSON object, got a {type(found).__name__}")
+    _check_depth(found, path)
     return found
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"two values for {key[:100]!r}: {brief(found[key])} and {brief(value)}")
+        found[key] = value
+    return found
+
+
+def _check_depth(found: Any, path: Path) -> None:
+    """Nothing lies so deep that printing or comparing it would fail."""
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [each for value in level if isinstance(value, dict | list) for each in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"{path}: not valid JSON for settings (nested too deeply)")
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def _check_header(path: Path) -> None:

@@ -35,7 +35,7 @@ class Index:
     Args:
         slots: the slots of every leaf.
         leaves: the leaves of the base.
-        where: the folder, for messages.
+        where: the file of tensors, for messages.
     """
 
     def __init__(self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,19 +49,35 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
         >>> adapted = jlora.load_peft("adapter", params, names=jlora.models.peft_names(model))
     """
     folder = AdapterFolder(path)
+    leaves = dict(paths.flatten_with_keys(params)[0])
+    index = Index(resolve(names, leaves.items()), leaves, folder.file)
+    with _named(folder.path):
+        return _adapted(params, leaves, _read(folder, index))
+
+
+def _read(folder: AdapterFolder, index: Index) -> list[Read]:
+    """The adapters of a folder, by leaf."""
     settings = Settings(folder.config, folder.path / CONFIG, list(FORMATS))
     format = FORMATS[settings.peft_type]
-    recorded = Recorded(manifest.read(folder.path, folder.file))
-    leaves = dict(paths.flatten_with_keys(params)[0])
-    index = Index(resolve(names, leaves.items()), leaves, folder.path)
+    recorded = Recorded(manifest.read(folder.path, folder.file, folder.config), folder.path / manifest.FILE)
     contents = parse(folder, settings.peft_type)
     found = format.find(folder, settings, contents, index)
     tokens = rows.find(folder, settings, contents, index)
     read_wholes.check(folder, settings, contents, index)
     starts = format.read(folder, settings, found, index, recorded) + rows.read(folder, tokens, index)
     adapted = {leaf.site.keys for leaf in starts}
-    starts += read_wholes.read(folder, contents, index, recorded, adapted)
-    return _adapted(params, leaves, starts)
+    return starts + read_wholes.read(folder, contents, index, recorded, adapted)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Every refusal names the folder, also that of a method which knows of none."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read]) -> Adapted:

@@ -10,6 +10,7 @@ from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.pieces import Piece, join, split
 from jlora.interchange.written import PREFIX, Written, origin
+from jlora.method import GROUPED
 
 # What PEFT calls having no targets.
 NO_TARGETS = "dummy-target-modules"
@@ -65,6 +66,11 @@ def _check(pieces: list[Piece]) -> None:
             raise ValueError(
                 f"{piece.slot.path}: PEFT adapts a module's 'weight', or 3-D parameters of experts, not {piece.name!r}; save "
                 "the merged model (jlora merge)"
+            )
+        if any(source.form.site.kind == GROUPED for source in piece.sources):
+            raise ValueError(
+                f"{piece.slot.path}: the LoRA of a convolution in feature groups is another function in PEFT, which reads the "
+                "channels of all groups; leave it out of the spec, or save the merged model (jlora merge)"
             )
     with_m = [piece for piece in pieces if piece.m is not None]
     plain = [piece for piece in pieces if piece.m is None]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from jlora.interchange.folder import CONFIG, brief, read_object
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
-from jlora.serialize import method_to_dict
+from jlora.serialize import method_from_dict, method_to_dict
 
 FILE = "jlora_manifest.json"
 FORMAT = 1
+# Settings that may change without making the adapter another: where it came from, and for what.
+FREE = {"base_model_name_or_path", "inference_mode", "target_modules", "task_type"}
 
 
 def describe(out: Written, forms: list[tuple[Form, list[Slot]]], profile: str, digest: str) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def describe(out: Written, forms: list[tuple[Form, list[Slot]]], profile: str, d
         "format": FORMAT,
         "profile": profile,
         "sha256": digest,
+        "settings": {name: value for name, value in out.config.items() if name not in FREE},
         "leaves": [_leaf(form, slots) for form, slots in forms],
         "tensors": [
             {"key": key, "shape": list(tensor.shape), "dtype": str(tensor.dtype), "from": out.origins[key]}
@@ -55,32 +58,65 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read(directory: Path, tensors: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where it has none.
+def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder, its methods as such, or None where it has none.
 
     Raises:
-        ValueError: where it can't be read, or describes other tensors than those beside it.
+        ValueError: where it can't be read, or describes other tensors or settings than those beside it.
     """
     path = directory / FILE
     if not path.is_file():
         return None
+    advice = "delete it to read the folder as PEFT's own"
+    found = read_object(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']}, wanted {FORMAT}")
-        for leaf in found["leaves"]:
-            assert isinstance(leaf["method"], dict) and isinstance(leaf["form"], str)
-            assert all(isinstance(name, str) for name in leaf["parameters"])
-        digest, lines = found["sha256"], found["tensors"]
-        assert all(isinstance(line["key"], str) for line in lines)
-        for origin in (origin for line in lines for origin in line["from"]):
-            start, stop = origin.get("ranks", (0, 1))
-            assert isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is damaged or from another version ({error!r}); delete it to read the folder as PEFT's "
-                         "own") from None  # fmt: skip
-    if digest != sha256(tensors):
-        raise ValueError(
-            f"{path} describes other tensors than {tensors.name} holds; delete it to read the folder as PEFT's own"
-        )
+        _check(found)
+        for leaf in found["leaves"] if found["profile"] == "peft" else ():
+            leaf["method"] = method_from_dict(leaf["method"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is damaged or from another version ({reason}); {advice}") from None
+    if found["sha256"] != sha256(tensors):
+        raise ValueError(f"{path} describes other tensors than {tensors.name} holds; {advice}")
+    for name, value in found.get("settings", {}).items():
+        if config.get(name) != value:
+            raise ValueError(
+                f"{directory / CONFIG}: {name} is {brief(config.get(name))}, but {FILE} says that it was written as "
+                f"{brief(value)}; set it back, or delete {FILE} to read the folder by its settings"
+            )
     return found
+
+
+def _check(found: dict[str, Any]) -> None:
+    """Every value that is used has its type."""
+    if found["format"] != FORMAT:
+        raise ValueError(f"format {brief(found['format'])}, wanted {FORMAT}")
+    _wanted(found["profile"] in ("peft", "serving"), "profile", found["profile"])
+    _wanted(isinstance(found["sha256"], str), "sha256", found["sha256"])
+    _wanted(isinstance(found.get("settings", {}), dict), "settings", found.get("settings"))
+    for name in ("leaves", "tensors"):
+        _wanted(_is_list(found[name], dict), name, found[name])
+    for leaf in found["leaves"]:
+        _wanted(isinstance(leaf["leaf"], str), "leaf", leaf["leaf"])
+        _wanted(isinstance(leaf["form"], str), "form", leaf["form"])
+        _wanted(_is_list(leaf["parameters"], str), "parameters", leaf["parameters"])
+    for line in found["tensors"]:
+        _wanted(isinstance(line["key"], str), "key", line["key"])
+        _wanted(_is_list(line["from"], dict), "from", line["from"])
+        for origin in line["from"]:
+            _check_origin(origin)
+
+
+def _check_origin(origin: dict[str, Any]) -> None:
+    ranks = origin.get("ranks", [0, 1])
+    _wanted(_is_list(ranks, int) and len(ranks) == 2 and 0 <= ranks[0] < ranks[1], "ranks", ranks)
+    _wanted(_is_list(origin.get("index", []), int), "index", origin.get("index"))
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _wanted(holds: bool, name: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {brief(value)}")

@@ -25,6 +25,10 @@ ENDS = {
 SHARED = {"base_model.vera_A": "a", "base_model.vera_B": "b"}
 TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPED = ".base_layer"
+SAVED = "modules_to_save"
+# Words behind which the name of an adapter stands in memory; files that were not written by PEFT's own saving keep it.
+NAMED = {end.split(".")[1] for ends in ENDS.values() for end in ends}
+NAMED |= {SAVED, "trainable_tokens_delta", "vera_A", "vera_B"}
 
 
 @dataclass
@@ -50,29 +54,45 @@ def parse(folder: AdapterFolder, peft_type: str) -> Contents:
     """The contents of a folder; every key is something.
 
     Raises:
-        ValueError: for a key that no adapter of this method has.
+        ValueError: for a key that no adapter of this method has, two keys of one meaning, or several adapters.
     """
-    found = Contents()
+    found, adapter = Contents(), None
     for key in folder.keys:
-        if key in SHARED and peft_type == "VERA":
-            found.shared[SHARED[key]] = key
-        elif not key.startswith(PREFIX):
-            raise ValueError(f"{folder.file}: {key!r} doesn't begin with {PREFIX!r}, as the tensors of an adapter do")
+        name, called = _without_adapter(key)
+        if called is not None and adapter not in (None, called):
+            raise ValueError(f"{folder.file} holds the adapters {adapter!r} and {called!r}; save them to a folder each")
+        adapter = adapter or called
+        if name in SHARED and peft_type == "VERA":
+            where, role = found.shared, SHARED[name]
+        elif name.startswith(PREFIX):
+            where, role = _place(found, name.removeprefix(PREFIX), ENDS[peft_type])
         else:
-            _sort(found, key, key.removeprefix(PREFIX), ENDS[peft_type])
+            raise ValueError(f"{folder.file}: {key!r} doesn't begin with {PREFIX!r}, as the tensors of an adapter do")
+        if role in where:
+            raise ValueError(
+                f"{folder.file}: {where[role]!r} and {key!r} are the same tensor of one module; take one out"
+            )
+        where[role] = key
     return found
 
 
-def _sort(found: Contents, key: str, name: str, ends: dict[str, str]) -> None:
+def _without_adapter(name: str) -> tuple[str, str | None]:
+    """A key without the name that PEFT gives an adapter in memory, and this name: `up.lora_A.default.weight`."""
+    words = name.split(".")
+    at = max((n for n, word in enumerate(words) if word in NAMED), default=len(words))
+    called = words[at + 1] if at + 1 < len(words) and words[at + 1] not in ("weight", "bias") else None
+    kept = words[:at] if words[at : at + 1] == [SAVED] else words[: at + 1]
+    return ".".join([*kept, *words[at + 1 + (called is not None) :]]), called
+
+
+def _place(found: Contents, name: str, ends: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Where a key belongs: a dict of the contents, and its key there."""
     for end, role in ends.items():
         if name.endswith(end):
-            found.adapters.setdefault(name.removesuffix(end), {})[role] = key
-            return
+            return found.adapters.setdefault(name.removesuffix(end), {}), role
     if name.endswith(TOKENS):
-        found.rows[name.removesuffix(TOKENS)] = key
-    elif WRAPPED + "." in name:
+        return found.rows, name.removesuffix(TOKENS)
+    if WRAPPED + "." in name:
         module, _, parameter = name.rpartition(WRAPPED + ".")
-        where = found.parameters if parameter == "bias" else found.copies
-        where[f"{module}.{parameter}"] = key
-    else:
-        found.parameters[name] = key
+        return (found.parameters if parameter == "bias" else found.copies), f"{module}.{parameter}"
+    return found.parameters, name

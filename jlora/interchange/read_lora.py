@@ -23,6 +23,9 @@ from jlora.method import Method, Site
 from jlora.methods import DoRA, Full, LoRA
 from jlora.methods.dora import column_norms
 
+# In torch's MultiheadAttention PEFT merges this layer twice: with the attention, and as a layer of its own.
+INNER = f"{WRAPPED}.out_proj"
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -67,29 +70,65 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     """
     found: dict[str, Stored] = {}
     for stem, roles in contents.adapters.items():
-        any_key = next(iter(roles.values()))
-        name = _parameter(stem, settings, contents, index, any_key)
-        embedding = "embedding_a" in roles or "embedding_b" in roles
-        pair = ("embedding_a", "embedding_b") if embedding else ("a", "b")
-        for role, text in zip(pair, ("A", "B")):
-            if role not in roles:
-                raise ValueError(f"{folder.file}: {stem!r} has no lora {text}; the file is not whole")
-        if settings.flag("use_dora") != ("m" in roles):
-            raise ValueError(f"{folder.file}: use_dora is {settings.flag('use_dora')}, but {stem!r} has "
-                             f"{'a' if 'm' in roles else 'no'} magnitude")  # fmt: skip
-        slot = index.by_name[index.tied.get(name, name)][0]
-        if name not in index.tied and embedding != (slot.kind == "embedding"):
-            raise ValueError(f"{folder.file}: {any_key!r} and the names differ on whether {name!r} is an embedding")
-        goal = name.rpartition(".")[0] if name in index.tied else target(slot)
-        rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
-        scale = alpha / (rank**0.5 if rslora else rank)
-        found[name] = Stored(
-            name, roles[pair[0]], roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora
-        )
-        _check_shapes(folder, found[name], slot, name in index.tied)
+        name = _parameter(stem, settings, contents, index, next(iter(roles.values())))
+        found[name] = _stored(folder, settings, stem, name, roles, index)
         if "bias" in roles:
             _check_bias(folder, roles["bias"], f"{stem}.bias", contents, index)
     return found
+
+
+def _stored(
+    folder: AdapterFolder, settings: Settings, stem: str, name: str, roles: dict[str, str], index: Index
+) -> Stored:
+    pair = _factors(folder, settings, stem, roles)
+    key, tied, inner = roles[pair[0]], name in index.tied, stem.endswith(INNER)
+    slot = index.by_name[index.tied.get(name, name)][0]
+    if not tied and (pair[0] == "embedding_a") != (slot.kind == "embedding"):
+        raise ValueError(f"{folder.file}: {key!r} and the names differ on whether {name!r} is an embedding")
+    _check_attention(folder, stem, key, index)
+    _check_groups(folder, key, roles[pair[1]], slot)
+    if not (inner or tied or slot.experts):
+        settings.check_target(stem, key)
+    goal = stem.removesuffix(INNER) if inner else name.rpartition(".")[0] if tied else target(slot)
+    rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
+    scale = alpha / (rank**0.5 if rslora else rank) * (2 if inner else 1)
+    found = Stored(name, key, roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora)
+    _check_shapes(folder, found, slot, tied)
+    return found
+
+
+def _factors(folder: AdapterFolder, settings: Settings, stem: str, roles: dict[str, str]) -> tuple[str, str]:
+    """The roles of A and B, of which both are there, and a magnitude where there must be one."""
+    pair = ("embedding_a", "embedding_b") if {"embedding_a", "embedding_b"} & set(roles) else ("a", "b")
+    for role, text in zip(pair, ("A", "B")):
+        if role not in roles:
+            raise ValueError(f"{folder.file}: {stem!r} has no lora {text}; the file is not whole")
+    if settings.flag("use_dora") != ("m" in roles):
+        raise ValueError(f"{folder.file}: use_dora is {settings.flag('use_dora')}, but {stem!r} has "
+                         f"{'a' if 'm' in roles else 'no'} magnitude")  # fmt: skip
+    return pair
+
+
+def _check_attention(folder: AdapterFolder, stem: str, key: str, index: Index) -> None:
+    """PEFT adapts torch's MultiheadAttention as a whole; it never calls the module that an adapter of `out_proj` alone has."""
+    attention, _, last = stem.rpartition(".")
+    if last == "out_proj" and not stem.endswith(INNER) and f"{attention}.in_proj_weight" in index.by_name:
+        raise ValueError(
+            f"{folder.file}: {key!r} adapts the out_proj of torch's MultiheadAttention {attention!r}, which PEFT never uses; "
+            "take the tensor out, or train it anew with the attention itself as the target"
+        )
+
+
+def _check_groups(folder: AdapterFolder, a: str, b: str, slot: Slot) -> None:
+    """PEFT's A of a convolution in groups reads the channels of all groups, and B those of one; no kernel does that."""
+    if slot.kind != "conv" or min(len(folder.shape(key)) for key in (a, b)) < 3:
+        return
+    (rank, channels), ranks, own = folder.shape(a)[:2], folder.shape(b)[1], slot.sizes("in")[-1]
+    if channels > own and channels * ranks == own * rank:
+        raise ValueError(
+            f"{folder.file}: {a!r} reads {channels} channels where a filter of {slot.name!r} has {own}: PEFT's LoRA of a "
+            f"convolution in {channels // own} groups reads all channels, which is no change of the kernel and can't be loaded"
+        )
 
 
 def _check_bias(folder: AdapterFolder, key: str, name: str, contents: Contents, index: Index) -> None:
@@ -129,6 +168,8 @@ def read(
 ) -> list[Read]:
     """The adapters, by leaf."""
     _check_tied(folder, found, index)
+    for one in found.values():
+        recorded.check(one.a, one.name, one.rank, one.scale)
     result = []
     for keys in index.leaves_of(set(found)):
         stored = {
@@ -184,7 +225,7 @@ def _part(folder: AdapterFolder, slot: Slot, stored: Stored, dtype: Any, recorde
     b = layout.b_from_torch(slot, folder.read_as(stored.b, kind))
     m = None if stored.m is None else folder.read_as(stored.m, kind).reshape(-1)
     start, stop, _ = slot.torch_columns()
-    ranks = recorded.ranks(stored.a, slot)
+    ranks = recorded.ranks(stored.a, slot, stored.rank)
     return Part(slot, a[..., ranks], b[..., ranks, start:stop], None if m is None else m[start:stop], stored.scale)
 
 
@@ -207,7 +248,7 @@ def _leaf(
     rslora = next(iter(stored.values())).rslora
     alpha = scale * (rank**0.5 if rslora else rank)
     scaling = "rslora" if rslora else "standard"
-    method: Method = LoRA(rank, _whole(alpha), scaling, dropout=settings.number("lora_dropout", 0.0))
+    method: Method = LoRA(rank, _whole(alpha), scaling, dropout=settings.probability("lora_dropout"))
     if "m" in arrays:
         method = DoRA(method)
     exact = all(part.scale == scale and part.a.shape[-1] == rank for part in joined)

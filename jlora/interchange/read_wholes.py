@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from jlora.interchange import layout
@@ -24,8 +26,14 @@ def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: 
             slot = index.by_name[index.tied.get(index.parameter(name, key), name)][0]
             folder.check(key, layout.torch_shape(slot), f"{name!r}")
     for module in settings.names("modules_to_save"):
-        if not any(name.rpartition(".")[0].endswith(module) for name in contents.parameters):
+        # PEFT's classes for a task name modules that only some models have.
+        if _has(index.by_name, module) and not _has(contents.parameters, module):
             raise ValueError(f"{folder.file}: modules_to_save names {module!r}, of which there is no tensor")
+
+
+def _has(parameters: Iterable[str], module: str) -> bool:
+    """Whether a module, perhaps with modules inside, whose name ends so is among those that parameters are of."""
+    return any(f"{module}." in name for name in parameters)
 
 
 def read(folder: AdapterFolder, contents: Contents, index: Index, recorded: Recorded, adapted: set[Keys]) -> list[Read]:

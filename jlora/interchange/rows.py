@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jlora.interchange.config import Settings
-from jlora.interchange.folder import AdapterFolder
+from jlora.interchange.folder import CONFIG, AdapterFolder
 from jlora.interchange.forms import Form
 from jlora.interchange.index import Index, Read, trained_dtype
 from jlora.interchange.names import Slot
@@ -51,9 +51,11 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         try:
             method = Rows(tuple(told[0]))
         except ValueError as error:
-            raise ValueError(f"{folder.path}: trainable_token_indices of {module!r}: {error}") from None
+            raise ValueError(f"{folder.path / CONFIG}: trainable_token_indices of {module!r}: {error}") from None
         if max(method.indices) >= slot.sizes("in")[0]:
-            raise ValueError(f"{folder.path}: row {max(method.indices)} of {module!r} is none of {slot.sizes('in')[0]}")
+            raise ValueError(
+                f"{folder.path / CONFIG}: row {max(method.indices)} of {module!r} is none of {slot.sizes('in')[0]}"
+            )
         folder.check(key, (len(method.indices), slot.torch_columns()[2]), f"the rows of {module!r}")
         found[name] = key, method
     if len(found) < len(table):

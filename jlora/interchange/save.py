@@ -15,15 +15,16 @@ from safetensors import safe_open
 from jlora import paths
 from jlora.adapted import Adapted
 from jlora.interchange import layout, manifest, serving, wholes
+from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
 from jlora.interchange.formats import FORMATS
 from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
 from jlora.links import unchained
+from jlora.method import Site
 from jlora.weight import Weight
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PROFILES = ("peft", "serving")
 
 
@@ -94,6 +95,8 @@ def save_peft(
     """
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
+    if dtype is not None and np.dtype(dtype) not in FLOATS.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS.values()))}, got {dtype!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
         raise ValueError(f"svd_rank must be a positive integer, got {svd_rank!r}")
     adapted = unchained(adapted)
@@ -101,16 +104,19 @@ def save_peft(
     forms = _forms(adapted, slots, profile, svd_rank)
     out = _written(adapted, forms, slots, profile)
     out.config |= {"task_type": task_type, "base_model_name_or_path": base_model, "inference_mode": True}
+    _check_accounts(adapted, out)
+    _check_finite(out, "holds {value}, which no adapter can; go back to a checkpoint from before training diverged")
     if dtype is not None:
         out.tensors = {key: _cast(tensor, np.dtype(dtype)) for key, tensor in out.tensors.items()}
-    _check_accounts(adapted, out)
+        _check_finite(out, f"holds values too large for {np.dtype(dtype)}; choose another dtype")
     _write(Path(path), out, forms, profile)
     residuals = {f.site.path: float(np.max(f.residual)) for f, _ in forms if f.residual is not None}
     return PeftReport(out.config["peft_type"], out.config.get("r"), len(out.tensors), residuals, tuple(out.notes))
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
+    with np.errstate(over="ignore"):  # refused with the leaf's path
+        return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
 
 
 def _forms(
@@ -143,7 +149,19 @@ def _slots_of(weight: Weight, slots: Mapping[Keys, list[Slot]]) -> list[Slot]:
         close = paths.nearest(site.path, ["/".join(keys) for keys in slots])
         raise ValueError(f"names: {site.path} is adapted but has no torch name; the nearest that have one are {close}")
     layout.check_site(slots[site.keys][0], site)
+    _check_attention(site, slots)
     return slots[site.keys]
+
+
+def _check_attention(site: Site, slots: Mapping[Keys, list[Slot]]) -> None:
+    """PEFT never calls the adapter of a MultiheadAttention's `out_proj` alone."""
+    known = {slot.name for each in slots.values() for slot in each}
+    for slot in slots[site.keys] if site.method.matrix else ():
+        if slot.name.endswith(".out_proj.weight") and slot.name.replace("out_proj.weight", "in_proj_weight") in known:
+            raise ValueError(
+                f"{site.path}: PEFT does not use an adapter of {slot.name!r}, the out_proj of torch's MultiheadAttention; "
+                "leave it out of the spec, or save the merged model (jlora merge)"
+            )
 
 
 def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile: str, svd_rank: int | None) -> Form:
@@ -193,6 +211,15 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
                 raise ValueError(
                     f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
                 )
+
+
+def _check_finite(out: Written, problem: str) -> None:
+    """No tensor holds NaN or infinity."""
+    for key, tensor in out.tensors.items():
+        if tensor.dtype.kind in "iu" or (finite := np.isfinite(tensor)).all():
+            continue
+        leaves = ", ".join(dict.fromkeys(f"{line['leaf']} ({', '.join(line['fields'])})" for line in out.origins[key]))
+        raise ValueError(f"{leaves}: {key!r} {problem.format(value=float(tensor[~finite][0]))}")
 
 
 def _write(directory: Path, out: Written, forms: list[tuple[Form, list[Slot]]], profile: str) -> None:

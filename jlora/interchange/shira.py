@@ -63,7 +63,8 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     """
     found, rank = {}, settings.integer("r", 32)
     for module, roles in contents.adapters.items():
-        name = plain_matrix(module, next(iter(roles.values())), index)
+        name = plain_matrix(module, key := next(iter(roles.values())), index)
+        settings.check_target(module, key)
         if missing := {"values", "index"} - set(roles):
             word = {"values": "shira_weight", "index": "shira_indices"}[min(missing)]
             raise ValueError(f"{folder.file}: {module!r} has no {word}; the file is not whole")

@@ -59,7 +59,8 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     rank, rows, columns = settings.integer("r", 256), 0, 0
     found = {}
     for module, roles in contents.adapters.items():
-        name = plain_matrix(module, next(iter(roles.values())), index)
+        name = plain_matrix(module, key := next(iter(roles.values())), index)
+        settings.check_target(module, key)
         if missing := {"b", "d"} - set(roles):
             raise ValueError(f"{folder.file}: {module!r} has no vera_lambda_{min(missing)}; the file is not whole")
         slot = index.by_name[name][0]
@@ -68,6 +69,8 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
         folder.check(roles["d"], (rank,), f"rank {rank} of {name!r}")
         rows, columns = max(rows, rows_here), max(columns, columns_here)
         found[name] = roles
+    if not found:
+        raise ValueError(f"{folder.file}: has no vera_lambda_b and vera_lambda_d; the file is not whole")
     for key, role in SHARED.items():
         if role not in contents.shared:
             raise ValueError(
@@ -87,7 +90,7 @@ def read(
     """The adapters, by leaf; a layer of a stack without one has zeros."""
     shared_keys = found.pop("")
     initial, seed = settings.number("d_initial", 0.1), int(settings.number("projection_prng_key", 0))
-    plain = VeRA(settings.integer("r", 256), initial, seed, settings.number("vera_dropout", 0.0))
+    plain = VeRA(settings.integer("r", 256), initial, seed, settings.probability("vera_dropout"))
     leaves = index.leaves_of(set(found))
     dtype = max((trained_dtype(index.leaves[keys].dtype) for keys in leaves), key=lambda kind: kind.itemsize)
     shared = {name: folder.read_as(key, dtype).T for name, key in shared_keys.items()}

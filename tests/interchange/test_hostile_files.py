@@ -104,8 +104,19 @@ CONFIGS = {
     "alpha is infinite": ({"lora_alpha": float("inf")}, "must be a finite number, got inf"),
     "a flag that is none": ({"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
     "patterns that are no table": ({"rank_pattern": [1]}, r"rank_pattern must be a table, got \[1\]"),
-    "a pattern that takes forever": ({"rank_pattern": {"(a+)+b": 1}}, "rank_pattern holds .* is no pattern"),
+    "a pattern that is none": ({"rank_pattern": {"(up": 1}}, "rank_pattern holds .* is no pattern"),
     "an unknown setting": ({"use_magic": True}, "the setting 'use_magic' = True is unknown"),
+    "an unknown table": ({"magic_config": {"spell": 1}}, "the setting 'magic_config' = .'spell': 1. is unknown"),
+    "r of null": ({"r": None}, "adapter_config.json: r must be a positive integer, got None"),
+    "alpha of null": ({"lora_alpha": None}, "adapter_config.json: lora_alpha must be a finite number, got None"),
+    "alpha of true": ({"lora_alpha": True}, "lora_alpha must be a finite number, got True"),
+    "alpha without end": ({"lora_alpha": 10**400}, r"lora_alpha must be a finite number, got 1000+\.\.\."),
+    "a rank of null": ({"rank_pattern": {"up": None}}, "rank_pattern of 'up' must be a positive integer, got None"),
+    "an alpha of text": ({"alpha_pattern": {"up": "8"}}, "alpha_pattern of 'up' must be a finite number, got '8'"),
+    "a dropout above 1": ({"lora_dropout": 1.5}, "lora_dropout must be at least 0 and below 1, got 1.5"),
+    "a start that is none": ({"init_lora_weights": ["pissa"]}, "init_lora_weights must be true, false or a name"),
+    "another case": ({"peft_type": "lora"}, "peft_type 'lora' is not read; known are LORA"),
+    "a list for a method": ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not read"),
     "activated LoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is .* which jlora has not"),
     "an edited base": ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda', whose base differs"),
     "a random start": ({"init_lora_weights": "pissa_niter_4"}, "took a part out of the base that can't be found again"),
@@ -120,10 +131,35 @@ def test_settings_that_are_wrong_are_refused(changes, message, folder):
         jlora.load_peft(folder, PARAMS, NAMES)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a":' * 5000], ids=["empty", "a list", "cut off", "nested"])
-def test_settings_that_are_no_json_object_are_refused(content, folder):
-    (folder / "adapter_config.json").write_text(content)
-    refused(folder, "not valid JSON|wanted a JSON object")
+NO_OBJECTS = {
+    "empty": "",
+    "a list": "[1]",
+    "cut off": "{",
+    "nested": '{"a":' * 5000,
+    "nested and whole": '{"x": ' + "[" * 300 + "]" * 300 + "}",
+    "twins": '{"r": 2, "r": 4}',
+}
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "jlora_manifest.json"])
+@pytest.mark.parametrize("content", NO_OBJECTS.values(), ids=NO_OBJECTS)
+def test_what_is_no_json_object_is_refused(content, file, folder):
+    (folder / file).write_text(content)
+    refused(folder, rf"{file}: (not valid JSON|wanted a JSON object)")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["f4", "bfloat16"])
+def test_values_that_are_not_finite_are_refused_by_file_and_tensor(value, dtype, folder):
+    with_tensors(folder, lambda t: t.update({A: np.where(np.arange(12).reshape(2, 6) == 8, value, t[A]).astype(dtype)}))
+    refused(
+        folder, rf"adapter_model.safetensors: '{A}' holds {value} at \[1, 2\], and 1 of its 12 values are not finite"
+    )
+
+
+def test_a_trained_module_that_is_not_finite_is_refused_too(folder):
+    with_tensors(folder, lambda t: t.update({"base_model.model.head.weight": np.full((3, 5), np.nan, "f4")}))
+    refused(folder, "adapter_model.safetensors: 'base_model.model.head.weight' holds nan at .*15 of its 15 values")
 
 
 def test_settings_of_absurd_size_are_refused_unread(folder):
@@ -187,6 +223,68 @@ def test_a_manifest_of_other_tensors_is_refused(tmp_path):
     refused(tmp_path / "adapter", "describes other tensors than adapter_model.safetensors holds; delete it")
     (tmp_path / "adapter" / "jlora_manifest.json").write_text('{"format": 9}')
     refused(tmp_path / "adapter", "is damaged or from another version")
+
+
+EDITS = {
+    "lora_alpha": (8, "lora_alpha is 8, but jlora_manifest.json says that it was written as 2"),
+    "lora_dropout": (0.1, "lora_dropout is 0.1, but jlora_manifest.json says that it was written as 0.0"),
+    "use_rslora": (True, "use_rslora is True, but .* False"),
+    "alpha_pattern": ({"up": 3}, "alpha_pattern is {'up': 3}, but .* {}"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_settings_that_were_edited_are_refused_with_both_values(name, tmp_path):
+    adapted = jlora.adapterize(PARAMS, {"up/kernel": jlora.LoRA(2, alpha=2, init="random")})
+    jlora.save_peft(tmp_path / "adapter", adapted, NAMES)
+    jlora.load_peft(tmp_path / "adapter", PARAMS, NAMES)
+    value, message = EDITS[name]
+    with_config(tmp_path / "adapter", **{name: value})
+    refused(tmp_path / "adapter", f"adapter_config.json: {message}")
+
+
+def with_manifest(folder, change):
+    file = folder / "jlora_manifest.json"
+    told = json.loads(file.read_text())
+    change(told)
+    file.write_text(json.dumps(told))
+
+
+def at_origin(**values):
+    return lambda told: told["tensors"][0]["from"][0].update(values)
+
+
+MANIFESTS = {
+    "another alpha": (
+        lambda told: told["leaves"][0]["method"].update(alpha=9),
+        "says that 'up.weight' has LoRA.rank=2, alpha=9.*rank 2 and scale 4.5, but by adapter_config.json it has .* scale 1",
+    ),
+    "an older one": (
+        lambda told: (told.pop("settings"), told["leaves"][0]["method"].update(rank=3, alpha=3)),
+        "rank 3 and scale 1, but by adapter_config.json it has rank 2 and scale 1",
+    ),
+    "half of the ranks": (at_origin(ranks=[0, 1]), r"the ranks \[\(0, 1\)\] of '.*lora_A.weight' are not all of its 2"),
+    "ranks of null": (at_origin(ranks=None), "damaged or from another version .ranks is None"),
+    "an index of null": (at_origin(index=None), "damaged or from another version .index is None"),
+    "an origin of text": (lambda told: told["tensors"][0].update({"from": ["x"]}), "from is .'x'"),
+    "no leaf": (lambda told: told["leaves"][0].pop("leaf"), "damaged .* .KeyError: 'leaf'."),
+    "no profile": (lambda told: told.pop("profile"), "damaged .* .KeyError: 'profile'."),
+    "leaves of null": (lambda told: told.update(leaves=None), "leaves is None"),
+    "an unknown method": (
+        lambda told: told["leaves"][0].update(method={"method": "Nope"}),
+        "damaged .*a method table needs",
+    ),
+    "a rank of text": (lambda told: told["leaves"][0]["method"].update(rank="x"), "damaged .*, got 'x'"),
+    "a rank of tables": (lambda told: told["leaves"][0]["method"].update(rank=[{}]), "damaged .*, got ...,"),
+}
+
+
+@pytest.mark.parametrize("change, message", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_that_was_edited_is_refused_by_name(change, message, tmp_path):
+    adapted = jlora.adapterize(PARAMS, {"up/kernel": jlora.LoRA(2, alpha=2, init="random")})
+    jlora.save_peft(tmp_path / "adapter", adapted, NAMES)
+    with_manifest(tmp_path / "adapter", change)
+    refused(tmp_path / "adapter", f"jlora_manifest.json.*{message}")
 
 
 def test_values_wider_than_the_base_s_adapters_are_refused(folder):

@@ -192,6 +192,35 @@ def test_tensors_can_be_written_in_16_bits_and_come_back_in_32(dtype, tmp_path):
     )
 
 
+def test_integers_stay_integers_in_16_bits(tmp_path):
+    adapted = adapted_of({"up/kernel": jlora.SHiRA("weight", rank=1)})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype="bfloat16")
+    kinds = {key.rpartition("_")[2]: str(tensor.dtype) for key, tensor in saved(tmp_path / "out")[1].items()}
+    assert kinds == {"weight": "bfloat16", "indices": "int32"}
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    np.testing.assert_array_equal(again.frozen["up"]["kernel"]["index"], adapted.frozen["up"]["kernel"]["index"])
+
+
+@pytest.mark.parametrize("profile", ["peft", "serving"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_adapters_that_are_not_finite_are_refused_by_their_path(value, profile, tmp_path):
+    adapted = adapted_of({"up/kernel": LORA, "down/kernel": LORA})
+    adapted.params["down"]["kernel"]["b"] = adapted.params["down"]["kernel"]["b"].at[1, 2].set(value)
+    with pytest.raises(
+        ValueError, match=rf"down/kernel \(b\): 'base_model.model.down.lora_B.weight' holds {value}, which no"
+    ):
+        jlora.save_peft(tmp_path / "out", adapted, NAMES, profile)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_16_bits_do_not_hold_are_refused(tmp_path):
+    adapted = adapted_of({"up/kernel": LORA})
+    adapted.params["up"]["kernel"]["a"] = adapted.params["up"]["kernel"]["a"].at[0, 0].set(1e6)
+    with pytest.raises(ValueError, match=r"up/kernel \(a\): '.*lora_A.weight' holds values too large for float16"):
+        jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype="float16")
+    jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype="bfloat16")
+
+
 def test_a_folder_in_use_is_left_alone_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     adapted = adapted_of({"up/kernel": LORA})
     (tmp_path / "mine").mkdir()
@@ -215,6 +244,7 @@ def test_a_folder_in_use_is_left_alone_and_a_full_disk_leaves_nothing(tmp_path, 
     [
         ({"profile": "vllm"}, "profile must be one of .'peft', 'serving'., got 'vllm'"),
         ({"svd_rank": 0}, "svd_rank must be a positive integer, got 0"),
+        ({"dtype": "int8"}, "dtype must be one of float64, float32, float16, bfloat16, got 'int8'"),
     ],
 )
 def test_options_that_are_wrong_are_refused(options, message, tmp_path):

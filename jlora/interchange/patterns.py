@@ -1,0 +1,120 @@
+"""PEFT's patterns of module names, by its rule, but in bounded time whatever the pattern."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+LONGEST = 1000
+MOST_STEPS = 200_000
+
+# Python's own parser, so that a pattern means here what it means in `re`.
+_parser: Any = importlib.import_module("re._parser")
+
+_CATEGORIES = {
+    "CATEGORY_DIGIT": str.isdecimal,
+    "CATEGORY_SPACE": str.isspace,
+    "CATEGORY_WORD": lambda c: c.isalnum() or c == "_",
+}
+
+
+def matches(pattern: str, name: str) -> bool:
+    r"""Whether a pattern of PEFT is of a module: `re.match(rf"(.*\.)?({pattern})$", name)`.
+
+    Adapter folders come from strangers, and `re` takes exponential time for some patterns. So sets of positions go
+    through the parsed pattern, all ways at once.
+
+    Args:
+        pattern: a regular expression, or simply the end of a name.
+        name: the module's name.
+
+    Raises:
+        ValueError: for what is no pattern, and for constructs that go beyond regular expressions (back references, atomic
+            groups, flags).
+    """
+    if max(len(pattern), len(name)) > LONGEST:
+        raise ValueError(f"it or the name {name[:50]!r} has more than {LONGEST} characters")
+    try:
+        parsed = _parser.parse(rf"(.*\.)?({pattern})$")
+        return bool(_Matcher(name).sequence(parsed, {0}))
+    except re.error as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("its groups are nested too deeply") from None
+
+
+class _Matcher:
+    """The positions of one text that parts of a pattern lead to."""
+
+    def __init__(self, text: str):
+        self.text, self.steps = text, 0
+
+    def sequence(self, parts: Any, starts: set[int]) -> set[int]:
+        """Where a sequence of parts can end that begins at one of some positions."""
+        for op, argument in parts:
+            self.steps += len(starts)
+            if self.steps > MOST_STEPS:
+                raise ValueError("it takes too long to match")
+            starts = self._part(op.name, argument, starts)
+            if not starts:
+                break
+        return starts
+
+    def _part(self, op: str, argument: Any, starts: set[int]) -> set[int]:
+        if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+            return {at + 1 for at in starts if at < len(self.text) and _is_of(op, argument, self.text[at])}
+        if op == "AT":
+            return {at for at in starts if self._holds(argument.name, at)}
+        if op == "BRANCH":
+            return {end for branch in argument[1] for end in self.sequence(branch, starts)}
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, part = argument
+            return self._repeated(least, most, part, starts)
+        if op == "SUBPATTERN" and not (argument[1] or argument[2]):
+            return self.sequence(argument[3], starts)
+        if op in ("ASSERT", "ASSERT_NOT"):
+            direction, part = argument
+            return {at for at in starts if self._looks(direction, part, at) == (op == "ASSERT")}
+        raise ValueError(f"{'flags' if op == 'SUBPATTERN' else op.lower()} in a pattern are not read")
+
+    def _repeated(self, least: int, most: int, part: Any, starts: set[int]) -> set[int]:
+        for _ in range(least):
+            before, starts = starts, self.sequence(part, starts)
+            if starts in (before, set()):  # more rounds change nothing
+                break
+        reached, new = set(starts), starts
+        for _ in range(most - least):
+            new = self.sequence(part, new) - reached
+            if not new:
+                break
+            reached |= new
+        return reached
+
+    def _looks(self, direction: int, part: Any, at: int) -> bool:
+        if direction > 0:
+            return bool(self.sequence(part, {at}))
+        start = at - part.getwidth()[0]  # what looks back has one width
+        return start >= 0 and at in self.sequence(part, {start})
+
+    def _holds(self, where: str, at: int) -> bool:
+        text = self.text
+        if where in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+            return at == 0
+        if where in ("AT_END", "AT_END_STRING"):  # names have no line ends
+            return at == len(text)
+        sides = [0 <= n < len(text) and _CATEGORIES["CATEGORY_WORD"](text[n]) for n in (at - 1, at)]
+        return (sides[0] != sides[1]) == (where == "AT_BOUNDARY")
+
+
+def _is_of(op: str, argument: Any, character: str) -> bool:
+    """Whether a part that stands for one character stands for this one."""
+    if op == "IN":
+        negated = argument[0][0].name == "NEGATE"
+        return negated != any(_is_of(item.name, value, character) for item, value in argument[negated:])
+    if op == "RANGE":
+        return argument[0] <= ord(character) <= argument[1]
+    if op == "CATEGORY":
+        known = _CATEGORIES[argument.name.replace("NOT_", "")](character)
+        return known != ("NOT_" in argument.name)
+    return op == "ANY" or (ord(character) == argument) == (op == "LITERAL")
