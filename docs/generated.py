@@ -77,7 +77,7 @@ def _lines(rows: Callable[[], list[str]]) -> str:
 def api(argument: str) -> str:
     """A line for each name of a module: `jlora lift merge`, or for all of its `__all__`: `jlora.models`."""
     found = [(value, name.removeprefix("jlora.")) for value, name in api_names(argument)]
-    rows = [f"| [`{name}`]({_source(value)}) | {_cell(docstrings.first_sentence(value))} |" for value, name in found]
+    rows = [f"| [`{name}`]({_source(value)}) | {_cell(_first_sentence(value))} |" for value, name in found]
     return "\n".join(["| name | what |", "|---|---|", *rows])
 
 
@@ -87,6 +87,11 @@ def api_names(argument: str) -> list[tuple[Any, str]]:
     found = importlib.import_module(module)
     names = names or [name for name in found.__all__ if callable(getattr(found, name))]
     return [(getattr(found, name), f"{module}.{name}") for name in names]
+
+
+def _first_sentence(value: Any) -> str:
+    paragraph = (inspect.getdoc(value) or "").split("\n\n")[0]
+    return re.split(r"(?<=\.)\s", " ".join(paragraph.split()))[0]
 
 
 def _source(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
 
 _SECTIONS = ("Args", "Raises", "Example", "Reference", "Returns")
 
@@ -15,7 +14,7 @@ _ARXIV = re.compile(
 )
 
 
-def first_sentence(cls: Any) -> str:
+def first_sentence(cls: type) -> str:
     """What the method does, with its formula, as one line."""
     return re.split(r"(?<=\.)\s", _joined(_text(cls).split("\n\n")[0]))[0]
 
@@ -44,7 +43,7 @@ def papers(cls: type) -> list[str]:
     return list(dict.fromkeys(_ARXIV.findall(_joined(_text(cls)))))
 
 
-def _text(cls: Any) -> str:
+def _text(cls: type) -> str:
     return inspect.getdoc(cls) or ""
 
 
