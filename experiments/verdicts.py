@@ -118,7 +118,7 @@ def table(claims: dict[str, list[Case]], digits: int = 3) -> list[str]:
             mean, half = interval(case.differences)
             head = f"{claim} | {word(cases)}" if number == 0 else " | "
             seen = "–" if case.mute else f"{visible(case.differences):.{digits}f}"
-            lines.append(f"| {head} | {case.name} | {mean:+.{digits}f} ± {half:.{digits}f} | {case.stands} | {seen} |")
+            lines.append(f"| {head} | {case.name} | {mean:+z.{digits}f} ± {half:.{digits}f} | {case.stands} | {seen} |")
     return [*lines, "", NOTE]
 
 

@@ -117,7 +117,7 @@ def report(results, options):
         "| task | ranks a matrix | method | rate | test score | difference to LoRA | test loss |",
         "|---|---|---|---|---|---|---|",
     ]
-    better, order = {pair: [] for pair in PAIRS}, []
+    better, order = {pair: [] for pair in PAIRS if set(pair) <= set(METHODS)}, []
     figure, axes = plt.subplots(1, len(options.tasks), figsize=(4.5 * len(options.tasks), 3.2), squeeze=False)
     for axis, task in zip(axes[0], options.tasks):
         for number, method in enumerate(METHODS):
