@@ -1,12 +1,8 @@
-"""The tables of docs/peft.md, made from the code: what is tried is what is told.
-
-`python docs/peft_table.py` writes them between their marks; `--check` only says whether they are up to date.
-"""
+"""The tables of docs/peft.md, made from the code: what is tried is what is told."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -83,35 +79,5 @@ def kinds_rows() -> list[str]:
     return lines
 
 
+#: The tables by the marks of the page between which they stand.
 TABLES = {"methods": methods_rows, "settings": settings_rows, "kinds": kinds_rows}
-
-
-def updated(text: str) -> str:
-    """The page's text with its tables made anew.
-
-    Raises:
-        ValueError: where a mark is missing.
-    """
-    for name, rows in TABLES.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"the page must have the marks {start} and {end} once each")
-        before, rest = text.split(start)
-        text = "\n".join([before + start, *rows(), end + rest.split(end)[1]])
-    return text
-
-
-def main() -> int:
-    """Write the tables, or check them."""
-    text = PAGE.read_text(encoding="utf-8")
-    new = updated(text)
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            print("the tables of docs/peft.md are out of date: run `python docs/peft_table.py`", file=sys.stderr)
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,18 @@ import matplotlib
 import numpy as np
 import optax
 import tasks
+import verdicts as verdicts
 from scipy import stats
+from verdicts import Case as Case
+from verdicts import could_see as could_see
+from verdicts import doubts as doubts
+from verdicts import interval as interval
+from verdicts import paired as paired
+from verdicts import pooled as pooled
+from verdicts import shown as shown
+from verdicts import surely_above as surely_above
+from verdicts import table as table
+from verdicts import verdict as verdict
 
 import jlora
 from jlora import paths
@@ -273,54 +284,43 @@ def crossing(record: Record, target: float) -> int:
     return len(record["losses"]) + 1 if reached is None else reached
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and the half width of its 95 % interval by Student's t; nan for one value."""
-    values = [float(value) for value in values]
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(half)
-
-
-def shown(values: list[float], digits: int = 3) -> str:
-    """ "mean ± half width" """
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def paired(ours: list[float], theirs: list[float], digits: int = 3) -> tuple[str, float, float]:
-    """The mean difference over seeds with its interval as text, and both ends of the interval."""
-    mean, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}", mean - half, mean + half
-
-
-def verdict(found: list[str]) -> str:
-    """What cases that are for sure "above" LoRA, "below" it, or neither, say about the claim that all are above.
-
-    One interval in forty lies above by chance alone: so "in part" wants more of them than chance gives in 95 of 100 studies.
-    """
-    above, below = found.count("above"), found.count("below")
-    by_chance = [stats.binom.sf(count - 1, len(found), 0.025) > 0.05 for count in (above, below)]
-    if above == len(found):
-        word = "reproduced"
-    elif below > above and not by_chance[1]:
-        word = "contradicted"
-    else:
-        word = "not reproduced at this scale" if by_chance[0] or below >= above else "reproduced in part"
-    return f"{word} (above LoRA in {above} of {len(found)} cases, below in {below})"
-
-
 def blind(task: tasks.Task, most: int) -> float:
-    """The score of the commonest label for all of the first `most` test rows."""
+    """The score of the commonest label for all of the first `most` test rows; of similarities that are all alike, zero."""
+    if task.kind == "regress":
+        return 0.0
     targets = task.test["targets"][:most]
     commonest = np.bincount(targets).argmax()
     return task.score(np.eye(targets.max() + 1)[np.full(len(targets), commonest)], targets)
 
 
-def surely_above(values: list[float], than: float) -> bool:
-    """Whether the 95 % interval of the mean lies above a number."""
-    mean, half = interval(values)
-    return mean - half > than
+def size(options: Any, names: Any, seen: str, rows: str = "") -> str:
+    """The line of a report that says how large the study was.
+
+    Args:
+        options: of the command line.
+        names: of the tasks.
+        seen: what it could have seen; see `verdicts.could_see`.
+        rows: of a step; by default those of `best_of_rates`.
+    """
+    models: dict[str, list[str]] = {}
+    for name in names:
+        models.setdefault(tasks.model_of(name), []).append(name)
+    told = "; ".join(f"{model} on {', '.join(each)}" for model, each in models.items())
+    kinds = dict.fromkeys(name in tasks.TEXT for name in names)
+    rows = rows or " or ".join(
+        f"{options.batch} windows of text" if k else f"{options.batch // 2} sentences" for k in kinds
+    )
+    return (
+        f"Size: {told}; {options.steps} steps of {rows}, {options.judged} test rows at most, {options.seeds} seeds; each rate "
+        f"chosen by one seed. {seen}"
+    )
+
+
+def late(runs: list[Record], targets: list[float]) -> str:
+    """Why steps to a target can't tell who is faster, if these runs, LoRA's own, come there only at their end."""
+    steps = [crossing(run, target) for run, target in zip(runs, targets)]
+    share = float(np.mean(steps)) / len(runs[0]["losses"])
+    return "LoRA itself gets there in its last tenth, when the rate goes to zero" if share > 0.9 else ""
 
 
 #: The seed on which learning rates are chosen; the runs that are reported have others.
@@ -371,7 +371,12 @@ def best_of_rates(
 def best_rate(results: list[Record], **wanted: Any) -> float:
     """The learning rate with the lowest smoothed final loss among the runs of stage "choose" with these settings."""
     found = [r for r in results if r["settings"]["stage"] == "choose" and _matches(r, wanted)]
-    return min(found, key=lambda r: _finite(smooth(r["losses"])[-1]))["settings"]["rate"]
+    return min(found, key=final_loss)["settings"]["rate"]
+
+
+def final_loss(record: Record) -> float:
+    """The smoothed loss at the end of a run; infinite where it diverged."""
+    return _finite(smooth(record["losses"])[-1])
 
 
 def edges(results: list[Record], names: Any, methods: Any) -> str:
@@ -396,12 +401,12 @@ def _at_ends(results: list[Record], cases: dict[str, Record]) -> dict[str, list[
     """For the ends of grids, "highest" and "lowest", the labels of the runs that are best there."""
     found: dict[str, list[str]] = {}
     for label, wanted in cases.items():
-        if end := _end(results, **wanted):
-            found.setdefault(end, []).append(label)
+        if where := end(results, **wanted):
+            found.setdefault(where, []).append(label)
     return found
 
 
-def _end(results: list[Record], **wanted: Any) -> str | None:
+def end(results: list[Record], **wanted: Any) -> str | None:
     """Which end of its grid the best rate of these runs is at, if it is at one."""
     grid = [r["settings"]["rate"] for r in select(results, stage="choose", **wanted)]
     best = best_rate(results, **wanted)

@@ -8,6 +8,12 @@ import re
 _SECTIONS = ("Args", "Raises", "Example", "Reference", "Returns")
 
 
+#: An arXiv number after the word or in an address: `arXiv:2106.09685`, `arXiv 2106.09685v2`, `arxiv.org/abs/cs/0101001`.
+_ARXIV = re.compile(
+    r"arxiv(?:\.org/(?:abs|pdf)/|\s*:\s*|\s+)(\d{4}\.\d{4,5}|[a-z-]+(?:\.[a-z]{2})?/\d{7})", re.IGNORECASE
+)
+
+
 def first_sentence(cls: type) -> str:
     """What the method does, with its formula, as one line."""
     return re.split(r"(?<=\.)\s", _joined(_text(cls).split("\n\n")[0]))[0]
@@ -34,7 +40,7 @@ def reference(cls: type) -> str | None:
 
 def papers(cls: type) -> list[str]:
     """The arXiv numbers, in the order of the docstring."""
-    return list(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", _text(cls))))
+    return list(dict.fromkeys(_ARXIV.findall(_joined(_text(cls)))))
 
 
 def _text(cls: type) -> str:

@@ -1,6 +1,7 @@
 """README and docs are true: Python blocks run, shown output is what is printed, commands parse, links lead."""
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import re
@@ -13,15 +14,17 @@ import jax
 import pytest
 
 import jlora
-from jlora import method_from_dict
+from jlora import catalog, method_from_dict
 from jlora.training.cli import build_parser
 from jlora.training.configuration import gather
+from jlora.training.settings import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^<!-- setup\n(?P<setup>.*?)^-->$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 sys.path.insert(0, str(ROOT / "docs"))
+import generated  # noqa: E402
 import methods_table  # noqa: E402
 
 
@@ -111,15 +114,70 @@ def test_the_readme_shows_the_two_commands_as_one_line_each():
     assert commands[1].startswith("python3 -m venv") and commands[1].endswith("python -m pytest")
 
 
-def test_the_readme_s_table_of_methods_is_up_to_date():
-    text = methods_table.README.read_text(encoding="utf-8")
-    assert methods_table.updated(text) == text, "run `python docs/methods_table.py`"
-    assert all(f"| `{cls.__name__}` |" in text for cls in methods_table.methods())
+@pytest.mark.parametrize("page", generated.PAGES, ids=name)
+def test_what_a_page_shows_of_the_code_is_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    if page.name != "peft.md":  # tries to save every method: tested in tests/interchange
+        assert generated.filled(text, generated.MARKS) == text, "run `python docs/generated.py`"
 
 
-def test_a_page_without_the_marks_of_the_table_is_refused():
-    with pytest.raises(ValueError, match="must have the marks"):
-        methods_table.updated("a page")
+def test_the_pages_show_every_method_and_flag_where_they_are_read():
+    listed = (ROOT / "README.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
+    assert all(f"| `{name}` |" in text for name in catalog.methods() for text in listed)
+    command_line = (ROOT / "docs" / "command-line.md").read_text()
+    assert all(f"| `{name}` |" in command_line for name in ADAPTERS)
+    assert "| `--rank RANK` |" in command_line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- flags: merge -->\nand no end", "<!-- flags: merge --> stands alone"),
+        ("<!-- /flags -->", "<!-- /flags --> stands alone"),
+        ("<!-- flgs: merge -->\n<!-- /flgs -->", "unknown mark 'flgs'"),
+    ],
+)
+def test_a_mark_that_is_wrong_or_alone_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        generated.filled(text, generated.MARKS)
+
+
+@pytest.mark.parametrize(
+    ("reference", "paper"),
+    [
+        ("Doe et al. 2031, arXiv:3101.01234.", "[3101.01234](https://arxiv.org/abs/3101.01234)"),
+        ("Doe et al. 2031, arXiv 3101.01234v2.", "[3101.01234](https://arxiv.org/abs/3101.01234)"),
+        ("Doe et al. 2031, https://arxiv.org/abs/3101.01234.", "[3101.01234](https://arxiv.org/abs/3101.01234)"),
+        ("Doe et al. 2031, Journal of Adapters 7.", "Doe et al. 2031, Journal of Adapters 7."),
+    ],
+)
+def test_a_method_copied_from_the_skeleton_stands_in_the_table_with_its_paper(reference, paper, tmp_path):
+    text = (ROOT / "jlora" / "methods" / "_skeleton.py").read_text().replace("Skeleton", "DoeLoRA")
+    placeholder = "Author et al. 2000, arXiv:0000.00000."
+    assert text.count(placeholder) == 1
+    file = tmp_path / "doe.py"
+    file.write_text(text.replace(placeholder, reference))
+    spec = importlib.util.spec_from_file_location("doe", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["doe"] = module  # dataclasses look the module up
+    try:
+        spec.loader.exec_module(module)
+        row = methods_table.row(module.DoeLoRA)
+    finally:
+        del sys.modules["doe"]
+    assert row.startswith("| `DoeLoRA` | One line that says what it is")
+    assert row.endswith(f"| {paper} |")
+
+
+def test_what_is_no_paper_is_no_paper_in_the_table():
+    assert methods_table.row(jlora.Full).endswith("| – |")
+
+
+def test_base_classes_are_in_no_list_of_methods():
+    found = catalog.methods()
+    assert {"Around", "Gated", "Watched", "Method", "Skeleton"} & set(found) == set()
+    assert all(getattr(jlora, name) is cls and cls.CASES for name, cls in found.items())
+    assert {"LoRA", "DoRA", "Full"} <= set(found)
 
 
 def test_the_page_of_the_api_has_every_public_name():

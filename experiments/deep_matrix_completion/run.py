@@ -19,6 +19,7 @@ takes about 2 minutes of one core; --full has a 1000 x 1000 matrix of rank 5 and
 import argparse
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -27,7 +28,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from scipy import stats
 
 import jlora
 
@@ -35,9 +35,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from verdicts import interval, visible  # noqa: E402
+
 SIZES = {"size": 200, "rank": 3, "width": 10, "steps": 5000, "seeds": 10}
 FULL = {"size": 1000, "rank": 5, "width": 10, "steps": 20000, "seeds": 10}
 SEEN, EPS, GOAL, EVERY, TUNING_SEED = 0.2, 0.01, 1e-3, 10, 1000
+ALIKE = 2.0  # errors within this factor count as alike, far below the goal as they are
 
 RATES = (0.5, 1.0, 2.0, 4.0)
 FORMS = {
@@ -152,15 +157,6 @@ def study(options):
     return results
 
 
-def interval(values):
-    """Mean and half the width of the 95 % interval (Student's t)."""
-    values = np.asarray(values, float)  # None, of a run that diverged, becomes nan
-    half = (
-        stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    )
-    return float(values.mean()), float(half)
-
-
 def shown(values, form=".3g"):
     mean, half = interval(values)
     return f"{mean:{form}} ± {half:.2g}"
@@ -179,21 +175,29 @@ def verdict(results):
     times = seconds_to_goal(wide), seconds_to_goal(moving)
     if times[0] is None or times[1] is None:
         met = [sum(r["steps_to_goal"] is not None for r in records) for records in (wide, moving)]
-        return f"Verdict: not reproduced at this scale: {met[0]} wide and {met[1]} compressed runs met the goal."
+        return f"Verdict: inconclusive: {met[0]} wide and {met[1]} compressed runs met the goal."
     ratio, half = interval(np.log(times[0] / times[1]))
     faster = f"{np.exp(ratio):.1f} times ({np.exp(ratio - half):.1f} to {np.exp(ratio + half):.1f})"
     error, width = interval([np.log10(m["error"] / w["error"]) for m, w in zip(moving, wide)])
     lower = "lower" if error + width < 0 else "higher" if error - width > 0 else "no different"
     failed = sum(r["steps_to_goal"] is None for r in fixed)
-    if ratio - half > 0 and lower != "higher" and failed == len(fixed):
-        word = "reproduced"
-    else:
-        word = "contradicted" if ratio + half < 0 or failed == 0 else "not reproduced at this scale"
+    # The claim has three parts; one that is surely false is enough to contradict it, all must be surely true to reproduce it.
+    true = (ratio - half > 0, error + width < np.log10(ALIKE), failed == len(fixed))
+    false = (ratio + half < 0, error - width > np.log10(ALIKE), failed == 0)
+    word = "reproduced" if all(true) else "contradicted" if any(false) else "inconclusive"
     return (
         f"Verdict: {word}. Compressed with gamma > 0 meets the goal {faster} as fast as the wide product, in seconds; its "
         f"final error is {lower} (factor {10**error:.2g}, {10 ** (error - width):.2g} to {10 ** (error + width):.2g}). "
         f"With gamma = 0, {failed} of {len(fixed)} runs never meet it."
     )
+
+
+def could_see(results):
+    """The smallest ratio of times that 8 of 10 such studies would see, from the spread over seeds."""
+    times = seconds_to_goal(results[WIDE]), seconds_to_goal(results[MOVING])
+    if times[0] is None or times[1] is None:
+        return ""
+    return f" A time {np.exp(visible(np.log(times[0] / times[1]))):.2g} times as long or as short would have been seen."
 
 
 def beside(results):
@@ -233,7 +237,11 @@ def report(results, options):
         )
     notes = "Rank: singular values of the result above 0.01. Errors are of the whole matrix, relative to its norm."
     picture = "![Error over steps, and over seconds](results.png)"
-    lines += ["", notes, "", picture, "", verdict(results), "", beside(results)]
+    size = (
+        f"Size: matrices of {options.size} x {options.size} and rank {options.rank}, no model; {options.steps} steps, "
+        f"{options.seeds} seeds; each rate chosen by one seed.{could_see(results)}"
+    )
+    lines += ["", notes, "", picture, "", size, "", verdict(results), "", beside(results)]
     (options.out / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -8,7 +8,8 @@ layers to which ElaLoRA gave most ranks hurts most.
 
 Three budgets of ranks a matrix, on average and at the end. Each method at its own best rate of a grid, chosen at the middle
 budget by the final training loss of one seed, then run over other seeds. Ablation: of each trained ElaLoRA model each layer's
-adapters are switched off alone, and the rise of the test loss is correlated with the layer's number of ranks.
+adapters are switched off alone, and the rise of the test loss is correlated with the layer's number of ranks. A task is one
+case: the mean over its budgets.
 """
 
 import sys
@@ -29,6 +30,8 @@ import jlora  # noqa: E402
 from jlora import paths  # noqa: E402
 
 METHODS = ("LoRA", "AdaLoRA", "ElaLoRA")
+#: What the claim orders: the first above the second.
+PAIRS = (("AdaLoRA", "LoRA"), ("ElaLoRA", "AdaLoRA"), ("ElaLoRA", "LoRA"))
 RATES = {"sst2": (1e-3, 2e-3, 4e-3), "e2e": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)}
 
 
@@ -114,7 +117,7 @@ def report(results, options):
         "| task | ranks a matrix | method | rate | test score | difference to LoRA | test loss |",
         "|---|---|---|---|---|---|---|",
     ]
-    order, better = [], []
+    better, order = {pair: [] for pair in PAIRS if set(pair) <= set(METHODS)}, []
     figure, axes = plt.subplots(1, len(options.tasks), figsize=(4.5 * len(options.tasks), 3.2), squeeze=False)
     for axis, task in zip(axes[0], options.tasks):
         for number, method in enumerate(METHODS):
@@ -123,9 +126,7 @@ def report(results, options):
                 runs = study.select(results, stage="run", task=task, method=method, budget=budget)
                 plain = study.select(results, stage="run", task=task, method="LoRA", budget=budget)
                 scores = [r["score"] for r in runs]
-                text, low, high = study.paired(scores, [r["score"] for r in plain])
-                if method != "LoRA":
-                    better.append((method, "above" if low > 0 else "below" if high < 0 else "no difference"))
+                text = study.paired(scores, [r["score"] for r in plain])[0]
                 mean, half = study.interval(scores)
                 means.append(mean)
                 halves.append(half)
@@ -139,24 +140,27 @@ def report(results, options):
         axis.set_xticks(range(len(options.budgets)), [str(b) for b in options.budgets])
         axis.set(title=task, xlabel="ranks a matrix", ylabel="test score")
         axis.grid(alpha=0.3)
-        for r in study.select(results, stage="run", task=task, method="ElaLoRA"):
-            rises = [loss - r["loss"] for loss in r["without_layer"]]
-            if len(set(layer_ranks(r))) > 1:
-                order.append(stats.spearmanr(layer_ranks(r), rises).statistic)
+        for pair, cases in better.items():
+            cases.append(case(results, task, pair, options.budgets))
+        order.append(study.Case(task, correlations(results, task, options.budgets)))
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(options.out / "results.png", dpi=120)
-    mean, half = study.interval(order) if order else (float("nan"), float("nan"))
+    claims = {f"{a} is above {b}": cases for (a, b), cases in better.items()}
+    layers = {"layers with more ranks matter more, by the correlation": order}
     return [
         *lines,
         "",
-        f"Ablation: the rank correlation (Spearman) between a layer's ranks and the rise of the test loss without it is "
-        f"{mean:.2f} ± {half:.2f}, over {len(order)} ElaLoRA runs in which layers differ.",
+        "Ablation: the rank correlation (Spearman) between a layer's ranks and the rise of the test loss without it, the mean "
+        f"over a seed's budgets: {', '.join(f'{each.name} {study.shown(each.differences, 2)}' for each in order)}.",
         "",
         study.edges(results, options.tasks, METHODS),
         "",
-        f"Verdict: budgets: {verdict(better)} Ablation: "
-        f"{'reproduced' if mean - half > 0 else 'contradicted' if mean + half < 0 else 'not reproduced at this scale'}.",
+        *study.table({**claims, **layers}),
+        "",
+        study.size(options, options.tasks, study.could_see(claims)),
+        "",
+        f"Verdict: {study.verdict({**claims, **layers})}",
         "",
         "![scores](results.png)",
         "",
@@ -164,15 +168,27 @@ def report(results, options):
     ]
 
 
-def verdict(found):
-    counts = {m: [v for name, v in found if name == m] for m in METHODS[1:]}
-    words = "; ".join(
-        f"{m} above LoRA in {v.count('above')} of {len(v)} cases, below in {v.count('below')}"
-        for m, v in counts.items()
+def case(results, task, pair, budgets):
+    """The differences of the scores of two methods by seed, over all budgets."""
+    runs = [[study.select(results, stage="run", task=task, method=m, budget=b) for m in pair] for b in budgets]
+    differences = [[ours["score"] - theirs["score"] for ours, theirs in zip(*each)] for each in runs]
+    return study.Case(
+        task, study.pooled(differences), "", study.doubts(*(study.end(results, task=task, method=m) for m in pair))
     )
-    above, below = (sum(v == word for _, v in found) for word in ("above", "below"))
-    word = "reproduced" if above == len(found) else "contradicted" if below > above else "reproduced in part"
-    return f"{'not reproduced at this scale' if above == below == 0 else word} ({words})."
+
+
+def correlations(results, task, budgets):
+    """By seed, the mean over budgets of the correlation between a layer's ranks and the rise without it; 0 if all are equal."""
+    found = []
+    for budget in budgets:
+        runs = study.select(results, stage="run", task=task, method="ElaLoRA", budget=budget)
+        found.append([correlation(r) if len(set(layer_ranks(r))) > 1 else 0.0 for r in runs])
+    return study.pooled(found)
+
+
+def correlation(record):
+    rises = [loss - record["loss"] for loss in record["without_layer"]]
+    return stats.spearmanr(layer_ranks(record), rises).statistic
 
 
 STUDY = study.Study(

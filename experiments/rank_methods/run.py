@@ -8,7 +8,8 @@ ALoRA (2403.16187), GeLoRA (2412.09250) and BeamLoRA (2502.13604) score above Lo
 SST-2, RTE and CoLA with MiniLM. A budget is the mean number of ranks a matrix, at the end for methods that take ranks away;
 all meet it exactly (SoRA by its `target`, GeLoRA by its `budget`). PRILoRA sets half of its `a` to zero besides. Each method at
 its own best rate of a grid, chosen at the middle budget by the final training loss of one seed, then run over other seeds.
-Tasks on which LoRA does not learn to be better than the commonest label are shown, and not counted.
+Tasks on which LoRA does not learn to be better than the commonest label are shown, and not counted. A task is one case: the
+mean over its budgets.
 """
 
 import functools
@@ -83,12 +84,10 @@ def report(results, options):
         "Matthews' correlation. Means with 95 % intervals; differences to LoRA, of scores and of the test loss, are paired by "
         "seed. Pairs of RTE are cut at 64 tokens.",
     ]
-    found = {method: {"score": [], "loss": []} for method in METHODS[1:]}
-    unlearned = []
+    found = {method: [] for method in METHODS[1:]}
     for task in options.tasks:
         blind = study.blind(tasks.load(task, options.data), options.judged)
         learned = any(study.surely_above(scores_of(results, task, "LoRA", b), blind) for b in options.budgets)
-        unlearned += [] if learned else [task]
         lines += [
             "",
             f"{task}; the commonest label scores {blind:.3f}"
@@ -99,7 +98,10 @@ def report(results, options):
         ]
         for method in METHODS:
             for budget in options.budgets:
-                lines.append(row(results, task, method, budget, found if learned else None))
+                lines.append(row(results, task, method, budget))
+        for method in METHODS[1:]:
+            found[method].append(case(results, task, method, options.budgets, learned))
+    claims = {f"{method} is above LoRA": cases for method, cases in found.items()}
     draw_scores(results, options)
     draw_ranks(results, options)
     return [
@@ -107,7 +109,11 @@ def report(results, options):
         "",
         study.edges(results, options.tasks, METHODS),
         "",
-        f"Verdict: {verdict(found, unlearned)}",
+        *study.table(claims),
+        "",
+        study.size(options, options.tasks, study.could_see(claims)),
+        "",
+        f"Verdict: {study.verdict(claims)}",
         "",
         "![scores](results.png)",
         "",
@@ -117,33 +123,25 @@ def report(results, options):
     ]
 
 
-def verdict(found, unlearned):
-    """What follows for each method from the tasks that were learned."""
-    if not any(each["score"] for each in found.values()):
-        return "none: no task was learned at this size."
-    counted = [
-        f"{method}: {study.verdict(each['score'])}; by the test loss better in {each['loss'].count('below')}, worse in "
-        f"{each['loss'].count('above')}."
-        for method, each in found.items()
-    ]
-    without = f" Not counted, since nothing was learned on them: {', '.join(unlearned)}." if unlearned else ""
-    return " ".join(counted) + without
+def case(results, task, method, budgets, learned):
+    """The differences of the scores by seed, over all budgets."""
+    runs = [[scores_of(results, task, m, b) for m in (method, "LoRA")] for b in budgets]
+    differences = study.pooled([np.subtract(ours, theirs) for ours, theirs in runs])
+    doubted = study.doubts(*(study.end(results, task=task, method=m) for m in (method, "LoRA")))
+    return study.Case(task, differences, "" if learned else "nothing was learned", doubted)
 
 
 def scores_of(results, task, method, budget):
     return [r["score"] for r in study.select(results, stage="run", task=task, method=method, budget=budget)]
 
 
-def row(results, task, method, budget, found):
-    """A row of the table; notes in `found`, if given, on which side of LoRA the method is for sure."""
+def row(results, task, method, budget):
+    """A row of the table."""
     ours, theirs = (study.select(results, stage="run", task=task, method=m, budget=budget) for m in (method, "LoRA"))
     cells = [method, str(budget), f"{ours[0]['settings']['rate']:g}"]
     for name in ("score", "loss"):
         values, others = ([r[name] for r in runs] for runs in (ours, theirs))
-        text, low, high = study.paired(values, others)
-        cells += [study.shown(values), "–" if method == "LoRA" else text]
-        if method != "LoRA" and found:
-            found[method][name].append("above" if low > 0 else "below" if high < 0 else "between")
+        cells += [study.shown(values), "–" if method == "LoRA" else study.paired(values, others)[0]]
     return f"| {' | '.join(cells)} |"
 
 

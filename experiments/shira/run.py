@@ -8,7 +8,8 @@ adapters is measured by experiments/benchmarks/switch_time.py.
 
 Two adapters, one for SST-2 and one for BANKING77, each with its own head, are trained alone; then both updates are added to
 the base, and each task is judged with its own head. Sizes: SHiRA on 1 and 2 % of every linear layer, LoRA of rank 3 and 5 (1.2
-and 2.0 %). Each at its own best rate of four or five, chosen by the final training loss of one seed.
+and 2.0 %). Each at its own best rate of four or five, chosen by the final training loss of one seed. Each task is a
+case.
 """
 
 import sys
@@ -109,7 +110,7 @@ def report(results, options):
         "| method | SST-2 | BANKING77 | mean alone | difference | mean of both fused | lost by fusing | difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    outcomes = {"alone": [], "lost": []}
+    claims = {}
     figure, axis = plt.subplots(figsize=(7, 3.4))
     for number, method in enumerate(METHODS):
         runs, plain = (study.select(results, stage="run", method=m) for m in (method, f"LoRA {method[-3:]}"))
@@ -118,10 +119,9 @@ def report(results, options):
         texts = ["–", "–"]
         if not method.startswith("LoRA"):
             theirs = [mean_of(r["single"]) for r in plain]
-            texts[0], low, high = study.paired(alone, theirs)
-            outcomes["alone"].append("better" if low > 0 else "worse" if high < 0 else "no difference")
-            texts[1], low, high = study.paired(lost, [a - mean_of(r["fused"]) for a, r in zip(theirs, plain)])
-            outcomes["lost"].append("better" if high < 0 else "worse" if low > 0 else "no difference")
+            texts[0] = study.paired(alone, theirs)[0]
+            texts[1] = study.paired(lost, [a - mean_of(r["fused"]) for a, r in zip(theirs, plain)])[0]
+            claims |= claims_of(results, method, f"LoRA {method[-3:]}")
         by_task = " | ".join(study.shown([r["single"][task] for r in runs]) for task in TASKS)
         lines.append(
             f"| {method} | {by_task} | {study.shown(alone)} | {texts[0]} | {study.shown(fused)} | {study.shown(lost)} "
@@ -141,7 +141,11 @@ def report(results, options):
         "",
         study.edges(results, TASKS, METHODS),
         "",
-        f"Verdict: single tasks: {verdict(outcomes['alone'])} Fusing: {verdict(outcomes['lost'])}",
+        *study.table(claims),
+        "",
+        study.size(options, TASKS, study.could_see(claims), f"{options.batch} sentences"),
+        "",
+        f"Verdict: {study.verdict(claims)}",
         "",
         "![accuracy](results.png)",
     ]
@@ -151,11 +155,17 @@ def mean_of(scores):
     return float(np.mean(list(scores.values())))
 
 
-def verdict(found):
-    better, worse = found.count("better"), found.count("worse")
-    word = "reproduced" if better == len(found) else "contradicted" if worse > better else "reproduced in part"
-    word = "not reproduced at this scale" if better == worse == 0 else word
-    return f"{word} (better than LoRA in {better} of {len(found)} cases, worse in {worse})."
+def claims_of(results, method, plain):
+    """What the tasks say of a method and LoRA of its size: the score alone, and what is lost where both adapters are added."""
+    runs = [study.select(results, stage="run", method=m) for m in (method, plain)]
+    alone, kept = [], []
+    for task in TASKS:
+        doubted = study.doubts(*(study.end(results, method=m, task=task) for m in (method, plain)))
+        single = [[r["single"][task] for r in each] for each in runs]
+        lost = [[r["single"][task] - r["fused"][task] for r in each] for each in runs]
+        alone.append(study.Case(task, np.subtract(*single).tolist(), "", doubted))
+        kept.append(study.Case(task, np.subtract(*reversed(lost)).tolist(), "", doubted))
+    return {f"{method} is above {plain}": alone, f"{method} loses less than {plain} where two are added": kept}
 
 
 STUDY = study.Study(

@@ -33,7 +33,7 @@ class Skeleton(Method):
         ValueError: for a rank that is no positive integer.
 
     Reference:
-        Author et al. year, arXiv number.
+        Author et al. 2000, arXiv:0000.00000.
     """
 
     rank: int = 4

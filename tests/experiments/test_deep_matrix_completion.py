@@ -25,9 +25,7 @@ def test_the_study_runs_to_its_verdict_and_is_resumed(script, tmp_path):
     script.main(arguments)
     written = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(written) == 4 * 3
-    assert (
-        "Verdict: not reproduced at this scale: 0 wide and 0 compressed runs" in (tmp_path / "results.md").read_text()
-    )
+    assert "Verdict: inconclusive: 0 wide and 0 compressed runs" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results.png").stat().st_size > 1000
 
     (tmp_path / "results.jsonl").write_text("\n".join(written[:-1]) + "\n")
@@ -53,8 +51,9 @@ def records(error, steps, count=3):
         ),
         ((1e-5, 300), (1e-6, 900), (0.4, None), "Verdict: contradicted"),
         ((1e-5, 900), (1e-6, 300), (1e-6, 300), "Verdict: contradicted"),
-        ((1e-6, 900), (1e-5, 300), (0.4, None), "Verdict: not reproduced at this scale. .* error is higher"),
-        ((1e-6, 900), (0.4, None), (0.4, None), "Verdict: not reproduced at this scale: 3 wide and 0 compressed runs"),
+        ((1e-6, 900), (1e-5, 300), (0.4, None), "Verdict: contradicted. .* error is higher"),
+        ((1e-5, 900), (1.5e-5, 300), (0.4, None), "Verdict: reproduced. .* error is higher"),  # both far below the goal
+        ((1e-6, 900), (0.4, None), (0.4, None), "Verdict: inconclusive: 3 wide and 0 compressed runs"),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(script, wide, moving, fixed, words):
