@@ -73,7 +73,7 @@ def find(closed: Any, leaves: list[str]) -> set[str]:
         closed: the function's jaxpr; its first inputs are the leaves, the rest are data.
         leaves: their names.
     """
-    jaxpr = _compat.open_jaxpr(closed)[0]
+    jaxpr = _compat.live(_compat.open_jaxpr(closed)[0])
     data = [_Value(activation=True)] * (len(jaxpr.invars) - len(leaves))
     search = _Search()
     outputs = search.evaluate(jaxpr, [_Value(leaf=name) for name in leaves] + data)

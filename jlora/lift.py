@@ -124,10 +124,11 @@ def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_re
     shapes = [jax.typeof(value.array) for value in values]
     closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
     jaxpr, consts = _compat.open_jaxpr(closed)
-    outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+    outputs = walk.arrays(walk.evaluate(_compat.live(jaxpr), consts, list(values)))
     if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
         raise ValueError(
-            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
-            'them out of the spec, or lift with unread="allow" if the function uses only part of the model'
+            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)} (or only "
+            "for values that it doesn't return): take them out of the spec, or lift with unread=\"allow\" if the function "
+            "uses only part of the model"
         )
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)
