@@ -93,11 +93,12 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
         outputs, taps = walk.aside(lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inner), passed)))
         return outputs[: len(changing)], (outputs[len(changing) :], taps)
 
+    scanned = (list(xs), (fixed_keys, xs_keys))
     carry, (ys, taps) = jax.lax.scan(
         body,
         init,
-        (list(xs), (fixed_keys, xs_keys)),
-        length=length,
+        scanned,
+        length=None if jax.tree.leaves(scanned) else length,  # a symbolic length can't be stated, only inferred
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
