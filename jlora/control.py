@@ -149,9 +149,7 @@ def while_loop(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 
     def advance(step: Any, carry: list[Any]) -> list[Any]:
         inner = inputs(values[n : n + m], step, carry)
-        return walk.sealed(
-            eqn, lambda: walk.arrays(_computed(walk.evaluate(body, body_consts, inner), passed), eqn)
-        )
+        return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(body, body_consts, inner), passed), eqn))
 
     init = walk.arrays(_computed(list(values[n + m :]), passed), eqn)
     loop = _loop_by_row if test.outvars[0].aval.shape else _loop

@@ -32,7 +32,7 @@ def lift(
     """The function that runs `fn` on adapted params.
 
     Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
-    where a method has a faster form.
+    where a method has a faster form. What `fn` computes and does not return, directly or by an effect, is left out.
 
     Args:
         fn: any JAX function. Its arguments may hold an `Adapted` wherever they would hold the params tree (for Flax:
@@ -127,8 +127,8 @@ def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_re
     outputs = walk.arrays(walk.evaluate(_compat.live(jaxpr), consts, list(values)))
     if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
         raise ValueError(
-            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)} (or only "
-            "for values that it doesn't return): take them out of the spec, or lift with unread=\"allow\" if the function "
-            "uses only part of the model"
+            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
+            'them out of the spec, or lift with unread="allow" if the function uses only part of the model (a reading whose '
+            "result goes nowhere is none)"
         )
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)
