@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 # Frames of these packages are never what the user wrote.
 _LIBRARIES = tuple(
@@ -26,6 +27,14 @@ def open_jaxpr(closed: Any) -> tuple[Any, list[Any]]:
     JAX 0.12 holds a `Jaxpr` that carries its own constants everywhere.
     """
     return getattr(closed, "jaxpr", closed), list(getattr(closed, "consts", ()))
+
+
+def live(jaxpr: Any) -> Any:
+    """A jaxpr, and the bodies in it, without the equations whose results nobody uses; effects and inputs stay.
+
+    Needed in every release: `partial_eval` is no stable interface. Below JAX 0.12 it keeps all that a `while` carries.
+    """
+    return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0]
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from jlora.method import Factors
 
 PLANS = ("auto", "factored", "merged")
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
-FORWARD, BACKWARD = 3.0, 3.0
+FORWARD, BACKWARD = 3, 3
 Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
 
 
@@ -147,14 +147,23 @@ def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any
     fewer where the compiler adds it together with something else; the two parts may also both be kept for the backward
     pass. So whatever the rank, forming is cheaper where `in <= FORWARD * tokens`. In the backward pass `in` and `out`
     change places, and the weights of one input share the factored form's cost, since `g_q bᵀ`, `g_k bᵀ`, .. meet all `a`
-    in one product. `w + a @ b` is rounded to the dtype of `w`, so it is formed for 32-bit bases alone.
+    in one product. `w + a @ b` is rounded to the dtype of `w`, so it is formed for 32-bit bases alone. Where `tokens` is
+    symbolic (`jax.export`), it is formed if that is cheaper for every size.
     """
     if plan != "auto":
         return Plan((plan == "merged",) * len(shapes), plan == "merged")
     if jnp.dtype(dtype).itemsize < 4:
         return Plan((False,) * len(shapes), False)
     backward = sum(columns for _, columns in shapes)
-    return Plan(tuple(rows <= FORWARD * tokens for rows, _ in shapes), backward <= BACKWARD * tokens)
+    return Plan(tuple(at_most(rows, FORWARD * tokens) for rows, _ in shapes), at_most(backward, BACKWARD * tokens))
+
+
+def at_most(small: int, large: int) -> bool:
+    """`small <= large`; of sizes that `jax.export` leaves open, whether it holds for all of them."""
+    try:
+        return bool(small <= large)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
 
 
 def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:

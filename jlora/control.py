@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jlora import _compat
+from jlora import _compat, passing
 from jlora import weight as weights
 from jlora.walk import Walk, rule
 from jlora.weight import Weight
@@ -36,11 +37,14 @@ def _constrain(value: Any, sharding: Any) -> Any:
 
 @rule("remat2", "checkpoint", "remat")
 def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """Checkpoints the walk over the body, so that the adapters' intermediate values are recomputed too."""
+    """Checkpoints the walk over the body, so that the adapters' intermediate values are recomputed too.
+
+    Weights that the body returns, also cast or transposed, leave it as weights.
+    """
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
 
     def body(*values: Any) -> tuple[list[Any], list[Any]]:
-        return walk.aside(lambda: walk.arrays(walk.evaluate(jaxpr, consts, list(values))))
+        return walk.aside(lambda: walk.unjoined(walk.evaluate(jaxpr, consts, list(values))))
 
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
     outputs, taps = jax.checkpoint(body, **options)(*values)
@@ -48,35 +52,58 @@ def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     return outputs
 
 
+def _passed(values: tuple[Any, ...], sources: passing.Sources) -> dict[int, Weight]:
+    """The outputs of an equation that are weights which its body only passes on."""
+    return {n: values[i] for n, i in enumerate(sources) if i is not None and isinstance(values[i], Weight)}
+
+
+def _with_passed(computed: list[Any], passed: dict[int, Weight]) -> list[Any]:
+    """All outputs of an equation, from the computed ones and those that were passed on."""
+    rest = iter(computed)
+    return [passed[n] if n in passed else next(rest) for n in range(len(computed) + len(passed))]
+
+
+def _computed(outputs: list[Any], passed: dict[int, Weight]) -> list[Any]:
+    return [output for n, output in enumerate(outputs) if n not in passed]
+
+
 @rule("scan")
 def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
-    """Scans over stacked weights by slicing the method's arrays along with the base's; carried weights are formed."""
+    """Scans over stacked weights by slicing the method's arrays along with the base's.
+
+    A carried weight that stays what it is becomes a constant of the loop; one that changes is formed.
+    """
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     num_consts, num_carry = _compat.scan_counts(eqn.params)
-    fixed, init, xs = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
-    init = walk.arrays(list(init), eqn)
+    passed = _passed(values, passing.scan_passed(eqn))
+    changing = [n for n in range(num_carry) if n not in passed]
+    init = walk.arrays([values[num_consts + n] for n in changing], eqn)
+    still = [values[num_consts + n] for n in range(num_carry) if n in passed]
     length = eqn.params["length"]
-    fixed, fixed_keys = _take_keys(walk, list(fixed), length)
-    xs, xs_keys = _take_keys(walk, list(xs), length)
+    fixed, fixed_keys = _take_keys(walk, [*values[:num_consts], *still], length)
+    xs, xs_keys = _take_keys(walk, list(values[num_consts + num_carry :]), length)
     xs, joins = zip(*[_scanned(walk, value, eqn) for value in xs]) if xs else ((), ())
 
     def body(carry: list[Any], slices: Any) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
         sliced, key_pair = slices
+        known = _give_keys(fixed, key_pair[0])
+        carried = _with_passed(carry, dict(zip([n for n in range(num_carry) if n in passed], known[num_consts:])))
         sliced = [join(value) for join, value in zip(joins, sliced)]
-        inner = _give_keys(fixed, key_pair[0]) + list(carry) + _give_keys(sliced, key_pair[1])
-        outputs, taps = walk.aside(lambda: walk.arrays(walk.evaluate(jaxpr, consts, inner)))
-        return outputs[:num_carry], (outputs[num_carry:], taps)
+        inner = [*known[:num_consts], *carried, *_give_keys(sliced, key_pair[1])]
+        outputs, taps = walk.aside(lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inner), passed)))
+        return outputs[: len(changing)], (outputs[len(changing) :], taps)
 
+    scanned = (list(xs), (fixed_keys, xs_keys))
     carry, (ys, taps) = jax.lax.scan(
         body,
         init,
-        (list(xs), (fixed_keys, xs_keys)),
-        length=length,
+        scanned,
+        length=None if jax.tree.leaves(scanned) else length,  # a symbolic length can't be stated, only inferred
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
     walk.taps += taps
-    return [*carry, *ys]
+    return _with_passed([*carry, *ys], passed)
 
 
 def _scanned(walk: Walk, value: Any, eqn: Any) -> tuple[Any, Any]:
@@ -102,23 +129,57 @@ def _give_keys(values: list[Any], keys: list[Any]) -> list[Any]:
 
 @rule("while")
 def while_loop(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """Weights may be constants of the loop; carried weights are formed. Dropout keys change with the step."""
+    """Weights may be constants of the loop; carried weights that change are formed. Dropout keys change with the step.
+
+    Under `vmap` there may be a predicate a row: the loop then runs until none is true, and a row whose predicate is false
+    keeps its values.
+    """
     test, test_consts = _compat.open_jaxpr(eqn.params["cond_jaxpr"])
     body, body_consts = _compat.open_jaxpr(eqn.params["body_jaxpr"])
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test_fixed, body_fixed, init = values[:n], values[n : n + m], values[n + m :]
+    passed = _passed(values, passing.while_passed(eqn))
 
-    def again(state: Any) -> Any:
-        inner = [*_at_step(test_fixed, state[0]), *state[1]]
-        return walk.sealed(eqn, lambda: walk.evaluate(test, test_consts, inner))[0]
+    def inputs(fixed: tuple[Any, ...], step: Any, carry: list[Any]) -> list[Any]:
+        still = dict(zip(passed, _at_step(tuple(passed.values()), step)))
+        return [*_at_step(fixed, step), *_with_passed(carry, still)]
 
-    def advance(state: Any) -> Any:
-        step, carry = state
-        inner = [*_at_step(body_fixed, step), *carry]
-        return step + 1, walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(body, body_consts, inner), eqn))
+    def going(step: Any, carry: list[Any]) -> Any:
+        inner = inputs(values[:n], step, carry)
+        return walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(test, test_consts, inner), eqn))[0]
 
-    start = jax.numpy.zeros((), jax.numpy.int32)
-    return list(jax.lax.while_loop(again, advance, (start, walk.arrays(list(init), eqn)))[1])
+    def advance(step: Any, carry: list[Any]) -> list[Any]:
+        inner = inputs(values[n : n + m], step, carry)
+        return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(body, body_consts, inner), passed), eqn))
+
+    init = walk.arrays(_computed(list(values[n + m :]), passed), eqn)
+    loop = _loop_by_row if test.outvars[0].aval.shape else _loop
+    return _with_passed(loop(going, advance, init), passed)
+
+
+def _loop(going: Any, advance: Any, init: list[Any]) -> list[Any]:
+    """`init` advanced while `going(step, carry)`."""
+    return jax.lax.while_loop(lambda s: going(*s), lambda s: (s[0] + 1, advance(*s)), (_first_step(), init))[1]
+
+
+def _loop_by_row(going: Any, advance: Any, init: list[Any]) -> list[Any]:
+    """The same with a predicate of leading axes that the carried values have too; each row stops by its own."""
+
+    def row_by_row(state: Any) -> Any:
+        step, goes, carry = state
+        carry = [_where(goes, new, old) for new, old in zip(advance(step, carry), carry, strict=True)]
+        return step + 1, going(step + 1, carry), carry
+
+    start = (_first_step(), going(_first_step(), init), init)
+    return jax.lax.while_loop(lambda state: jnp.any(state[1]), row_by_row, start)[2]
+
+
+def _where(chosen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` in the rows that are chosen, else `old`."""
+    return jnp.where(chosen.reshape(chosen.shape + (1,) * (new.ndim - chosen.ndim)), new, old)
+
+
+def _first_step() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
 
 
 def _at_step(values: tuple[Any, ...], step: jax.Array) -> list[Any]:
@@ -132,13 +193,21 @@ def _at_step(values: tuple[Any, ...], step: jax.Array) -> list[Any]:
 
 @rule("cond")
 def cond(walk: Walk, eqn: Any, index: Any, *values: Any) -> list[Any]:
-    """Enters every branch with the weights."""
+    """Enters every branch with the weights; the branches of `platform_dependent` stay those of their platforms."""
+    passed = _passed((index, *values), passing.cond_passed(eqn))
 
     def branch(closed: Any) -> Any:
         jaxpr, consts = _compat.open_jaxpr(closed)
-        return lambda *values: walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(jaxpr, consts, list(values))))
+        return lambda *values: walk.sealed(
+            eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, list(values)), passed))
+        )
 
-    return jax.lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *values)
+    branches = [branch(closed) for closed in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return _with_passed(jax.lax.switch(index, branches, *values), passed)
+    named = {name: run for names, run in zip(platforms, branches, strict=True) for name in names or ("default",)}
+    return _with_passed(jax.lax.platform_dependent(*values, **named), passed)
 
 
 @rule("custom_jvp_call", "custom_vjp_call")
@@ -156,20 +225,21 @@ def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     specs = list(eqn.params["in_specs"])
     entered = [_sharded(walk, value, spec, eqn) for value, spec in zip(values, specs, strict=True)]
+    passed = _passed(values, passing.shard_map_passed(eqn))
 
     def body(*values: Any) -> list[Any]:
         inside = [weights.localised(value) if isinstance(value, Weight) else value for value in values]
-        return walk.sealed(eqn, lambda: walk.arrays(walk.evaluate(jaxpr, consts, inside)))
+        return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inside), passed)))
 
     outputs = jax.shard_map(
         body,
         mesh=eqn.params["mesh"],
         in_specs=tuple(spec for _, spec in entered),
-        out_specs=list(eqn.params["out_specs"]),
+        out_specs=_computed(list(eqn.params["out_specs"]), passed),
         axis_names=_manual_axes(eqn),
         check_vma=eqn.params["check_vma"],
     )(*[value for value, _ in entered])
-    return list(outputs)
+    return _with_passed(list(outputs), passed)
 
 
 def _manual_axes(eqn: Any) -> Any:

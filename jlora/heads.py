@@ -1,8 +1,12 @@
-"""Which weight is a function's head: the last product, whose result is the output.
+"""Which weights are a function's heads: its last products, whose results are its outputs.
 
-A product with a weight is a candidate. It is struck off when its result meets another weight further on, or is added to an
-activation that does not come from it (a residual stream). What reaches the output is a head: a language model's output
-matrix, a classifier's last layer; but not the last feed-forward layer of an encoder without a head.
+A *head* is a weight whose product with an activation reaches an output of the function without meeting another weight in a
+product, and without being added to a residual stream. Everything else may lie between: a bias, a norm with its scale, a
+softcap, dropout, casts, slices, pooling, an argmax. A function may have several heads (logits and a value), and a head may
+also be an embedding (tied). A product is added to a residual stream where the other summand is something that the
+product was computed from, as in `h + tanh(h) @ b`: so a model that ends in hidden states has no head, scanned or unrolled,
+with or without a last norm. Two products of which neither was computed from the other's value, `x @ a + y @ b`, are both
+heads. A pooler that is the last product of what a model returns is a head.
 """
 
 from __future__ import annotations
@@ -10,30 +14,60 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+
 from jlora import _compat
 
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 _INLINE = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
-_RESIDUAL = ("add", "sub", "add_any")
-_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_SUMS = ("add", "sub", "add_any", "scatter-add", "scatter_add")
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr", "branches", "jaxprs")
+_Sources = frozenset[int]
+_NONE: _Sources = frozenset()
 
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of a value: the leaf that it is, whether it is an activation, the products that it comes from."""
+    """What is known of a value.
 
-    leaf: str | None = None
+    Attributes:
+        leaves: the leaves that it is made of alone.
+        activation: whether data went into it.
+        products: the products with weights that it comes from, with no other such product between.
+        stream: the points of the program that it continues: inputs, lookups, products, and values that were repeated. None
+            for integers, booleans and what is made of them: a mask is no stream, though the product was computed from it.
+    """
+
+    leaves: tuple[str, ...] = ()
     activation: bool = False
-    products: frozenset[int] = frozenset()
+    products: _Sources = _NONE
+    stream: _Sources = _NONE
 
 
 @dataclass
 class _Search:
-    names: list[str] = field(default_factory=list)
+    """One pass over a program. Points are numbered; `before` has those that each one was computed from.
+
+    What the function closes over is a constant, such as a mask, unless it has no other data (`closed_over`).
+    """
+
+    closed_over: bool
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    before: list[_Sources] = field(default_factory=list)
     struck: set[int] = field(default_factory=set)
 
+    def point(self, values: list[_Value]) -> int:
+        """A new point, computed from values."""
+        sources = _NONE.union(*(value.stream for value in values))
+        self.before.append(sources.union(*(self.before[n] for n in sources)))
+        return len(self.before) - 1
+
+    def data(self, var: Any) -> _Value:
+        """An input of the function."""
+        return _Value(activation=True, stream=frozenset({self.point([])}) if _is_float(var) else _NONE)
+
     def evaluate(self, jaxpr: Any, values: list[_Value]) -> list[_Value]:
-        env = dict(zip(jaxpr.constvars, [_Value(activation=True)] * len(jaxpr.constvars), strict=True))
+        env = {var: self.data(var) if self.closed_over else _Value() for var in jaxpr.constvars}
         env.update(zip(jaxpr.invars, values, strict=True))
 
         def read(atom: Any) -> _Value:
@@ -48,22 +82,50 @@ class _Search:
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None)
         if name in _INLINE and body is not None:
             return self.evaluate(_compat.open_jaxpr(body)[0], values)
-        leaves = [value.leaf for value in values if value.leaf is not None]
-        products = frozenset().union(*(value.products for value in values)) if values else frozenset()
         activation = any(value.activation for value in values)
-        if leaves and activation and (name in _PRODUCTS or body is not None or "branches" in eqn.params):
-            self.struck |= products
-            products = frozenset({len(self.names)}) if name in _PRODUCTS else frozenset()
-            self.names += leaves[:1] if name in _PRODUCTS else []
-        elif name in _RESIDUAL:
+        weights = _weights(name, values)
+        if weights and activation and (name in _PRODUCTS or body is not None):
+            return [self._used(name, weights, values)] * len(eqn.outvars)
+        if name in _SUMS:
             self._strike_residual(values)
-        leaf = leaves[0] if len(values) == 1 and leaves else None
-        return [_Value(leaf, activation, products)] * len(eqn.outvars)
+        if name == "dynamic_slice" and values[0].leaves and not values[0].activation:
+            return [values[0]]  # a layer of a stack; the index is no part of it
+        if name == "gather" and values[0].leaves:
+            return [_Value(values[0].leaves, activation, _NONE, frozenset({self.point(values)}))]
+        single = not activation or len(values) == 1
+        leaves = tuple(dict.fromkeys(leaf for value in values for leaf in value.leaves)) if single else ()
+        products = _NONE.union(*(value.products for value in values))
+        stream = _NONE.union(*(value.stream for value in values))
+        if name == "broadcast_in_dim" and eqn.outvars[0].aval.size != eqn.invars[0].aval.size:
+            stream = frozenset({self.point(values)}) if stream else _NONE
+        return [_Value(leaves, activation, products, stream if _is_float(var) else _NONE) for var in eqn.outvars]
+
+    def _used(self, name: str, weights: tuple[str, ...], values: list[_Value]) -> _Value:
+        """The result of a product with a weight, or of a loop or branch with weights inside."""
+        for value in values:
+            self.struck |= value.products
+        at = self.point(values)
+        if name not in _PRODUCTS:
+            return _Value(activation=True, stream=frozenset({at}))
+        self.names[at] = weights
+        return _Value(activation=True, products=frozenset({at}), stream=frozenset({at}))
 
     def _strike_residual(self, values: list[_Value]) -> None:
-        if any(value.activation and not value.products for value in values):
-            for value in values:
-                self.struck |= value.products
+        for value in values:
+            for other in values:
+                ahead = value.products - other.products
+                self.struck |= {product for product in ahead if other.stream & self.before[product]}
+
+
+def _weights(name: str, values: list[_Value]) -> tuple[str, ...]:
+    """The leaves that an equation uses as its weights: those that are no activation, else those that were looked up."""
+    whole = tuple(leaf for value in values if not value.activation for leaf in value.leaves)
+    looked_up = tuple(leaf for value in values for leaf in value.leaves) if name in _PRODUCTS else ()
+    return whole or looked_up
+
+
+def _is_float(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def find(closed: Any, leaves: list[str]) -> set[str]:
@@ -73,9 +135,10 @@ def find(closed: Any, leaves: list[str]) -> set[str]:
         closed: the function's jaxpr; its first inputs are the leaves, the rest are data.
         leaves: their names.
     """
-    jaxpr = _compat.open_jaxpr(closed)[0]
-    data = [_Value(activation=True)] * (len(jaxpr.invars) - len(leaves))
-    search = _Search()
-    outputs = search.evaluate(jaxpr, [_Value(leaf=name) for name in leaves] + data)
-    reached = frozenset().union(*(value.products for value in outputs)) if outputs else frozenset()
-    return {search.names[product] for product in reached - search.struck}
+    jaxpr = _compat.live(_compat.open_jaxpr(closed)[0])
+    search = _Search(closed_over=len(jaxpr.invars) == len(leaves))
+    values = [_Value(leaves=(name,)) for name in leaves]
+    values += [search.data(var) for var in jaxpr.invars[len(leaves) :]]
+    outputs = search.evaluate(jaxpr, values)
+    reached = _NONE.union(*(value.products for value in outputs))
+    return {name for product in reached - search.struck for name in search.names[product]}

@@ -36,6 +36,7 @@ def lift(
     Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
     where a method has a faster form. In 16 bits the lift is the more exact of the two: `merge` rounds the updated weight to
     its base's dtype, and a cast to 16 bits rounds it again, where the lift adds the update to the product before it rounds.
+    What `fn` computes and does not return, directly or by an effect, is left out.
 
     Args:
         fn: any JAX function. Its arguments may hold an `Adapted` wherever they would hold the params tree (for Flax:
@@ -127,12 +128,14 @@ def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_re
     shapes = [jax.typeof(value.array) for value in values]
     closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
     jaxpr, consts = _compat.open_jaxpr(closed)
+    jaxpr = _compat.live(jaxpr)
     if walk.readings is not None:
         walk.origins = origins.find(jaxpr, consts, [value.name for value in values])
     outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
     if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
         raise ValueError(
             f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
-            'them out of the spec, or lift with unread="allow" if the function uses only part of the model'
+            'them out of the spec, or lift with unread="allow" if the function uses only part of the model (a reading whose '
+            "result goes nowhere is none)"
         )
     return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora.contraction import Options, accumulation_dtype, in_rows, matmul
+from jlora.contraction import Options, accumulation_dtype, at_most, in_rows, matmul
 from jlora.method import Sparse
 
 #: Entries of a dense product that take as long as one entry by itself. Measured on two CPU cores, where a gradient by
@@ -64,7 +64,7 @@ def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: 
     if jnp.dtype(dtype).itemsize < 4:
         product = "entries" if few else "apart"
     else:
-        product = "entries" if entries * tokens < size else "formed"
+        product = "entries" if at_most(entries * tokens + 1, size) else "formed"
     return Plan(product, product, "entries" if few else "dense")
 
 
@@ -164,7 +164,8 @@ def _product_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[jax.Arra
         terms.append(static.matmul(x, dw))
     if dvalues is not None:
         moved = Entries(entries.rows, entries.columns, dvalues)
-        step = min(max(w.shape), max(16, IN_CACHE * x.shape[-1] // x.size))
+        rows = x.size // x.shape[-1]  # symbolic under `jax.export`, where nobody knows what the cache will hold
+        step = min(max(w.shape), max(16, IN_CACHE // max(rows, 1) if isinstance(rows, int) else 0))
         terms.append(static.update(static.plan.gradient, x, w.shape, moved, step))
     y = _product(x, w, entries, static)
     return y, sum(terms[1:], terms[0]).astype(y.dtype) if terms else jnp.zeros_like(y)

@@ -1,11 +1,15 @@
 """Sites: how a function reads its weights, what ALL_LINEAR hits, and a lift that leaves no leaf out in silence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 import jlora
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.llama import Llama, LlamaConfig
 
 LORA = jlora.LoRA(rank=2)
 TOKENS = jnp.array([[1, 2, 3]])
@@ -274,3 +278,98 @@ def test_several_adapted_trees_in_one_call_are_all_lifted():
     got = jlora.lift(fn)({"one": one, "two": two}, w)
     wanted = fn({"one": jlora.merge(one), "two": jlora.merge(two)}, w)
     assert jnp.max(jnp.abs(got - wanted)) < 1e-5
+
+
+MATRIX = zeros(8, 8)
+TABLE, CLASSES = zeros(11, 8), zeros(8, 3)
+X = jnp.ones((2, 3, 8))
+
+
+def with_cache(p, x):
+    keys = x @ p["k"]
+    hidden = x + jax.nn.softmax(x @ jnp.swapaxes(keys, 1, 2)) @ x @ p["o"]
+    return {"logits": hidden @ p["head"], "hidden": hidden, "cache": keys}
+
+
+def parallel_block(p, x):
+    h = norm(x, 1.0)
+    return x + jnp.tanh(h @ p["a"]) @ p["b"] + jax.nn.relu(h @ p["c"]) @ p["d"]
+
+
+def looped(p, x):
+    layer = lambda i, x: jnp.tanh(x @ lax.dynamic_index_in_dim(p["layers"], i, keepdims=False))
+    return lax.fori_loop(0, 3, layer, x @ p["first"])
+
+
+def dropped_out(p, x):
+    y = x @ p["head"]
+    keep = jax.random.bernoulli(jax.random.key(0), 0.9, y.shape)
+    return jnp.where(keep, y / 0.9, 0.0).astype(jnp.bfloat16)[:, -1]
+
+
+def span_scores(p, x):
+    mask = jnp.array([[1, 1, 0], [1, 0, 0]])
+    blind = (1 - mask[:, None, :]).astype(x.dtype) * -1e9
+    h = x + jax.nn.softmax(x @ jnp.swapaxes(x @ p["k"], 1, 2) + blind) @ x @ p["o"]
+    return (h @ p["head"])[..., 0] + blind[:, 0]
+
+
+def weighted_norm(p, x):
+    y = x @ p["head"]
+    return (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + 1e-6) * p["scale"]
+
+
+#: What a head is, one function each: (function, leaves, heads).
+HEADS = {
+    "after the first residual sum": (lambda p, x: (h := x + x @ p["a"]) + jnp.tanh(h) @ p["b"], "a b", ""),
+    "beside the stream that it reads": (lambda p, x: (h := x @ p["a"], h @ p["b"]), "a b", "b"),
+    "a stream that is scaled": (lambda p, x: norm(0.8 * x + jnp.tanh(x) @ p["a"], 1.0), "a", ""),
+    "a stream that is replicated": (lambda p, x: (h := jnp.broadcast_to(x, (2, *x.shape))) + jnp.tanh(h) @ p["a"], "a", ""),
+    "parallel blocks": (parallel_block, "a b c d", ""),
+    "experts put back in their places": (lambda p, x: x.at[:, jnp.array([0, 2])].add(jnp.tanh(x[:, ::2]) @ p["a"]), "a", ""),
+    "logits and a value": (lambda p, x: (jnp.tanh(h := x + x @ p["a"]) @ p["head"], jnp.tanh(h @ p["b"]) @ p["value"]), "a b head value", "head value"),
+    "two towers summed": (lambda p, x: x @ p["a"] + jnp.tanh(x) @ p["b"], "a b", "a b"),
+    "tied to an embedding": (lambda p, x: (p["table"][jnp.array([1, 2])] @ p["a"]) @ p["table"].T, "table a", "table"),
+    "with a bias": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["head"] + p["bias"], "a head bias", "head"),
+    "with a norm after it": (weighted_norm, "head scale", "head"),
+    "softcapped": (lambda p, x: 30 * jnp.tanh(x @ p["head"] / 30), "head", "head"),
+    "dropped out, cast and sliced": (dropped_out, "head", "head"),
+    "masked": (span_scores, "k o head", "head"),
+    "in a dict with hidden states and a cache": (with_cache, "k o head", "head"),
+    "scaled itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ (p["head"] * 0.5), "a head", "head"),
+    "before layers in a loop": (looped, "first layers", ""),
+    "before a product whose result goes nowhere": (lambda p, x: (h := x @ p["a"], h @ p["b"])[0], "a b", "a"),
+    "a greedy token": (lambda p, x: jnp.argmax(x @ p["head"], -1), "head", "head"),
+}  # fmt: skip
+SPECIAL = {"table": TABLE, "head": CLASSES, "value": zeros(8, 1), "bias": zeros(3), "scale": zeros(3), "layers": zeros(3, 8, 8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_a_last_product_that_is_no_part_of_a_residual_stream(name):
+    fn, leaves, heads = HEADS[name]
+    params = {leaf: SPECIAL.get(leaf, MATRIX) for leaf in leaves.split()}
+    assert {leaf.path for leaf in jlora.sites(fn, params, X).leaves if leaf.head} == set(heads.split())
+
+
+def test_hidden_states_of_unrolled_llama_and_bert_come_from_no_head():
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16, "scan_layers": False}
+    llama = Llama(LlamaConfig(num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-6, **sizes))
+    bert = Bert(BertConfig(type_vocab_size=2, layer_norm_eps=1e-6, **sizes))
+    for model, options in ((llama, {"return_hidden": True}), (bert, {})):
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        report = jlora.sites(functools.partial(model.apply, **options), {"params": params}, TOKENS)
+        assert [leaf.path for leaf in report.leaves if leaf.head] == []
+
+
+def test_what_only_dead_code_reads_is_not_read():
+    def fn(p, x):
+        jnp.take(p["w"], 0, axis=0), jnp.tanh(p["w"]), x @ p["v"]
+        return lax.scan(lambda c, x: (c, (x @ p["w"], x @ p["v"])[0]), 0, x)[1]
+
+    params = {"w": zeros(8, 8), "v": zeros(8, 8)}
+    report = jlora.sites(fn, params, X)
+    assert [(leaf.path, leaf.roles) for leaf in report.leaves] == [("v", None), ("w", ((0,), (1,), ()))]
+    jlora.lift(fn, strict=True)(jlora.adapterize(params, {"w": LORA}, sites=report), X)
+    with pytest.raises(ValueError, match="never reads the adapted leaf v"):
+        jlora.lift(fn)(jlora.adapterize(params, {"v|w": LORA}), X)
