@@ -44,8 +44,10 @@ def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
 
     def body(*values: Any) -> tuple[list[Any], list[Any]]:
-        return walk.aside(lambda: walk.unjoined(walk.evaluate(jaxpr, consts, list(values))))
+        return walk.aside(lambda: walk.evaluate(jaxpr, consts, list(values)))
 
+    if walk.readings is not None:  # nothing is differentiated
+        return walk.evaluate(jaxpr, consts, list(values))
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
     outputs, taps = jax.checkpoint(body, **options)(*values)
     walk.taps += taps

@@ -91,7 +91,8 @@ class _Search:
         if name == "dynamic_slice" and values[0].leaves and not values[0].activation:
             return [values[0]]  # a layer of a stack; the index is no part of it
         if name == "gather" and values[0].leaves:
-            return [_Value(values[0].leaves, activation, _NONE, frozenset({self.point(values)}))]
+            # Rows of a table are an activation, wherever their numbers come from.
+            return [_Value(values[0].leaves, True, _NONE, frozenset({self.point(values)}))]
         single = not activation or len(values) == 1
         leaves = tuple(dict.fromkeys(leaf for value in values for leaf in value.leaves)) if single else ()
         products = _NONE.union(*(value.products for value in values))

@@ -28,8 +28,18 @@ PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dil
 PASSES: set[str] = set()
 
 #: Primitives that run a program of their own, to which their operands go as they are.
-INLINE = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-ENTERED = (*INLINE, "remat2", "checkpoint", "remat", "scan", "while", "cond", "shard_map")
+INLINE = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat2",
+    "checkpoint",
+    "remat",
+)
+ENTERED = (*INLINE, "scan", "while", "cond", "shard_map")
 
 
 def passes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -180,17 +190,15 @@ class Walk:
         if self.readings is not None and reading in self.readings:
             self.readings.remove(reading)
 
-    def unjoined(self, values: list[Any], eqn: Any = None) -> list[Any]:
-        """Values for the border of a traced body, which takes arrays and single weights."""
-        return [self.materialise(value, eqn) if isinstance(value, Several) else value for value in values]
-
     def _probed(self, eqn: Any, values: list[Any]) -> list[Any]:
         """The outputs of one equation where roles are being found out; each leaf is followed as if it were the only one."""
         if not any(isinstance(value, Weight | Several) for value in values):
             return bind(eqn, values)
         name = eqn.primitive.name
         if name in ENTERED:
-            return RULES[name](self, eqn, *(values if name in INLINE else self.unjoined(values, eqn)))
+            # A loop or a branch takes arrays and single leaves.
+            values = [self.materialise(v, eqn) if isinstance(v, Several) and name not in INLINE else v for v in values]
+            return RULES[name](self, eqn, *values)
         handler = PROBES.get(name) or RULES.get(name)
         plain = [value.array if isinstance(value, Weight | Several) else value for value in values]
         found: dict[int, list[Weight]] = {}

@@ -319,6 +319,7 @@ def weighted_norm(p, x):
     return (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + 1e-6) * p["scale"]
 
 
+MASK = jnp.tril(jnp.ones((8, 3)))
 #: What a head is, one function each: (function, leaves, heads).
 HEADS = {
     "after the first residual sum": (lambda p, x: (h := x + x @ p["a"]) + jnp.tanh(h) @ p["b"], "a b", ""),
@@ -337,6 +338,8 @@ HEADS = {
     "masked": (span_scores, "k o head", "head"),
     "in a dict with hidden states and a cache": (with_cache, "k o head", "head"),
     "scaled itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ (p["head"] * 0.5), "a head", "head"),
+    "masked itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ (p["head"] * MASK), "a head", "head"),
+    "permuted itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["head"][:, jnp.array([2, 0, 1])], "a head", "head"),
     "before layers in a loop": (looped, "first layers", ""),
     "before a product whose result goes nowhere": (lambda p, x: (h := x @ p["a"], h @ p["b"])[0], "a b", "a"),
     "a greedy token": (lambda p, x: jnp.argmax(x @ p["head"], -1), "head", "head"),
