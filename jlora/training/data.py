@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from datetime import datetime
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Data:
         fixed: whether all rows are padded to the longest.
         longest: tokens of the longest row.
         cut: how many rows were longer than the longest allowed, and lost their end.
+        template: how chats became text; None where there are none.
     """
 
     train: list[Example]
@@ -39,6 +41,7 @@ class Data:
     fixed: bool
     longest: int
     cut: int
+    template: chat.Template | None = None
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
@@ -58,8 +61,8 @@ class Data:
         return validation_batches(self.validation, batch, self.longest, self.fixed)
 
 
-def load_data(settings: Settings, codec: Codec) -> Data:
-    """Read and encode what the (resolved) settings name.
+def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> Data:
+    """Read and encode what the (resolved) settings name; `now` is the time that chat templates may write.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -75,20 +78,34 @@ def load_data(settings: Settings, codec: Codec) -> Data:
         held_out = read_rows(settings.validation, settings.format) if settings.validation is not None else []
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
     rows = subset(rows, settings.max_rows, settings.seed)
-    train = encode(rows, settings, codec, labels)
+    chats = settings.task == "lm" and any("messages" in row.values for row in (*rows, *held_out))
+    template = chat_template(settings, codec, now) if chats else None
+    train = encode(rows, settings, codec, labels, template)
     if settings.data is None or settings.validation is not None:
-        validation = encode(subset(held_out, settings.max_validation_rows, settings.seed), settings, codec, labels)
+        held_out = subset(held_out, settings.max_validation_rows, settings.seed)
+        validation = encode(held_out, settings, codec, labels, template)
     else:
         train, validation = split(train, settings, one_text=len(rows) == 1)
     fixed, cut = bool(settings.packing), sum(example.cut for example in (*train, *validation))
     if fixed:
         train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
     longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
-    return Data(train, validation, labels, source, fixed, longest, cut)
+    return Data(train, validation, labels, source, fixed, longest, cut, template)
 
 
-def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequence[str]) -> list[Example]:
-    """Rows as examples, for the settings' task.
+def chat_template(settings: Settings, codec: Codec, now: datetime | None = None) -> chat.Template:
+    """The settings' chat template for the model."""
+    return chat.template(settings.chat_template, codec.directory, codec.tokenizer.get_vocab(), now)
+
+
+def encode(
+    rows: Sequence[Row],
+    settings: Settings,
+    codec: Codec,
+    labels: Sequence[str],
+    template: chat.Template | None = None,
+) -> list[Example]:
+    """Rows as examples, for the settings' task; chats by the template, by default the settings'.
 
     Raises:
         DataError: for a row that cannot be used, or if nothing is left.
@@ -99,10 +116,10 @@ def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequen
         numbers = {label: index for index, label in enumerate(labels)}
         return encode_classification(rows, codec, columns, numbers, settings.max_length)
 
-    def template() -> chat.Template:
-        return chat.template(settings.chat_template, codec.directory, codec.tokenizer.get_vocab())
+    def chosen() -> chat.Template:
+        return template or chat_template(settings, codec)
 
-    examples = encode_language(rows, codec, template, settings.text_column, settings.max_length)
+    examples = encode_language(rows, codec, chosen, settings.text_column, settings.max_length)
     if not examples:
         raise DataError(rows[0].path, None, "the file has no token to predict")
     return examples

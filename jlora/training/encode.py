@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jlora.training import chat
 from jlora.training.errors import DataError
+from jlora.training.messages import messages_of, variables_of
 from jlora.training.rows import Row
 from jlora.training.tokens import Codec
 
@@ -58,11 +59,13 @@ def encode_language(
     Raises:
         DataError: for a row that cannot be used, naming file and line.
     """
+    template = functools.cache(template)  # it is read and compiled once
     pieces = [_segments(row, template, text_column) for row in rows]
     encodings = codec.encode_many(["".join(text for text, _ in segments) for segments in pieces])
     examples: list[Example] = []
     for row, segments, (ids, offsets) in zip(rows, pieces, encodings):
-        tokens, wanted = _with_ends(codec, ids, _wanted(segments, offsets))
+        ends = _with_answer_end if "messages" in row.values and template().whole else _with_ends
+        tokens, wanted = ends(codec, ids, _wanted(segments, offsets))
         if all(answer for _, answer in segments):
             examples += _cut(tokens, wanted, max_length)
         else:
@@ -73,9 +76,10 @@ def encode_language(
 def _segments(row: Row, template: Callable[[], chat.Template], text_column: str) -> chat.Segments:
     """The row's text in pieces, each with whether the loss is taken on it."""
     if "messages" in row.values:
-        messages = _messages(row)
+        made = template()
+        messages, more = messages_of(row, made.knows), variables_of(row)
         try:
-            return template()(messages)
+            return made(messages, **more)
         except Exception as error:
             raise row.error(str(error)) from error
     if "prompt" in row.values or "completion" in row.values:
@@ -83,27 +87,27 @@ def _segments(row: Row, template: Callable[[], chat.Template], text_column: str)
     return [(row.text(text_column), True)]
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise row.error("'messages' must be a list of {role, content}, with at least one answer")
-    for number, message in enumerate(messages, 1):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not content.strip():
-            raise row.error(f"message {number} must be {{role, content}} with a text that is not empty")
-        if message.get("role") not in chat.ROLES:
-            raise row.error(f"message {number} has the role {message.get('role')!r}; wanted {', '.join(chat.ROLES)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise row.error("no message is by the assistant, so there is nothing to learn")
-    return messages
-
-
 def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
-    """Which tokens end inside a piece with loss; a token across a border counts for the later piece."""
-    ends = np.cumsum([len(text) for text, _ in segments])
-    answers = np.array([answer for _, answer in segments])
-    piece = np.searchsorted(ends, np.maximum(offsets[:, 1] - 1, 0), side="right")
-    return answers[np.minimum(piece, len(answers) - 1)]
+    """Which tokens have a character in a piece with loss."""
+    lasts = offsets[:, 1]
+    firsts = np.minimum(offsets[:, 0], lasts - 1)  # a token of which only a blank is left has its end in both
+    wanted, start = np.zeros(len(offsets), bool), 0
+    for text, answer in segments:
+        end = start + len(text)
+        if answer:
+            wanted |= (lasts > start) & (firsts < end)
+        start = end
+    return wanted
+
+
+def _with_answer_end(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a template's text as they are, but for an end after a last answer that the template ends by no token.
+
+    Without any the model would never learn to stop. What ends an answer may have a line end after it.
+    """
+    if codec.end is not None and wanted[-1:].any() and not np.isin(ids[wanted][-2:], codec.added).any():
+        ids, wanted = np.append(ids, codec.end), np.append(wanted, True)
+    return ids.astype(np.int32), wanted
 
 
 def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
@@ -78,7 +80,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
     check_length(settings, config)
-    data = load_data(settings, codec)
+    stored = read_settings(settings.out) if settings.resume else {}
+    # Templates may write the date: a resumed run sees the texts that it began with.
+    started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
+    data = load_data(settings, codec, datetime.fromisoformat(started))
     settings = count_steps(settings, len(data.train))
     assert settings.batch is not None
     check_batch(mesh, settings.batch, settings.accumulate)
@@ -86,12 +91,14 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = subject.with_head(data.labels) if data.labels else subject
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
-    ranks = read_settings(settings.out).get("ranks", {}) if settings.resume else {}
-    adapted = place_adapters(adapt(subject, settings, data, mesh, ranks), mesh)
+    adapted = place_adapters(adapt(subject, settings, data, mesh, stored.get("ranks", {})), mesh)
     with processes.claim(settings.out, settings.resume) as out:
-        about = _about(asked, settings, subject, data, fingerprint) | {"ranks": ranks_of(adapted)}
+        about = _about(asked, settings, subject, data, fingerprint)
+        about |= {"ranks": ranks_of(adapted), "started": started}
         try:
             _begin(out, about, settings)
+            if data.template is not None:
+                write_chat_templates(out, data.template.texts())
             _describe(adapted, subject, data, settings, say)
             trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint)
             return _run(trainer, subject, about, say, start)
@@ -174,6 +181,8 @@ def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Se
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters")
     say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
+    if data.template is not None and data.template.note:
+        say(f"note  {data.template.note}")
     if data.cut:
         say(f"note  {data.cut:,} rows are longer than {settings.max_length} tokens and lost their end (--max-length)")
     say(jlora.summary(adapted))

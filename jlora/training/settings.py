@@ -17,6 +17,8 @@ CHAINS = ("cola", "raclora", "xgblora", "relora")
 #: The methods of `--method` that train adapters: the keys of `jlora.training.named.METHODS`.
 ADAPTERS = ("lora", "dora", "adalora", "elalora", "sora", "beamlora", "rmlora", "prilora", "gelora", "alora", *CHAINS)
 
+CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
+
 
 def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
     """A field with its help text; `resumable` marks what may change when a run is resumed."""
@@ -59,7 +61,10 @@ class Settings:
     text_pair_column: str | None = _setting(None, "column of a second text, for pairs", group="data")
     label_column: str = _setting("label", "column of the label", group="data")
     chat_template: str = _setting(
-        "auto", "how chat messages become text", group="data", choices=("auto", "model", "chatml", "plain")
+        "auto",
+        "how chat messages become text: model (the model's own), chatml, plain, or a .jinja file; auto takes the model's "
+        "own, and says so where there is none",
+        group="data",
     )
     max_rows: int | None = _setting(None, "train on this many rows, drawn by the seed", group="data")
     max_validation_rows: int | None = _setting(None, "validate on this many rows, drawn by the seed", group="data")
@@ -218,6 +223,10 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("packing", "is for --task lm; rows to classify are never packed")
     if settings.task == "lm" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
+    if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
+        raise SettingError(
+            "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
+        )
     if settings.batch is not None and settings.batch % settings.accumulate:
         raise SettingError(
             "accumulate", f"must divide batch, but {settings.batch} / {settings.accumulate} is not whole"
