@@ -42,7 +42,7 @@ def answer_spans(render: Render, messages: Sequence[Message]) -> Spans:
         if message["role"] == "assistant":
             start = _start(render, whole, messages, index)
             end = _border(render, whole, messages, index + 1, False)[0]
-            if not (spans[-1][1] if spans else 0) <= start <= end:
+            if not (spans[-1][1] if spans else 0) <= start < end:
                 raise Unclear(f"it does not write message {index + 1} between those before and after it")
             spans.append((start, end))
     return spans

@@ -61,11 +61,14 @@ def encode_language(
     """
     template = functools.cache(template)  # it is read and compiled once
     pieces = [_segments(row, template, text_column) for row in rows]
-    encodings = codec.encode_many(["".join(text for text, _ in segments) for segments in pieces])
+    texts = ["".join(text for text, _ in segments) for segments in pieces]
     examples: list[Example] = []
-    for row, segments, (ids, offsets) in zip(rows, pieces, encodings):
-        ends = _with_answer_end if "messages" in row.values and template().whole else _with_ends
-        tokens, wanted = ends(codec, ids, _wanted(segments, offsets))
+    for row, segments, text, (ids, offsets) in zip(rows, pieces, texts, codec.encode_many(texts)):
+        wanted = _wanted(segments, offsets)
+        if "messages" in row.values and template().whole:
+            tokens, wanted = _with_answer_end(codec, ids, wanted, offsets[:, 1] >= len(text.rstrip()))
+        else:
+            tokens, wanted = _with_ends(codec, ids, wanted)
         if all(answer for _, answer in segments):
             examples += _cut(tokens, wanted, max_length)
         else:
@@ -100,12 +103,14 @@ def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
     return wanted
 
 
-def _with_answer_end(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_answer_end(
+    codec: Codec, ids: np.ndarray, wanted: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a template's text as they are, but for an end after a last answer that the template ends by no token.
 
-    Without any the model would never learn to stop. What ends an answer may have a line end after it.
+    Without any the model would never learn to stop. `last` holds for tokens with nothing but blanks after them.
     """
-    if codec.end is not None and wanted[-1:].any() and not np.isin(ids[wanted][-2:], codec.added).any():
+    if codec.end is not None and wanted[-1:].any() and not np.isin(ids[last], codec.added).any():
         ids, wanted = np.append(ids, codec.end), np.append(wanted, True)
     return ids.astype(np.int32), wanted
 

@@ -1,8 +1,5 @@
 """Rows become tokens: the loss is taken where it should be."""
 
-import json
-import sys
-
 import numpy as np
 import pytest
 
@@ -65,47 +62,6 @@ def test_the_loss_is_on_the_answers_of_a_chat_alone(codec):
     assert learned(codec, example).split() == ["Hi", "you", "See", "you", "</s>"]
     read = codec.decode(example.tokens)
     assert "System: Be kind.\nUser: Hello\nAssistant: Hi you\nUser: Bye\nAssistant: See you" in read
-
-
-def test_chatml_marks_the_end_of_an_answer():
-    segments = chat.template("chatml", models.STORIES260K, {"<|im_start|>": 1, "<|im_end|>": 2})(
-        [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    )
-    assert "".join(text for text, answer in segments if answer) == "A<|im_end|>"
-    with pytest.raises(ValueError, match="lacks <|im_start|> and <|im_end|>; use --chat-template plain"):
-        chat.template("chatml", models.STORIES260K, {})
-
-
-def model_with_template(tmp_path, source):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, "eos_token": "</s>"}))
-    return tmp_path
-
-
-def test_the_models_own_template_is_taken_first(tmp_path):
-    source = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    template = chat.template("auto", model_with_template(tmp_path, source), {})
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    assert template(messages * 2) == [
-        ("[user]Q[assistant]", False), ("A</s>", True), ("[user]Q[assistant]", False), ("A</s>", True),
-    ]  # fmt: skip
-
-
-def test_a_template_that_rewrites_earlier_messages_is_refused(tmp_path):
-    source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    template = chat.template("model", model_with_template(tmp_path, source), {})
-    with pytest.raises(ValueError, match="rewrites earlier messages; use --chat-template plain"):
-        template([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
-
-
-def test_without_jinja_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    with pytest.raises(ValueError, match="needs jinja2: install it, or use --chat-template plain"):
-        chat.template("model", model_with_template(tmp_path, "x"), {})
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json has no chat_template"):
-        chat.template("model", models.STORIES260K, {})
 
 
 @pytest.mark.parametrize(
