@@ -11,7 +11,7 @@ Templates are Jinja, rendered as transformers renders them (`jlora.training.chat
       User: What is LoRA?
       Assistant: A low-rank update.
 
-`auto` is the model's own, and where it has none, `chatml` or `plain`, of which `Template.note` says so.
+`auto` is the model's own, and where it has none, `chatml` or `plain`, of which `Template.notes` tell.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Segments = list[tuple[str, bool]]
 
 # Messages of other roles are read where the template names them.
 ROLES = ("system", "user", "assistant", "tool")
-_NOTE = (
+_CHOICE = (
     "{directory} has no chat template: chats are written as {chosen!r} (--chat-template), and that template is left beside "
     "what is trained, as chat_template.jinja, since the model must be served with it"
 )
@@ -66,13 +66,24 @@ class Template:
         name: `model`, `chatml`, `plain` or the file.
         sources: its Jinja texts by name: one called `default`, perhaps `tool_use` and others.
         tokens: the model's special tokens, which the texts see as variables.
-        note: what a user must know of the choice, or nothing.
+        choice: what a user must know of the choice, or nothing.
+        gaps: the chats (their messages) of which the text does not hold what the system or the user said.
     """
 
     name: str
     sources: Mapping[str, ChatJinja]
     tokens: Mapping[str, str]
-    note: str = ""
+    choice: str = ""
+    gaps: list[Sequence[Message]] = dataclasses.field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must know, each in one sentence."""
+        gaps = (
+            f"in {len(self.gaps):,} chats the chat template leaves a message of the system or the user out of the text that is "
+            "trained on"
+        )
+        return [note for note, holds in ((self.choice, self.choice), (gaps, self.gaps)) if holds]
 
     @property
     def whole(self) -> bool:
@@ -105,6 +116,8 @@ class Template:
             raise ValueError(
                 f"the chat template ({jinja.source.place}) marks no text of this chat by {{% generation %}}"
             )
+        if any(_is_gone(message, text) for message in messages):
+            self.gaps.append(messages)
         return _segments(text, spans if jinja.marks else self._found(messages, more))
 
     def _found(self, messages: Sequence[Message], more: Mapping[str, Any]) -> Spans:
@@ -151,6 +164,11 @@ def _check_place(source: ChatSource, messages: Sequence[Message], more: Mapping[
             )
 
 
+def _is_gone(message: Message, text: str) -> bool:
+    content = message.get("content")
+    return message["role"] in ("system", "user") and isinstance(content, str) and content.strip() not in text
+
+
 def _message(message: Message) -> dict[str, Any]:
     """The message as transformers hands it on: without nulls, and with its reasoning under each of two names."""
     given = {name: value for name, value in message.items() if value is not None}
@@ -190,15 +208,15 @@ def template(name: str, directory: str | Path, vocabulary: Mapping[str, int], no
         )
     if chosen == "chatml" and fallback != chosen:
         raise ValueError(f"the tokenizer of {directory} lacks <|im_start|> and <|im_end|>; use --chat-template plain")
-    note = _NOTE.format(directory=directory, chosen=chosen) if name == "auto" and not own else ""
-    return _compiled(chosen, own or {DEFAULT: _given(chosen)}, directory, now or datetime.now(), note)
+    choice = _CHOICE.format(directory=directory, chosen=chosen) if name == "auto" and not own else ""
+    return _compiled(chosen, own or {DEFAULT: _given(chosen)}, directory, now or datetime.now(), choice)
 
 
 def _compiled(
-    name: str, sources: Mapping[str, ChatSource], directory: str | Path, now: datetime, note: str = ""
+    name: str, sources: Mapping[str, ChatSource], directory: str | Path, now: datetime, choice: str = ""
 ) -> Template:
     jinjas = {key: ChatJinja(source, now) for key, source in sources.items()}
-    return Template(name, jinjas, special_tokens(directory), note)
+    return Template(name, jinjas, special_tokens(directory), choice)
 
 
 def _given(name: str) -> ChatSource:

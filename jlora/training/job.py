@@ -181,8 +181,8 @@ def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Se
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters")
     say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
-    if data.template is not None and data.template.note:
-        say(f"note  {data.template.note}")
+    for note in data.template.notes if data.template is not None else ():
+        say(f"note  {note}")
     if data.cut:
         say(f"note  {data.cut:,} rows are longer than {settings.max_length} tokens and lost their end (--max-length)")
     say(jlora.summary(adapted))

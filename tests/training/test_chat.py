@@ -60,7 +60,7 @@ def test_the_models_own_template_is_taken_first(tmp_path):
     )
     template = chat.template("auto", model_with(tmp_path, source), {})
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    assert not template.note
+    assert not template.notes
     assert template(messages * 2) == [
         ("[user]Q[assistant]", False), ("A</s>", True), ("[user]Q[assistant]", False), ("A</s>", True),
     ]  # fmt: skip
@@ -70,8 +70,8 @@ def test_without_a_template_the_choice_is_told():
     for vocabulary, name in (({}, "plain"), ({"<|im_start|>": 1, "<|im_end|>": 2}, "chatml")):
         template = chat.template("auto", models.STORIES260K, vocabulary)
         assert template.name == name
-        assert f"stories260k has no chat template: chats are written as '{name}'" in template.note
-        assert not chat.template(name, models.STORIES260K, vocabulary).note
+        assert f"stories260k has no chat template: chats are written as '{name}'" in template.notes[0]
+        assert not chat.template(name, models.STORIES260K, vocabulary).notes
     with pytest.raises(ValueError, match=r"stories260k has no chat template .*; use --chat-template plain"):
         chat.template("model", models.STORIES260K, {})
 
@@ -165,6 +165,18 @@ def test_a_template_that_does_not_work_is_named(tmp_path, source, message):
 def test_a_damaged_list_of_templates_is_named(tmp_path, damaged):
     with pytest.raises(ValueError, match=r"tokenizer_config.json: chat_template must be a text or a list"):
         chat.template("auto", model_with(tmp_path, damaged), {})
+
+
+def test_it_is_told_what_a_template_leaves_out(tmp_path):
+    """As Mistral's does, which writes the system's words before a question at the end alone."""
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    template = chat.template("model", model_with(tmp_path, source), {})
+    template(TWO_TURNS)
+    assert not template.notes
+    template([{"role": "system", "content": "Be kind."}, *TWO_TURNS])
+    assert template.notes == [
+        "in 1 chats the chat template leaves a message of the system or the user out of the text that is trained on"
+    ]
 
 
 def test_a_template_may_come_from_a_file(tmp_path):
