@@ -41,7 +41,7 @@ class Generation(Extension):
         self.pieces: list[str] = []
         self.written: list[tuple[int, str]] = []
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         """The block as a call of `_note` with its content."""
         self.present = True
         line = next(parser.stream).lineno

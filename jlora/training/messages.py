@@ -46,7 +46,8 @@ def _check_content(row: Row, number: int, message: dict[str, Any]) -> None:
         return
     spoken = bool(calls) or any(message.get(name) for name in _REASONING)
     silent = message["role"] not in ("user", "assistant") or spoken
-    if not isinstance(content, str if not spoken else (str, type(None))) or not (silent or content.strip()):
+    text = "" if content is None and spoken else content
+    if not isinstance(text, str) or not (silent or text.strip()):
         raise row.error(f"message {number} must be {{role, content}} with a text that is not empty")
 
 
