@@ -80,8 +80,8 @@ class Template:
     def notes(self) -> list[str]:
         """What a user must know, each in one sentence."""
         gaps = (
-            f"in {len(self.gaps):,} chats the chat template leaves a message of the system or the user out of the text that is "
-            "trained on"
+            "the chat template leaves a message of the system or the user out of the text that is trained on, in "
+            f"{len(self.gaps):,} of the chats"
         )
         return [note for note, holds in ((self.choice, self.choice), (gaps, self.gaps)) if holds]
 

@@ -175,7 +175,7 @@ def test_it_is_told_what_a_template_leaves_out(tmp_path):
     assert not template.notes
     template([{"role": "system", "content": "Be kind."}, *TWO_TURNS])
     assert template.notes == [
-        "in 1 chats the chat template leaves a message of the system or the user out of the text that is trained on"
+        "the chat template leaves a message of the system or the user out of the text that is trained on, in 1 of the chats"
     ]
 
 
