@@ -132,8 +132,8 @@ def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
     """What was counted, in words."""
     long = f"longer than {settings.max_length} tokens (--max-length)"
     words = {
-        "cut": f"{long}, without their end (--long-rows)",
-        "split": f"{long}, in pieces (--long-rows)",
+        "cut": f"{long}, cut at their end (--long-rows)",
+        "split": f"{long}, cut into pieces (--long-rows)",
         "dropped": f"{long}, left out (--long-rows)",
         "answerless": f"left out, because the answer begins after {settings.max_length} tokens (--max-length)",
         "empty": "left out, because a text, prompt or answer in them is empty",

@@ -121,6 +121,7 @@ def _samples(texts: Mapping[str, str]) -> str:
     shown = [
         f"<h2>{title}</h2><pre><em>{prompt}</em>{html.escape(texts[name])}</pre>"
         for name, title in (("before", "A text before"), ("after", "The same prompt after"))
+        if name in texts
     ]
     return "".join(shown)
 

@@ -99,9 +99,7 @@ class Settings:
 
     steps: int | None = _setting(None, "optimizer steps (this or --epochs)", group="training")
     epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
-    batch: int | None = _setting(
-        None, "rows per optimizer step (lm: 16, classify: 32), at most those that there are", group="training"
-    )
+    batch: int | None = _setting(None, "rows per optimizer step, at most all (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(
         None,

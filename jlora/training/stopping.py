@@ -43,7 +43,8 @@ def watched() -> Iterator[Callable[[], int | None]]:
     if processes.several() or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # What a shell lets a job in the background ignore stays ignored.
+    before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -54,7 +55,7 @@ def watched() -> Iterator[Callable[[], int | None]]:
         restore()
         os.write(2, _WORDS)  # not print, which the signal may have interrupted
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield lambda: asked[0] if asked else None

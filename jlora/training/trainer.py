@@ -141,7 +141,7 @@ class Trainer:
                 if validate:
                     self._validate(step, state, metrics, progress)
                 if save or stop:
-                    self._save(step, state, checkpoints)
+                    self._save(step, state, metrics, checkpoints)
                 waiting, since = [], time.perf_counter()
             if stop and not last:
                 self._stop_if_asked(step)
@@ -160,10 +160,12 @@ class Trainer:
         if number is not None:
             raise Stopped(self.settings.out, step, number)
 
-    def _save(self, step: int, state: State, checkpoints: Checkpoints) -> None:
+    def _save(self, step: int, state: State, metrics: Metrics, checkpoints: Checkpoints) -> None:
         """Begin to write a checkpoint, unless it would hold what nothing can go on from."""
         if not self._is_finite(state.params):
             raise self._diverged(f"the weights are not finite after step {step}")
+        if is_stuck(metrics.last("train", 1), 1):
+            return  # it would push out the last good one
         checkpoints.save(state, self._still, self._batches)
 
     def _diverged(self, found: str) -> DivergenceError:

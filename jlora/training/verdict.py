@@ -35,9 +35,10 @@ def advice(settings: Settings) -> str:
     return f"lower --learning-rate from {rate:g} to {min(usual_rate(settings), rate / 3):.2g} or raise --warmup"
 
 
-def is_stuck(last: Sequence[Record]) -> bool:
-    """Whether the last `STUCK` steps all had a gradient of exactly 0 at a loss that is none."""
-    return len(last) == STUCK and all(r["gradient_norm"] == 0 and r["loss"] > _ALL_RIGHT for r in last)
+def is_stuck(last: Sequence[Record], count: int = STUCK) -> bool:
+    """Whether the last `count` steps all had a gradient of exactly 0 at a loss that is none."""
+    last = last[-count:]
+    return len(last) == count and all(r["gradient_norm"] == 0 and r["loss"] > _ALL_RIGHT for r in last)
 
 
 def complaint(metrics: Metrics, settings: Settings) -> str | None:
