@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import jlora
-from jlora.training.losses import sums
 from jlora.training.loop import State, make_evaluation, make_step, to_devices
+from jlora.training.losses import sums
 from jlora.training.placement import make_mesh
 from jlora.training.schedule import learning_rate
 from jlora.training.settings import Settings
@@ -80,9 +80,10 @@ def test_every_step_and_every_part_of_it_drops_by_a_key_of_its_own(parts):
     whole, mesh, key = adapted(dropout=0.5), make_mesh({}), jax.random.key(7)
     half = {name: array[:4] for name, array in batch().items()}
     twice = {name: np.concatenate([array] * parts) for name, array in half.items()}
-    # Factors without a zero among them, which stay as they are: what differs from step to step is the key alone.
-    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.3), whole.params)
-    step, state = make_step(forward, optax.sgd(0.0)), State(params, optax.sgd(0.0).init(params), jnp.int32(0), key)
+    # Factors of which none is 0, and which stay as they are: what differs from step to step is the key alone.
+    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), whole.params)
+    tx = optax.sgd(0.0)
+    step, state = make_step(forward, tx), State(params, tx.init(params), jnp.int32(0), jax.random.clone(key))
     lifted, wanted, found = jlora.lift(forward), [], []
     for number in range(3):
         keys = [jax.random.fold_in(key, number)]
