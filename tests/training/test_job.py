@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import html
 import json
 import os
 import shutil
@@ -279,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_report(tmp_path)
     ):
         finetune(settings(out, learning_rate=1e38, clip=0.0), quiet)
     complaint = json.loads((out / "results.json").read_text())["complaint"]
-    assert "the training diverged" in complaint and complaint.split(":")[0] in (out / "report.html").read_text()
+    assert "the training diverged" in complaint and html.escape(complaint) in (out / "report.html").read_text()
     said = []
     with pytest.raises(DivergenceError, match="the training diverged"):
         finetune(settings(out, learning_rate=1e38, clip=0.0, resume=True), said.append)
@@ -365,5 +366,5 @@ def test_a_step_is_logged_with_the_rate_that_it_was_taken_with(finished):
         # AdamW moves by the rate itself where all gradients so far were 1.
         updates, opt_state = tx.update(ones, opt_state, adapted.params)
         moved.append(-float(jax.tree.leaves(updates)[0].ravel()[0]))
-    np.testing.assert_allclose(rates, moved, rtol=1e-5)
+    np.testing.assert_allclose(rates, moved, rtol=1e-4)
     assert len(set(rates)) > 3
