@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jlora.training import chat
-from jlora.training.errors import DataError
+from jlora.training.errors import DataError, EmptyRow
+from jlora.training.layouts import PREFERENCE, layout_of, normal
 from jlora.training.messages import messages_of, variables_of
 from jlora.training.rows import Row
 from jlora.training.tokens import Codec
@@ -49,31 +51,62 @@ def language_example(tokens: np.ndarray, wanted: np.ndarray) -> Example:
 
 
 def encode_language(
-    rows: Sequence[Row], codec: Codec, template: Callable[[], chat.Template], text_column: str, max_length: int
+    rows: Sequence[Row],
+    codec: Codec,
+    template: Callable[[], chat.Template],
+    text_column: str,
+    max_length: int,
+    long_rows: str | None = None,
+    counts: collections.Counter[str] | None = None,
 ) -> list[Example]:
-    """Rows of `messages`, of `prompt` and `completion`, or of `text`, as examples of at most `max_length` tokens.
+    """Rows in any layout of `jlora.training.layouts` as examples of at most `max_length` tokens.
 
-    Plain texts are cut into pieces, so that every token is predicted once. Answers are cut at their end; a row that
-    has no token of its answer left is an error.
+    Args:
+        rows: the rows.
+        codec: the model's tokenizer.
+        template: makes the template of chats, when the first one comes.
+        text_column: the key of texts.
+        max_length: tokens of an example.
+        long_rows: what becomes of longer rows: `truncate` keeps the beginning, `split` makes pieces in which every token
+            is predicted once, `drop` leaves them out. By default texts are split, and what has an answer is truncated.
+            Pieces without a token of an answer are left out.
+        counts: counts rows that did not become whole examples, by what became of them: `split`, `dropped`,
+            `answerless` and `empty`; and as `preferences` those of which one answer is not used.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
     """
+    counts = collections.Counter() if counts is None else counts
     template = functools.cache(template)  # it is read and compiled once
-    pieces = [_segments(row, template, text_column) for row in rows]
-    texts = ["".join(text for text, _ in segments) for segments in pieces]
+    pieces = [found for row in rows if (found := _pieces(row, template, text_column, counts))]
+    texts = ["".join(text for text, _ in segments) for segments, _ in pieces]
     examples: list[Example] = []
-    for row, segments, text, (ids, offsets) in zip(rows, pieces, texts, codec.encode_many(texts)):
+    for (segments, whole), text, (ids, offsets) in zip(pieces, texts, codec.encode_many(texts)):
         wanted = _wanted(segments, offsets)
-        if "messages" in row.values and template().whole:
+        if whole:
             tokens, wanted = _with_answer_end(codec, ids, wanted, offsets[:, 1] >= len(text.rstrip()))
         else:
             tokens, wanted = _with_ends(codec, ids, wanted)
-        if all(answer for _, answer in segments):
-            examples += _cut(tokens, wanted, max_length)
-        else:
-            examples.append(_truncate(row, tokens, wanted, max_length))
+        usual = "split" if all(answer for _, answer in segments) else "truncate"
+        examples += _fitted(tokens, wanted, max_length, long_rows or usual, counts)
     return [example for example in examples if len(example) > 0]
+
+
+def _pieces(
+    row: Row, template: Callable[[], chat.Template], text_column: str, counts: collections.Counter[str]
+) -> tuple[chat.Segments, bool] | None:
+    """The row's text in pieces, and whether that is all the model reads; None where there is nothing to learn."""
+    counts["preferences"] += layout_of(row) is PREFERENCE
+    try:
+        row = normal(row, text_column)
+        segments = _segments(row, template, text_column)
+        "".join(text for text, _ in segments).encode()
+    except EmptyRow:
+        counts["empty"] += 1
+        return None
+    except UnicodeEncodeError as error:
+        raise row.error(f"the text has half of a character, {error.object[error.start]!r}") from error
+    return segments, "messages" in row.values and template().whole
 
 
 def _segments(row: Row, template: Callable[[], chat.Template], text_column: str) -> chat.Segments:
@@ -127,19 +160,21 @@ def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.nd
     return np.concatenate(tokens).astype(np.int32), np.concatenate(flags).astype(bool)
 
 
-def _cut(tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Iterable[Example]:
-    """Pieces that overlap by one token, so that each token but the first is a target once."""
-    for start in range(0, max(len(tokens) - 1, 0), max_length):
-        yield language_example(tokens[start : start + max_length + 1], wanted[start : start + max_length + 1])
-
-
-def _truncate(row: Row, tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Example:
-    example = language_example(tokens[: max_length + 1], wanted[: max_length + 1])
-    example = dataclasses.replace(example, cut=len(tokens) > max_length + 1)
-    if not example.weights.any():
-        prompt = int(np.argmax(wanted)) if wanted.any() else len(tokens)
-        raise row.error(f"nothing of the answer is left: it begins after {prompt} tokens, --max-length is {max_length}")
-    return example
+def _fitted(
+    tokens: np.ndarray, wanted: np.ndarray, max_length: int, way: str, counts: collections.Counter[str]
+) -> list[Example]:
+    """The row as examples of at most `max_length` tokens, each with a token to learn."""
+    long = len(tokens) > max_length + 1
+    if long and way == "drop":
+        counts["dropped"] += 1
+        return []
+    # Pieces overlap by one token, so that each token but the first is a target once.
+    starts = range(0, max(len(tokens) - 1, 0), max_length)[: 1 if way == "truncate" else None]
+    pieces = [language_example(tokens[i : i + max_length + 1], wanted[i : i + max_length + 1]) for i in starts]
+    found = [dataclasses.replace(piece, cut=long and way == "truncate") for piece in pieces if piece.weights.any()]
+    counts["answerless"] += bool(pieces) and not found
+    counts["split"] += long and way == "split"
+    return found
 
 
 def label_names(rows: Sequence[Row], column: str) -> list[str]:
@@ -178,6 +213,9 @@ def encode_classification(
         DataError: for a row that cannot be used or whose label is unknown, naming file and line.
     """
     text, pair, column = columns
+    for name, flag in ((text, "--text-column"), (pair, "--text-pair-column")):
+        if name is not None and name not in rows[0].values:
+            raise rows[0].missing(name, f"; name the one to read by {flag}")
     firsts = [row.text(text) for row in rows]
     seconds = [row.text(pair) for row in rows] if pair else None
     none, examples = np.zeros(0, np.int32), []

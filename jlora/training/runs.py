@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from jlora import models
 from jlora.models.chat_files import write_chat_templates
 from jlora.models.merged import lazily_merged
 from jlora.training import chat
-from jlora.training.data import encode, subset
+from jlora.training.data import encode, notes_on, subset
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
-from jlora.training.job import ADAPTERS, read_settings
+from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.loop import make_evaluation, to_devices
 from jlora.training.packing import packed
 from jlora.training.pipeline import validation_batches
@@ -66,7 +68,8 @@ def open_run(out: str | Path, model: str | None = None) -> Run:
     """
     about = read_settings(out)
     if not (Path(out) / ADAPTERS).is_dir():
-        raise CheckpointError(f"{out} has no adapters yet: the run is not finished; go on with jlora finetune --resume")
+        why = read_complaint(out) or f"the run is not finished; go on with jlora finetune --out {out} --resume"
+        raise CheckpointError(f"{out} has no adapters: {why}")
     settings = Settings(**about["settings"])
     settings = dataclasses.replace(settings, model=model or settings.model)
     subject = load_subject(settings, *open_codec(settings))
@@ -75,8 +78,14 @@ def open_run(out: str | Path, model: str | None = None) -> Run:
     return Run(settings, subject, adapted, subject.directory, template)
 
 
-def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base: bool = False) -> dict[str, float]:
-    """Loss with perplexity or accuracy on a file, read as the run read its data.
+def evaluate_file(
+    run: Run,
+    path: str | Path,
+    max_rows: int | None = None,
+    base: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Loss with perplexity or accuracy on a file, read as the run read its data; notes on its rows go to `say`.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -84,7 +93,12 @@ def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base:
     settings, subject = run.settings, run.subject
     assert settings.max_length is not None and settings.batch is not None
     rows = subset(read_rows(path, settings.format), max_rows, settings.seed)
-    examples = encode(rows, settings, subject.codec, subject.labels, run.template)
+    counts: collections.Counter[str] = collections.Counter()
+    kept = run.template
+    template = (lambda: kept) if kept is not None else None
+    examples = encode(rows, settings, subject.codec, subject.labels, counts, template)
+    for note in notes_on(counts, settings):
+        say(f"note  {note}")
     fixed = bool(settings.packing)
     examples = packed(examples, settings.max_length) if fixed else examples
     longest = settings.max_length if fixed else max(map(len, examples))
