@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jlora.models.bert import Bert
+from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
 from jlora.models.llama import Llama
@@ -83,6 +84,8 @@ def save(
         for name in COMPANIONS:
             if os.path.isfile(os.path.join(source, name)):
                 shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
+        if os.path.isdir(os.path.join(source, FOLDER)):
+            shutil.copytree(os.path.join(source, FOLDER), os.path.join(place, FOLDER))
         if extra is not None:
             extra(place)
 
@@ -104,10 +107,11 @@ def new_directory(directory: str | os.PathLike) -> Iterator[str]:
     os.mkdir(place)
     try:
         yield place
-        for file in os.listdir(place):
-            # safetensors makes its files readable by their owner alone; the folder has the user's usual rights.
-            os.chmod(os.path.join(place, file), os.stat(place).st_mode & 0o666)
-            _flush(os.path.join(place, file))
+        for folder, _, files in os.walk(place):
+            for file in (os.path.join(folder, name) for name in files):
+                # safetensors makes its files readable by their owner alone; the folder has the user's usual rights.
+                os.chmod(file, os.stat(place).st_mode & 0o666)
+                _flush(file)
         os.replace(place, directory)
         _flush(parent)
     except OSError as error:

@@ -1,114 +1,238 @@
 """Chat messages as text, and which part of the text are the assistant's answers.
 
-Three templates: `model`, the Jinja template of the model's own `tokenizer_config.json`; `chatml`, for models whose
-vocabulary has `<|im_start|>` and `<|im_end|>`; and `plain`, which needs no special tokens:
+Templates are Jinja, rendered as transformers renders them (`jlora.training.chat_environment`):
 
-    User: What is LoRA?
-    Assistant: A low-rank update.
+- `model`: the model's own, from `chat_template.jinja`, `additional_chat_templates/` or `tokenizer_config.json`; of several,
+  the one called `tool_use` for rows with `tools`, otherwise the one called `default`;
+- a file ending in `.jinja`, which takes its place;
+- `chatml`, for models whose vocabulary has `<|im_start|>` and `<|im_end|>`;
+- `plain`, which needs no special tokens:
 
-`auto` takes the first of the three that the model has.
+      User: What is LoRA?
+      Assistant: A low-rank update.
+
+`auto` is the model's own, and where it has none, `chatml` or `plain`, of which `Template.notes` tell.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-Message = Mapping[str, Any]
+from jlora.models.chat_files import (
+    CONFIG,
+    DEFAULT,
+    FILE,
+    ChatSource,
+    read_chat_template,
+    read_chat_templates,
+    special_tokens,
+)
+from jlora.training.chat_environment import ChatJinja, Spans
+from jlora.training.chat_spans import Message, Unclear, answer_spans
+
 Segments = list[tuple[str, bool]]
 """Pieces of text in order, each with whether the loss is taken on it."""
-Template = Callable[[Sequence[Message]], Segments]
 
-ROLES = ("system", "user", "assistant")
+# Messages of other roles are read where the template names them.
+ROLES = ("system", "user", "assistant", "tool")
+_CHOICE = (
+    "{directory} has no chat template: chats are written as {chosen!r} (--chat-template), and that template is left beside "
+    "what is trained, as chat_template.jinja, since the model must be served with it"
+)
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_PLAIN = (
+    "{% for message in messages %}{{ message.role | capitalize + ':' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ ' ' + message.content + '\\n' }}{% endgeneration %}"
+    "{% else %}{{ ' ' + message.content + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_BUILT_IN = {"chatml": _CHATML, "plain": _PLAIN}
 
 
-def template(name: str, directory: str | Path, vocabulary: Mapping[str, int]) -> Template:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Template:
+    """How chats become text.
+
+    Attributes:
+        name: `model`, `chatml`, `plain` or the file.
+        sources: its Jinja texts by name: one called `default`, perhaps `tool_use` and others.
+        tokens: the model's special tokens, which the texts see as variables.
+        choice: what a user must know of the choice, or nothing.
+        gaps: the chats (their messages) of which the text does not hold what the system or the user said.
+    """
+
+    name: str
+    sources: Mapping[str, ChatJinja]
+    tokens: Mapping[str, str]
+    choice: str = ""
+    gaps: list[Sequence[Message]] = dataclasses.field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must know, each in one sentence."""
+        gaps = (
+            "the chat template leaves a message of the system or the user out of the text that is trained on, in "
+            f"{len(self.gaps):,} of the chats"
+        )
+        return [note for note, holds in ((self.choice, self.choice), (gaps, self.gaps)) if holds]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the text is all that the model reads, so that no token that begins a text is set before it."""
+        return self.name not in _BUILT_IN
+
+    def render(self, messages: Sequence[Message], prompt: bool = False, **more: Any) -> str:
+        """The text of a chat.
+
+        Args:
+            messages: `{role, content}` and what else the template reads, such as `tool_calls` and `reasoning_content`.
+            prompt: whether the header that asks for an answer follows.
+            more: further variables of the template; `tools` and `documents` for two.
+
+        Raises:
+            ValueError: if the template refuses the messages or fails on them.
+        """
+        return self._rendered(messages, prompt, more)[0]
+
+    def __call__(self, messages: Sequence[Message], **more: Any) -> Segments:
+        """The text of a chat in pieces, each with whether the assistant wrote it; arguments as for `render`.
+
+        Raises:
+            ValueError: as `render`, and if it can't be told which part the assistant wrote.
+        """
+        jinja = self._chosen(more)
+        _check_place(jinja.source, messages, more)
+        text, spans = self._rendered(messages, False, more)
+        if jinja.marks and not spans:
+            raise ValueError(
+                f"the chat template ({jinja.source.place}) marks no text of this chat by {{% generation %}}"
+            )
+        if any(_is_gone(message, text) for message in messages):
+            self.gaps.append(messages)
+        return _segments(text, spans if jinja.marks else self._found(messages, more))
+
+    def _found(self, messages: Sequence[Message], more: Mapping[str, Any]) -> Spans:
+        try:
+            return answer_spans(lambda part, prompt: self._rendered(part, prompt, more)[0], messages)
+        except Unclear as error:
+            raise ValueError(
+                f"the chat template ({self._chosen(more).source.place}) does not tell which text is the assistant's: {error}; "
+                "give one with {% generation %} blocks around the answers (--chat-template FILE.jinja), or use "
+                "--chat-template plain"
+            ) from error
+
+    def _rendered(self, messages: Sequence[Message], prompt: bool, more: Mapping[str, Any]) -> tuple[str, Spans]:
+        jinja = self._chosen(more)
+        variables = {"tools": None, "documents": None, **self.tokens, **more}
+        return jinja.render({**variables, "messages": [_message(m) for m in messages], "add_generation_prompt": prompt})
+
+    def _chosen(self, more: Mapping[str, Any]) -> ChatJinja:
+        wanted = "tool_use" if more.get("tools") is not None and "tool_use" in self.sources else DEFAULT
+        if wanted not in self.sources:
+            raise ValueError(
+                f"the model has the chat templates {', '.join(sorted(self.sources))} but none called {DEFAULT}: give one of "
+                "them as a file (--chat-template FILE.jinja)"
+            )
+        return self.sources[wanted]
+
+    def knows(self, role: str) -> bool:
+        """Whether messages may have that role."""
+        return role in ROLES or any(f"{q}{role}{q}" in text for text in self.texts().values() for q in "'\"")
+
+    def texts(self) -> dict[str, str]:
+        """The Jinja texts by name, for `jlora.models.chat_files.write_chat_templates`."""
+        return {name: jinja.source.text for name, jinja in self.sources.items()}
+
+
+def _check_place(source: ChatSource, messages: Sequence[Message], more: Mapping[str, Any]) -> None:
+    """What the row holds of tools has a place in the text: templates pass over what they don't know."""
+    held = {"tools": bool(more.get("tools")), "tool_calls": any(message.get("tool_calls") for message in messages)}
+    for name, present in held.items():
+        if present and name not in source.text:
+            raise ValueError(
+                f"there are {name}, but the chat template ({source.place}) has no place for them: leave them out, or give a "
+                "template that reads them (--chat-template FILE.jinja)"
+            )
+
+
+def _is_gone(message: Message, text: str) -> bool:
+    content = message.get("content")
+    return message["role"] in ("system", "user") and isinstance(content, str) and content.strip() not in text
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """The message as transformers hands it on: without nulls, and with its reasoning under each of two names."""
+    given = {name: value for name, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((given[name] for name in names if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _segments(text: str, spans: Spans) -> Segments:
+    segments: Segments = []
+    done = 0
+    for start, end in spans:
+        segments += [(text[done:start], False), (text[start:end], True)]
+        done = end
+    return [segment for segment in [*segments, (text[done:], False)] if segment[0]]
+
+
+def template(name: str, directory: str | Path, vocabulary: Mapping[str, int], now: datetime | None = None) -> Template:
     """The template of that name for a model's directory.
 
     Args:
-        name: `auto`, `model`, `chatml` or `plain`.
-        directory: the model's directory, whose `tokenizer_config.json` may hold a template.
+        name: `auto`, `model`, `chatml`, `plain`, or a file ending in `.jinja`.
+        directory: the model's directory.
         vocabulary: token to id.
+        now: the time that templates may write; the present by default.
 
     Raises:
-        ValueError: if the model has not what the template needs.
+        ValueError: if the model has not what the template needs, or a template is damaged, naming its file.
+        OSError: if the file cannot be read.
     """
-    config = _tokenizer_config(directory)
-    own, chatml = config.get("chat_template"), {"<|im_start|>", "<|im_end|>"} <= set(vocabulary)
-    if name == "auto":
-        name = "model" if own else "chatml" if chatml else "plain"
-    if name == "model":
-        if not isinstance(own, str):
-            raise ValueError(f"{directory}/tokenizer_config.json has no chat_template; use --chat-template plain")
-        return _model_template(own, config)
-    if name == "chatml" and not chatml:
+    own = read_chat_templates(directory) if name in ("auto", "model") else {}
+    fallback = "chatml" if {"<|im_start|>", "<|im_end|>"} <= set(vocabulary) else "plain"
+    chosen = ("model" if own else fallback) if name == "auto" else name
+    if chosen == "model" and not own:
+        raise ValueError(
+            f"{directory} has no chat template (no {FILE}, and no chat_template in {CONFIG}); use --chat-template plain"
+        )
+    if chosen == "chatml" and fallback != chosen:
         raise ValueError(f"the tokenizer of {directory} lacks <|im_start|> and <|im_end|>; use --chat-template plain")
-    return _chatml if name == "chatml" else _plain
+    choice = _CHOICE.format(directory=directory, chosen=chosen) if name == "auto" and not own else ""
+    return _compiled(chosen, own or {DEFAULT: _given(chosen)}, directory, now or datetime.now(), choice)
 
 
-def _tokenizer_config(directory: str | Path) -> dict[str, Any]:
-    path = Path(directory) / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _compiled(
+    name: str, sources: Mapping[str, ChatSource], directory: str | Path, now: datetime, choice: str = ""
+) -> Template:
+    jinjas = {key: ChatJinja(source, now) for key, source in sources.items()}
+    return Template(name, jinjas, special_tokens(directory), choice)
 
 
-def _plain(messages: Sequence[Message]) -> Segments:
-    segments: Segments = []
-    for message in messages:
-        name = message["role"].capitalize()
-        if message["role"] == "assistant":
-            segments += [(f"{name}:", False), (f" {message['content']}\n", True)]
-        else:
-            segments.append((f"{name}: {message['content']}\n", False))
-    return segments
+def _given(name: str) -> ChatSource:
+    return ChatSource(_BUILT_IN[name], name) if name in _BUILT_IN else read_chat_template(name)
 
 
-def _chatml(messages: Sequence[Message]) -> Segments:
-    segments: Segments = []
-    for message in messages:
-        answer = message["role"] == "assistant"
-        segments += [
-            (f"<|im_start|>{message['role']}\n", False),
-            (f"{message['content']}<|im_end|>", answer),
-            ("\n", False),
-        ]
-    return segments
+def stored(out: str | Path, directory: str | Path) -> Template | None:
+    """The template that a run was trained with, from its folder; None if it read no chats.
 
+    Args:
+        out: the run's folder.
+        directory: the model's, for its special tokens.
 
-def _model_template(source: str, config: Mapping[str, Any]) -> Template:
-    """The model's own Jinja template, in a sandbox; answers are found as what each one adds to the rendered text."""
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ValueError("the model's chat template needs jinja2: install it, or use --chat-template plain") from error
-
-    def refuse(message: str):
-        raise ValueError(f"the model's chat template refuses the messages: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    compiled = environment.from_string(source)
-    names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-
-    def render(messages: Sequence[Message], prompt: bool) -> str:
-        return compiled.render(messages=list(messages), add_generation_prompt=prompt, **names)
-
-    def segments(messages: Sequence[Message]) -> Segments:
-        found: Segments = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, after = render(messages[:index], True), render(messages[: index + 1], False)
-                if not (before.startswith(done) and after.startswith(before)):
-                    raise ValueError("the model's chat template rewrites earlier messages; use --chat-template plain")
-                found += [(before[len(done) :], False), (after[len(before) :], True)]
-                done = after
-        return found
-
-    return segments
-
-
-def _content(token: Any) -> str:
-    """The text of a special token, which a config writes as a string or as a table."""
-    return token.get("content", "") if isinstance(token, Mapping) else token or ""
+    Raises:
+        ValueError: if it is damaged.
+    """
+    sources = read_chat_templates(out)
+    built_in = (name for name in _BUILT_IN if DEFAULT in sources and _BUILT_IN[name] == sources[DEFAULT].text)
+    return _compiled(next(built_in, "model"), sources, directory, datetime.now()) if sources else None

@@ -1,16 +1,20 @@
 """The command line: `jlora finetune | inspect | merge | generate | eval | export | import`.
 
-What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from.
+What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
+diverged, or made the model worse, ends with exit code 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import platform
 import sys
 from collections.abc import Sequence
 
+from jlora.training.errors import DivergenceError, SettingError
 from jlora.training.flags import Parser, add_flags
+from jlora.training.versions import installed
 
 _EXAMPLES = """examples:
   jlora finetune                                    the shipped model on Python's documentation
@@ -28,6 +32,10 @@ def build_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser("jlora", description="Parameter-efficient fine-tuning for JAX.", epilog=_EXAMPLES)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    versions = f"jlora {installed('jlora')}, JAX {installed('jax')}, Python {platform.python_version()}"
+    parser.add_argument(
+        "--version", action="version", version=versions, help="show jlora's, JAX's and Python's, and exit"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     everything = ("model", "data", "method", "training", "run")
     finetune = commands.add_parser("finetune", help="train adapters for a model", epilog=_EXAMPLES)
@@ -43,6 +51,7 @@ def build_parser() -> Parser:
     _add_import(commands.add_parser("import", help="make a run of an adapter in PEFT's format"))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -107,25 +116,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 for what the user can put right, or 130 for an interruption.
+        The exit code: 0; 2 for what the user can put right; 3 where the training diverged or made the model worse; 130 or
+        143 where Ctrl-C or SIGTERM stopped it.
     """
-    arguments = build_parser().parse_args(argv)
-    # Here and not above: `jlora --help` need not wait for JAX.
-    from jlora.training import commands
-
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.refuse(unknown)
     if not arguments.traceback:
         _quiet_libraries()
     try:
-        commands.COMMANDS[arguments.command](arguments)
+        # Here and not above: `jlora --help` need not wait for JAX.
+        from jlora.training import commands
+
+        complaint = commands.COMMANDS[arguments.command](arguments)
     except (ValueError, TypeError, OSError) as error:
         if arguments.traceback:
             raise
-        print(f"jlora {arguments.command}: {sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; jlora finetune with the same --out and --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+        help = f" (see {arguments.parser.prog} --help)" if isinstance(error, SettingError) else ""
+        print(f"jlora {arguments.command}: {sentence(error)}{help}", file=sys.stderr)
+        return 3 if isinstance(error, DivergenceError) else 2
+    except KeyboardInterrupt as error:
+        print(f"\njlora {arguments.command}: {str(error) or 'stopped'}", file=sys.stderr)
+        return getattr(error, "code", 130)
+    if complaint:
+        print(f"jlora {arguments.command}: {complaint}", file=sys.stderr)
+    return 3 if complaint else 0
 
 
 def _quiet_libraries() -> None:

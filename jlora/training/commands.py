@@ -16,22 +16,30 @@ from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
 from jlora.training.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.flags import given
-from jlora.training.job import finetune, read_settings
+from jlora.training.job import SETTINGS, finetune, read_settings
 from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.selection import make_spec, trace_sites
 from jlora.training.settings import Settings
+from jlora.training.stopping import Stopped
 from jlora.training.subject import abstract_subject, model_directory, open_codec
 
 
-def _finetune(arguments: argparse.Namespace) -> None:
+def _finetune(arguments: argparse.Namespace) -> str | None:
+    """Returns what is wrong with the result, if anything."""
     asked = given(arguments)
     processes.join(arguments.distributed, arguments.coordinator, arguments.processes, arguments.process)
     settings = asked.settings(_stored(asked))
     try:
-        finetune(settings)
+        return finetune(settings).complaint
     except SettingError as error:
         raise error.renamed(asked.names.get(error.setting, "--" + error.setting.replace("_", "-"))) from error
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        if (Path(settings.out) / SETTINGS).exists():
+            raise Stopped(settings.out, None) from error
+        raise
 
 
 def _stored(asked: Given) -> dict[str, Any]:

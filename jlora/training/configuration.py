@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlora.training.errors import SettingError
+from jlora.training.errors import SettingError, nearest
 from jlora.training.settings import Settings
 
 
@@ -72,8 +71,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(known)}"
+            near = nearest(name, known)
+            hint = f"; did you mean {near}?" if near else f"; the settings are {', '.join(known)}"
             raise SettingError(name, f"is not a setting{hint}", f"{key} in {path}")
         if name in found:
             raise SettingError(name, "is given twice", f"{key} in {path}")

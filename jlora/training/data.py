@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 
 import numpy as np
 
@@ -29,7 +32,8 @@ class Data:
         source: where the data came from, in words.
         fixed: whether all rows are padded to the longest.
         longest: tokens of the longest row.
-        cut: how many rows were longer than the longest allowed, and lost their end.
+        notes: what became of rows that are not learned from as they are, with numbers, in words.
+        template: how chats became text; None where there are none.
     """
 
     train: list[Example]
@@ -38,7 +42,8 @@ class Data:
     source: str
     fixed: bool
     longest: int
-    cut: int
+    notes: list[str]
+    template: chat.Template | None = None
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
@@ -58,8 +63,8 @@ class Data:
         return validation_batches(self.validation, batch, self.longest, self.fixed)
 
 
-def load_data(settings: Settings, codec: Codec) -> Data:
-    """Read and encode what the (resolved) settings name.
+def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> Data:
+    """Read and encode what the (resolved) settings name; `now` is the time that chat templates may write.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -74,21 +79,45 @@ def load_data(settings: Settings, codec: Codec) -> Data:
         rows, source = read_rows(settings.data, settings.format), str(settings.data)
         held_out = read_rows(settings.validation, settings.format) if settings.validation is not None else []
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
-    rows = subset(rows, settings.max_rows, settings.seed)
-    train = encode(rows, settings, codec, labels)
+    rows, counts = subset(rows, settings.max_rows, settings.seed), collections.Counter()
+    template = functools.cache(lambda: chat_template(settings, codec, now))  # made when the first chat comes
+    train = encode(rows, settings, codec, labels, counts, template)
     if settings.data is None or settings.validation is not None:
-        validation = encode(subset(held_out, settings.max_validation_rows, settings.seed), settings, codec, labels)
+        held_out = subset(held_out, settings.max_validation_rows, settings.seed)
+        validation = encode(held_out, settings, codec, labels, counts, template)
     else:
         train, validation = split(train, settings, one_text=len(rows) == 1)
-    fixed, cut = bool(settings.packing), sum(example.cut for example in (*train, *validation))
+    fixed, notes = bool(settings.packing), notes_on(counts, settings)
     if fixed:
         train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
     longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
-    return Data(train, validation, labels, source, fixed, longest, cut)
+    made = template() if template.cache_info().currsize else None
+    notes += made.notes if made is not None else []
+    return Data(train, validation, labels, source, fixed, longest, notes, made)
 
 
-def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequence[str]) -> list[Example]:
+def chat_template(settings: Settings, codec: Codec, now: datetime | None = None) -> chat.Template:
+    """The settings' chat template for the model."""
+    return chat.template(settings.chat_template, codec.directory, codec.tokenizer.get_vocab(), now)
+
+
+def encode(
+    rows: Sequence[Row],
+    settings: Settings,
+    codec: Codec,
+    labels: Sequence[str],
+    counts: collections.Counter[str],
+    template: Callable[[], chat.Template] | None = None,
+) -> list[Example]:
     """Rows as examples, for the settings' task.
+
+    Args:
+        rows: the rows.
+        settings: resolved.
+        codec: the model's tokenizer.
+        labels: names of the labels.
+        counts: counts rows that did not become whole examples, for `notes_on`.
+        template: makes the template of chats, by default the settings'.
 
     Raises:
         DataError: for a row that cannot be used, or if nothing is left.
@@ -97,15 +126,35 @@ def encode(rows: Sequence[Row], settings: Settings, codec: Codec, labels: Sequen
     if settings.task == "classify":
         columns = (settings.text_column, settings.text_pair_column, settings.label_column)
         numbers = {label: index for index, label in enumerate(labels)}
-        return encode_classification(rows, codec, columns, numbers, settings.max_length)
-
-    def template() -> chat.Template:
-        return chat.template(settings.chat_template, codec.directory, codec.tokenizer.get_vocab())
-
-    examples = encode_language(rows, codec, template, settings.text_column, settings.max_length)
+        examples = encode_classification(rows, codec, columns, numbers, settings.max_length)
+        if settings.long_rows == "drop":
+            counts["dropped"] += sum(example.cut for example in examples)
+            examples = [example for example in examples if not example.cut]
+    else:
+        limits = settings.max_length, settings.long_rows, counts
+        template = template or functools.partial(chat_template, settings, codec)
+        examples = encode_language(rows, codec, template, settings.text_column, *limits)
+        if len(rows) == 1:
+            del counts["split"]  # a text file becomes pieces by its nature
+    counts["cut"] += sum(example.cut for example in examples)
     if not examples:
-        raise DataError(rows[0].path, None, "the file has no token to predict")
+        why = "; ".join(["the file has nothing to learn from", *notes_on(counts, settings)])
+        raise DataError(rows[0].path, None, why)
     return examples
+
+
+def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
+    """What was counted, in words."""
+    long = f"longer than {settings.max_length} tokens (--max-length)"
+    words = {
+        "cut": f"{long}, cut at their end (--long-rows)",
+        "split": f"{long}, cut into pieces (--long-rows)",
+        "dropped": f"{long}, left out (--long-rows)",
+        "answerless": f"left out, because the answer begins after {settings.max_length} tokens (--max-length)",
+        "empty": "left out, because a text, prompt or answer in them is empty",
+        "preferences": "with 'chosen' and 'rejected': the chosen answer is trained on, the rejected one is not used",
+    }
+    return [f"{n:,} {'row' if n == 1 else 'rows'} {text}" for key, text in words.items() if (n := counts[key])]
 
 
 def subset(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:

@@ -23,6 +23,8 @@ _LEARNING_RATE = {
 }
 # ReLoRA and COLA have a few long links; boosting has many weak ones.
 _LINKS = {"xgblora": 8}
+# Steps between two validations or checkpoints at least, where the user doesn't say: each costs as much as some steps.
+_INTERVAL = 10
 _TASK = {
     "lm": {"max_length": 256, "batch": 16, "epochs": 1.0, "packing": True},
     "classify": {"max_length": 128, "batch": 32, "epochs": 3.0, "packing": False},
@@ -57,20 +59,32 @@ def resolve(settings: Settings) -> Settings:
     return settings
 
 
-def count_steps(settings: Settings, rows: int) -> Settings:
+def usual_rate(settings: Settings) -> float:
+    """The learning rate that the job chooses where the user leaves it open."""
+    rate = resolve(dataclasses.replace(settings, learning_rate=None)).learning_rate
+    assert rate is not None
+    return rate
+
+
+def count_steps(settings: Settings, rows: int, parts: int = 1) -> Settings:
     """The settings with steps, warm-up and intervals counted out for `rows` rows of training data.
 
+    A batch takes at most all rows, so that no row is in it twice. On short runs validations and checkpoints are at least
+    `_INTERVAL` steps apart.
+
+    Args:
+        settings: resolved.
+        rows: rows of training data.
+        parts: in how many parts the mesh cuts the rows that are computed at once.
+
     Raises:
-        SettingError: if a batch takes more rows than there are, the warm-up is as long as the run, or there are more links
-            than steps.
+        SettingError: if there are fewer rows than a batch must have, the warm-up is as long as the run, or there are more
+            links than steps.
     """
-    assert settings.batch is not None
-    if settings.batch > rows:
-        raise SettingError("batch", f"takes {settings.batch} rows, but the training data makes {rows} of them")
-    steps = settings.steps
+    batch, steps = _batch(settings, rows, parts), settings.steps
     if steps is None:
         assert settings.epochs is not None
-        steps = max(1, math.ceil(settings.epochs * rows / settings.batch))
+        steps = max(1, math.ceil(settings.epochs * rows / batch))
     warmup = settings.warmup if settings.warmup is not None else min(steps - 1, math.ceil(0.03 * steps))
     if warmup >= steps:
         raise SettingError("warmup", f"must be less than the {steps} steps, got {warmup}")
@@ -78,9 +92,30 @@ def count_steps(settings: Settings, rows: int) -> Settings:
         raise SettingError("links", f"must be at most the {steps} steps, got {settings.links}")
     return dataclasses.replace(
         settings,
+        batch=batch,
         steps=steps,
         epochs=None,
         warmup=warmup,
-        evaluate_every=settings.evaluate_every or max(1, math.ceil(steps / 5)),
-        checkpoint_every=settings.checkpoint_every or max(1, math.ceil(steps / 10)),
+        evaluate_every=settings.evaluate_every or _interval(steps, 5),
+        checkpoint_every=settings.checkpoint_every or _interval(steps, 10),
     )
+
+
+def _batch(settings: Settings, rows: int, parts: int) -> int:
+    """The batch, or the largest one that the rows are enough for."""
+    assert settings.batch is not None
+    unit = settings.accumulate * parts
+    if settings.batch <= rows or settings.batch % unit:  # what does not divide is an error elsewhere
+        return settings.batch
+    if rows < unit:
+        raise SettingError(
+            "batch",
+            f"takes {settings.batch} rows in {unit} parts, but the training data makes {rows} of them: give more data, "
+            "fewer parts (--accumulate, --mesh), or a smaller --max-length",
+        )
+    return rows // unit * unit
+
+
+def _interval(steps: int, times: int) -> int:
+    """Steps between `times` equal parts of the run, or fewer parts of `_INTERVAL` steps each."""
+    return math.ceil(steps / max(1, min(times, steps // _INTERVAL)))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jlora.training import chat
-from jlora.training.errors import DataError
+from jlora.training.errors import DataError, EmptyRow
+from jlora.training.layouts import PREFERENCE, layout_of, normal
+from jlora.training.messages import messages_of, variables_of
 from jlora.training.rows import Row
 from jlora.training.tokens import Codec
 
@@ -48,34 +51,71 @@ def language_example(tokens: np.ndarray, wanted: np.ndarray) -> Example:
 
 
 def encode_language(
-    rows: Sequence[Row], codec: Codec, template: Callable[[], chat.Template], text_column: str, max_length: int
+    rows: Sequence[Row],
+    codec: Codec,
+    template: Callable[[], chat.Template],
+    text_column: str,
+    max_length: int,
+    long_rows: str | None = None,
+    counts: collections.Counter[str] | None = None,
 ) -> list[Example]:
-    """Rows of `messages`, of `prompt` and `completion`, or of `text`, as examples of at most `max_length` tokens.
+    """Rows in any layout of `jlora.training.layouts` as examples of at most `max_length` tokens.
 
-    Plain texts are cut into pieces, so that every token is predicted once. Answers are cut at their end; a row that
-    has no token of its answer left is an error.
+    Args:
+        rows: the rows.
+        codec: the model's tokenizer.
+        template: makes the template of chats, when the first one comes.
+        text_column: the key of texts.
+        max_length: tokens of an example.
+        long_rows: what becomes of longer rows: `truncate` keeps the beginning, `split` makes pieces in which every token
+            is predicted once, `drop` leaves them out. By default texts are split, and what has an answer is truncated.
+            Pieces without a token of an answer are left out.
+        counts: counts rows that did not become whole examples, by what became of them: `split`, `dropped`,
+            `answerless` and `empty`; and as `preferences` those of which one answer is not used.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
     """
-    pieces = [_segments(row, template, text_column) for row in rows]
-    encodings = codec.encode_many(["".join(text for text, _ in segments) for segments in pieces])
+    counts = collections.Counter() if counts is None else counts
+    template = functools.cache(template)  # it is read and compiled once
+    pieces = [found for row in rows if (found := _pieces(row, template, text_column, counts))]
+    texts = ["".join(text for text, _ in segments) for segments, _ in pieces]
     examples: list[Example] = []
-    for row, segments, (ids, offsets) in zip(rows, pieces, encodings):
-        tokens, wanted = _with_ends(codec, ids, _wanted(segments, offsets))
-        if all(answer for _, answer in segments):
-            examples += _cut(tokens, wanted, max_length)
+    for (segments, whole), text, (ids, offsets) in zip(pieces, texts, codec.encode_many(texts)):
+        wanted = _wanted(segments, offsets)
+        if whole:
+            tokens, wanted = _with_answer_end(codec, ids, wanted, offsets[:, 1] >= len(text.rstrip()))
         else:
-            examples.append(_truncate(row, tokens, wanted, max_length))
+            tokens, wanted = _with_ends(codec, ids, wanted)
+        usual = "split" if all(answer for _, answer in segments) else "truncate"
+        examples += _fitted(tokens, wanted, max_length, long_rows or usual, counts)
     return [example for example in examples if len(example) > 0]
+
+
+def _pieces(
+    row: Row, template: Callable[[], chat.Template], text_column: str, counts: collections.Counter[str]
+) -> tuple[chat.Segments, bool] | None:
+    """The row's text in pieces, and whether that is all the model reads; None where there is nothing to learn."""
+    counts["preferences"] += layout_of(row) is PREFERENCE
+    try:
+        row = normal(row, text_column)
+        segments = _segments(row, template, text_column)
+        "".join(text for text, _ in segments).encode()
+    except EmptyRow:
+        counts["empty"] += 1
+        return None
+    except UnicodeEncodeError as error:
+        raise row.error(f"the text has half of a character, {error.object[error.start]!r}") from error
+    return segments, "messages" in row.values and template().whole
 
 
 def _segments(row: Row, template: Callable[[], chat.Template], text_column: str) -> chat.Segments:
     """The row's text in pieces, each with whether the loss is taken on it."""
     if "messages" in row.values:
-        messages = _messages(row)
+        made = template()
+        messages, more = messages_of(row, made.knows), variables_of(row)
         try:
-            return template()(messages)
+            return made(messages, **more)
         except Exception as error:
             raise row.error(str(error)) from error
     if "prompt" in row.values or "completion" in row.values:
@@ -83,27 +123,29 @@ def _segments(row: Row, template: Callable[[], chat.Template], text_column: str)
     return [(row.text(text_column), True)]
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise row.error("'messages' must be a list of {role, content}, with at least one answer")
-    for number, message in enumerate(messages, 1):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not content.strip():
-            raise row.error(f"message {number} must be {{role, content}} with a text that is not empty")
-        if message.get("role") not in chat.ROLES:
-            raise row.error(f"message {number} has the role {message.get('role')!r}; wanted {', '.join(chat.ROLES)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise row.error("no message is by the assistant, so there is nothing to learn")
-    return messages
-
-
 def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
-    """Which tokens end inside a piece with loss; a token across a border counts for the later piece."""
-    ends = np.cumsum([len(text) for text, _ in segments])
-    answers = np.array([answer for _, answer in segments])
-    piece = np.searchsorted(ends, np.maximum(offsets[:, 1] - 1, 0), side="right")
-    return answers[np.minimum(piece, len(answers) - 1)]
+    """Which tokens have a character in a piece with loss."""
+    lasts = offsets[:, 1]
+    firsts = np.minimum(offsets[:, 0], lasts - 1)  # a token of which only a blank is left has its end in both
+    wanted, start = np.zeros(len(offsets), bool), 0
+    for text, answer in segments:
+        end = start + len(text)
+        if answer:
+            wanted |= (lasts > start) & (firsts < end)
+        start = end
+    return wanted
+
+
+def _with_answer_end(
+    codec: Codec, ids: np.ndarray, wanted: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a template's text as they are, but for an end after a last answer that the template ends by no token.
+
+    Without any the model would never learn to stop. `last` holds for tokens with nothing but blanks after them.
+    """
+    if codec.end is not None and wanted[-1:].any() and not np.isin(ids[last], codec.added).any():
+        ids, wanted = np.append(ids, codec.end), np.append(wanted, True)
+    return ids.astype(np.int32), wanted
 
 
 def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,19 +160,21 @@ def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.nd
     return np.concatenate(tokens).astype(np.int32), np.concatenate(flags).astype(bool)
 
 
-def _cut(tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Iterable[Example]:
-    """Pieces that overlap by one token, so that each token but the first is a target once."""
-    for start in range(0, max(len(tokens) - 1, 0), max_length):
-        yield language_example(tokens[start : start + max_length + 1], wanted[start : start + max_length + 1])
-
-
-def _truncate(row: Row, tokens: np.ndarray, wanted: np.ndarray, max_length: int) -> Example:
-    example = language_example(tokens[: max_length + 1], wanted[: max_length + 1])
-    example = dataclasses.replace(example, cut=len(tokens) > max_length + 1)
-    if not example.weights.any():
-        prompt = int(np.argmax(wanted)) if wanted.any() else len(tokens)
-        raise row.error(f"nothing of the answer is left: it begins after {prompt} tokens, --max-length is {max_length}")
-    return example
+def _fitted(
+    tokens: np.ndarray, wanted: np.ndarray, max_length: int, way: str, counts: collections.Counter[str]
+) -> list[Example]:
+    """The row as examples of at most `max_length` tokens, each with a token to learn."""
+    long = len(tokens) > max_length + 1
+    if long and way == "drop":
+        counts["dropped"] += 1
+        return []
+    # Pieces overlap by one token, so that each token but the first is a target once.
+    starts = range(0, max(len(tokens) - 1, 0), max_length)[: 1 if way == "truncate" else None]
+    pieces = [language_example(tokens[i : i + max_length + 1], wanted[i : i + max_length + 1]) for i in starts]
+    found = [dataclasses.replace(piece, cut=long and way == "truncate") for piece in pieces if piece.weights.any()]
+    counts["answerless"] += bool(pieces) and not found
+    counts["split"] += long and way == "split"
+    return found
 
 
 def label_names(rows: Sequence[Row], column: str) -> list[str]:
@@ -169,6 +213,9 @@ def encode_classification(
         DataError: for a row that cannot be used or whose label is unknown, naming file and line.
     """
     text, pair, column = columns
+    for name, flag in ((text, "--text-column"), (pair, "--text-pair-column")):
+        if name is not None and name not in rows[0].values:
+            raise rows[0].missing(name, f"; name the one to read by {flag}")
     firsts = [row.text(text) for row in rows]
     seconds = [row.text(pair) for row in rows] if pair else None
     none, examples = np.zeros(0, np.int32), []

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like this one, for "did you mean"; None if none does."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
+
 
 class SettingError(ValueError):
     """A setting has a wrong value, or contradicts another.
@@ -26,6 +34,14 @@ class DataError(ValueError):
 
     def __init__(self, path, line: int | None, complaint: str):
         super().__init__(f"{path}:{line}: {complaint}" if line is not None else f"{path}: {complaint}")
+
+
+class EmptyRow(DataError):
+    """A row has a blank text where there must be one."""
+
+
+class DivergenceError(ValueError):
+    """The training diverged; the message says at which step, and what to do."""
 
 
 class FolderError(OSError):

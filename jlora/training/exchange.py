@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jlora
 from jlora import models
+from jlora.models.chat_files import read_chat_templates, write_chat_templates
 from jlora.training.defaults import resolve
 from jlora.training.files import write_json
 from jlora.training.job import ADAPTERS, SETTINGS
@@ -25,14 +26,14 @@ def open_run_or_adapters(path: str | Path, model: str | None) -> Run:
 
 
 def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dtype: str | None) -> jlora.PeftReport:
-    """Write a run's adapters as PEFT does.
+    """Write a run's adapters as PEFT does, with the chat template that they were trained with.
 
     Raises:
         ValueError: for what the profile can't express.
         FileExistsError: if there is something already.
     """
     assert run.adapted is not None
-    return jlora.save_peft(
+    report = jlora.save_peft(
         out,
         run.adapted,
         models.peft_names(run.subject.model),
@@ -42,6 +43,9 @@ def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dt
         base_model=str(run.directory),
         task_type=None if run.subject.labels else "CAUSAL_LM",
     )
+    if run.template is not None:
+        write_chat_templates(out, run.template.texts())
+    return report
 
 
 def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> jlora.Adapted:
@@ -69,6 +73,9 @@ def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> j
         about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
         source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}
         write_json(staging / SETTINGS, {**about, **source})
+        templates = read_chat_templates(adapter)
+        if templates:
+            write_chat_templates(staging, {name: template.text for name, template in templates.items()})
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

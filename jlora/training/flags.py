@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jlora.training.configuration import Given, gather
+from jlora.training.errors import nearest
 from jlora.training.settings import Settings
 
 _PARSERS = {"str": str, "int": int, "float": float}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
+    """A parser whose errors are one sentence, with the nearest word that exists."""
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Exit with a sentence about arguments that the parser does not know."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        near = [found for word in wrong if (found := _initials(word, flags) or nearest(word, flags))]
+        hint = f"; did you mean {' and '.join(near)}?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # Python 3.14's suggest_on_error, for the releases before it.
+        if action.choices is None or value in action.choices:
+            return
+        words = [str(choice) for choice in action.choices]
+        near = nearest(str(value), words)
+        hint = f"; did you mean {near}?" if near else ""
+        raise argparse.ArgumentError(action, f"must be one of {', '.join(words)}, got {value!r}{hint}")
+
+
+def _initials(word: str, flags: Sequence[str]) -> str | None:
+    """The flag whose initials are the word, such as --learning-rate for --lr."""
+    initials = {"".join(part[0] for part in flag.split("-") if part): flag for flag in flags}
+    return initials.get(word.lstrip("-")) if len(word.lstrip("-")) > 1 else None
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], without: tuple[str, ...] = ()) -> None:

@@ -18,6 +18,7 @@ CONTENT = {
     "metrics.jsonl": "one line a step, one a validation",
     "results.json": "the result in numbers",
     "samples.json": "the texts before and after",
+    "chat_template.jinja": "the template that chats were written with: the model must be served with it",
     "settings.json": "what was asked for, and what it stands on",
     "checkpoints": "training state, to resume from",
 }

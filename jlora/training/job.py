@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
 from jlora.training.defaults import count_steps, resolve
-from jlora.training.errors import CheckpointError, SettingError
+from jlora.training.errors import CheckpointError, DivergenceError, SettingError
 from jlora.training.files import is_full_disk, write_json
 from jlora.training.measured import ranks_of
 from jlora.training.metrics import Metrics
-from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base
-from jlora.training.report import write_report
+from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base, row_parts
+from jlora.training.report import REPORT, write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
 from jlora.training.settings import Settings, mesh_axes
 from jlora.training.subject import Subject, check_length, load_subject, open_codec
 from jlora.training.trainer import Trainer
+from jlora.training.verdict import complaint, unsteady
+from jlora.training.versions import installed
 
 SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
 
@@ -45,6 +48,7 @@ class Result:
         before: validation loss (and perplexity or accuracy) before training.
         after: the same after the last step.
         record: the content of `results.json`.
+        complaint: what is wrong with the result, such as a validation worse than before; None if nothing is.
     """
 
     out: Path
@@ -52,6 +56,7 @@ class Result:
     before: dict[str, float]
     after: dict[str, float]
     record: dict[str, Any]
+    complaint: str | None
 
 
 def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
@@ -68,6 +73,9 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
         SettingError: a ValueError, for settings that do not fit together, or not to the model or the data.
         DataError: a ValueError, for a row that cannot be used, naming file and line.
         FolderError: an OSError, for an output folder that is in use or not empty.
+        DivergenceError: a ValueError, if training diverged so that it can't go on; the folder keeps its report, and the
+            checkpoints from before.
+        Stopped: a KeyboardInterrupt, after SIGINT or SIGTERM, when the step is done and saved.
         OSError: if the disk is full, naming the last whole checkpoint.
     """
     start, asked = time.time(), settings
@@ -78,21 +86,31 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
     check_length(settings, config)
-    data = load_data(settings, codec)
-    settings = count_steps(settings, len(data.train))
+    stored = read_settings(settings.out) if settings.resume else {}
+    # Templates may write the date: a resumed run sees the texts that it began with.
+    started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
+    data = load_data(settings, codec, datetime.fromisoformat(started))
+    notes, wanted = list(data.notes), settings.batch
+    settings = count_steps(settings, len(data.train), row_parts(mesh))
     assert settings.batch is not None
+    if settings.batch != wanted:
+        notes.append(f"--batch is {settings.batch}, not {wanted}: the training data makes {len(data.train)} rows")
     check_batch(mesh, settings.batch, settings.accumulate)
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
-    ranks = read_settings(settings.out).get("ranks", {}) if settings.resume else {}
-    adapted = place_adapters(adapt(subject, settings, data, mesh, ranks), mesh)
+    adapted = place_adapters(adapt(subject, settings, data, mesh, stored.get("ranks", {})), mesh)
     with processes.claim(settings.out, settings.resume) as out:
-        about = _about(asked, settings, subject, data, fingerprint) | {"ranks": ranks_of(adapted)}
+        about = _about(asked, settings, subject, data, fingerprint)
+        about |= {"ranks": ranks_of(adapted), "started": started, "notes": notes}
         try:
             _begin(out, about, settings)
+            if data.template is not None:
+                write_chat_templates(out, data.template.texts())
             _describe(adapted, subject, data, settings, say)
+            for note in [*notes, *_past(out)]:
+                say(f"note  {note}")
             trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint)
             return _run(trainer, subject, about, say, start)
         except Exception as error:
@@ -123,15 +141,8 @@ def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fi
         "data": data.source,
         "data_sha256": data.digest(),
         "labels": data.labels,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # jlora itself, when it runs from its source folder
 
 
 def read_settings(out: str | Path) -> dict[str, Any]:
@@ -174,10 +185,20 @@ def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Se
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters")
     say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
-    if data.cut:
-        say(f"note  {data.cut:,} rows are longer than {settings.max_length} tokens and lost their end (--max-length)")
     say(jlora.summary(adapted))
     say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
+
+
+def _past(out: Path) -> list[str]:
+    """What went wrong with this run before, if it is resumed after that."""
+    found = read_complaint(out)
+    return [] if found is None else [f"this run ended before: {found}; going on repeats its steps"]
+
+
+def read_complaint(out: str | Path) -> str | None:
+    """What `results.json` of a run finds wrong with it, if there is one already."""
+    path = Path(out) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")).get("complaint") if path.exists() else None
 
 
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
@@ -185,20 +206,44 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
     texts = {}
     if settings.task == "lm" and settings.sample_tokens:
         prompt = prompt_tokens(subject, trainer.data, settings)
+        say("a text before the training, whose program is compiled first …")
         texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, subject.params, prompt, settings)}
         say(f"before: {texts['prompt']} | {texts['before']!r}")
-    adapted, metrics = trainer.run()
+    try:
+        adapted, metrics = trainer.run()
+    except DivergenceError as error:
+        raise _gave_up(trainer, about, texts, error, start) from error
     adapted = processes.whole_adapters(adapted)
     if texts:
         texts["after"] = sample(subject, jlora.merge(adapted), prompt, settings)
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
-    record = _results(metrics, adapted, settings, start)
+    found = complaint(metrics, settings)
+    record = _results(metrics, adapted, start) | {"complaint": found}
+    if found is None and (note := unsteady(metrics, settings)):
+        about["notes"].append(note)
+        say(f"note  {note}")
     write_json(out / RESULTS, record)
     write_report(out, about, record, metrics, adapted, texts)
-    result = Result(out, adapted, record["before"], record["after"], record)
+    result = Result(out, adapted, record["before"], record["after"], record, found)
     _conclude(result, texts, say)
     return result
+
+
+def _gave_up(
+    trainer: Trainer, about: dict[str, Any], texts: Mapping[str, str], error: DivergenceError, start: float
+) -> DivergenceError:
+    """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
+    out, metrics = trainer.out, trainer.metrics
+    assert metrics is not None
+    record = _results(metrics, trainer.adapted, start) | {"complaint": str(error)}
+    write_json(out / RESULTS, record)
+    write_report(out, about, record, metrics, trainer.adapted, texts)
+    step = processes.by_first(lambda: last_whole(out / "checkpoints"))
+    kept = (
+        "there was no checkpoint yet" if step is None else f"the checkpoint of step {step} is the last one before that"
+    )
+    return DivergenceError(f"{error}; {kept}, and {out / REPORT} shows the run")
 
 
 def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
@@ -216,15 +261,15 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _results(metrics: Metrics, adapted: jlora.Adapted, settings: Settings, start: float) -> dict[str, Any]:
-    found = metrics.of("validation")
-    values = [{name: value for name, value in record.items() if name not in ("step", "kind")} for record in found]
+def _results(metrics: Metrics, adapted: jlora.Adapted, start: float) -> dict[str, Any]:
+    found, about = metrics.of("validation"), ("step", "kind", "weight")
+    values = [{name: value for name, value in record.items() if name not in about} for record in found]
     train = metrics.of("train")
     return {
         "before": values[0],
         "after": values[-1],
-        "steps": settings.steps,
-        "train_loss": train[-1]["loss"],
+        "steps": len(train),
+        "train_loss": train[-1]["loss"] if train else None,
         "trained_values": count(adapted.params),
         "base_values": count(adapted.base),
         "seconds": round(time.time() - start, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class Metrics:
 
     Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `weight`: the predictions that
     carried loss, `per_second`) or
-    `validation` (`loss`, and `perplexity` or `accuracy`).
+    `validation` (`loss`, `perplexity` or `accuracy`, and `weight`).
     """
 
     def __init__(self, path: str | Path, resume_at: int | None = None):
@@ -44,6 +45,11 @@ class Metrics:
     def of(self, kind: str) -> list[Record]:
         """The records of one kind."""
         return [record for record in self.records if record["kind"] == kind]
+
+    def last(self, kind: str, count: int) -> list[Record]:
+        """The last records of one kind, `count` at most, in order."""
+        found = (record for record in reversed(self.records) if record["kind"] == kind)
+        return list(itertools.islice(found, count))[::-1]
 
     def close(self) -> None:
         """Close the file."""

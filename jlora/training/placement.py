@@ -49,13 +49,18 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=jax.devices()[:wanted])
 
 
+def row_parts(mesh: Mesh) -> int:
+    """In how many parts the mesh cuts rows that are computed at once."""
+    return math.prod(mesh.shape.get(name, 1) for name in ROWS)
+
+
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
     """The rows computed at once can be cut by the axes `data` and `fsdp`.
 
     Raises:
         SettingError: if they cannot.
     """
-    parts, rows = math.prod(mesh.shape.get(name, 1) for name in ROWS), batch // accumulate
+    parts, rows = row_parts(mesh), batch // accumulate
     if rows % parts:
         raise SettingError(
             "mesh",

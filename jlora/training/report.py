@@ -21,7 +21,8 @@ PLOT, REPORT = "loss.png", "report.html"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 860px; margin: 2.5em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.1em; margin-top: 2em; color: #3b6ea5; }
-p.about { color: #666; margin-top: 0; } img { width: 100%; }
+p.about { color: #666; margin-top: 0; } p.wrong { background: #fbe9e5; border-left: 4px solid #c8553d; padding: .6em .9em; }
+img { width: 100%; }
 table { border-collapse: collapse; font-size: .9em; }
 td, th { padding: .25em 1.2em .25em 0; text-align: left; vertical-align: top; }
 th { color: #666; font-weight: 600; border-bottom: 1px solid #ccc; } td.number, th.number { text-align: right; }
@@ -59,6 +60,7 @@ def write_report(
     encoded = base64.b64encode(picture).decode()
     body = [
         _title(about, adapted),
+        _notes(record, about),
         _figures(record),
         f'<img alt="Training and validation loss over steps" src="data:image/png;base64,{encoded}">',
         _samples(texts) if texts else "",
@@ -70,18 +72,33 @@ def write_report(
         _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
         _folded("What it stands on", _table(("name", "value"), _grounds(about))),
     ]
+    title = html.escape(f"{_names(about)[0]}, fine-tuned by jlora")
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>jlora report</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head><body>{''.join(body)}</body></html>\n"
     )
     write_whole(out / REPORT, page)
 
 
+def _names(about: Mapping[str, Any]) -> tuple[str, str]:
+    """Model and data without the folders they lie in: those are the reader's own business."""
+    data = about["settings"]["data"]
+    return Path(about["model"]).resolve().name, Path(data).name if data else about["data"]
+
+
 def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:
-    settings = about["settings"]
+    settings, (model, data) = about["settings"], _names(about)
     method = "the spec's methods" if settings["spec"] else settings["method"]
-    text = f"{about['model']}, trained by {method} on {about['data']}: {count(adapted.params):,} trained values"
+    text = f"{model}, trained by {method} on {data}: {count(adapted.params):,} trained values"
     return f"<h1>Fine-tuning report</h1><p class=about>{html.escape(text)}</p>"
+
+
+def _notes(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """What is wrong with the result, and what to know of it."""
+    wrong, notes = record.get("complaint"), about.get("notes", ())
+    shown = f'<p class="wrong">{html.escape(wrong)}</p>' if wrong else ""
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return shown + (f"<ul>{items}</ul>" if items else "")
 
 
 def _figures(record: Mapping[str, Any]) -> str:
@@ -104,6 +121,7 @@ def _samples(texts: Mapping[str, str]) -> str:
     shown = [
         f"<h2>{title}</h2><pre><em>{prompt}</em>{html.escape(texts[name])}</pre>"
         for name, title in (("before", "A text before"), ("after", "The same prompt after"))
+        if name in texts
     ]
     return "".join(shown)
 
@@ -125,7 +143,9 @@ def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"]), *about["versions"].items()]
+    places = [("model", about["model"]), ("data", about["data"])]
+    sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
+    return [*places, *sums, *about["versions"].items()]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:

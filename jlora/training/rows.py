@@ -1,23 +1,29 @@
-"""Rows of text, JSON lines, CSV and TSV files, each with the line that it came from.
+"""Rows of text, JSON lines, JSON arrays, CSV and TSV files, each with the line that it came from.
 
-Whole files are read into memory. Every row that cannot be used is an error that begins with `file:line:`.
+Whole files are read into memory. Every row that cannot be used is an error that begins with `file:line:`. Blank lines
+between rows are passed over, a byte order mark is left out, and the line ends of Windows are read as `\n`.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jlora.training.errors import DataError
+from jlora.training.errors import DataError, EmptyRow
 
 _SUFFIXES = {
     ".txt": "text", ".text": "text", ".md": "text",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv",
 }  # fmt: skip
+# The csv module's own limit, 131,072 characters a field, is less than a long document.
+_FIELD_LIMIT = 2**31 - 1
+_BLANK = re.compile(r"\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +44,25 @@ class Row:
         """An error at this row."""
         return DataError(self.path, self.line, complaint)
 
+    def missing(self, key: str, hint: str = "") -> DataError:
+        """An error for a key that the row has not."""
+        has = ", ".join(map(repr, self.values)) or "nothing"
+        return self.error(f"there is no {key!r}; the row has {has}{hint}")
+
     def text(self, key: str) -> str:
         """The value of `key`, which must be a text that is not blank.
 
         Raises:
-            DataError: if the key is missing, or the value is no text or blank.
+            EmptyRow: a DataError, if the value is blank.
+            DataError: if the key is missing, or the value is no text.
         """
         if key not in self.values:
-            raise self.error(f"there is no {key!r}; the row has {', '.join(map(repr, self.values)) or 'nothing'}")
+            raise self.missing(key)
         value = self.values[key]
         if not isinstance(value, str):
             raise self.error(f"{key!r} must be a text, got {value!r:.60}")
         if not value.strip():
-            raise self.error(f"{key!r} is empty")
+            raise EmptyRow(self.path, self.line, f"{key!r} is empty")
         return value
 
 
@@ -74,8 +86,11 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
         OSError: if the file cannot be read.
     """
     readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
-    kind = file_format(path, format)
-    rows = list(readers[kind](str(path), kind))
+    kind, limit = file_format(path, format), csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        rows = list(readers[kind](str(path), kind))
+    finally:
+        csv.field_size_limit(limit)
     if not rows:
         raise DataError(path, None, "the file has no rows")
     return rows
@@ -86,12 +101,15 @@ def _lines(path: str) -> list[str]:
     lines = []
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
+            if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(path, None, "the file is UTF-16; save it as UTF-8")
             try:
-                lines.append(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
                     path, number, f"the line is not UTF-8 ({error.reason} at byte {error.start})"
                 ) from error
+            lines.append(text[:-2] + "\n" if text.endswith("\r\n") else text)
     return lines
 
 
@@ -103,17 +121,58 @@ def _text_rows(path: str, kind: str) -> Iterator[Row]:
 
 
 def _json_rows(path: str, kind: str) -> Iterator[Row]:
+    """An object a line, or one array of objects, whatever the file's name."""
     lines = _lines(path)
+    if next((line.lstrip()[0] for line in lines if line.strip()), "") == "[":
+        yield from _array_rows(path, "".join(lines))
+        return
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError(path, number, "the row is empty")
+        if line.strip():
+            yield _json_row(path, number, line.strip())
+
+
+def _json_row(path: str, number: int, line: str) -> Row:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = "; wanted one object a line, or one array of objects" if line in ("{", "[") else ""
+        raise DataError(path, number, f"the row is not JSON ({error.msg} at column {error.colno}){hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets in …
+        raise DataError(path, number, f"the row cannot be read ({error})") from error
+    return _object_row(path, number, value, line)
+
+
+def _object_row(path: str, number: int, value: Any, source: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(path, number, f"the row must be a JSON object, got {source:.40}")
+    return Row(value, path, number)
+
+
+def _array_rows(path: str, text: str) -> Iterator[Row]:
+    """The elements of one array, read one by one, so that each has its line."""
+    line, counted, place = 1, 0, _after_blanks(text, text.index("[") + 1)
+    closed = text.startswith("]", place)
+    while not closed:
+        line, counted = line + text.count("\n", counted, place), place
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(path, number, f"the row is not JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(value, dict):
-            raise DataError(path, number, f"the row must be a JSON object, got {line.strip():.40}")
-        yield Row(value, path, number)
+            value, end = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, line, f"the array of rows is not JSON here ({error})") from error
+        yield _object_row(path, line, value, text[place:end])
+        place = _after_blanks(text, end)
+        closed = text.startswith("]", place)
+        if not closed and not text.startswith(",", place):
+            raise DataError(path, line, "after this row of the array there is neither a comma nor the closing ]")
+        place = place if closed else _after_blanks(text, place + 1)
+    if (rest := _after_blanks(text, place + 1)) < len(text):
+        line += text.count("\n", counted, rest)
+        raise DataError(path, line, f"after the array of rows there is more: {text[rest : rest + 40]!r}")
+
+
+def _after_blanks(text: str, place: int) -> int:
+    found = _BLANK.match(text, place)
+    assert found is not None
+    return found.end()
 
 
 def _csv_rows(path: str, kind: str) -> Iterator[Row]:
@@ -128,6 +187,8 @@ def _csv_rows(path: str, kind: str) -> Iterator[Row]:
         line = reader.line_num
         for fields in reader:
             first, line = line + 1, reader.line_num
+            if not "".join(fields).strip() and len(fields) < 2:
+                continue  # a blank line
             if not any(field.strip() for field in fields):
                 raise DataError(path, first, "the row is empty")
             if len(fields) != len(header):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora import models
+from jlora.models.chat_files import write_chat_templates
 from jlora.models.merged import lazily_merged
-from jlora.training.data import encode, subset
+from jlora.training import chat
+from jlora.training.data import encode, notes_on, subset
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
-from jlora.training.job import ADAPTERS, read_settings
+from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.loop import make_evaluation, to_devices
 from jlora.training.packing import packed
 from jlora.training.pipeline import validation_batches
@@ -37,12 +41,14 @@ class Run:
         subject: the base.
         adapted: base and trained adapters; None for a base alone.
         directory: where the base lies.
+        template: how its chats became text; None if it read none.
     """
 
     settings: Settings
     subject: Subject
     adapted: jlora.Adapted | None
     directory: Path
+    template: chat.Template | None = None
 
     def merged(self) -> Any:
         """Ordinary params."""
@@ -62,16 +68,24 @@ def open_run(out: str | Path, model: str | None = None) -> Run:
     """
     about = read_settings(out)
     if not (Path(out) / ADAPTERS).is_dir():
-        raise CheckpointError(f"{out} has no adapters yet: the run is not finished; go on with jlora finetune --resume")
+        why = read_complaint(out) or f"the run is not finished; go on with jlora finetune --out {out} --resume"
+        raise CheckpointError(f"{out} has no adapters: {why}")
     settings = Settings(**about["settings"])
     settings = dataclasses.replace(settings, model=model or settings.model)
     subject = load_subject(settings, *open_codec(settings))
     subject = subject.with_head(about["labels"]) if about["labels"] else subject
-    return Run(settings, subject, jlora.load(Path(out) / ADAPTERS, subject.params), subject.directory)
+    adapted, template = jlora.load(Path(out) / ADAPTERS, subject.params), chat.stored(out, subject.directory)
+    return Run(settings, subject, adapted, subject.directory, template)
 
 
-def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base: bool = False) -> dict[str, float]:
-    """Loss with perplexity or accuracy on a file, read as the run read its data.
+def evaluate_file(
+    run: Run,
+    path: str | Path,
+    max_rows: int | None = None,
+    base: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Loss with perplexity or accuracy on a file, read as the run read its data; notes on its rows go to `say`.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -79,7 +93,12 @@ def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base:
     settings, subject = run.settings, run.subject
     assert settings.max_length is not None and settings.batch is not None
     rows = subset(read_rows(path, settings.format), max_rows, settings.seed)
-    examples = encode(rows, settings, subject.codec, subject.labels)
+    counts: collections.Counter[str] = collections.Counter()
+    kept = run.template
+    template = (lambda: kept) if kept is not None else None
+    examples = encode(rows, settings, subject.codec, subject.labels, counts, template)
+    for note in notes_on(counts, settings):
+        say(f"note  {note}")
     fixed = bool(settings.packing)
     examples = packed(examples, settings.max_length) if fixed else examples
     longest = settings.max_length if fixed else max(map(len, examples))
@@ -94,7 +113,8 @@ def evaluate_file(run: Run, path: str | Path, max_rows: int | None = None, base:
 def write_merged(run: Run, directory: str | Path) -> None:
     """Write the merged model as a Hugging Face directory, whole or not at all.
 
-    Leaves are merged one at a time while they are written: beside the base, one leaf and one shard are in memory.
+    Leaves are merged one at a time while they are written: beside the base, one leaf and one shard are in memory. The chat
+    template is the one that the run was trained with.
 
     A classifier's directory holds the encoder; its head, which no class of transformers has in this form, lies beside
     it in `classifier.safetensors` (`kernel [hidden, labels]`, `bias [labels]`, on the pooled last hidden states) with
@@ -110,7 +130,9 @@ def write_merged(run: Run, directory: str | Path) -> None:
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         if not run.subject.labels:
-            models.save(staging, run.subject.model, params, source=run.directory)
+            texts = run.template.texts() if run.template is not None else {}
+            extra = (lambda place: write_chat_templates(place, texts)) if texts else None
+            models.save(staging, run.subject.model, params, source=run.directory, extra=extra)
         else:
             models.save(staging, run.subject.model.backbone, params["backbone"], source=run.directory)
             head = {name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in params["classifier"].items()}

@@ -10,12 +10,14 @@ import dataclasses
 import re
 from typing import Any
 
-from jlora.training.errors import SettingError
+from jlora.training.errors import SettingError, nearest
 
 #: Methods that train one adapter after another.
 CHAINS = ("cola", "raclora", "xgblora", "relora")
 #: The methods of `--method` that train adapters: the keys of `jlora.training.named.METHODS`.
 ADAPTERS = ("lora", "dora", "adalora", "elalora", "sora", "beamlora", "rmlora", "prilora", "gelora", "alora", *CHAINS)
+
+CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
 
 
 def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
@@ -44,7 +46,7 @@ class Settings:
     remat: bool = _setting(False, "recompute activations in the backward pass to save memory", group="model")
 
     data: str | None = _setting(
-        None, "training file: .txt, .jsonl, .csv or .tsv (default: Python's own documentation)", group="data"
+        None, "training file: .txt, .jsonl, .json, .csv or .tsv (default: Python's own documentation)", group="data"
     )
     validation: str | None = _setting(None, "validation file (default: a part of the training data)", group="data")
     validation_fraction: float | None = _setting(None, "part of the data kept for validation (0.1)", group="data")
@@ -59,11 +61,21 @@ class Settings:
     text_pair_column: str | None = _setting(None, "column of a second text, for pairs", group="data")
     label_column: str = _setting("label", "column of the label", group="data")
     chat_template: str = _setting(
-        "auto", "how chat messages become text", group="data", choices=("auto", "model", "chatml", "plain")
+        "auto",
+        "how chat messages become text: model (the model's own), chatml, plain, or a .jinja file; auto takes the model's "
+        "own, and says so where there is none",
+        group="data",
     )
     max_rows: int | None = _setting(None, "train on this many rows, drawn by the seed", group="data")
     max_validation_rows: int | None = _setting(None, "validate on this many rows, drawn by the seed", group="data")
     max_length: int | None = _setting(None, "longest row in tokens (lm: 256, classify: 128)", group="data")
+    long_rows: str | None = _setting(
+        None,
+        "rows longer than that: lose their end, are left out, or become pieces (texts: split; prompts, chats, rows to "
+        "classify: truncate)",
+        group="data",
+        choices=("truncate", "drop", "split"),
+    )
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
     method: str = _setting(
@@ -92,7 +104,7 @@ class Settings:
 
     steps: int | None = _setting(None, "optimizer steps (this or --epochs)", group="training")
     epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
-    batch: int | None = _setting(None, "rows per optimizer step (lm: 16, classify: 32)", group="training")
+    batch: int | None = _setting(None, "rows per optimizer step, at most all (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(
         None,
@@ -116,10 +128,10 @@ class Settings:
     out: str = _setting("jlora_run", "output folder", group="run", resumable=True)
     resume: bool = _setting(False, "go on from the last whole checkpoint in --out", group="run", resumable=True)
     evaluate_every: int | None = _setting(
-        None, "steps between validations (a fifth of the run)", group="run", resumable=True
+        None, "steps between validations (a fifth of the run, 10 at least)", group="run", resumable=True
     )
     checkpoint_every: int | None = _setting(
-        None, "steps between checkpoints (a tenth of the run)", group="run", resumable=True
+        None, "steps between checkpoints (a tenth of the run, 10 at least)", group="run", resumable=True
     )
     keep: int = _setting(2, "checkpoints kept", group="run", resumable=True)
     prompt: str | None = _setting(None, "prompt of the samples before and after (lm only)", group="run", resumable=True)
@@ -175,7 +187,9 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
         raise SettingError(field.name, f"must be {wanted}, got {value!r} ({type(value).__name__})")
     choices = field.metadata["choices"]
     if choices and value not in choices:
-        raise SettingError(field.name, f"must be one of {', '.join(choices)}, got {value!r}")
+        near = nearest(value, choices)
+        hint = f"; did you mean {near}?" if near else ""
+        raise SettingError(field.name, f"must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 _AT_LEAST_ONE = (
@@ -216,8 +230,14 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("validation", "needs a data file to train on beside it")
     if settings.task == "classify" and settings.packing:
         raise SettingError("packing", "is for --task lm; rows to classify are never packed")
+    if settings.task == "classify" and settings.long_rows == "split":
+        raise SettingError("long_rows", "split is for --task lm; a row to classify has one label: truncate or drop it")
     if settings.task == "lm" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
+    if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
+        raise SettingError(
+            "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
+        )
     if settings.batch is not None and settings.batch % settings.accumulate:
         raise SettingError(
             "accumulate", f"must divide batch, but {settings.batch} / {settings.accumulate} is not whole"

@@ -18,6 +18,7 @@ class Codec:
         tokenizer: the `tokenizers.Tokenizer`.
         begin: id of the token that begins a text, or None.
         end: id of the token that ends a text, or None.
+        added: ids of the tokens that stand for themselves, such as ends of texts and turns.
         directory: the model's directory.
     """
 
@@ -28,6 +29,7 @@ class Codec:
         named = _named_tokens(directory)
         self.begin = self._id(config, named, "bos_token")
         self.end = self._id(config, named, "eos_token")
+        self.added = sorted(tokenizer.get_added_tokens_decoder())
 
     def _check(self, config: Mapping[str, Any]) -> None:
         """Every special id of the config is a token; `load_tokenizer` has checked that every token has a row."""

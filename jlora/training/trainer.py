@@ -19,6 +19,7 @@ from jlora.events import is_due
 from jlora.training import processes
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data
+from jlora.training.errors import DivergenceError
 from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
@@ -26,6 +27,8 @@ from jlora.training.placement import ROWS, on_mesh
 from jlora.training.progress import Progress
 from jlora.training.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings import Settings
+from jlora.training.stopping import Stopped, watched
+from jlora.training.verdict import STUCK, advice, is_stuck
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
 _FETCH = 10
@@ -45,6 +48,7 @@ class Trainer:
         mesh: the devices.
         out: the output folder.
         fingerprint: of the base.
+        metrics: of the run, once it began.
     """
 
     adapted: jlora.Adapted
@@ -54,6 +58,7 @@ class Trainer:
     mesh: Mesh
     out: Path
     fingerprint: str
+    metrics: Metrics | None = None
 
     def __post_init__(self):
         settings = self.settings
@@ -68,12 +73,16 @@ class Trainer:
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
         self._batches = self.data.training_batches(settings.batch, settings.seed)
         self._still = self.adapted.replace(params={})
+        self._is_finite = jax.jit(_is_finite)
 
     def run(self) -> tuple[jlora.Adapted, Metrics]:
         """Train to the last step; resume where the settings say so.
 
+        The first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint.
+
         Raises:
-            ValueError: if the loss is not finite.
+            DivergenceError: a ValueError, if something is not finite, or the gradient stays exactly 0.
+            Stopped: a KeyboardInterrupt, after such a signal.
             OSError: if something cannot be written.
         """
         directory = self.out / "checkpoints"
@@ -82,9 +91,10 @@ class Trainer:
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
         done, self._step = int(state.step), make_step(self.forward, self._tx, state, self._cuts)
-        metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
+        self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
         with contextlib.ExitStack() as stack:
+            self._asked = stack.enter_context(watched())
             # In reverse order, after an error too: what is being written is finished, so that it can be resumed from.
             stack.callback(checkpoints.close)
             stack.callback(metrics.close)
@@ -92,6 +102,7 @@ class Trainer:
             for note in notes:
                 progress.say(note)
             if not metrics.of("validation"):
+                progress.say("validation before the training, which is compiled first …")
                 self._validate(0, state, metrics, progress)
             state = self._steps(done, state, metrics, progress, checkpoints)
         return self._still.replace(params=state.params), metrics
@@ -114,22 +125,51 @@ class Trainer:
     def _steps(self, done: int, state: State, metrics: Metrics, progress: Progress, checkpoints: Checkpoints) -> State:
         settings, waiting, since = self.settings, [], time.perf_counter()
         assert settings.steps and settings.evaluate_every and settings.checkpoint_every
+        self._stop_if_asked(done)
         for step in range(done + 1, settings.steps + 1):
             batch = to_devices(next(self._batches), self.mesh, settings.accumulate)
-            state, result = self._step(state, self._still, batch)
+            first, last = step == done + 1, step == settings.steps
+            given = (state, self._still, batch)
+            state, result = self._first_step(given, progress) if first else self._step(*given)
             waiting.append((step, result))
             if is_due(self._still, step):
                 state = self._between(step, state, progress)
-            last = step == settings.steps
+            stop = self._asked() is not None
             validate, save = last or step % settings.evaluate_every == 0, last or step % settings.checkpoint_every == 0
-            if validate or save or len(waiting) == _FETCH:
+            if first or validate or save or stop or len(waiting) == _FETCH:
                 self._record(waiting, since, metrics, progress)
                 if validate:
                     self._validate(step, state, metrics, progress)
-                if save:
-                    checkpoints.save(state, self._still, self._batches)
+                if save or stop:
+                    self._save(step, state, metrics, checkpoints)
                 waiting, since = [], time.perf_counter()
+            if stop and not last:
+                self._stop_if_asked(step)
         return state
+
+    def _first_step(self, given: tuple[Any, ...], progress: Progress) -> tuple[State, StepResult]:
+        """A step, with a word about how long its program takes to be made."""
+        progress.say("compiling the training step …")
+        since = time.perf_counter()
+        found = jax.block_until_ready(self._step(*given))
+        progress.say(f"compiled in {time.perf_counter() - since:.1f} s, the first step included")
+        return found
+
+    def _stop_if_asked(self, step: int) -> None:
+        number = self._asked()
+        if number is not None:
+            raise Stopped(self.settings.out, step, number)
+
+    def _save(self, step: int, state: State, metrics: Metrics, checkpoints: Checkpoints) -> None:
+        """Begin to write a checkpoint, unless it would hold what nothing can go on from."""
+        if not self._is_finite(state.params):
+            raise self._diverged(f"the weights are not finite after step {step}")
+        if is_stuck(metrics.last("train", 1), 1):
+            return  # it would push out the last good one
+        checkpoints.save(state, self._still, self._batches)
+
+    def _diverged(self, found: str) -> DivergenceError:
+        return DivergenceError(f"{found}: the training diverged; {advice(self.settings)}")
 
     def _between(self, step: int, state: State, progress: Progress) -> State:
         """What the methods do after this step, before it is validated and saved: so a stop right after is no matter."""
@@ -152,9 +192,8 @@ class Trainer:
         for (step, _), result in zip(waiting, results):
             loss = float(result.loss)
             if not (math.isfinite(loss) and math.isfinite(float(result.gradient_norm))):
-                raise ValueError(
-                    f"the loss is {loss} and its gradient's norm {float(result.gradient_norm)} at step {step}: "
-                    "the training diverged; lower --learning-rate or raise --warmup"
+                raise self._diverged(
+                    f"the loss is {loss} and its gradient's norm {float(result.gradient_norm)} at step {step}"
                 )
             metrics.write(
                 step,
@@ -166,14 +205,29 @@ class Trainer:
                 per_second=round(speed, 1),
             )
             progress.step(step, loss, speed, bool(self.data.labels))
+            if is_stuck(metrics.last("train", STUCK)):
+                raise self._diverged(
+                    f"the gradient is exactly 0 in each of the last {STUCK} steps to step {step}, at a loss of {loss:.4f}"
+                )
 
     def _validate(self, step: int, state: State, metrics: Metrics, progress: Progress) -> None:
         found = self._evaluate(self._still.replace(params=state.params), self._validation)
         values = summarize(found, bool(self.data.labels))
-        metrics.write(step, "validation", **values)
+        if not math.isfinite(values["loss"]):
+            what = f"the validation loss is {values['loss']} at step {step}"
+            raise (
+                self._diverged(what)
+                if step
+                else ValueError(f"{what}: the model itself gives no finite loss on this data")
+            )
+        metrics.write(step, "validation", **values, weight=float(found.weight))
         progress.say(
             f"validation at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def summarize(found: Sums, classify: bool) -> dict[str, Any]:

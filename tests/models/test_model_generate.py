@@ -58,6 +58,17 @@ def test_the_same_key_draws_the_same_and_another_key_another_text():
     assert draw(key=jax.random.key(1)) != first
 
 
+def test_every_token_is_drawn_by_a_key_of_its_own():
+    def apply(variables, tokens, attention_mask=None, cache=None):
+        return jnp.zeros((*tokens.shape, 1000)), cache
+
+    key = jax.random.key(3)
+    written = models.generate(apply, {}, [[5], [6]], max_new_tokens=8, temperature=1.0, key=key)
+    wanted = [jax.random.categorical(jax.random.fold_in(key, step), jnp.zeros((2, 1000))) for step in range(8)]
+    assert written == np.stack(wanted, axis=1).tolist()
+    assert len(set(written[0] + written[1])) > 12
+
+
 def test_top_k_of_one_is_greedy():
     assert write(temperature=1.0, top_k=1, key=jax.random.key(0)) == write()
 

@@ -1,9 +1,11 @@
 """The command line: every command on a small run, and one sentence with exit code 2 for what the user got wrong."""
 
+import html
 import json
 import random
 import shutil
 
+import jax
 import pytest
 
 from jlora import models
@@ -160,7 +162,10 @@ def other_tokenizer(folder, data):
         (["--model", "nowhere"], "nowhere/config.json: no such file"),
         (["--data", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--mesh", "model=7"], "--mesh axis model=7 does not divide the 64 of axis 1 of embed_tokens/embedding"),
-        (["--batch", "1000000"], "--batch takes 1000000 rows, but the training data makes"),
+        (
+            ["--batch", "1000000", "--accumulate", "500000"],
+            "--batch takes 1000000 rows in 500000 parts, but the training",
+        ),
         (["--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
     ],
 )
@@ -175,6 +180,37 @@ def test_what_the_user_got_wrong_is_one_sentence_and_touches_nothing(flags, mess
 def test_a_wrong_tokenizer_is_one_sentence(tmp_path, data, capsys):
     assert main(["finetune", "--model", other_tokenizer(tmp_path / "model", data), "--out", str(tmp_path / "run")]) == 2
     assert "this is the tokenizer of another model" in capsys.readouterr().err
+
+
+def test_a_run_that_makes_the_model_worse_ends_with_code_3_and_everything_written(stories, tmp_path, capsys):
+    out, data = tmp_path / "run", str(stories / "data.txt")
+    flags = [
+        "--learning-rate",
+        "30",
+        "--steps",
+        "3",
+        "--data",
+        data,
+        "--targets",
+        ".*/q_proj/kernel",
+        "--out",
+        str(out),
+    ]
+    assert main(["finetune", *flags, *QUICK, "--batch", "1000000"]) == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("jlora finetune: the validation is worse than before the training: loss ")
+    assert "the training diverged: lower --learning-rate from 30 to 0.01" in said.err and said.err.count("\n") == 1
+    assert "note  --batch is " in said.out and ", not 1000000: the training data makes " in said.out
+    complaint = json.loads((out / "results.json").read_text())["complaint"]
+    report = (out / "report.html").read_text()
+    assert complaint in said.err and html.escape(complaint) in report and "<li>--batch is " in report
+    assert main(["generate", str(out), "--prompt", "A", "--tokens", "2"]) == 0
+
+
+def test_rows_that_are_left_out_are_told_by_eval(stories, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": p, "completion": " b"} for p in ("a", "long " * 30)]))
+    assert main(["eval", str(stories / "run"), str(tmp_path / "a.json")]) == 0
+    assert "note  1 row left out, because the answer begins after 16 tokens" in capsys.readouterr().out
 
 
 def test_a_malformed_row_is_one_sentence_with_file_and_line(tmp_path, capsys):
@@ -202,11 +238,45 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     assert "holds no run (no settings.json)" in capsys.readouterr().err
 
 
-def test_an_unknown_flag_is_one_sentence(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "--ranc", "8"],
+            "unrecognized arguments: --ranc 8; did you mean --rank? (see jlora finetune --help)",
+        ),
+        (
+            ["finetune", "--lr=3", "--batch-size", "2"],
+            "did you mean --learning-rate and --batch? (see jlora finetune --help)",
+        ),
+        (["finetune", "--method", "loar"], "got 'loar'; did you mean lora? (see jlora finetune --help)"),
+        (
+            ["finetune", "--schedule", "cosin"],
+            "must be one of constant, linear, cosine, got 'cosin'; did you mean cosine?",
+        ),
+        (["export", "run", "--to", "x", "--profile", "peff"], "did you mean peft? (see jlora export --help)"),
+        (["finetun"], "got 'finetun'; did you mean finetune? (see jlora --help)"),
+    ],
+)
+def test_an_unknown_word_is_one_sentence_with_the_nearest_that_exists(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["finetune", "--ranc", "8"])
-    assert caught.value.code == 2
-    assert "unrecognized arguments: --ranc 8" in capsys.readouterr().err
+        main(arguments)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_what_a_setting_may_be_is_in_the_help_that_is_named(capsys):
+    assert main(["finetune", "--steps", "5", "--warmup", "5"]) == 2
+    assert capsys.readouterr().err == (
+        "jlora finetune: --warmup must be less than the 5 steps, got 5 (see jlora finetune --help)\n"
+    )
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and said.startswith("jlora ") and f"JAX {jax.__version__}" in said
 
 
 def test_help_shows_every_setting(capsys):

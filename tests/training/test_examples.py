@@ -1,7 +1,6 @@
 """Rows become tokens: the loss is taken where it should be."""
 
-import json
-import sys
+import collections
 
 import numpy as np
 import pytest
@@ -25,11 +24,11 @@ def row(**values):
     return Row(values, "a.jsonl", 7)
 
 
-def encode(codec, rows, max_length=64, template="plain"):
+def encode(codec, rows, max_length=64, template="plain", **options):
     def make():
         return chat.template(template, codec.directory, codec.tokenizer.get_vocab())
 
-    return encode_language(rows, codec, make, "text", max_length)
+    return encode_language(rows, codec, make, "text", max_length, **options)
 
 
 def learned(codec, example):
@@ -67,61 +66,108 @@ def test_the_loss_is_on_the_answers_of_a_chat_alone(codec):
     assert "System: Be kind.\nUser: Hello\nAssistant: Hi you\nUser: Bye\nAssistant: See you" in read
 
 
-def test_chatml_marks_the_end_of_an_answer():
-    segments = chat.template("chatml", models.STORIES260K, {"<|im_start|>": 1, "<|im_end|>": 2})(
-        [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    )
-    assert "".join(text for text, answer in segments if answer) == "A<|im_end|>"
-    with pytest.raises(ValueError, match="lacks <|im_start|> and <|im_end|>; use --chat-template plain"):
-        chat.template("chatml", models.STORIES260K, {})
-
-
-def model_with_template(tmp_path, source):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, "eos_token": "</s>"}))
-    return tmp_path
-
-
-def test_the_models_own_template_is_taken_first(tmp_path):
-    source = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    template = chat.template("auto", model_with_template(tmp_path, source), {})
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    assert template(messages * 2) == [
-        ("[user]Q[assistant]", False), ("A</s>", True), ("[user]Q[assistant]", False), ("A</s>", True),
-    ]  # fmt: skip
-
-
-def test_a_template_that_rewrites_earlier_messages_is_refused(tmp_path):
-    source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    template = chat.template("model", model_with_template(tmp_path, source), {})
-    with pytest.raises(ValueError, match="rewrites earlier messages; use --chat-template plain"):
-        template([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
-
-
-def test_without_jinja_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    with pytest.raises(ValueError, match="needs jinja2: install it, or use --chat-template plain"):
-        chat.template("model", model_with_template(tmp_path, "x"), {})
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json has no chat_template"):
-        chat.template("model", models.STORIES260K, {})
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": "  "}, "a.jsonl:7: 'text' is empty"),
+        ({"text": "half \ud800"}, "a.jsonl:7: the text has half of a character"),
         ({"prompt": "a"}, "a.jsonl:7: there is no 'completion'"),
         ({"messages": []}, "a.jsonl:7: 'messages' must be a list"),
         ({"messages": [{"role": "user", "content": ""}]}, "a.jsonl:7: message 1 must be"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "a.jsonl:7: message 1 has the role 'bot'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "a.jsonl:7: no message is by the assistant"),
-        ({"prompt": "word " * 80, "completion": "x"}, "a.jsonl:7: nothing of the answer is left: it begins after"),
     ],
 )
 def test_a_row_that_cannot_be_learned_from_is_named(codec, values, message):
     with pytest.raises(DataError, match=message):
+        encode(codec, [row(**values)])
+
+
+LONG = [row(text="word " * 40), row(prompt="Say", completion=" word" * 40), row(prompt="Say " * 40, completion=" x")]
+
+
+@pytest.mark.parametrize(
+    ("long_rows", "examples", "counted"),
+    [
+        # By default a text is split, an answer loses its end, and a row without an answer before that end is left out.
+        (None, 7, {"split": 1, "answerless": 1}),
+        ("truncate", 2, {"answerless": 1}),
+        ("drop", 0, {"dropped": 3}),
+        # Of the third row, the piece with the answer is learned, those of its prompt alone are not.
+        ("split", 13, {"split": 3}),
+    ],
+)
+def test_rows_that_are_too_long_are_cut_split_or_left_out_and_counted(codec, long_rows, examples, counted):
+    counts = collections.Counter()
+    found = encode(codec, LONG, max_length=24, long_rows=long_rows, counts=counts)
+    assert len(found) == examples and {name: n for name, n in counts.items() if n} == counted
+    assert all(len(example) <= 24 and example.weights.any() for example in found)
+
+
+def test_a_long_answer_in_pieces_is_learned_token_by_token_once(codec):
+    whole, pieces = (encode(codec, LONG[1:2], n, long_rows="split") for n in (500, 24))
+    assert len(whole) == 1 and len(pieces) > 1
+    assert "".join(learned(codec, piece) for piece in pieces).replace(" ", "") == learned(codec, whole[0]).replace(
+        " ", ""
+    )
+
+
+def test_rows_with_an_empty_text_or_answer_are_left_out_and_counted(codec):
+    counts = collections.Counter()
+    rows = [row(text=" "), row(prompt="a", completion=""), row(instruction="a", output="\n"), row(text="b")]
+    assert len(encode(codec, rows, counts=counts)) == 1 and counts["empty"] == 3
+
+
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    ("values", "read", "answer"),
+    [
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "User: Q\nAssistant: A", "A"),
+        ({"conversations": [QUESTION, ANSWER], "system": "S"}, "System: S\nUser: Q\nAssistant: A", "A"),
+        ({"instruction": "Q", "input": "", "output": "A"}, "User: Q\nAssistant: A", "A"),
+        ({"instruction": "Q", "input": "I", "output": "A", "text": "Q I A"}, "User: Q\n\nI\nAssistant: A", "A"),
+        ({"messages": [{**QUESTION, "content": [{"type": "text", "text": "Q"}, {"type": "text", "text": "R"}]}, ANSWER]},
+         "User: QR\nAssistant: A", "A"),
+        ({"prompt": "Q", "chosen": " A", "rejected": " B"}, "Q A", "A"),
+        ({"prompt": "Q", "chosen": [QUESTION, ANSWER], "rejected": []}, "User: Q\nAssistant: A", "A"),
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, "User: Q\nAssistant: A", "A"),
+        ({"prompt": "Q", "chosen": [ANSWER], "rejected": []}, "User: Q\nAssistant: A", "A"),
+    ],
+)  # fmt: skip
+def test_the_layouts_of_datasets_are_recognised(codec, values, read, answer):
+    example = encode(codec, [row(**values)])[0]
+    assert codec.decode(example.tokens).strip() == read
+    assert learned(codec, example).removesuffix("</s>").strip() == answer
+
+
+def test_a_text_column_that_is_named_comes_before_a_layout(codec):
+    rows = [row(body="B", prompt="P", completion="C")]
+    found = encode_language(rows, codec, lambda: None, "body", 64)
+    assert learned(codec, found[0]).strip() == "B</s>"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"question": "a", "answer": "b"}, r"there is no 'text'; the row has 'question', 'answer'; rows are read like"),
+        (
+            {"question": "a"},
+            r'.*\{"conversations": \[\{"from": "human", "value": "…"\}, .* or \{"instruction": "…", "input": "…"',
+        ),
+        ({"instruction": "a"}, "there is no 'output'"),
+        ({"chosen": "a", "rejected": "b"}, "there is no 'prompt'; .* a text as 'chosen' needs it"),
+        ({"conversations": ["a"]}, r"'conversations' must be a list of \{from, value\}"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "message 1 has the role 'bot'"),
+        ({"messages": [{**QUESTION, "content": [{"type": "image_url"}]}]}, "message 1 has a part of type 'image_url'"),
+        (
+            {"messages": [QUESTION, {**ANSWER, "weight": 0}]},
+            "message 2 has the weight 0, but the loss is taken on every",
+        ),
+    ],
+)
+def test_a_layout_that_is_not_read_is_named_with_what_is(codec, values, message):
+    with pytest.raises(DataError, match="a.jsonl:7: " + message):
         encode(codec, [row(**values)])
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import html
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,12 +16,16 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora import models
+from jlora.training import trainer
 from jlora.training.checkpoint import MANIFEST, last_whole
-from jlora.training.errors import CheckpointError, FolderError, SettingError
+from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError
 from jlora.training.folder import claim
 from jlora.training.job import finetune
 from jlora.training.metrics import Metrics, read_metrics
+from jlora.training.schedule import make_optimizer
 from jlora.training.settings import Settings
+from jlora.training.stopping import Stopped
 
 SMALL = Settings(
     steps=6,
@@ -109,6 +115,13 @@ def test_the_report_needs_nothing_beside_it(finished):
     assert page.count("<table>") == page.count("</table>") == 4
 
 
+def test_the_title_of_the_report_names_model_and_data_without_their_folders(finished):
+    head = (finished[0].out / "report.html").read_text().split("<table>")[0]
+    assert "<title>stories260k, fine-tuned by jlora</title>" in head
+    assert "stories260k, trained by lora on the Python documentation" in head
+    assert str(models.STORIES260K.parent) not in head
+
+
 def test_the_adapters_load_onto_the_base_and_hold_no_base(finished):
     result = finished[0]
     loaded = jlora.load(result.out / "adapters", result.adapted.base)
@@ -163,6 +176,7 @@ def test_after_damage_the_last_whole_checkpoint_is_taken_with_a_word(finished, s
     damage_content(stopped / "checkpoints" / "4")
     finetune(settings(stopped, resume=True, progress="lines"), quiet)
     said = capsys.readouterr().out
+    assert "compiling the training step …\ncompiled in " in said
     assert "the checkpoint of step 4 is damaged" in said and "resumed from the checkpoint of step 2" in said
     assert trained(stopped) == trained(finished[0].out)
 
@@ -259,6 +273,98 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoints_whole(tm
     assert last_whole(tmp_path / "run" / "checkpoints") == 4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is .* at step \d: the training diverged; lower --learning-rate"):
-        finetune(settings(tmp_path / "run", learning_rate=1e38, clip=0.0), quiet)
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_report(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(
+        ValueError, match=r"the loss is .* at step \d: the training diverged; lower --learning-rate from 1e\+38"
+    ):
+        finetune(settings(out, learning_rate=1e38, clip=0.0), quiet)
+    complaint = json.loads((out / "results.json").read_text())["complaint"]
+    assert "the training diverged" in complaint and html.escape(complaint) in (out / "report.html").read_text()
+    said = []
+    with pytest.raises(DivergenceError, match="the training diverged"):
+        finetune(settings(out, learning_rate=1e38, clip=0.0, resume=True), said.append)
+    assert any(line.startswith("note  this run ended before: ") for line in said)
+
+
+def altered(monkeypatch, alter):
+    """Training steps whose state and result pass through `alter`."""
+    made = trainer.make_step
+
+    def make_step(*arguments):
+        step = made(*arguments)
+        return lambda *given: alter(*step(*given))
+
+    monkeypatch.setattr(trainer, "make_step", make_step)
+
+
+def test_a_gradient_that_stays_0_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
+    altered(monkeypatch, lambda state, result: (state, result._replace(gradient_norm=3.0 * (state.step <= 4))))
+    with pytest.raises(
+        DivergenceError, match="in each of the last 10 steps to step 14.*the checkpoint of step 4 is the last"
+    ):
+        finetune(settings(tmp_path / "run", steps=20), quiet)
+    assert last_whole(tmp_path / "run" / "checkpoints") == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    def alter(state, result):
+        factor = jax.numpy.where(state.step < 4, 1.0, jax.numpy.inf)
+        return state._replace(params=jax.tree.map(lambda leaf: leaf * factor, state.params)), result
+
+    altered(monkeypatch, alter)
+    with pytest.raises(
+        DivergenceError, match="the weights are not finite after step 4.*the checkpoint of step 2 is the last"
+    ):
+        finetune(settings(tmp_path / "run"), quiet)
+
+
+def at_metrics_of(step, monkeypatch, action):
+    write = Metrics.write
+
+    def acting(self, at, kind, **values):
+        if at == step and kind == "train":
+            action()
+        write(self, at, kind, **values)
+
+    monkeypatch.setattr(Metrics, "write", acting)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, number, code):
+    out, before = tmp_path / "run", signal.getsignal(number)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(Stopped, match="stopped after step 5; jlora finetune") as caught,
+    ):
+        at_metrics_of(4, patch, lambda: os.kill(os.getpid(), number))
+        finetune(settings(out), quiet)
+    assert caught.value.code == code and last_whole(out / "checkpoints") == 5
+    assert signal.getsignal(number) is before
+    finetune(settings(out, resume=True), quiet)
+    assert trained(out) == trained(finished[0].out) and lines(out) == lines(finished[0].out)
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_metrics_of(3, monkeypatch, twice)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        finetune(settings(tmp_path / "run"), quiet)
+    assert not isinstance(caught.value, Stopped) and last_whole(tmp_path / "run" / "checkpoints") == 2
+
+
+def test_a_step_is_logged_with_the_rate_that_it_was_taken_with(finished):
+    rates = [record["learning_rate"] for record in lines(finished[0].out) if record["kind"] == "train"]
+    resolved = Settings(**json.loads((finished[0].out / "settings.json").read_text())["settings"])
+    adapted = finished[0].adapted
+    tx, moved = make_optimizer(adapted, dataclasses.replace(resolved, clip=0.0)), []
+    ones, opt_state = jax.tree.map(jax.numpy.ones_like, adapted.params), tx.init(adapted.params)
+    for _ in rates:
+        # AdamW moves by the rate itself where all gradients so far were 1.
+        updates, opt_state = tx.update(ones, opt_state, adapted.params)
+        moved.append(-float(jax.tree.leaves(updates)[0].ravel()[0]))
+    np.testing.assert_allclose(rates, moved, rtol=1e-4)
+    assert len(set(rates)) > 3

@@ -33,13 +33,69 @@ def test_a_text_file_is_one_row(tmp_path):
     assert read_rows(write(tmp_path, "a.txt", "one\n\ntwo\n"))[0].values == {"text": "one\n\ntwo\n"}
 
 
+def test_one_array_of_objects_is_rows_with_their_lines(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        rows = read_rows(write(tmp_path, name, ' [\n {"text": "a"}, {"text": "b\\n"},\n\n {\n"text": "c"}\n]\n'))
+        assert [(row.line, row.values["text"]) for row in rows] == [(2, "a"), (2, "b\n"), (4, "c")]
+    assert read_rows(write(tmp_path, "lines.json", '{"text": "a"}\n'))[0].values == {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.jsonl", '\n{"text": "a"}\n  \n\n{"text": "b"}\n\n', ["a", "b"]),
+        ("a.csv", 'text,n\n\n"a\n\nb",1\n\nc,2\n', ["a\n\nb", "c"]),
+        ("a.tsv", "text\tn\n\na\t1\n   \nb\t2\n", ["a", "b"]),
+    ],
+)
+def test_blank_lines_between_rows_are_passed_over(tmp_path, name, content, texts):
+    assert [row.values["text"] for row in read_rows(write(tmp_path, name, content))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", "one\r\ntwo\r\n", "one\ntwo\n"),
+        ("a.jsonl", '{"text": "a"}\r\n', "a"),
+        ("a.json", '[\r\n{"text": "a"}\r\n]', "a"),
+        ("a.csv", 'text,n\r\n"a\r\nb",1\r\n', "a\nb"),
+        ("a.tsv", "text\tn\r\na\t1\r\n", "a"),
+    ],
+)
+def test_byte_order_marks_and_line_ends_of_windows_leave_no_trace(tmp_path, name, content, text):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        rows = read_rows(write(tmp_path, name, mark + content.encode()))
+        assert [row.values["text"] for row in rows] == [text]
+
+
+def test_a_field_of_a_csv_may_be_a_whole_book(tmp_path):
+    assert len(read_rows(write(tmp_path, "a.csv", "text\n" + "word " * 50_000))[0].values["text"]) == 250_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", " \n\n", r"a\.txt: the file has no text"),
         ("a.txt", b"good\nbad \xff\n", r"a\.txt:2: the line is not UTF-8"),
         ("a.jsonl", "", r"a\.jsonl: the file has no rows"),
-        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl:2: the row is empty"),
+        ("a.jsonl", "\n \n", r"a\.jsonl: the file has no rows"),
+        ("a.jsonl", '\n{"n": ' + "9" * 5000 + "}", r"a\.jsonl:2: the row cannot be read"),
+        ("a.jsonl", '{"text": ' + "[" * 10**5, r"a\.jsonl:1: the row"),
+        ("a.json", "[]", r"a\.json: the file has no rows"),
+        (
+            "a.json",
+            '{\n "text": "a"\n}\n',
+            r"a\.json:1: the row is not JSON .*; wanted one object a line, or one array",
+        ),
+        ("a.json", '[{"text": "a"},\n\n{"text": }]', r"a\.json:3: the array of rows is not JSON here"),
+        ("a.json", '[{"text": "a"},\n 3]', r"a\.json:2: the row must be a JSON object, got 3"),
+        (
+            "a.json",
+            '[{"text": "a"}\n{"text": "b"}]',
+            r"a\.json:1: after this row of the array there is neither a comma",
+        ),
+        ("a.json", '[{"text": "a"}]\n[{}]', r"a\.json:2: after the array of rows there is more: '\[{}\]'"),
+        ("a.txt", "one".encode("utf-16"), r"a\.txt: the file is UTF-16; save it as UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: the row is not JSON"),
         ("a.jsonl", '["text"]\n', r"a\.jsonl:1: the row must be a JSON object"),
         ("a.csv", "", r"a\.csv:1: the first line must name the columns"),

@@ -39,6 +39,7 @@ def test_a_spec_table_is_read_in_order(tmp_path):
         ("rank = 0", r"rank in .*run\.toml must be at least 1, got 0"),
         ("dropout = 1.0", "dropout in .* must be at least 0 and below 1"),
         ('schedule = "exponential"', "schedule in .* must be one of constant, linear, cosine"),
+        ('method = "loar"', r"method in .* must be one of lora, .*, got 'loar'; did you mean lora\?"),
         ("rank = 1\nrank = 2", r"run\.toml is not a TOML file"),
         ("batch = 5\naccumulate = 2", r"accumulate in .* must divide batch"),
     ],
@@ -57,6 +58,7 @@ def test_a_wrong_file_is_an_error_that_names_key_and_file(tmp_path, text, messag
         ({"task": "classify"}, "--task classify needs a data file"),
         ({"targets": "*"}, r"--targets is not a regular expression: '\*'"),
         ({"task": "classify", "data": "x.csv", "packing": True}, "--packing is for --task lm"),
+        ({"task": "classify", "data": "x.csv", "long_rows": "split"}, "--long-rows split is for --task lm"),
         ({"text_pair_column": "b"}, "--text-pair-column is for --task classify"),
         ({"steps": 5, "warmup": 5}, "--warmup must be less than the 5 steps"),
         ({"data": "a.txt", "validation": "b.txt", "validation_fraction": 0.1}, "--validation-fraction cuts a part off"),
@@ -90,8 +92,24 @@ def test_what_is_left_open_is_chosen_by_task_and_method():
 def test_steps_are_counted_from_epochs_and_rows():
     settings = count_steps(resolve(Settings(data="a.txt", batch=4, epochs=2.5)), rows=10)
     assert (settings.steps, settings.epochs, settings.warmup) == (7, None, 1)
-    with pytest.raises(SettingError, match="batch takes 16 rows, but the training data makes 10"):
-        count_steps(resolve(Settings(data="a.txt")), rows=10)
+
+
+def test_a_batch_takes_at_most_the_rows_that_there_are():
+    few = count_steps(resolve(Settings(data="a.txt", accumulate=2, epochs=3.0)), rows=7)
+    assert (few.batch, few.steps) == (6, 4)
+    assert count_steps(resolve(Settings(data="a.txt")), rows=7, parts=4).batch == 4
+    with pytest.raises(SettingError, match="batch takes 16 rows in 8 parts, but the training data makes 7 of them"):
+        count_steps(resolve(Settings(data="a.txt", accumulate=2)), rows=7, parts=4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluate", "save"), [(1, 1, 1), (12, 12, 12), (20, 10, 10), (25, 13, 13), (250, 50, 25), (999, 200, 100)]
+)
+def test_short_runs_are_validated_and_saved_at_most_every_tenth_step(steps, evaluate, save):
+    found = count_steps(resolve(Settings(steps=steps)), rows=1000)
+    assert (found.evaluate_every, found.checkpoint_every) == (evaluate, save)
+    asked = count_steps(resolve(Settings(steps=steps, evaluate_every=1, checkpoint_every=1)), rows=1000)
+    assert (asked.evaluate_every, asked.checkpoint_every) == (1, 1)
 
 
 def test_resolving_twice_changes_nothing():

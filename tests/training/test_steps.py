@@ -8,6 +8,7 @@ import pytest
 
 import jlora
 from jlora.training.loop import State, make_evaluation, make_step, to_devices
+from jlora.training.losses import sums
 from jlora.training.placement import make_mesh
 from jlora.training.schedule import learning_rate
 from jlora.training.settings import Settings
@@ -72,6 +73,30 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     device = to_devices(batch(), make_mesh({}))
     plain, dropping = (make_evaluation(forward)(adapted(rate), [device]).loss for rate in (0.0, 0.5))
     assert plain == dropping
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_step_and_every_part_of_it_drops_by_a_key_of_its_own(parts):
+    whole, mesh, key = adapted(dropout=0.5), make_mesh({}), jax.random.key(7)
+    half = {name: array[:4] for name, array in batch().items()}
+    twice = {name: np.concatenate([array] * parts) for name, array in half.items()}
+    # Factors of which none is 0, and which stay as they are: what differs from step to step is the key alone.
+    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), whole.params)
+    tx = optax.sgd(0.0)
+    step, state = make_step(forward, tx), State(params, tx.init(params), jnp.int32(0), jax.random.clone(key))
+    lifted, wanted, found = jlora.lift(forward), [], []
+    for number in range(3):
+        keys = [jax.random.fold_in(key, number)]
+        keys = keys if parts == 1 else [jax.random.fold_in(keys[0], part) for part in range(parts)]
+        each = [
+            float(sums(lifted, whole.replace(params=state.params, context={"dropout": one}), half).loss) for one in keys
+        ]
+        wanted.append(sum(each) / float(twice["weights"].sum()))
+        assert len(set(each)) == parts
+        state, result = step(state, whole, to_devices(twice, mesh, parts))
+        found.append(float(result.loss))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert len(set(wanted)) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""The chat templates and special tokens of a Hugging Face directory, found where transformers finds them."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.models.config import read_json
+
+FILE, FOLDER, CONFIG = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
+DEFAULT = "default"
+# The special tokens that every tokenizer of transformers knows.
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSource:
+    """A chat template as it is written down.
+
+    Attributes:
+        text: the Jinja text.
+        place: the file that it stands in, and its name where the file holds several.
+    """
+
+    text: str
+    place: str
+
+
+def read_chat_templates(directory: str | os.PathLike) -> dict[str, ChatSource]:
+    """The chat templates of a directory by name; the only or main one is called `default`.
+
+    `chat_template.jinja` and `additional_chat_templates/*.jinja` come before the `chat_template` of
+    `tokenizer_config.json`, which is not looked at where there is one of them.
+
+    Raises:
+        ValueError: `tokenizer_config.json` is damaged, or its `chat_template` is neither a text nor a list of
+            `{name, template}`; or a template is not UTF-8.
+    """
+    root = Path(directory)
+    files = {DEFAULT: root / FILE} if (root / FILE).is_file() else {}
+    if (root / FOLDER).is_dir():
+        files |= {path.stem: path for path in sorted((root / FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: read_chat_template(path) for name, path in files.items()}
+    return _configured(root / CONFIG)
+
+
+def read_chat_template(path: str | os.PathLike) -> ChatSource:
+    """The template in a file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it can't be read.
+    """
+    try:
+        return ChatSource(Path(path).read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a chat template must be UTF-8 ({error}).") from error
+
+
+def _configured(path: Path) -> dict[str, ChatSource]:
+    found = read_json(str(path)).get("chat_template") if path.is_file() else None
+    if not found:
+        return {}
+    if isinstance(found, str):
+        return {DEFAULT: ChatSource(found, str(path))}
+    named = found if isinstance(found, Mapping) else _listed(found)
+    if not all(isinstance(part, str) for pair in named.items() for part in pair):
+        raise ValueError(f"{path}: chat_template must be a text or a list of {{name, template}}, got {found!r:.80}.")
+    return {name: ChatSource(text, f"{path}, {name!r}") for name, text in named.items()}
+
+
+def _listed(found: Any) -> dict[Any, Any]:
+    """A list of `{name, template}` as a dict; anything else as what no check lets pass."""
+    whole = isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found)
+    return {entry.get("name"): entry.get("template") for entry in found} if whole else {None: None}
+
+
+def write_chat_templates(directory: str | os.PathLike, templates: Mapping[str, str]) -> None:
+    """Writes templates by name as transformers does; whoever reads the directory finds these and no others.
+
+    Raises:
+        ValueError: a name is no file's name.
+    """
+    root = Path(directory)
+    for path in (root / FILE, *(root / FOLDER).glob("*.jinja")):
+        path.unlink(missing_ok=True)
+    for name, text in templates.items():
+        path = root / FILE if name == DEFAULT else root / FOLDER / f"{name}.jinja"
+        if name != os.path.basename(name) or not name:
+            raise ValueError(f"{directory}: a chat template is called {name!r}, which can't be a file's name.")
+        path.parent.mkdir(exist_ok=True)
+        # Without the system's own line ends: they are part of what the model was trained on.
+        path.write_bytes(text.encode("utf-8"))
+    _tell_older_readers(root / CONFIG, templates)
+
+
+def _tell_older_readers(path: Path, templates: Mapping[str, str]) -> None:
+    """Who reads the configuration alone finds the same templates there, if it holds any."""
+    held = {name: source.text for name, source in _configured(path).items()}
+    if held and held != templates:
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        content = read_json(str(path)) | {
+            "chat_template": templates[DEFAULT] if set(templates) == {DEFAULT} else listed
+        }
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def special_tokens(directory: str | os.PathLike) -> dict[str, str]:
+    """The special tokens that templates see as `bos_token`, `eos_token` and so on; what is not set is left out.
+
+    Beside the usual names these are a model's own, `image_token` for one. `special_tokens_map.json` is read where
+    `tokenizer_config.json` is from the time in which it counted.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    root = Path(directory)
+    config = read_json(str(root / CONFIG)) if (root / CONFIG).is_file() else {}
+    older = root / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and older.is_file():
+        config = config | read_json(str(older))
+    extra = config.get("extra_special_tokens")
+    own = {name: text for name, text in config.items() if name.endswith("_token")} | (
+        dict(extra) if isinstance(extra, Mapping) else {}
+    )
+    usual = {name: _content(config.get(name)) for name in _NAMES}
+    return {name: text for name, text in {**own, **usual}.items() if isinstance(text, str)}
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which a file holds as a text or as a table."""
+    return token.get("content") if isinstance(token, Mapping) else token
