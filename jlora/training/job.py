@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
@@ -29,7 +29,7 @@ from jlora.training.report import write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
 from jlora.training.settings import Settings, mesh_axes
-from jlora.training.subject import Subject, check_length, load_subject, open_codec
+from jlora.training.subject import Subject, check_length, load_subject, memory, open_codec
 from jlora.training.trainer import Trainer
 
 SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
@@ -142,11 +142,17 @@ def read_settings(out: str | Path) -> dict[str, Any]:
     """
     path = Path(out) / SETTINGS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
+        for part in ("asked", "settings"):
+            Settings(**found[part])
+        if not isinstance(found["labels"], list):
+            raise ValueError(f"labels must be a list, got {shown(found['labels'])}")
+        return found
     except FileNotFoundError as error:
         raise CheckpointError(f"{out} holds no run (no {SETTINGS})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except ILL_FORMED as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
 
 
 def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
@@ -161,18 +167,18 @@ def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
             raise SettingError(
                 field.name, f"is {new!r}, but the run in {out} was started with {old!r}, which must stay"
             )
-    if stored["data_sha256"] != about["data_sha256"]:
+    if stored.get("data_sha256") != about["data_sha256"]:
         raise CheckpointError(f"the training data ({about['data']}) is not what the run in {out} was started with")
-    if stored["base"] != about["base"]:
+    if stored.get("base") != about["base"]:
         raise CheckpointError(
             f"the model in {about['model']} is not the one that the run in {out} was started with: fingerprint "
-            f"{about['base']}, wanted {stored['base']}"
+            f"{about['base']}, wanted {stored.get('base')}"
         )
 
 
 def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
     """What is about to be trained, on what."""
-    say(f"model {subject.directory}, {count(subject.params):,} parameters")
+    say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
     say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
     if data.cut:
         say(f"note  {data.cut:,} rows are longer than {settings.max_length} tokens and lost their end (--max-length)")

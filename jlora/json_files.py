@@ -1,0 +1,42 @@
+"""Reading a JSON object from a file that a failing disk, or anybody else, may have written."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from pathlib import Path
+from typing import Any
+
+#: No settings or index comes near this many bytes; a file that does is refused unread.
+LARGEST = 2**27
+#: What reading parts of such an object raises where it holds other types than it should.
+ILL_FORMED = (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        largest: how many bytes it may have.
+
+    Raises:
+        ValueError: where it is no JSON, nested too deeply, no object, or too large; the message begins with the path.
+        OSError: where it can't be read.
+    """
+    path = Path(path)
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: {size} bytes are too many for a file of settings, wanted at most {largest}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got a {type(found).__name__}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value from such a file for a message, cut to a few words however long or deep it is."""
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
