@@ -73,7 +73,9 @@ class BertConfig:
         """
         kind = optional(hf, "position_embedding_type", "absolute")
         if kind != "absolute":
-            raise ValueError(f"config.json: position_embedding_type {reprlib.repr(kind)} is not supported, wanted 'absolute'.")
+            raise ValueError(
+                f"config.json: position_embedding_type {reprlib.repr(kind)} is not supported, wanted 'absolute'."
+            )
         if flag(hf, "is_decoder") or flag(hf, "add_cross_attention"):
             raise ValueError("config.json: BERT as a decoder (is_decoder, add_cross_attention) is not supported.")
         hidden_act = optional(hf, "hidden_act", "gelu")

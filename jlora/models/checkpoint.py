@@ -115,7 +115,7 @@ class Checkpoint(contextlib.AbstractContextManager):
         for name, shard in weight_map.items():
             if not _is_inside(shard):
                 raise ValueError(
-                    f"{index}: says that tensor {reprlib.repr(name)} is in {reprlib.repr(shard)}, wanted the name of a file "
+                    f"{index}: says that tensor {name!r} is in {reprlib.repr(shard)}, wanted the name of a file "
                     "in the same directory."
                 )
         for shard in sorted(set(weight_map.values())):

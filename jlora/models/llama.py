@@ -140,7 +140,9 @@ def _windows(hf: dict[str, Any], family: str) -> tuple[int | None, ...]:
     layers, window = whole(hf, "num_hidden_layers", most=MOST_LAYERS), whole(hf, "sliding_window")
     if (kinds := hf.get("layer_types")) is not None:
         if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
-            raise ValueError(f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}.")
+            raise ValueError(
+                f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}."
+            )
         return tuple(window if _KINDS[kind] else None for kind in kinds)
     first = whole(hf, "max_window_layers", least=0) if family in ("qwen2", "qwen3") else 0
     return tuple(window if layer >= first else None for layer in range(layers))

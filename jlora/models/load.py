@@ -327,7 +327,7 @@ def _read(
 def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
     if all_finite(tensor):
         return f"holds values beyond the range of {dtype}; give a wider param_dtype."
-    count = tensor.size - int(np.isfinite(tensor.astype(np.float64)).sum())
+    count = tensor.size - int(np.isfinite(tensor).sum())
     return (
         f"holds NaN or infinity in {count} of its {tensor.size} values; copy the file again, or load with "
         "allow_nonfinite=True to look at it."

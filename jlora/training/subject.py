@@ -127,7 +127,7 @@ def memory(subject: Subject, settings: Settings) -> str:
     held = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
     stored = ", ".join(sorted(map(str, stored_dtypes(subject.directory, settings.follow_links))))
     source = "as in its files" if held == stored else f"its files hold {stored}"
-    return f"{held} ({source}), {sum(leaf.nbytes for leaf in leaves) / 1e6:,.1f} MB"
+    return f"{held} ({source}), {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"
 
 
 def language_model(model: Any) -> Forward:
