@@ -29,7 +29,10 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[st
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: {size} bytes are too many for a file of settings, wanted at most {largest}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+        if "\\u" in text:  # half of a pair of surrogates is no text, which whoever uses it next would stumble over
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(found, dict):

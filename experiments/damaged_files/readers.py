@@ -26,6 +26,7 @@ from jlora.training.checkpoint import MANIFEST, find_whole
 from jlora.training.errors import CheckpointError
 from jlora.training.job import read_settings
 from jlora.training.settings import Settings
+from jlora.training.subject import open_codec
 
 OUTCOMES = ("refused", "equal", "other values", "wrong")
 #: Longer than reading ever takes: it began to build what the file is too damaged to tell.
@@ -87,16 +88,17 @@ def _read_checkpoints(folder: Path) -> Any:
 
 def _make_model(folder: Path) -> None:
     """A small Llama in two shards."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
     config = {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 512, "hidden_size": 8,
         "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": True,
-        "sliding_window": 8, "max_window_layers": 1, "bos_token_id": 1, "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
-                            "original_max_position_embeddings": 16},
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": rope,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(models.STORIES260K / "tokenizer.json", folder / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models.STORIES260K / name, folder / name)
     model = models.Llama(models.LlamaConfig.from_hf(config))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(0)
@@ -117,8 +119,13 @@ def _read_model(folder: Path) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    tokenizer = models.load_tokenizer(folder)
-    return tokenizer.get_vocab(), tokenizer.encode("Once upon a time, 1 + 1 = 2.").ids
+    codec, _ = open_codec(Settings(model=str(folder)))
+    ids = codec.tokenizer.encode("Once upon a time, 1 + 1 = 2.").ids
+    return codec.begin, codec.end, codec.tokenizer.get_vocab(), ids
+
+
+def _read_both(folder: Path) -> Any:
+    return _read_tokenizer(folder), _read_model(folder)
 
 
 def _make_settings(folder: Path) -> None:
@@ -141,10 +148,11 @@ READERS = {
     "adapters: arrays": Reader(_make_adapters, "adapters/arrays/**/*", _read_adapters, True),
     "checkpoint: manifest": Reader(_make_checkpoints, f"4/{MANIFEST}", _read_checkpoints, True),
     "checkpoint: arrays": Reader(_make_checkpoints, "4/**/[!m]*", _read_checkpoints, True),
-    "model: config.json": Reader(_make_model, "config.json", _read_model, False),
+    "model: config.json": Reader(_make_model, "config.json", _read_both, False),
     "model: index": Reader(_make_model, "*.index.json", _read_model, False),
     "model: safetensors": Reader(_make_model, "*.safetensors", _read_model, False),
     "model: tokenizer.json": Reader(_make_model, "tokenizer.json", _read_tokenizer, False),
+    "model: tokenizer_config.json": Reader(_make_model, "tokenizer_config.json", _read_tokenizer, False),
     "run: settings.json": Reader(_make_settings, "settings.json", read_settings, False),
 }
 
@@ -206,15 +214,15 @@ def _trial(reader: Reader, folder: Path, whole: Any) -> Trial:
 @contextlib.contextmanager
 def _standard_error() -> Iterator[Callable[[], str]]:
     """What is written to standard error by Python or by what it calls; empty where nothing is."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
+    with tempfile.TemporaryFile() as file, open(file.fileno(), "w", closefd=False) as words:
+        sys.stderr.flush()
+        kept, text = os.dup(2), ""
         os.dup2(file.fileno(), 2)
         try:
-            text = ""
-            yield lambda: text
+            with contextlib.redirect_stderr(words):
+                yield lambda: text
         finally:
-            sys.stderr.flush()
+            words.flush()
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)

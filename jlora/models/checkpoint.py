@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.json_files import read_object
+from jlora.models.config import read_json
 from jlora.models.names import modern_name
 
 SINGLE = "model.safetensors"
@@ -109,7 +109,7 @@ class Checkpoint(contextlib.AbstractContextManager):
             raise FileNotFoundError(
                 f"{self.directory}: neither {SINGLE} nor {INDEX}; save weights of another format as safetensors first."
             )
-        weight_map = read_object(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: key 'weight_map' must be an object from tensors to files.")
         for name, shard in weight_map.items():

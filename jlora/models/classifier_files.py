@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from jlora.json_files import read_object
 from jlora.models.classify import Classifier
+from jlora.models.config import read_json
 from jlora.models.finite import all_finite
 from jlora.models.load import load
 from jlora.models.save import save, write_json, write_safetensors
@@ -73,7 +73,7 @@ def load_classifier(directory: str | os.PathLike, **options: Any) -> tuple[Class
             raise FileNotFoundError(
                 f"{os.path.join(directory, name)}: no such file; the directory holds no classifier."
             )
-    settings = read_object(os.path.join(directory, SETTINGS))
+    settings = read_json(os.path.join(directory, SETTINGS))
     labels, pooling = settings.get("labels"), settings.get("pooling")
     if not isinstance(labels, list) or pooling not in ("mean", "last"):
         raise ValueError(f"{os.path.join(directory, SETTINGS)}: wanted a list 'labels' and 'pooling' of mean or last.")

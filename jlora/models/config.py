@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.json_files import read_object, shown
+from jlora.json_files import read_object as read_json
+from jlora.json_files import shown
 
 # Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
@@ -37,7 +38,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     path = os.path.join(directory, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; {_instead(os.fspath(directory))}")
-    content = read_object(path)
+    content = read_json(path)
     if content.get("quantization_config"):
         raise ValueError(
             f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."

@@ -159,7 +159,8 @@ def test_a_value_of_config_json_that_is_none_names_the_file_and_the_value(name, 
 
 
 @pytest.mark.parametrize(
-    "content", ["[" * 10**5, '{"a":' * 10**5, "", "[]", "null", "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"]
+    "content",
+    ["[" * 10**5, '{"a":' * 10**5, "", "[]", "null", "\ufeff{}", '{"a": "\\ud800"}', '{"a": 1' + "0" * 5000 + "}"],
 )
 def test_files_that_hold_no_json_object_are_named(content, tmp_path):
     folder = copy_of("qwen3", tmp_path)
