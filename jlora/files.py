@@ -165,6 +165,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         if unknown := sorted(set(described) - _KEYS - _LATER):
             raise ValueError(f"it has {', '.join(map(reprlib.repr, unknown))}, which no file of format {FORMAT} has")
+        for name in ("base", "adapters"):
+            if not isinstance(described[name], str):
+                raise ValueError(f"{name} must be a fingerprint, got {shown(described[name])}")
         for name in ("sites", "arrays"):
             if not (isinstance(described[name], list) and all(isinstance(each, dict) for each in described[name])):
                 raise ValueError(f"{name} must be a list of objects, got {shown(described[name])}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 #: No settings or index comes near this many bytes; a file that does is refused unread.
 LARGEST = 2**27
+#: No program nests settings deeper; what does would stop whoever walks through it, or prints it, by a RecursionError.
+DEEPEST = 64
 #: What reading parts of such an object raises where it holds other types than it should.
-ILL_FORMED = (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
+ILL_FORMED = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 
 
 def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[str, Any]:
@@ -37,7 +40,16 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[st
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: wanted a JSON object, got a {type(found).__name__}")
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in _within(each)]
+    if level:
+        raise ValueError(f"{path}: not valid JSON (nested deeper than {DEEPEST} levels)")
     return found
+
+
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def shown(value: Any) -> str:

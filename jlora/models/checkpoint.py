@@ -58,6 +58,9 @@ class Checkpoint(contextlib.AbstractContextManager):
     def __exit__(self, *exception):
         self._stack.close()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""

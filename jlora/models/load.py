@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jlora.json_files import shown
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.checkpoint import FLOATS, Checkpoint
-from jlora.models.config import of_file, read_config, whole
+from jlora.models.config import of_file, optional, read_config, whole
 from jlora.models.finite import all_finite
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.names import Source, source
@@ -55,7 +55,7 @@ class Family:
             ValueError: The checkpoint has the anchor under none of the prefixes.
         """
         for prefix in self.prefixes:
-            if prefix + self.anchor in checkpoint.names:
+            if prefix + self.anchor in checkpoint:
                 return prefix
         wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
         raise ValueError(
@@ -201,7 +201,7 @@ def load(
         prefix = family.prefix(checkpoint)
         _check_layers(checkpoint, hf, family, prefix)
         if family.config is BertConfig:
-            options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint.names
+            options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint
         else:
             options["language_head"] = _has_language_head(directory, hf)
         config = describe(directory, hf, **options)
@@ -248,11 +248,11 @@ def leaf_sources(
 
 
 def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
-    names = hf.get("architectures") or ["ForCausalLM"]
+    names = optional(hf, "architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         path = os.path.join(directory, "config.json")
         raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
-    return any("ForCausalLM" in name for name in names)
+    return not names or any("ForCausalLM" in name for name in names)
 
 
 def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, prefix: str) -> None:
@@ -269,7 +269,7 @@ def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, pr
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
-    if name not in checkpoint.names:
+    if name not in checkpoint:
         place = f" (for {leaf})" if leaf else ""
         raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from its safetensors.")
     if checkpoint.shape(name) != wanted:
@@ -335,7 +335,7 @@ def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
 
 
 def _check_tied_head(checkpoint: Checkpoint, model: Any, leaves: dict) -> None:
-    if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.names:
+    if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint:
         return
     head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):

@@ -56,7 +56,8 @@ class RopeConfig:
         Raises:
             ValueError: The type is none of `ROPE_TYPES`, a number it needs is missing, or only a part of a head turns.
         """
-        settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        named = (hf.get(name) for name in ("rope_parameters", "rope_scaling"))
+        settings = next((value for value in named if value is not None and value != {}), {})
         if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
             raise ValueError(
                 f"config.json: the rope settings must be one object for all layers, got {shown(settings)}."

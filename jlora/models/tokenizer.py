@@ -24,8 +24,9 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     # The tokenizers library raises bare Exception.
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer ({error}).") from error
+    config = read_config(directory)
     with of_file(directory):
-        size = whole(read_config(directory), "vocab_size")
+        size = whole(config, "vocab_size")
     token, largest = max(
         tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1)
     )

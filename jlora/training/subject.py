@@ -106,7 +106,7 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
     return Subject(directory, model, params, language_model(model), codec, config)
 
 
-def number_formats(settings: Settings) -> dict[str, np.dtype]:
+def number_formats(settings: Settings) -> dict[str, Any]:
     """The `dtype` of the computation and the `param_dtype` of the base.
 
     As asked for; else as the model's files have it, since another format than theirs would change how much memory the base

@@ -136,9 +136,9 @@ NO_SIZES = [0, -1, "16", 16.0, True, [16], {"a": 1}]
         ("qwen3", "rms_norm_eps", ["1e-5", 0, -1.0, True, float("nan"), float("inf"), 10**400, [1]]),
         ("bert", "layer_norm_eps", ["1e-5", 0, float("nan")]),
         ("qwen3", "hidden_act", [["silu"], {"a": 1}, 3]),
-        ("qwen3", "architectures", ["Qwen3ForCausalLM", [None], {"a": 1}, 5]),
+        ("qwen3", "architectures", ["Qwen3ForCausalLM", "", False, [None], {"a": 1}, 5]),
         ("qwen3", "model_type", [["qwen3"], {"a": 1}, 3, "", "vit"]),
-        ("qwen3", "rope_parameters", [[1], "linear", {"full_attention": {"rope_type": "default"}},
+        ("qwen3", "rope_parameters", [[1], "", False, "linear", {"full_attention": {"rope_type": "default"}},
           {"rope_type": ["linear"]}, {"rope_theta": "1e4"}, {"rope_theta": 0}, {"rope_theta": float("inf")},
           {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": "2"},
           {"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}, {"rope_type": "yarn", "factor": 2, "beta_fast": 0},
@@ -160,7 +160,17 @@ def test_a_value_of_config_json_that_is_none_names_the_file_and_the_value(name, 
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 10**5, '{"a":' * 10**5, "", "[]", "null", "\ufeff{}", '{"a": "\\ud800"}', '{"a": 1' + "0" * 5000 + "}"],
+    [
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        '{"a": ' + "[" * 70 + "]" * 70 + "}",
+        "",
+        "[]",
+        "null",
+        "\ufeff{}",
+        '{"a": "\\ud800"}',
+        '{"a": 1' + "0" * 5000 + "}",
+    ],
 )
 def test_files_that_hold_no_json_object_are_named(content, tmp_path):
     folder = copy_of("qwen3", tmp_path)
