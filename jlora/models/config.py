@@ -16,7 +16,8 @@ from jlora.json_files import shown
 
 # Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
-_HUB_ID = re.compile(r"(https?://(www\.)?huggingface\.co/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)/?")
+# One slash is what pathlib leaves of two.
+_HUB_ID = re.compile(r"(https?://?(www\.)?huggingface\.co/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)/?")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -33,17 +34,12 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The directory or the file is missing; a name of the Hugging Face Hub says how to download it.
-        ValueError: The file is not a JSON object, or asks for quantized weights.
+        ValueError: The file is not a JSON object.
     """
     path = os.path.join(directory, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; {_instead(os.fspath(directory))}")
-    content = read_json(path)
-    if content.get("quantization_config"):
-        raise ValueError(
-            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
-        )
-    return content
+    return read_json(path)
 
 
 def _instead(directory: str) -> str:

@@ -130,15 +130,18 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        ValueError: `model_type` is missing or none of `FAMILIES`.
+        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized.
     """
-    kind = hf.get("model_type")
+    kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        path = os.path.join(directory, "config.json")
         got = "is missing" if kind is None else f"{reprlib.repr(kind)} is not supported"
         raise ValueError(
             f"{path}: model_type {got}; supported: {', '.join(FAMILIES)}; for any other model bring its JAX function, which "
             "jlora adapts whatever it is (docs/frameworks.md)."
+        )
+    if hf.get("quantization_config"):
+        raise ValueError(
+            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
         )
     return FAMILIES[kind]
 

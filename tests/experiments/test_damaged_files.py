@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "damaged_files"
-COUNT = 12
+COUNT = 8
 
 
 @pytest.fixture(scope="module")

@@ -269,7 +269,7 @@ def test_the_cache_of_the_hub_is_read_and_links_out_of_it_are_not(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "phi3", "mixtral"])
 def test_the_type_of_the_model_is_looked_at_first(kind, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError) as caught:
         models.load(tmp_path)
     assert str(caught.value) == (
@@ -281,7 +281,10 @@ def test_the_type_of_the_model_is_looked_at_first(kind, tmp_path):
         models.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["org/Some-Model_1.5B", "https://huggingface.co/org/Some-Model_1.5B"])
+@pytest.mark.parametrize(
+    "name",
+    ["org/Some-Model_1.5B", "https://huggingface.co/org/Some-Model_1.5B/", "https:/huggingface.co/org/Some-Model_1.5B"],
+)
 def test_a_name_of_the_hub_says_how_to_download_it(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as caught:
