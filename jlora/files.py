@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import operator
 import os
 import re
+import reprlib
 import shutil
 import time
 from pathlib import Path
@@ -20,13 +23,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import mesh, paths
 from jlora.adapted import SHARED, Adapted, Plan
+from jlora.checksums import checksums, difference
 from jlora.fingerprint import fingerprint
+from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.method import Site
 from jlora.serialize import method_from_dict, method_to_dict
 
 FORMAT = 1
 MANIFEST = "jlora.json"
 ARRAYS = "arrays"
+# The first release wrote neither the checksums of the arrays' files nor the digest of the manifest.
+_KEYS, _LATER = {"format", "base", "adapters", "sites", "arrays"}, {"files", "digest"}
 
 
 def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
@@ -75,8 +82,9 @@ def _write(directory: Path, arrays: dict[str, Any], described: dict[str, Any]) -
     options = ocp.options.MultiprocessingOptions(primary_host=0, **alone)
     with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
         checkpointer.save(directory / ARRAYS, arrays)
+    described = {**described, "files": checksums(directory / ARRAYS)}
     manifest = directory / MANIFEST
-    manifest.write_text(json.dumps(described, indent=1) + "\n")
+    manifest.write_text(json.dumps({**described, "digest": _digest(described)}, indent=1) + "\n")
     with manifest.open() as file:
         os.fsync(file.fileno())
 
@@ -110,8 +118,11 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
     described = read_manifest(directory)
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
     blank = Adapted(params, {}, {}, {}, Plan(sites))
+    saved = _arrays_from(directory, described, blank.plan)
+    _check_digest(directory, described)
     _check_base(directory, described, blank)
-    arrays = _restore(directory, described, blank)
+    _check_files(directory, described.get("files", {}))
+    arrays = _restore(directory, _placed(saved, blank))
     if fingerprint(arrays) != described["adapters"]:
         raise ValueError(f"{directory} is damaged: its arrays are not those that were saved")
     return dataclasses.replace(blank, params=arrays["params"], frozen=arrays["frozen"])
@@ -147,24 +158,87 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not file.is_file() or not (directory / ARRAYS).is_dir():
         raise FileNotFoundError(f"{directory} holds no saved adapters: {MANIFEST} or the folder {ARRAYS} is missing")
     try:
-        described = json.loads(file.read_text())
-        if described["format"] != FORMAT:
-            raise ValueError(f"format {described['format']}, wanted {FORMAT}")
-        if missing := sorted({"base", "adapters", "sites", "arrays"} - set(described)):
+        described = read_object(file)
+        if described.get("format") != FORMAT:
+            raise ValueError(f"format {reprlib.repr(described.get('format'))}, wanted {FORMAT}")
+        if missing := sorted(_KEYS - set(described)):
             raise ValueError(f"it lacks {', '.join(missing)}")
+        if unknown := sorted(set(described) - _KEYS - _LATER):
+            raise ValueError(f"it has {', '.join(map(reprlib.repr, unknown))}, which no file of format {FORMAT} has")
+        for name in ("base", "adapters"):
+            if not isinstance(described[name], str):
+                raise ValueError(f"{name} must be a fingerprint, got {shown(described[name])}")
+        for name in ("sites", "arrays"):
+            if not (isinstance(described[name], list) and all(isinstance(each, dict) for each in described[name])):
+                raise ValueError(f"{name} must be a list of objects, got {shown(described[name])}")
         return described
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged or from another version: {error}") from None
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file} is damaged or from another version: {reason}") from None
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """Of everything else in the manifest."""
+    rest = {name: value for name, value in described.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _site_from(entry: dict[str, Any], directory: Path) -> Site:
     try:
-        method = method_from_dict(entry["method"])
-        names = [f.name for f in dataclasses.fields(Site) if f.name != "method"]
-        fields: dict[str, Any] = {n: tuple(v) if isinstance(v := entry[n], list) else v for n in names}
-        return Site(**fields, method=method)
-    except (KeyError, TypeError, ValueError) as error:
+        fields = {f.name: _field(entry[f.name], f) for f in dataclasses.fields(Site) if f.name != "method"}
+        site = Site(**fields, method=method_from_dict(entry["method"]))
+        axes = sorted((*site.in_axes, *site.out_axes, *site.batch_axes))
+        if site.method.matrix and axes != list(range(len(site.shape))):
+            raise ValueError(f"{site.path} has shape {site.shape}, but in, out and batch axes {axes}")
+        return site
+    except ILL_FORMED as error:
         raise ValueError(f"{directory / MANIFEST} describes a leaf that can't be read: {error}") from None
+
+
+def _field(value: Any, field: dataclasses.Field) -> Any:
+    """A field of a site, of the type that the site wants."""
+    item = {"tuple[str, ...]": str, "tuple[int, ...]": int}.get(str(field.type))
+    if item is None and isinstance(value, str):
+        return value
+    if item is not None and isinstance(value, list) and all(type(each) is item for each in value):
+        return tuple(value)
+    raise ValueError(f"{field.name} must be {field.type}, got {shown(value)}")
+
+
+def _arrays_from(directory: Path, described: dict[str, Any], plan: Plan) -> dict[tuple[str, ...], Any]:
+    """Shape and dtype of every saved array, by its keys."""
+    owners, found = {site.keys for site in plan.sites}, {}
+    try:
+        for entry in described["arrays"]:
+            keys = tuple(entry["keys"])
+            if keys[0] not in ("params", "frozen") or (keys[1] != SHARED and keys[1:-1] not in owners):
+                raise ValueError(f"no described leaf has an array {'/'.join(keys)}")
+            found[keys] = jax.ShapeDtypeStruct(tuple(map(operator.index, entry["shape"])), np.dtype(entry["dtype"]))
+    except ILL_FORMED as error:
+        raise ValueError(f"{directory / MANIFEST} describes an array that can't be read: {error}") from None
+    return found
+
+
+def _check_digest(directory: Path, described: dict[str, Any]) -> None:
+    """The manifest says what was written: a changed hyperparameter would be another function."""
+    if described.get("digest", found := _digest(described)) != found:
+        raise ValueError(
+            f"{directory / MANIFEST} is damaged, or was changed after it was written: its digest is {found}, "
+            f"it says {shown(described['digest'])}"
+        )
+
+
+def _check_files(directory: Path, wanted: Any) -> None:
+    """The files of the arrays are those that were written.
+
+    Before orbax reads them: where one of its reads fails it closes its event loop, and each of the other reads prints a
+    traceback of that.
+    """
+    if not isinstance(wanted, dict):
+        raise ValueError(f"{directory / MANIFEST} is damaged: files must be an object, got {shown(wanted)}")
+    found = {name: digest for name, digest in checksums(directory / ARRAYS).items() if name in wanted} if wanted else {}
+    if (wrong := difference(wanted, found)) is not None:
+        raise ValueError(f"{directory} is damaged: {ARRAYS}/{wrong}")
 
 
 def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> None:
@@ -185,9 +259,8 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
         )
 
 
-def _restore(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
+def _restore(directory: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """The arrays, read straight to where they belong beside their base."""
-    shapes = _shapes(directory, described, blank)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory / ARRAYS, shapes)
@@ -195,8 +268,8 @@ def _restore(directory: Path, described: dict[str, Any], blank: Adapted) -> dict
         raise ValueError(f"{directory} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _shapes(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[str, Any]:
-    """Shape, dtype and sharding of every saved array."""
+def _placed(saved: dict[tuple[str, ...], Any], blank: Adapted) -> dict[str, Any]:
+    """The saved arrays as a tree of shapes, each with the sharding that it gets beside its base."""
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
     fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
     # Arrays that leaves share lie whole on every device of the mesh, if there is one.
@@ -204,12 +277,7 @@ def _shapes(directory: Path, described: dict[str, Any], blank: Adapted) -> dict[
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else device
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
-    try:
-        for entry in described["arrays"]:
-            keys = tuple(entry["keys"])
-            sharding = whole if keys[1:2] == (SHARED,) else fields[keys[1:-1]].get(keys[-1], device)
-            shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
-            paths.insert(shapes, keys, shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / MANIFEST} describes an array that can't be read: {error}") from None
+    for keys, shape in saved.items():
+        sharding = whole if keys[1] == SHARED else fields[keys[1:-1]].get(keys[-1], device)
+        paths.insert(shapes, keys, jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
     return shapes

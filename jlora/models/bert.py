@@ -5,6 +5,7 @@ layer axis (`scan_layers=True`) or `layer_0`, `layer_1`, ... References: arXiv:1
 """
 
 import dataclasses
+import reprlib
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models import attention
-from jlora.models.config import activation, optional, required
+from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +73,32 @@ class BertConfig:
         """
         kind = optional(hf, "position_embedding_type", "absolute")
         if kind != "absolute":
-            raise ValueError(f"config.json: position_embedding_type {kind!r} is not supported, wanted 'absolute'.")
-        if hf.get("is_decoder") or hf.get("add_cross_attention"):
+            raise ValueError(
+                f"config.json: position_embedding_type {reprlib.repr(kind)} is not supported, wanted 'absolute'."
+            )
+        if flag(hf, "is_decoder") or flag(hf, "add_cross_attention"):
             raise ValueError("config.json: BERT as a decoder (is_decoder, add_cross_attention) is not supported.")
         hidden_act = optional(hf, "hidden_act", "gelu")
         activation(hidden_act)
-        offset = required(hf, "pad_token_id") + 1 if required(hf, "model_type") == "roberta" else 0
+        roberta = required(hf, "model_type") == "roberta"
+        offset = whole(hf, "pad_token_id", least=0) + 1 if roberta else 0
         return cls(
-            **{key: required(hf, key) for key in _REQUIRED}, hidden_act=hidden_act, position_offset=offset, **options
+            **{key: whole(hf, key) for key in _SIZES},
+            num_hidden_layers=whole(hf, "num_hidden_layers", most=MOST_LAYERS),
+            layer_norm_eps=positive(hf, "layer_norm_eps"),
+            hidden_act=hidden_act,
+            position_offset=offset,
+            **options,
         )
 
 
-_REQUIRED = (
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
     "type_vocab_size",
-    "layer_norm_eps",
 )
 
 

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes
@@ -26,16 +29,22 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     Use as a context manager; files are mapped into memory, and a tensor is read when asked for.
 
+    No file outside of the directory is read, whatever the index names, and no link that leads out of it is followed, unless
+    asked for. The cache of the Hugging Face Hub, whose `snapshots/<revision>/` holds links to the `blobs/` of the same
+    model, counts as one directory.
+
     Args:
         directory: A Hugging Face model directory. Where it has both, the single file is read, as transformers does.
+        follow_links: Follow links that lead out of the directory.
 
     Raises:
         FileNotFoundError: There is neither, or a shard is missing.
-        ValueError: A file is damaged, or the index and the shards disagree.
+        ValueError: A file is damaged or lies outside of the directory, or the index and the shards disagree.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, follow_links: bool = False):
         self.directory = os.fspath(directory)
+        self._roots = None if follow_links else [*_roots(Path(self.directory).resolve())]
         self._stack = contextlib.ExitStack()
         self._places: dict[str, tuple[str, str, Any]] = {}
         with contextlib.ExitStack() as undo:
@@ -48,6 +57,9 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception):
         self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
 
     @property
     def names(self) -> list[str]:
@@ -63,15 +75,20 @@ class Checkpoint(contextlib.AbstractContextManager):
         _, stored, handle = self._places[name]
         return tuple(handle.get_slice(stored).get_shape())
 
+    def kind(self, name: str) -> str:
+        """Dtype of a tensor as the file's header spells it, such as `BF16`."""
+        _, stored, handle = self._places[name]
+        return handle.get_slice(stored).get_dtype()
+
     def dtype(self, name: str) -> np.dtype:
         """Dtype of a tensor, from the file's header.
 
         Raises:
             ValueError: It is not a floating-point number of 16 to 64 bits (a quantized checkpoint).
         """
-        path, stored, handle = self._places[name]
-        kind = handle.get_slice(stored).get_dtype()
+        kind = self.kind(name)
         if kind not in FLOATS:
+            path, stored, _ = self._places[name]
             raise ValueError(
                 f"{path}: tensor {stored!r} has dtype {kind}, wanted one of {', '.join(FLOATS)}; dequantize it first."
             )
@@ -97,7 +114,13 @@ class Checkpoint(contextlib.AbstractContextManager):
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: key 'weight_map' is missing.")
+            raise ValueError(f"{index}: key 'weight_map' must be an object from tensors to files.")
+        for name, shard in weight_map.items():
+            if not _is_inside(shard):
+                raise ValueError(
+                    f"{index}: says that tensor {name!r} is in {reprlib.repr(shard)}, wanted the name of a file "
+                    "in the same directory."
+                )
         for shard in sorted(set(weight_map.values())):
             if not os.path.isfile(os.path.join(self.directory, shard)):
                 raise FileNotFoundError(
@@ -108,7 +131,7 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     def _compare(self, index: str, weight_map: dict[str, str]) -> None:
         for name, shard in weight_map.items():
-            if name not in self._places or os.path.basename(self.file(name)) != os.path.basename(shard):
+            if name not in self._places or self.file(name) != os.path.join(self.directory, shard):
                 raise ValueError(
                     f"{index}: says that tensor {name!r} is in {shard}, but it is not there; copy the files again."
                 )
@@ -120,6 +143,12 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     def _open(self, file: str) -> None:
         path = os.path.join(self.directory, file)
+        real = Path(path).resolve()
+        if self._roots is not None and not any(real.is_relative_to(root) for root in self._roots):
+            raise ValueError(
+                f"{path}: links to {real}, outside of the model's directory; copy the file there, or follow such links by "
+                "load(..., follow_links=True), jlora finetune --follow-links."
+            )
         try:
             handle = self._stack.enter_context(safe_open(path, framework="numpy"))
         except (SafetensorError, OSError) as error:
@@ -129,3 +158,19 @@ class Checkpoint(contextlib.AbstractContextManager):
             if name in self._places:
                 raise ValueError(f"{path}: tensor {name!r} is in {self.file(name)} too.")
             self._places[name] = (path, stored, handle)
+
+
+def _roots(directory: Path) -> Iterator[Path]:
+    """The folders that the files of a (real) directory may lie in."""
+    yield directory
+    for folder in (directory, *directory.parents):
+        if folder.parent.name == "snapshots":
+            yield folder.parents[1] / "blobs"
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name from an index is a plain one below the directory, on any system."""
+    if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
+        return False
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return not (posix.is_absolute() or windows.anchor or ".." in windows.parts)

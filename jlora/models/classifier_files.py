@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jlora.models.classify import Classifier
 from jlora.models.config import read_json
+from jlora.models.finite import all_finite
 from jlora.models.load import load
 from jlora.models.save import save, write_json, write_safetensors
 
@@ -77,11 +78,11 @@ def load_classifier(directory: str | os.PathLike, **options: Any) -> tuple[Class
     if not isinstance(labels, list) or pooling not in ("mean", "last"):
         raise ValueError(f"{os.path.join(directory, SETTINGS)}: wanted a list 'labels' and 'pooling' of mean or last.")
     backbone, params = load(directory, **options)
-    head = _read_head(os.path.join(directory, TENSORS), len(labels), backbone)
+    head = _read_head(os.path.join(directory, TENSORS), len(labels), backbone, options.get("allow_nonfinite", False))
     return Classifier(backbone, len(labels), pooling), {"backbone": params, "classifier": head}, labels
 
 
-def _read_head(path: str, num_labels: int, backbone: Any) -> dict[str, Any]:
+def _read_head(path: str, num_labels: int, backbone: Any, allow_nonfinite: bool) -> dict[str, Any]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -90,4 +91,9 @@ def _read_head(path: str, num_labels: int, backbone: Any) -> dict[str, Any]:
     got = {name: tensor.shape for name, tensor in tensors.items()}
     if got != wanted:
         raise ValueError(f"{path}: wanted tensors {wanted} by the labels and the backbone, got {got}.")
+    for name, tensor in tensors.items():
+        if not (allow_nonfinite or all_finite(tensor)):
+            raise ValueError(
+                f"{path}: tensor {name!r} holds NaN or infinity; copy the file again, or load with allow_nonfinite=True."
+            )
     return {"kernel": jnp.asarray(np.ascontiguousarray(tensors["weight"].T)), "bias": jnp.asarray(tensors["bias"])}

@@ -1,12 +1,23 @@
-"""Reading a Hugging Face `config.json`."""
+"""Reading a Hugging Face `config.json`: every value is checked before it is used."""
 
-import json
+import contextlib
 import os
-from collections.abc import Callable
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jlora.json_files import read_object as read_json
+from jlora.json_files import shown
+
+# Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
+LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
+# One slash is what pathlib leaves of two.
+_HUB_ID = re.compile(r"(https?://?(www\.)?huggingface\.co/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)/?")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -22,33 +33,40 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The content of `directory/config.json`.
 
     Raises:
-        FileNotFoundError: The directory or the file is missing.
-        ValueError: The file is not a JSON object, or asks for quantized weights.
+        FileNotFoundError: The directory or the file is missing; a name of the Hugging Face Hub says how to download it.
+        ValueError: The file is not a JSON object.
     """
     path = os.path.join(directory, "config.json")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; a model is a Hugging Face directory with a config.json.")
-    return read_json(path, quantized_is_error=True)
+        raise FileNotFoundError(f"{path}: no such file; {_instead(os.fspath(directory))}")
+    return read_json(path)
 
 
-def read_json(path: str, quantized_is_error: bool = False) -> dict[str, Any]:
-    """The JSON object in a file.
+def _instead(directory: str) -> str:
+    """What to do about a directory that holds no `config.json`."""
+    if os.path.isfile(directory):
+        return f"{directory} is a file, wanted the directory of a Hugging Face model, with config.json and safetensors."
+    if os.path.isfile(os.path.join(directory, "adapter_config.json")):
+        return "the directory holds an adapter of PEFT, not a model: jlora import makes a run of it."
+    hub = None if os.path.exists(directory) else _HUB_ID.fullmatch(directory)
+    if hub is None:
+        return "a model is a Hugging Face directory with a config.json."
+    name, place = hub["id"], hub["id"].rpartition("/")[2]
+    return (
+        f"jlora reads directories and downloads nothing: for a model of the Hugging Face Hub run "
+        f"`hf download {name} --local-dir {place}` (or huggingface_hub.snapshot_download({name!r}, "
+        f"local_dir={place!r})) and give ./{place}."
+    )
 
-    Raises:
-        ValueError: It is not JSON, not an object, or holds `quantization_config` where that is an error.
-    """
+
+@contextlib.contextmanager
+def of_file(directory: str | os.PathLike) -> Iterator[None]:
+    """Errors within name the whole path of `config.json`, which the readers below don't know."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        yield
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got a {type(content).__name__}.")
-    if quantized_is_error and content.get("quantization_config"):
-        raise ValueError(
-            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
-        )
-    return content
+        path = os.path.join(directory, "config.json")
+        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def required(settings: dict[str, Any], key: str, where: str = "") -> Any:
@@ -58,8 +76,7 @@ def required(settings: dict[str, Any], key: str, where: str = "") -> Any:
         ValueError: The key is missing or null.
     """
     if settings.get(key) is None:
-        place = f" in its {where} settings" if where else ""
-        raise ValueError(f"config.json: key {key!r} is missing{place}; the model can't be built without it.")
+        raise ValueError(f"config.json: key {key!r} is missing{_place(where)}; the model can't be built without it.")
     return settings[key]
 
 
@@ -69,14 +86,60 @@ def optional(settings: dict[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def whole(
+    settings: dict[str, Any], key: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE, where=""
+) -> int:
+    """The whole number of a key, or the default where it is missing or null.
+
+    Raises:
+        ValueError: It is not a whole number from `least` to `most`, or is missing without a default.
+    """
+    value = required(settings, key, where) if default is None else optional(settings, key, default)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(
+            f"config.json: {key!r}{_place(where)} must be a whole number from {least} to {most}, got {shown(value)}."
+        )
+    return value
+
+
+def positive(
+    settings: dict[str, Any], key: str, default: float | None = None, where: str = "", above: float = 0.0
+) -> float:
+    """The number of a key, or the default where it is missing or null.
+
+    Raises:
+        ValueError: It is no finite number larger than `above`, or is missing without a default.
+    """
+    value = required(settings, key, where) if default is None else optional(settings, key, default)
+    if type(value) not in (int, float) or not above < value <= sys.float_info.max:
+        raise ValueError(f"config.json: {key!r}{_place(where)} must be a number above {above:g}, got {shown(value)}.")
+    return float(value)
+
+
+def flag(settings: dict[str, Any], key: str, default: bool = False, where: str = "") -> bool:
+    """Whether a key is true, or the default where it is missing or null.
+
+    Raises:
+        ValueError: It is neither true nor false.
+    """
+    value = optional(settings, key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key!r}{_place(where)} must be true or false, got {shown(value)}.")
+    return value
+
+
+def _place(where: str) -> str:
+    return f" in its {where} settings" if where else ""
+
+
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The activation of a `hidden_act` name.
 
     Raises:
         ValueError: The name is unknown.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
-            f"config.json: hidden_act {name!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}."
+            f"config.json: hidden_act {reprlib.repr(name)} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}."
         )
     return ACTIVATIONS[name]

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.json_files import shown
 from jlora.models import attention
-from jlora.models.config import activation, optional, required
+from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
 from jlora.models.rope import RopeConfig, rotate, rotation
 
 # Wider than any text, so that a layer without a window can stand in one stack with those that have one.
@@ -80,6 +81,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions want an even one.")
+        if self.rope.rope_type == "dynamic" and self.head_dim < 4:
+            raise ValueError(f"head_dim {self.head_dim} is too small for rope type 'dynamic', which wants 4 or more.")
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise ValueError(
                 f"windows has {len(self.windows)} entries, wanted one for each of {self.num_hidden_layers} layers."
@@ -96,48 +99,52 @@ class LlamaConfig:
         Raises:
             ValueError: A key is missing, or asks for what is not supported.
         """
-        family, heads = required(hf, "model_type"), required(hf, "num_attention_heads")
-        biased = family in ("llama", "qwen3") and bool(optional(hf, "attention_bias", False))
+        family, heads = required(hf, "model_type"), whole(hf, "num_attention_heads")
+        biased = family in ("llama", "qwen3") and flag(hf, "attention_bias")
         if family != "llama":
             required(hf, "head_dim" if family == "qwen3" else "num_key_value_heads")
         hidden_act = optional(hf, "hidden_act", "silu")
         activation(hidden_act)
+        sizes = {key: whole(hf, key) for key in _SIZES}
         return cls(
-            **{key: required(hf, key) for key in _REQUIRED},
-            num_key_value_heads=optional(hf, "num_key_value_heads", heads),
-            head_dim=optional(hf, "head_dim", hf["hidden_size"] // heads),
+            **sizes,
+            num_hidden_layers=whole(hf, "num_hidden_layers", most=MOST_LAYERS),
+            num_attention_heads=heads,
+            num_key_value_heads=whole(hf, "num_key_value_heads", heads),
+            head_dim=whole(hf, "head_dim", sizes["hidden_size"] // heads, most=_WIDEST_HEAD),
+            rms_norm_eps=positive(hf, "rms_norm_eps"),
             rope=RopeConfig.from_hf(hf),
             hidden_act=hidden_act,
-            tie_word_embeddings=bool(optional(hf, "tie_word_embeddings", False)),
+            tie_word_embeddings=flag(hf, "tie_word_embeddings"),
             qkv_bias=biased or family == "qwen2",
             output_bias=biased,
-            mlp_bias=family == "llama" and bool(optional(hf, "mlp_bias", False)),
+            mlp_bias=family == "llama" and flag(hf, "mlp_bias"),
             qk_norm=family == "qwen3",
             windows=_windows(hf, family),
             **options,
         )
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+# The frequencies of a head's planes are constants of the program.
+_WIDEST_HEAD = 2**16
+# Kinds of `layer_types`, and whether they have a window.
+_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
 def _windows(hf: dict[str, Any], family: str) -> tuple[int | None, ...]:
     """Window of every layer, () where all layers see everything: `layer_types` rules where the config has it."""
-    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
-    switched_off = family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False)
-    if family == "llama" or window is None or switched_off:
+    switched_off = family in ("qwen2", "qwen3") and not flag(hf, "use_sliding_window")
+    if family == "llama" or hf.get("sliding_window") is None or switched_off:
         return ()
-    if hf.get("layer_types") is not None:
-        return tuple(window if kind == "sliding_attention" else None for kind in hf["layer_types"])
-    first = required(hf, "max_window_layers") if family in ("qwen2", "qwen3") else 0
+    layers, window = whole(hf, "num_hidden_layers", most=MOST_LAYERS), whole(hf, "sliding_window")
+    if (kinds := hf.get("layer_types")) is not None:
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+            raise ValueError(
+                f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}."
+            )
+        return tuple(window if _KINDS[kind] else None for kind in kinds)
+    first = whole(hf, "max_window_layers", least=0) if family in ("qwen2", "qwen3") else 0
     return tuple(window if layer >= first else None for layer in range(layers))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jlora.json_files import shown
 from jlora.models.bert import Bert, BertConfig
-from jlora.models.checkpoint import Checkpoint
-from jlora.models.config import read_config
+from jlora.models.checkpoint import FLOATS, Checkpoint
+from jlora.models.config import of_file, optional, read_config, whole
+from jlora.models.finite import all_finite
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.names import Source, source
 
@@ -31,12 +34,16 @@ class Family:
         unprefixed: First keys of leaves that never get the prefix.
         buffers: Names (regexes) of constants that older checkpoints carry and the model computes itself.
         heads: Names (regexes) of heads that this model has no place for; `load(drop_heads=True)` leaves them out.
+        sizes: Shapes that a config's sizes give to tensors that every checkpoint has, without building the model.
+        layer: Name (regex, with one group for the number) of a layer's tensors.
     """
 
     module: Callable[..., nn.Module]
     config: Any
     prefixes: tuple[str, ...]
     anchor: str
+    sizes: Callable[[Any], dict[str, tuple[int, ...]]]
+    layer: str
     unprefixed: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
@@ -48,7 +55,7 @@ class Family:
             ValueError: The checkpoint has the anchor under none of the prefixes.
         """
         for prefix in self.prefixes:
-            if prefix + self.anchor in checkpoint.names:
+            if prefix + self.anchor in checkpoint:
                 return prefix
         wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
         raise ValueError(
@@ -56,11 +63,30 @@ class Family:
         )
 
 
+def _llama_sizes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        "embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "layers.0.self_attn.q_proj.weight": (c.num_attention_heads * c.head_dim, c.hidden_size),
+        "layers.0.mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
+    }
+
+
+def _bert_sizes(c: BertConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        "embeddings.word_embeddings.weight": (c.vocab_size, c.hidden_size),
+        "embeddings.position_embeddings.weight": (c.max_position_embeddings, c.hidden_size),
+        "embeddings.token_type_embeddings.weight": (c.type_vocab_size, c.hidden_size),
+        "encoder.layer.0.intermediate.dense.weight": (c.intermediate_size, c.hidden_size),
+    }
+
+
 _LLAMA = Family(
     Llama,
     LlamaConfig,
     prefixes=("model.", ""),
     anchor="embed_tokens.weight",
+    sizes=_llama_sizes,
+    layer=r"layers\.(\d{1,9})\..+",
     unprefixed=("lm_head",),
     buffers=(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     heads=(r"score\.weight",),
@@ -70,6 +96,8 @@ _BERT = Family(
     BertConfig,
     prefixes=("bert.", ""),
     anchor="embeddings.word_embeddings.weight",
+    sizes=_bert_sizes,
+    layer=r"encoder\.layer\.(\d{1,9})\..+",
     buffers=(r"(bert\.)?embeddings\.(position_ids|token_type_ids)",),
     heads=(
         r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))",
@@ -102,13 +130,36 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        ValueError: `model_type` is missing or none of `FAMILIES`.
+        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized.
     """
-    kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        path = os.path.join(directory, "config.json")
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        got = "is missing" if kind is None else f"{reprlib.repr(kind)} is not supported"
+        raise ValueError(
+            f"{path}: model_type {got}; supported: {', '.join(FAMILIES)}; for any other model bring its JAX function, which "
+            "jlora adapts whatever it is (docs/frameworks.md)."
+        )
+    if hf.get("quantization_config"):
+        raise ValueError(
+            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
+        )
     return FAMILIES[kind]
+
+
+def describe(directory: str | os.PathLike, hf: dict[str, Any], **options: Any) -> Any:
+    """The config of the model that a `config.json` describes: a `LlamaConfig` or `BertConfig`.
+
+    Args:
+        directory: Where the `config.json` lies, for messages.
+        hf: Its content.
+        **options: As `from_hf` takes them.
+
+    Raises:
+        ValueError: The model type is not supported, or a key is missing, of a wrong type, or out of range.
+    """
+    family = family_of(hf, directory)
+    with of_file(directory):
+        return family.config.from_hf(hf, **options)
 
 
 def load(
@@ -119,6 +170,8 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     drop_heads: bool = False,
+    allow_nonfinite: bool = False,
+    follow_links: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the model that a Hugging Face directory describes and reads its weights.
 
@@ -132,32 +185,53 @@ def load(
         dtype: Dtype of the computation.
         param_dtype: Dtype of the params; None keeps that of the file.
         drop_heads: Leave out the head of another task, such as the masked-language head of BERT.
+        allow_nonfinite: Take tensors that hold NaN or infinity as they are.
+        follow_links: Read files that are links out of the directory. (Those of the Hugging Face Hub's cache, which lead
+            from a model's `snapshots` to its `blobs`, are read in any case.)
 
     Returns:
         A Linen module and its params: `model.apply({"params": params}, tokens)`.
 
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing.
-        ValueError: The model type is not supported, a config key is missing, a file is damaged, or a tensor is missing,
-            superfluous or of the wrong shape or dtype.
+        ValueError: The model type is not supported, a config key is missing or wrong, a file is damaged or outside of the
+            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite.
     """
     hf = read_config(directory)
     family = family_of(hf, directory)
     options = {"scan_layers": scan_layers, "remat": remat, "dtype": dtype, "param_dtype": param_dtype or jnp.float32}
-    with Checkpoint(directory) as checkpoint:
+    with Checkpoint(directory, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
+        _check_layers(checkpoint, hf, family, prefix)
         if family.config is BertConfig:
-            options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint.names
-        elif not any("ForCausalLM" in name for name in hf.get("architectures") or ["ForCausalLM"]):
-            options["language_head"] = False
-        model = family.module(family.config.from_hf(hf, **options))
+            options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint
+        else:
+            options["language_head"] = _has_language_head(directory, hf)
+        config = describe(directory, hf, **options)
+        for name, shape in family.sizes(config).items():
+            _check_tensor(checkpoint, prefix + name, shape)
+        model = family.module(config)
         shapes = leaf_shapes(model)
         sources = leaf_sources(model, shapes, family, prefix)
         _check_leaves(checkpoint, sources, shapes)
         _check_rest(checkpoint, sources, family, model, drop_heads)
-        leaves = {path: _read(checkpoint, sources[path], shapes[path], param_dtype) for path in sources}
+        leaves = {
+            path: _read(checkpoint, sources[path], shapes[path], param_dtype, allow_nonfinite) for path in sources
+        }
         _check_tied_head(checkpoint, model, leaves)
     return model, unflatten_dict(leaves)
+
+
+def stored_dtypes(directory: str | os.PathLike, follow_links: bool = False) -> set[np.dtype]:
+    """The dtypes of a directory's floating-point tensors, from the files' headers.
+
+    Raises:
+        FileNotFoundError: A safetensors file is missing.
+        ValueError: A file is damaged or outside of the directory.
+    """
+    with Checkpoint(directory, follow_links) as checkpoint:
+        kinds = {checkpoint.kind(name) for name in checkpoint.names}
+    return {FLOATS[kind] for kind in kinds if kind in FLOATS}
 
 
 def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -176,20 +250,42 @@ def leaf_sources(
     return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in paths}
 
 
+def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
+    names = optional(hf, "architectures", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        path = os.path.join(directory, "config.json")
+        raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
+    return not names or any("ForCausalLM" in name for name in names)
+
+
+def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, prefix: str) -> None:
+    """There are tensors of as many layers as the config says: a model of too many would be built for hours."""
+    with of_file(checkpoint.directory):
+        layers = whole(hf, "num_hidden_layers")
+        named = (re.fullmatch(re.escape(prefix) + family.layer, name) for name in checkpoint.names)
+        found = {int(match[1]) for match in named if match}
+        if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
+            raise ValueError(
+                f"num_hidden_layers is {layers}, but the safetensors hold no tensor of layer {lacking}, only of {len(found)} "
+                "layers."
+            )
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
+    if name not in checkpoint:
+        place = f" (for {leaf})" if leaf else ""
+        raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from its safetensors.")
+    if checkpoint.shape(name) != wanted:
+        raise ValueError(
+            f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
+            f"wanted {list(wanted)} by config.json."
+        )
+
+
 def _check_leaves(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
-    present = set(checkpoint.names)
     for path, made_of in sources.items():
-        wanted = made_of.tensor_shape(shapes[path])
         for name in made_of.names:
-            if name not in present:
-                raise ValueError(
-                    f"{checkpoint.directory}: tensor {name!r} (for {'/'.join(path)}) is missing from its safetensors."
-                )
-            if checkpoint.shape(name) != wanted:
-                raise ValueError(
-                    f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
-                    f"wanted {list(wanted)} by config.json."
-                )
+            _check_tensor(checkpoint, name, made_of.tensor_shape(shapes[path]), "/".join(path))
 
 
 def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
@@ -211,22 +307,38 @@ def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: An
         )
 
 
-def _read(checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], param_dtype: Any) -> jax.Array:
+def _read(
+    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], param_dtype: Any, allow_nonfinite: bool
+) -> jax.Array:
     kinds = {checkpoint.dtype(name) for name in made_of.names}
     if param_dtype is None and len(kinds) > 1:
         raise ValueError(
             f"{checkpoint.file(made_of.names[0])}: the layers of {made_of.names[0]!r} have different dtypes "
             f"({', '.join(sorted(map(str, kinds)))}) and can't be stacked; give param_dtype."
         )
-    leaf = np.empty(shape, kinds.pop() if param_dtype is None else param_dtype)
+    # As JAX will have it: 64 bits become 32 unless they are switched on.
+    leaf = np.empty(shape, jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype))
     for layer, name in enumerate(made_of.names):
-        tensor = checkpoint.read(name)
-        leaf[layer if made_of.stacked else ...] = tensor.T if made_of.transposed else tensor
+        tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]
+        with np.errstate(over="ignore", invalid="ignore"):
+            place[...] = tensor.T if made_of.transposed else tensor
+        if not (allow_nonfinite or all_finite(place)):
+            raise ValueError(f"{checkpoint.file(name)}: tensor {name!r} {_not_finite(tensor, leaf.dtype)}")
     return jnp.asarray(leaf)
 
 
+def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
+    if all_finite(tensor):
+        return f"holds values beyond the range of {dtype}; give a wider param_dtype."
+    count = tensor.size - int(np.isfinite(tensor).sum())
+    return (
+        f"holds NaN or infinity in {count} of its {tensor.size} values; copy the file again, or load with "
+        "allow_nonfinite=True to look at it."
+    )
+
+
 def _check_tied_head(checkpoint: Checkpoint, model: Any, leaves: dict) -> None:
-    if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.names:
+    if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint:
         return
     head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):

@@ -9,12 +9,14 @@ References: RoFormer (arXiv:2104.09864); dynamic NTK and YaRN (arXiv:2309.00071)
 
 import dataclasses
 import math
+import reprlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.config import optional, required
+from jlora.json_files import shown
+from jlora.models.config import flag, optional, positive, whole
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -54,24 +56,29 @@ class RopeConfig:
         Raises:
             ValueError: The type is none of `ROPE_TYPES`, a number it needs is missing, or only a part of a head turns.
         """
-        settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        rope_type = settings.get("rope_type", settings.get("type", "default"))
-        if rope_type not in ROPE_TYPES:
+        named = (hf.get(name) for name in ("rope_parameters", "rope_scaling"))
+        settings = next((value for value in named if value is not None and value != {}), {})
+        if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
             raise ValueError(
-                f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}."
+                f"config.json: the rope settings must be one object for all layers, got {shown(settings)}."
             )
-        if settings.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        rope_type = settings.get("rope_type", settings.get("type", "default"))
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"config.json: rope type {reprlib.repr(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}."
+            )
+        if optional(settings, "partial_rotary_factor", optional(hf, "partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError("config.json: partial_rotary_factor other than 1.0 is not supported.")
-        theta = float(settings.get("rope_theta", hf.get("rope_theta", 10000.0)))
+        own_theta = settings if settings.get("rope_theta") is not None else hf
+        theta = positive(own_theta, "rope_theta", 10000.0, above=1.0)
         if rope_type == "default":
             return cls(theta=theta)
-        original = required(hf, "max_position_embeddings")
-        if rope_type in ("llama3", "yarn"):
-            original = settings.get("original_max_position_embeddings") or original
+        longest = whole(hf, "max_position_embeddings")
+        original = {"llama3": settings, "yarn": settings}.get(rope_type, {})
         fields = {
             "theta": theta,
-            "factor": float(required(settings, "factor", "rope")),
-            "original_length": int(original),
+            "factor": positive(settings, "factor", where="rope"),
+            "original_length": whole(original, "original_max_position_embeddings", longest, where="rope"),
         }
         extra = {"llama3": _llama3_fields, "yarn": _yarn_fields}.get(rope_type)
         return cls(rope_type=rope_type, **fields, **(extra(settings) if extra else {}))
@@ -122,26 +129,26 @@ class RopeConfig:
 
 
 def _llama3_fields(settings: dict) -> dict:
-    return {
-        "low_frequency_factor": float(required(settings, "low_freq_factor", "rope")),
-        "high_frequency_factor": float(required(settings, "high_freq_factor", "rope")),
-    }
+    low, high = (positive(settings, key, where="rope") for key in ("low_freq_factor", "high_freq_factor"))
+    if not low < high:
+        raise ValueError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}.")
+    return {"low_frequency_factor": low, "high_frequency_factor": high}
 
 
 def _yarn_fields(settings: dict) -> dict:
     def temperature(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    factor = float(required(settings, "factor", "rope"))
-    attention = settings.get("attention_factor")
-    if attention is None:
-        weight, weight_all = settings.get("mscale"), settings.get("mscale_all_dim")
-        attention = temperature(weight) / temperature(weight_all) if weight and weight_all else temperature(1.0)
+    factor = positive(settings, "factor", where="rope")
+    usual = temperature(1.0)
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        weight, weight_all = (positive(settings, key, where="rope") for key in ("mscale", "mscale_all_dim"))
+        usual = temperature(weight) / temperature(weight_all)
     return {
-        "attention_factor": float(attention),
-        "beta_fast": float(optional(settings, "beta_fast", 32.0)),
-        "beta_slow": float(optional(settings, "beta_slow", 1.0)),
-        "truncate": bool(optional(settings, "truncate", True)),
+        "attention_factor": positive(settings, "attention_factor", usual, "rope"),
+        "beta_fast": positive(settings, "beta_fast", 32.0, "rope"),
+        "beta_slow": positive(settings, "beta_slow", 1.0, "rope"),
+        "truncate": flag(settings, "truncate", True, "rope"),
     }
 
 

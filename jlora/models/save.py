@@ -20,7 +20,7 @@ from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
 from jlora.models.llama import Llama
-from jlora.models.load import family_of, leaf_shapes, leaf_sources
+from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 
 # Files of the source that go along as they are.
 COMPANIONS = (
@@ -140,7 +140,7 @@ def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> 
         "pooler" if isinstance(model, Bert) else "language_head",
     )
     options = {name: getattr(model.config, name) for name in settings}
-    described = family.config.from_hf(hf, **options)
+    described = describe(source, hf, **options)
     for field in dataclasses.fields(model.config):
         wanted, got = getattr(model.config, field.name), getattr(described, field.name)
         if wanted != got:

@@ -4,7 +4,7 @@ import os
 
 from tokenizers import Tokenizer
 
-from jlora.models.config import read_config, required
+from jlora.models.config import of_file, read_config, whole
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -24,7 +24,9 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     # The tokenizers library raises bare Exception.
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer ({error}).") from error
-    size = required(read_config(directory), "vocab_size")
+    config = read_config(directory)
+    with of_file(directory):
+        size = whole(config, "vocab_size")
     token, largest = max(
         tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1)
     )

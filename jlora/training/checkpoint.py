@@ -8,9 +8,8 @@ files differ from it, is not whole, and at every moment there is a whole one (on
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -20,6 +19,8 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from jlora.checksums import checksums, difference
+from jlora.json_files import read_object
 from jlora.training import processes
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
@@ -41,33 +42,35 @@ class Whole(NamedTuple):
 def _steps(directory: Path) -> list[int]:
     """Steps that have a folder, the latest first."""
     names = os.listdir(directory) if directory.exists() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    # As orbax writes them: other digits than 0 to 9 are no number to it, and 007 is not the folder of step 7.
+    return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)), reverse=True)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest, by its path in the folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with open(path, "rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    """SHA-256 of every file but the manifests, by its path in the folder."""
+    return {name: digest for name, digest in checksums(folder).items() if Path(name).name != MANIFEST}
 
 
 def complaint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+    """What is wrong with a checkpoint, or None if it is whole.
+
+    Raises:
+        PermissionError: if it may not be read, which is no damage.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wanted: dict[str, str] = manifest["files"]
+        wanted = read_object(folder / MANIFEST)["files"]
+        if not isinstance(wanted, dict):
+            return f"has a damaged {MANIFEST}"
+        wrong = difference(wanted, _checksums(folder))
     except FileNotFoundError:
         return "was not finished"
-    except (ValueError, KeyError, TypeError):
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"can't be read ({error})"
+    except (ValueError, KeyError):
         return f"has a damaged {MANIFEST}"
-    found = _checksums(folder)
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            return f"is damaged: {name} " + ("is missing" if name not in found else "is not what was written")
-    return None
+    return None if wrong is None else f"is damaged: {wrong}"
 
 
 def find_whole(directory: str | Path) -> Whole:

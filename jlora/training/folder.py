@@ -87,4 +87,4 @@ def _holder(lock: Path) -> str | None:
 
 
 def _read(lock: Path) -> str:
-    return lock.read_text(encoding="utf-8").strip() or "(just starting)"
+    return lock.read_text(encoding="utf-8", errors="replace").strip() or "(just starting)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole
@@ -30,7 +30,7 @@ from jlora.training.report import REPORT, write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
 from jlora.training.settings import Settings, mesh_axes
-from jlora.training.subject import Subject, check_length, load_subject, open_codec
+from jlora.training.subject import Subject, check_length, load_subject, memory, open_codec
 from jlora.training.trainer import Trainer
 from jlora.training.verdict import complaint, unsteady
 from jlora.training.versions import installed
@@ -153,11 +153,17 @@ def read_settings(out: str | Path) -> dict[str, Any]:
     """
     path = Path(out) / SETTINGS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
+        for part in ("asked", "settings"):
+            Settings(**found[part])
+        if not isinstance(found["labels"], list):
+            raise ValueError(f"labels must be a list, got {shown(found['labels'])}")
+        return found
     except FileNotFoundError as error:
         raise CheckpointError(f"{out} holds no run (no {SETTINGS})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except ILL_FORMED as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
 
 
 def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
@@ -172,18 +178,18 @@ def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
             raise SettingError(
                 field.name, f"is {new!r}, but the run in {out} was started with {old!r}, which must stay"
             )
-    if stored["data_sha256"] != about["data_sha256"]:
+    if stored.get("data_sha256") != about["data_sha256"]:
         raise CheckpointError(f"the training data ({about['data']}) is not what the run in {out} was started with")
-    if stored["base"] != about["base"]:
+    if stored.get("base") != about["base"]:
         raise CheckpointError(
             f"the model in {about['model']} is not the one that the run in {out} was started with: fingerprint "
-            f"{about['base']}, wanted {stored['base']}"
+            f"{about['base']}, wanted {stored.get('base')}"
         )
 
 
 def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
     """What is about to be trained, on what."""
-    say(f"model {subject.directory}, {count(subject.params):,} parameters")
+    say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
     say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
     say(jlora.summary(adapted))
     say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
@@ -198,7 +204,7 @@ def _past(out: Path) -> list[str]:
 def read_complaint(out: str | Path) -> str | None:
     """What `results.json` of a run finds wrong with it, if there is one already."""
     path = Path(out) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")).get("complaint") if path.exists() else None
+    return read_object(path).get("complaint") if path.exists() else None
 
 
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jlora.json_files import shown
 from jlora.training.files import write_whole
 
 Record = dict[str, Any]
@@ -61,9 +62,24 @@ def _line(record: Record) -> str:
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The records of a metrics file; a half-written last line is left out."""
+    """The records of a metrics file; a half-written last line is left out.
+
+    Raises:
+        ValueError: if a whole line is no record, naming file and line.
+    """
     records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
-            records.append(json.loads(line))
+            records.append(_record(line, f"{path}:{number}"))
     return records
+
+
+def _record(line: str, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: the line is damaged ({error})") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
+        raise ValueError(f"{place}: the line is damaged: wanted an object with step and kind, got {shown(record)}")
+    return record

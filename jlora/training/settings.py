@@ -39,8 +39,15 @@ class Settings:
     model: str | None = _setting(
         None, "directory of a Hugging Face model (default: the shipped 260K-parameter Llama)", group="model"
     )
-    dtype: str = _setting(
-        "float32", "number format of the base and its computation", group="model", choices=("float32", "bfloat16")
+    dtype: str | None = _setting(
+        None,
+        "number format of the base and its computation (that of the model's files: bfloat16 stays so, float16 is kept and "
+        "computed in float32)",
+        group="model",
+        choices=("float32", "bfloat16"),
+    )
+    follow_links: bool = _setting(
+        False, "read model files that are links out of the model's directory", group="model", resumable=True
     )
     scan_layers: bool = _setting(True, "stack equal layers and scan over them, where the model can", group="model")
     remat: bool = _setting(False, "recompute activations in the backward pass to save memory", group="model")

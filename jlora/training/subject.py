@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora import models
 from jlora.models.config import read_config
-from jlora.models.load import family_of
+from jlora.models.load import describe, family_of, stored_dtypes
 from jlora.training.errors import SettingError
 from jlora.training.losses import Forward
 from jlora.training.settings import Settings
@@ -54,9 +54,15 @@ def model_directory(settings: Settings) -> Path:
 
 
 def open_codec(settings: Settings) -> tuple[Codec, dict[str, Any]]:
-    """The tokenizer and the config of the settings' model, checked against each other."""
+    """The tokenizer and the config of the settings' model, checked against each other.
+
+    Raises:
+        ValueError: if the model is of a type that `jlora.models` does not read, or a file is not right.
+        OSError: if the directory holds no model.
+    """
     directory = model_directory(settings)
     config = read_config(directory)
+    describe(directory, config)  # before the tokenizer: that of another type of model may not fit either
     return Codec(models.load_tokenizer(directory), config, directory), config
 
 
@@ -89,16 +95,39 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
         raise SettingError(
             "task", f"lm needs a model that predicts the next token; {directory} is an encoder: use classify"
         )
-    dtype = jnp.dtype(settings.dtype)
     model, params = models.load(
         directory,
         scan_layers=settings.scan_layers,
         remat=settings.remat,
-        dtype=dtype,
-        param_dtype=dtype,
         drop_heads=settings.task == "classify",
+        follow_links=settings.follow_links,
+        **number_formats(settings),
     )
     return Subject(directory, model, params, language_model(model), codec, config)
+
+
+def number_formats(settings: Settings) -> dict[str, Any]:
+    """The `dtype` of the computation and the `param_dtype` of the base.
+
+    As asked for; else as the model's files have it, since another format than theirs would change how much memory the base
+    takes. Float16 is too narrow for the gradients of activations, so that such a base is computed with in float32. Files of
+    several formats, or of 64 bits, make a base in float32.
+    """
+    if settings.dtype is not None:
+        return dict.fromkeys(("dtype", "param_dtype"), jnp.dtype(settings.dtype))
+    stored = stored_dtypes(model_directory(settings), settings.follow_links)
+    only = stored.pop() if len(stored) == 1 else jnp.dtype(jnp.float32)
+    kept = only if only.itemsize == 2 else jnp.dtype(jnp.float32)
+    return {"dtype": kept if kept == jnp.bfloat16 else jnp.dtype(jnp.float32), "param_dtype": kept}
+
+
+def memory(subject: Subject, settings: Settings) -> str:
+    """The number format of the base and the memory it takes, beside that of its files, in words."""
+    leaves = jax.tree.leaves(subject.params["backbone"] if subject.labels else subject.params)
+    held = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    stored = ", ".join(sorted(map(str, stored_dtypes(subject.directory, settings.follow_links))))
+    source = "as in its files" if held == stored else f"its files hold {stored}"
+    return f"{held} ({source}), {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"
 
 
 def language_model(model: Any) -> Forward:
@@ -137,10 +166,9 @@ def example_batch(settings: Settings) -> dict[str, Any]:
 def abstract_subject(settings: Settings, codec: Codec, config: dict[str, Any], labels: Sequence[str]) -> Subject:
     """The model with shapes in place of weights: nothing is read but `config.json`."""
     directory = model_directory(settings)
-    dtype = jnp.dtype(settings.dtype)
+    dtype = jnp.dtype(settings.dtype or jnp.float32)
     options = {"scan_layers": settings.scan_layers, "remat": settings.remat, "dtype": dtype, "param_dtype": dtype}
-    family = family_of(config, directory)
-    model = family.module(family.config.from_hf(config, **options))
+    model = family_of(config, directory).module(describe(directory, config, **options))
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     subject = Subject(directory, model, params, language_model(model), codec, config)

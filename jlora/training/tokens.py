@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from jlora.json_files import read_object, shown
 
 
 class Codec:
@@ -35,10 +37,10 @@ class Codec:
         """Every special id of the config is a token; `load_tokenizer` has checked that every token has a row."""
         for name in ("bos_token_id", "eos_token_id"):
             for value in _as_list(config.get(name)):
-                if self.tokenizer.id_to_token(value) is None:
+                if type(value) is not int or not 0 <= value < 2**32 or self.tokenizer.id_to_token(value) is None:
                     raise ValueError(
-                        f"{name} is {value} in config.json of {self.directory}, but its tokenizer.json has no such "
-                        "token: it is another model's"
+                        f"{name} is {reprlib.repr(value)} in config.json of {self.directory}, but its tokenizer.json has "
+                        "no such token: it is another model's"
                     )
 
     def _id(self, config: Mapping[str, Any], named: Mapping[str, str | None], name: str) -> int | None:
@@ -88,7 +90,7 @@ def _as_list(value: Any) -> list[int]:
 def _named_tokens(directory: str | Path) -> dict[str, str | None]:
     """The begin and end tokens as far as tokenizer_config.json speaks of them; None where it wants none."""
     path = Path(directory) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = read_object(path) if path.exists() else {}
     found: dict[str, str | None] = {}
     for name in ("bos_token", "eos_token"):
         token = config.get(name)
@@ -96,4 +98,6 @@ def _named_tokens(directory: str | Path) -> dict[str, str | None]:
             found[name] = None
         elif name in config:
             found[name] = token.get("content") if isinstance(token, Mapping) else token
+            if not isinstance(found[name], str | None):
+                raise ValueError(f"{path}: {name} must be a text, got {shown(token)}")
     return found

@@ -1,8 +1,11 @@
 """Packing and batches: nothing lost, nothing doubled, the same order again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from jlora.training.data import Data
 from jlora.training.encode import Example, language_example
 from jlora.training.packing import join, pack, packed
 from jlora.training.pipeline import collate, padded_length, training_batches, validation_batches
@@ -103,3 +106,12 @@ def test_packing_drops_no_target():
     data = examples([3, 9, 4, 7, 2])
     rows = packed(data, 10)
     assert sum(row.weights.sum() for row in rows) == sum(example.weights.sum() for example in data)
+
+
+def test_one_changed_label_is_other_data():
+    """By the digest a resumed run is refused that would go on with other data."""
+    examples = classified([3, 4, 5])
+    data = Data(examples, examples[:1], ["bad", "good"], "file", False, 5, 0)
+    other = dataclasses.replace(examples[1], label=1 - examples[1].label)
+    changed = dataclasses.replace(data, train=[examples[0], other, examples[2]])
+    assert changed.digest() != data.digest() == dataclasses.replace(data, train=list(examples)).digest()

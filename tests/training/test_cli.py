@@ -160,6 +160,10 @@ def other_tokenizer(folder, data):
         (["--rank", "0"], "--rank must be at least 1, got 0"),
         (["--max-length", "600"], "--max-length of 600 is more than the 512 positions of the model"),
         (["--model", "nowhere"], "nowhere/config.json: no such file"),
+        (
+            ["--model", "org/name"],
+            "downloads nothing: for a model of the Hugging Face Hub run `hf download org/name --local-",
+        ),
         (["--data", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--mesh", "model=7"], "--mesh axis model=7 does not divide the 64 of axis 1 of embed_tokens/embedding"),
         (
@@ -175,6 +179,16 @@ def test_what_the_user_got_wrong_is_one_sentence_and_touches_nothing(flags, mess
     said = capsys.readouterr().err
     assert message in said and said.startswith("jlora finetune: ") and said.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["finetune", "inspect"])
+def test_another_type_of_model_is_named_before_its_tokenizer_is_read(command, tmp_path, data, capsys):
+    folder = other_tokenizer(tmp_path / "model", data)
+    for config in ({"model_type": "phi3", "vocab_size": 512}, {"model_type": "vit"}):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        assert main([command, "--model", folder]) == 2
+        said = capsys.readouterr().err
+        assert f"model_type '{config['model_type']}' is not supported" in said and "docs/frameworks.md" in said
 
 
 def test_a_wrong_tokenizer_is_one_sentence(tmp_path, data, capsys):

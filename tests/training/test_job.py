@@ -21,7 +21,7 @@ from jlora.training import trainer
 from jlora.training.checkpoint import MANIFEST, last_whole
 from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError
 from jlora.training.folder import claim
-from jlora.training.job import finetune
+from jlora.training.job import finetune, read_settings
 from jlora.training.metrics import Metrics, read_metrics
 from jlora.training.schedule import make_optimizer
 from jlora.training.settings import Settings
@@ -106,6 +106,10 @@ def test_metrics_have_a_line_for_every_step_and_validation(finished):
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [0, 3, 6]
     assert records[-1]["loss"] == finished[0].after["loss"]
+
+
+def test_two_checkpoints_are_kept_of_three(finished):
+    assert sorted(os.listdir(finished[0].out / "checkpoints")) == ["4", "6"]
 
 
 def test_the_report_needs_nothing_beside_it(finished):
@@ -211,6 +215,24 @@ def test_resuming_with_other_data_is_an_error(stopped):
     (stopped / "settings.json").write_text(json.dumps(about | {"data_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="the training data .* is not what the run in .* was started with"):
         finetune(settings(stopped, resume=True), quiet)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 10**5, "{}", '{"asked": {}, "settings": null}', '{"asked": {}}',
+    '{"asked": {"unheard": 1}, "settings": {}}', '{"asked": {}, "settings": {"rank": "4"}}', '{"asked": {}, "settings": {}}',
+    '{"asked": {}, "settings": {}, "labels": 3}'])  # fmt: skip
+def test_damaged_settings_of_a_run_are_named(content, tmp_path):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/settings.json is damaged or from another version: "):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "null", "[" * 10**5, '{"step": "1", "kind": "train"}', '{"step": 1}', "\0"]
+)
+def test_a_damaged_line_of_metrics_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "kind": "train"}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/metrics.jsonl:2: the line is damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_resuming_on_another_base_is_an_error(stopped):

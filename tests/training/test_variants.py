@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from jlora import models
 from jlora.training.job import finetune
 from jlora.training.settings import Settings
 
@@ -35,8 +39,27 @@ def labelled(folder):
     return {"data": str(path), "task": "classify", "max_rows": None, "max_validation_rows": None, **columns}
 
 
+def stored_in(dtype):
+    """The shipped model with its files in another number format."""
+
+    def make(folder):
+        shutil.copytree(models.STORIES260K, folder / "model")
+        file = folder / "model" / "model.safetensors"
+        save_file({name: tensor.astype(dtype) for name, tensor in load_file(file).items()}, file)
+        return {"model": str(folder / "model"), "data": str(text(folder))}
+
+    return make
+
+
+def text(folder):
+    (folder / "data.txt").write_text("A function is called with arguments and returns a value. " * 40)
+    return folder / "data.txt"
+
+
 VARIANTS = {
     "dora in bfloat16 with LoRA+": lambda folder: {"method": "dora", "dtype": "bfloat16", "lora_plus_ratio": 8.0},
+    "files in bfloat16": stored_in(ml_dtypes.bfloat16),
+    "files in float16": stored_in(np.float16),
     "full": lambda folder: {"method": "full", **UNADAPTED},
     "full on a mesh": lambda folder: {"method": "full", "mesh": "data=2,model=2", **UNADAPTED},
     "layers unrolled and recomputed": lambda folder: {"scan_layers": False, "remat": True},

@@ -1,0 +1,74 @@
+"""Checkpoints that are not whole: whatever became of one, the last whole one is found, and what was wrong is said."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from jlora.checksums import checksums
+from jlora.training import checkpoint
+from jlora.training.checkpoint import MANIFEST, Checkpoints, find_whole, last_whole
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 2 and 4; the files in them are anything."""
+    for step in (2, 4):
+        place = tmp_path / str(step)
+        (place / "state").mkdir(parents=True)
+        (place / "state" / "arrays").write_bytes(bytes([step]) * 100)
+        (place / MANIFEST).write_text(json.dumps({"step": step, "base": "0" * 32, "files": checksums(place)}))
+    return tmp_path
+
+
+MANIFESTS = {
+    "no bytes": "", "deep": "[" * 10**5, "deep objects": '{"files":' * 10**5, "list": "[]", "null": "null", "number": "3",
+    "no files": '{"step": 4}', "files null": '{"files": null}', "files list": '{"files": ["state/arrays"]}',
+    "files text": '{"files": "state/arrays"}', "files number": '{"files": 3}', "sums null": '{"files": {"state/arrays": null}}',
+    "sums list": '{"files": {"state/arrays": []}}', "sums object": '{"files": {"state/arrays": {}}}',
+    "surrogates": '{"files": {"\\ud800": "a"}}', "other file": '{"files": {"../2/state/arrays": "a"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_in_any_state_leads_back_to_the_checkpoint_before(name, folder):
+    (folder / "4" / MANIFEST).write_text(MANIFESTS[name])
+    assert last_whole(folder) == 2
+    whole = find_whole(folder)
+    assert whole.step == 2
+    assert len(whole.complaints) == 1 and whole.complaints[0].startswith("the checkpoint of step 4 ")
+    assert (folder / "damaged-4").is_dir() and not (folder / "4").exists()
+
+
+def test_bytes_that_are_no_text_are_a_damaged_manifest(folder):
+    (folder / "4" / MANIFEST).write_bytes(b'{"files": "\xff\xfe"}')
+    assert find_whole(folder) == (2, [f"the checkpoint of step 4 has a damaged {MANIFEST}"])
+
+
+def test_a_manifest_that_is_a_folder_and_a_checkpoint_that_is_a_file_are_passed_over(folder):
+    (folder / "4" / MANIFEST).unlink()
+    (folder / "4" / MANIFEST).mkdir()
+    (folder / "6").write_text("")
+    step, complaints = find_whole(folder)
+    assert step == 2
+    assert [words[:24] for words in complaints] == ["the checkpoint of step 6", "the checkpoint of step 4"]
+
+
+@pytest.mark.parametrize("name", ["²", "٤", "007", "1" * 5000, "-1", "damaged-9"])
+def test_a_folder_whose_name_is_no_step_is_left_alone(name, folder):
+    if len(name) < 256:
+        (folder / name).mkdir()
+        assert find_whole(folder) == (4, [])
+        assert (folder / name).is_dir()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_checkpoints_are_kept_as_asked_for_and_the_latest(keep, folder, monkeypatch):
+    for step in (6, 8):
+        shutil.copytree(folder / "4", folder / str(step))
+        (folder / str(step) / MANIFEST).unlink()
+    checkpoints = SimpleNamespace(directory=folder, keep=keep, fingerprint="0" * 32)
+    Checkpoints._finish(checkpoints)  # pyright: ignore[reportArgumentType] (what orbax holds is not needed)
+    assert sorted(int(path.name) for path in folder.iterdir()) == [2, 4, 6, 8][-keep:]
+    assert checkpoint.complaint(folder / "8") is None
