@@ -19,14 +19,13 @@ from jlora.adapted import Adapted, start_of
 from jlora.allocate import budget, history, moments, triplets
 from jlora.allocate.budget import Phases
 from jlora.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
-from jlora.allocate.triplets import Fields, Triplet
+from jlora.allocate.triplets import NOTHING, Fields, Triplet
 from jlora.around import innermost
 from jlora.events import Loss, Moment
 from jlora.method import Site
 
 Sites = tuple[Site, ...]
 _FIELDS: Fields = ("a", None, "b")
-_NOTHING = Triplet(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ALoRARule(Allocation):
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Any]:
         """Nothing changes in a step."""
-        return [Edit(active, _NOTHING, _NOTHING, _NOTHING) for active in step.active], ()
+        return [Edit(active, NOTHING, NOTHING, NOTHING) for active in step.active], ()
 
 
 @dataclass(frozen=True)

@@ -76,4 +76,4 @@ def _where(condition: jax.Array, new: Triplet, old: Triplet) -> Triplet:
 
 
 def _without(values: Triplet, gone: Triplet) -> Triplet:
-    return Triplet(*(jnp.where(mask, jnp.zeros_like(value), value) for value, mask in zip(values, gone)))
+    return Triplet(*(v if mask is None else jnp.where(mask, jnp.zeros_like(v), v) for v, mask in zip(values, gone)))
