@@ -275,7 +275,7 @@ class Method:
 
 
 def _gives(cls: type[Method], form: str) -> bool:
-    """Whether a class gives its weight in a form: one that it inherits is not of its weight, if it has a `weight` of its own."""
+    """Whether a class gives its weight in a form: one that it inherits is not, if it has a `weight` of its own."""
     form_at, weight_at = (next(n for n, c in enumerate(cls.__mro__) if name in vars(c)) for name in (form, "weight"))
     return cls.__mro__[form_at] is not Method and form_at <= weight_at
 

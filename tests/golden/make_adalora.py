@@ -136,7 +136,7 @@ class Net(nn.Module):
 def training_case(out):
     """60 steps of AdamW on a small net, of which the last 30 allocate no more: the factors after steps 30 and 60."""
     rng = np.random.RandomState(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     weights = {"down": draw(6, 5) / 2, "up": draw(5, 4) / 2}
     x, teacher = draw(60, 8, 6), {name: weight + draw(*weight.shape) / 2 for name, weight in weights.items()}
     y = np.tanh(x @ teacher["down"]) @ teacher["up"]
