@@ -35,7 +35,7 @@ def _explained(adapted: Adapted, method: Method) -> str:
     sites = tuple(site for site in adapted.plan.sites if site.method == method)
     cls = type(method)
     lines = {
-        "what": docstrings.first_sentence(cls) or f"Has no docstring; derived from {cls.__base__.__name__}.",
+        "what": docstrings.first_sentence(cls) or f"Has no docstring; derived from {cls.__mro__[1].__name__}.",
         "trains": _trained(adapted, sites, docstrings.count_formula(cls)),
         "costs": " ".join(
             part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part
