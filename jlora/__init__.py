@@ -9,8 +9,9 @@ from jlora.adapted import summary as summary
 from jlora.allocate.alora import reallocate as reallocate
 from jlora.allocate.compact import compact as compact
 from jlora.allocate.history import RankHistory as RankHistory
-from jlora.allocate.transform import rank_history as rank_history
-from jlora.allocate.transform import ranks as ranks
+from jlora.allocate.reading import rank_history as rank_history
+from jlora.allocate.reading import ranks as ranks
+from jlora.allocate.reading import skipped_steps as skipped_steps
 from jlora.events import Event as Event
 from jlora.events import Moment as Moment
 from jlora.events import run_events as run_events

@@ -37,7 +37,8 @@ class Plan:
         names: dict[Method, str] = {}
         for method in (site.method for site in self.sites):
             if method.shared_fields and method not in names:
-                same = sum(type(other) is type(method) for other in names)
+                # By name, not by class: a class of the user's own may have the name of another.
+                same = sum(type(other).__name__ == type(method).__name__ for other in names)
                 names[method] = type(method).__name__ + (f"_{same}" if same else "")
         return names
 

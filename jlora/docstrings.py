@@ -44,7 +44,9 @@ def papers(cls: type) -> list[str]:
 
 
 def _text(cls: type) -> str:
-    return inspect.getdoc(cls) or ""
+    """The class's own docstring: not its parent's, of which it may be no instance in what that says, nor a dataclass's."""
+    text = inspect.cleandoc(vars(cls).get("__doc__") or "")
+    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
 def _joined(text: str) -> str:

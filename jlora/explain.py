@@ -19,7 +19,7 @@ _WIDTH = 120
 def explain(adapted: Adapted) -> str:
     """For every method of an adapted model: formula, trained values, what a step costs, source.
 
-    Formula and source are the docstring's; numbers are counted on the leaves that the method adapts.
+    Formula and source are the docstring's, of the class itself; numbers are counted on the leaves that the method adapts.
 
     Args:
         adapted: arrays, or shapes from `jax.eval_shape`.
@@ -35,7 +35,7 @@ def _explained(adapted: Adapted, method: Method) -> str:
     sites = tuple(site for site in adapted.plan.sites if site.method == method)
     cls = type(method)
     lines = {
-        "what": docstrings.first_sentence(cls),
+        "what": docstrings.first_sentence(cls) or f"Has no docstring; derived from {cls.__mro__[1].__name__}.",
         "trains": _trained(adapted, sites, docstrings.count_formula(cls)),
         "costs": " ".join(
             part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part

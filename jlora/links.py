@@ -194,10 +194,12 @@ def _done(site: Site, frozen: Arrays) -> int:
 def unchained(adapted: Adapted) -> Adapted:
     """The adapters with every `Chain` as plain `LoRA` of all links so far, the present one included; the same weight.
 
+    A class derived from `Chain` stays, since its weight may be another.
+
     Raises:
         TypeError: under `jit`, since the number of links decides the shapes.
     """
-    chains = {site.keys: site.method for site in adapted.plan.sites if isinstance(site.method, Chain)}
+    chains = {site.keys: site.method for site in adapted.plan.sites if type(site.method) is Chain}
     if not chains:
         return adapted
     params, frozen, sites = adapted.params, {}, []

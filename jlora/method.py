@@ -186,12 +186,12 @@ class Method:
     @property
     def low_rank(self) -> bool:
         """Whether the method gives factors, so that its weight need not be formed."""
-        return type(self).factors is not Method.factors
+        return _gives(type(self), "factors")
 
     @property
     def is_sparse(self) -> bool:
         """Whether the method gives entries, so that its weight need not be formed for a product."""
-        return type(self).sparse is not Method.sparse
+        return _gives(type(self), "sparse")
 
     @property
     def kept_fields(self) -> tuple[str, ...]:
@@ -275,6 +275,12 @@ class Method:
     def rates(self, site: Site) -> dict[str, float]:
         """Factors of the group's learning rate for fields that learn slower or faster than their group."""
         return {}
+
+
+def _gives(cls: type[Method], form: str) -> bool:
+    """Whether a class gives its weight in a form: one that it inherits is not, if it has a `weight` of its own."""
+    form_at, weight_at = (next(n for n, c in enumerate(cls.__mro__) if name in vars(c)) for name in (form, "weight"))
+    return cls.__mro__[form_at] is not Method and form_at <= weight_at
 
 
 def default_label(ndim: int) -> str:

@@ -11,6 +11,7 @@ import optax
 
 from jlora import paths
 from jlora.adapted import Adapted
+from jlora.allocate import inside
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
 GROUPS = ("a", "b", "vector", "embedding")
@@ -20,18 +21,45 @@ def labels(adapted: Adapted) -> dict[str, Any]:
     """The learning-rate group of every trained leaf, laid out like `adapted.params`.
 
     Raises:
-        ValueError: for a method that labels other fields than it trains, or uses an unknown group.
+        ValueError: for a method that labels other fields than it trains, or uses an unknown group; for a trained array that
+            no method's site has.
     """
     tree: dict[str, Any] = {}
     for site in adapted.plan.sites:
         given = site.method.labels(site)
         trained = paths.lookup(adapted.params, site.keys)
+        if unlabelled := sorted(set(trained) - set(given)):
+            raise ValueError(
+                f"{site.path}/{unlabelled[0]}: {site.method} trains this array but gives it no learning-rate group: name it in "
+                f"the method's axes, or in its labels (it labels {given}; the groups are {GROUPS})"
+            )
         if set(given) != set(trained) or not set(given.values()) <= set(GROUPS):
             raise ValueError(
                 f"{site.path}: {site.method} labels {given}, but trains {sorted(trained)}; the groups are {GROUPS}"
             )
         paths.insert(tree, site.keys, given)
+    _labelled(adapted.params, tree)
     return tree
+
+
+def _labelled(trained: Any, tree: dict[str, Any]) -> Any:
+    """The label of each trained array, laid out like those.
+
+    Raises:
+        ValueError: for an array without one.
+    """
+    known = dict(paths.flatten_with_keys(tree)[0])
+    leaves, treedef = paths.flatten_with_keys(trained)
+    found = []
+    for keys, _ in leaves:
+        label = next((known[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in known), None)
+        if label is None:
+            raise ValueError(
+                f"{'/'.join(keys)}: this trained array is no method's, and so has no learning rate; adapt its leaf by "
+                "jlora.Full(), or give it an optimizer of its own, by optax.partition around jlora.optimizer(...)"
+            )
+        found.append(label)
+    return jax.tree.unflatten(treedef, found)
 
 
 def optimizer(
@@ -70,7 +98,8 @@ def optimizer(
         An optax transformation whose state follows `adapted.params`.
 
     Raises:
-        ValueError: for a ratio that is not positive.
+        ValueError: for a ratio that is not positive; for a trained array without a group (see `labels`), also where `init` or
+            `update` gets one.
 
     Example:
         >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
@@ -97,19 +126,30 @@ def optimizer(
         group, _, factor = label.partition(", ")[0].partition(" x ")
         rate, given = groups[group]
         used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
-    return with_rules(adapted, optax.partition(used, tree))
+    # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
+    chosen = lambda trained: _labelled(trained, tree) if jax.tree.leaves(trained) else tree  # noqa: E731
+    return with_rules(adapted, optax.partition(used, chosen))
 
 
 def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
 
-    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget.
+    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where no method has
+    a rule, this is `tx` itself.
+
+    Raises:
+        ValueError: for an optimizer that a rule can't have inside it: one that accumulates gradients, or is schedule-free;
+            and, by its `update`, for one that leaves some arrays their raw gradients.
 
     Example:
         >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
     """
-    sites = adapted.plan.sites
-    for rule in dict.fromkeys(rule for site in sites if (rule := site.method.optimizer_rule) is not None):
+    sites = tuple(site for site in adapted.plan.sites if site.method.optimizer_rule is not None)
+    if not sites:
+        return tx
+    tx = inside.around(tx, adapted, sites[0])
+    for rule in dict.fromkeys(site.method.optimizer_rule for site in sites):
+        assert rule is not None
         tx = rule.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
     return tx
 

@@ -63,6 +63,7 @@ def test_products_are_counted_of_what_the_method_gives_as_data():
 def test_the_optimizers_state_is_counted_beside_adamws():
     steps, trained = 9, 3 * (12 + 8 + 1)
     history = 1 + 3 + (steps + 1) * 2  # the step, the mask of ranks, and rows of step and ranks
+    history += 1 + 3 + 1  # steps that were skipped, the mask of closed gates, and how often those were found open
     text = jlora.explain(adapted({"w": jlora.AdaLoRA(3, 2, steps=steps)}, w=(12, 8)))
     assert f"beside AdamW's: {2 * trained + history} values" in " ".join(text.split())
     text = jlora.explain(adapted({"w": jlora.BeamLoRA(3, steps=steps, interval=2)}, w=(12, 8)))

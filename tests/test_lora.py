@@ -46,6 +46,23 @@ def test_merged_equals_unmerged():
     np.testing.assert_allclose(jlora.lift(product)(adapted), product(jlora.merge(adapted)), rtol=1e-5, atol=1e-5)
 
 
+class OnlyWeight(jlora.LoRA):
+    def weight(self, view):
+        return (super().weight(view) + view.w) / 2
+
+
+class OnlyDoRAWeight(jlora.DoRA):
+    def weight(self, view):
+        return super().weight(view) / 2
+
+
+@pytest.mark.parametrize("method", [OnlyWeight(4), jlora.DoRA(OnlyWeight(4)), OnlyDoRAWeight(jlora.LoRA(4))], ids=str)
+def test_a_derived_class_that_changes_the_weight_alone_is_used_by_that_weight(method):
+    adapted = adapted_by(method)
+    adapted = adapted.replace(params={"w": {**adapted.params["w"], **FACTORS}})
+    np.testing.assert_allclose(jlora.lift(product)(adapted), product(jlora.merge(adapted)), rtol=1e-5, atol=1e-5)
+
+
 def test_twice_the_alpha_is_twice_the_update():
     doubled = delta(jlora.LoRA(rank=4, alpha=8))
     np.testing.assert_allclose(doubled, 2 * delta(jlora.LoRA(rank=4, alpha=4)), rtol=1e-5, atol=1e-6)

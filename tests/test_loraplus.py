@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jlora
+from jlora.method import Start
 from jlora.optimizer import labels
 
 
@@ -109,3 +110,44 @@ def test_a_ratio_that_is_not_positive_is_refused(adapted):
 def test_options_that_the_factory_does_not_know_are_refused_by_it(adapted):
     with pytest.raises(TypeError, match="weight_decay"):
         jlora.optimizer(adapted, optax.sgd, learning_rate=1e-3, weight_decay=0.1)
+
+
+def test_a_trained_array_that_is_no_methods_is_refused_by_name(adapted):
+    message = "more/bias: this trained array is no method's, and so has no learning rate; adapt its leaf by jlora.Full"
+    more = {**adapted.params, "more": {"bias": jnp.ones(2)}}
+    for make in (labels, lambda a: jlora.optimizer(a, optax.adam, 1e-3)):
+        with pytest.raises(ValueError, match=message):
+            make(adapted.replace(params=more))
+    tx = jlora.optimizer(adapted, optax.adam, 1e-3)
+    with pytest.raises(ValueError, match=message):
+        tx.init(more)
+    with pytest.raises(ValueError, match=message):
+        tx.update(more, tx.init(adapted.params), more)
+    nothing = jlora.adapterize({"w": jnp.ones(2)}, {})
+    with pytest.raises(ValueError, match=message):
+        jlora.optimizer(nothing, optax.adam, 1e-3).init({"more": {"bias": jnp.ones(2)}})
+
+
+def test_an_array_beside_the_adapters_is_trained_by_an_optimizer_of_its_own(adapted):
+    more = {**adapted.params, "more": jnp.ones(2)}
+    whose = {**dict.fromkeys(adapted.params, "adapters"), "more": "rest"}
+    tx = optax.partition({"adapters": jlora.optimizer(adapted, optax.sgd, 1e-3), "rest": optax.sgd(0.5)}, whose)
+    change, _ = tx.update(more, tx.init(more), more)
+    np.testing.assert_allclose(change["more"], -0.5)
+    jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -1e-3 * p), {**change, "more": 0.0}, {**more, "more": 0.0})
+
+
+class Forgetful(jlora.LoRA):
+    """Trains a field that its axes, and so its labels, don't name."""
+
+    def start(self, key, w, site):
+        start = super().start(key, w, site)
+        return Start({**start.params, "gain": jnp.ones(w.shape[1])})
+
+
+def test_a_field_without_a_label_is_refused_by_name():
+    adapted = jlora.adapterize({"w": jnp.ones((4, 3))}, {"w": Forgetful(2)})
+    with pytest.raises(
+        ValueError, match="w/gain: Forgetful.*trains this array but gives it no learning-rate group: name it"
+    ):
+        jlora.optimizer(adapted, optax.adam, 1e-3)

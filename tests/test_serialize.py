@@ -2,10 +2,33 @@
 
 import json
 import re
+from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
+from jlora.gated import Gated
+
+
+@dataclass(frozen=True)
+class Halved(jlora.LoRA):
+    gain: float = 0.5
+
+    @property
+    def scale(self):
+        return super().scale * self.gain
+
+
+@dataclass(frozen=True)
+class VeRA(jlora.VeRA):
+    """Has the name of one of jlora's own."""
+
+
+class Quiet(jlora.Full):
+    pass
 
 
 def test_a_table_gives_the_method_and_what_it_leaves_out_is_the_default():
@@ -41,3 +64,55 @@ def test_inner_methods_are_nested_tables():
 def test_a_wrong_table_is_refused_with_what_would_do(table, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jlora.method_from_dict(table)
+
+
+def test_a_class_of_ones_own_is_stored_by_its_import_path_and_comes_back_as_itself(tmp_path):
+    method = jlora.DoRA(Halved(2, gain=0.25))
+    table = json.loads(json.dumps(jlora.method_to_dict(method)))
+    assert table["method"] == "DoRA" and table["inner"]["method"] == f"{__name__}.Halved"
+    assert jlora.method_from_dict(table) == method and type(jlora.method_from_dict(table).inner) is Halved
+    params = {"w": jnp.ones((4, 3))}
+    jlora.save(tmp_path / "own", jlora.adapterize(params, {"w": method}))
+    assert jlora.load(tmp_path / "own", params).plan.sites[0].method == method
+
+
+def test_a_class_of_the_same_name_takes_over_no_table():
+    assert type(jlora.method_from_dict({"method": "VeRA", "rank": 3})) is jlora.VeRA
+    assert type(jlora.method_from_dict(jlora.method_to_dict(jlora.VeRA(3)))) is jlora.VeRA
+    assert type(jlora.method_from_dict(jlora.method_to_dict(VeRA(3)))) is VeRA
+
+
+def test_classes_of_the_same_name_share_no_constants():
+    base = {"u": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
+    adapted = jlora.adapterize(base, {"u": jlora.VeRA(3), "w": VeRA(2)})
+    drawers = adapted.frozen["~shared"]
+    assert sorted(drawer["a"].shape for drawer in drawers.values()) == [(4, 2), (4, 3)]
+    merged = jlora.merge(adapted.replace(params=jax.tree.map(lambda x: x + 1, adapted.params)))
+    assert not np.array_equal(merged["u"], merged["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Gated", "a method table needs method = one of ['ALoRA', 'AdaLoRA', "),
+        ("Around", "a method table needs method = one of ["),
+        ("jlora.gated.Gated", "a method table needs method = one of ["),
+        ("Halved", f"a class of your own is named by its import path, {__name__}.Halved"),
+        ("json.decoder.JSONDecoder", "no class 'json.decoder.JSONDecoder' is imported"),
+        (
+            "elsewhere.Mine",
+            "no class 'elsewhere.Mine' is imported: import elsewhere, where Mine is, before this is read",
+        ),
+    ],
+)
+def test_what_is_no_method_or_is_not_imported_is_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jlora.method_from_dict({"method": name})
+    assert Gated.__subclasses__()
+
+
+def test_no_claim_of_a_parent_is_told_of_a_derived_class():
+    adapted = jlora.adapterize({"w": jnp.ones((4, 3)), "v": jnp.ones(3)}, {"w": Halved(2), "v": Quiet()})
+    text = jlora.explain(adapted)
+    assert "Has no docstring; derived from LoRA." in text and "derived from Full." in text
+    assert "arXiv" not in text and "s * a @ b" not in text

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jlora.allocate import budget, triplets
 from jlora.allocate.scored import ScoredAllocation
 from jlora.allocate.transform import Edit, Step
-from jlora.allocate.triplets import Triplet
+from jlora.allocate.triplets import NOTHING, Triplet
 
 
 @dataclass(frozen=True)
 class AdaLoRARule(ScoredAllocation):
     """Keeps the ranks with the best scores, as many as the budget of the step; sets `e` to zero at all others.
 
-    Until the last allocation gradients still reach them and they may come back, so their moments stay too. At the last
-    allocation the choice becomes final: `e` is zero at every later step, and the moments of the whole triplet are zero.
+    Gradients still reach them, and until the last allocation they may come back. From then on the choice is final: `e` is
+    zero at every later step. Moments are the optimizer's own throughout, since the penalty goes on moving `a` and `b` of what
+    was taken away, and through them those of the ranks that are left.
 
     Attributes:
         target: ranks a module, on average, in the end.
@@ -37,7 +38,7 @@ class AdaLoRARule(ScoredAllocation):
         count = self._budget(step.active, t)
         active = jax.lax.cond(now, lambda: _best(score(), count), lambda: step.active)
         settled = t >= phases.last
-        return [self._edit(mask, factor, now | settled, settled) for mask, factor in zip(active, step.factors)]
+        return [_edit(mask, factor, now | settled) for mask, factor in zip(active, step.factors)]
 
     def constrained(self, active: list[jax.Array]) -> list[jax.Array]:
         """All, as in the reference: any rank may come back."""
@@ -49,11 +50,10 @@ class AdaLoRARule(ScoredAllocation):
         schedule = budget.cubic_budget(self.phases, first, min(first, self.target * modules))
         return budget.after(first, budget.falls(schedule, self.phases.start_steps, self.phases.last), step)
 
-    def _edit(self, active: jax.Array, factor: Triplet, masks: jax.Array, settled: jax.Array) -> Edit:
-        where = Triplet(None, masks & ~active, None)
-        return Edit(
-            active, where, Triplet(None, jnp.zeros_like(factor.e), None), triplets.along_rank(settled & ~active)
-        )
+
+def _edit(active: jax.Array, factor: Triplet, masks: jax.Array) -> Edit:
+    where, value = Triplet(None, masks & ~active, None), Triplet(None, jnp.zeros_like(factor.e), None)
+    return Edit(active, where, value, NOTHING)
 
 
 def _best(found: list[jax.Array], count: jax.Array) -> list[jax.Array]:

@@ -19,14 +19,13 @@ from jlora.adapted import Adapted, start_of
 from jlora.allocate import budget, history, moments, triplets
 from jlora.allocate.budget import Phases
 from jlora.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
-from jlora.allocate.triplets import Fields, Triplet
+from jlora.allocate.triplets import NOTHING, Fields, Triplet
 from jlora.around import innermost
 from jlora.events import Loss, Moment
 from jlora.method import Site
 
 Sites = tuple[Site, ...]
 _FIELDS: Fields = ("a", None, "b")
-_NOTHING = Triplet(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ALoRARule(Allocation):
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Any]:
         """Nothing changes in a step."""
-        return [Edit(active, _NOTHING, _NOTHING, _NOTHING) for active in step.active], ()
+        return [Edit(active, NOTHING, NOTHING, NOTHING) for active in step.active], ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ def reallocate(
     alone switched off. The `pruned` ranks with the lowest scores go, fewer where the modules that lose none have no room for
     so many (`max_rank`) or every module would lose one. Those that lose none get as many new ones, as evenly as possible, the
     remainder to those with the higher mean score. So the total stays. (In the paper it falls where every module loses one.) A
-    new rank starts as LoRA's, changes nothing yet, and has no moments.
+    new rank starts as LoRA's, changes nothing yet, and has no moments. Where no score is a number, as after a run went
+    astray, nothing moves.
 
     Compiled once for all rounds with the same `loss` and `tx`: ranks are switched by arrays, one forward pass each for every
     rank alone and without, one after the other. `jlora.run_events` calls this by the method's own schedule.
@@ -171,7 +171,8 @@ def _round(
     gates = [paths.lookup(adapted.frozen, (*site.keys, "gate")) for site in sites]
     active, slots = (triplets.table([test(gate) for gate in gates], False) for test in (_in_use, jnp.ones_like))
     scores = _scores(_switched(adapted, loss, batch, sites, gates), active, _most(sites))
-    count = active.shape[0] if pruned is None else pruned
+    known = jnp.any(active & (scores > jnp.finfo(scores.dtype).min))
+    count = jnp.where(known, active.shape[0] if pruned is None else pruned, 0)
     kept, grown = chosen(scores, active, slots.astype(bool), count)
     params, opt_state = _edited(
         adapted, opt_state, tx, key, sites, triplets.split(kept, gates), triplets.split(grown, gates)
@@ -215,8 +216,8 @@ def _scores(score: Callable[[jax.Array], jax.Array], active: jax.Array, most: in
         return score(jnp.where(alone, mask, active & ~mask))
 
     both = jax.lax.map(one, (jnp.tile(first, 2), jnp.arange(2 * len(first)) < len(first)))
-    # What has no number is the worst.
     found = both[: len(first)] - both[len(first) :]
+    # What has no number is the worst.
     found = jnp.nan_to_num(found, nan=jnp.finfo(found.dtype).min)
     return jnp.where(active, jnp.zeros(active.size, found.dtype).at[first].set(found).reshape(active.shape), 0)
 

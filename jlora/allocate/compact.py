@@ -13,11 +13,12 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.adapted import SHARED, Adapted, Plan
 from jlora.allocate import triplets
-from jlora.around import innermost, with_innermost
+from jlora.around import Around, innermost, with_innermost
 from jlora.gated import Gated
 from jlora.links import unchained
-from jlora.method import Arrays
+from jlora.method import Arrays, Method
 from jlora.methods.lora import LoRA
+from jlora.serialize import is_own
 
 
 def compact(adapted: Adapted) -> Adapted:
@@ -26,7 +27,7 @@ def compact(adapted: Adapted) -> Adapted:
     For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
     of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
     becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves of methods without gates or links
-    stay as they are.
+    stay as they are; so do those of a class of your own whose weight is not that of `jlora.gated.Gated`, or that is around.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -39,7 +40,7 @@ def compact(adapted: Adapted) -> Adapted:
     frozen: dict[str, Any] = {SHARED: adapted.frozen[SHARED]} if SHARED in adapted.frozen else {}
     for site in adapted.plan.sites:
         inner, constant = innermost(site.method), paths.lookup(adapted.frozen, site.keys)
-        if isinstance(inner, Gated):
+        if _is_gated(site.method):
             trained = paths.lookup(params, site.keys)
             fields, rank = _fields(trained["a"], inner.gates({**constant, **trained}), trained["b"])
             params = triplets.put(params, site.keys, {**_others(trained, inner), **fields})
@@ -50,6 +51,18 @@ def compact(adapted: Adapted) -> Adapted:
         if constant:
             paths.insert(frozen, site.keys, constant)
     return adapted.replace(params=params, frozen=frozen, plan=Plan(tuple(sites)))
+
+
+def _is_gated(method: Method) -> bool:
+    """Whether the weight is that of LoRA with the gates in `a`, inside methods to which a weight is all that matters."""
+    if isinstance(method, Around):
+        return is_own(type(method)) and _is_gated(method.inner)
+    changed = [
+        name
+        for name in ("weight", "factors", "_parts")
+        if getattr(type(method), name, None) is not getattr(Gated, name)
+    ]
+    return isinstance(method, Gated) and not changed
 
 
 def open_gates(adapted: Adapted) -> dict[str, int]:

@@ -12,7 +12,7 @@ import optax
 
 from jlora import paths
 from jlora.allocate import triplets
-from jlora.allocate.triplets import Fields, Sites, Triplet
+from jlora.allocate.triplets import NOTHING, Fields, Sites, Triplet
 
 
 def trees(tx: optax.GradientTransformation, state: Any) -> list[Any]:
@@ -50,7 +50,7 @@ def edited(
     def one_tree(tree: Any) -> Any:
         n = next(number)
         for place, (site, masks) in enumerate(zip(sites, where, strict=True)):
-            news = Triplet(None, None, None) if values is None else values[n][place]
+            news = NOTHING if values is None else values[n][place]
             for name, mask, new in zip(fields, masks, news):
                 if name is None or mask is None:
                     continue

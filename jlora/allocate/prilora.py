@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora import _compat, paths
-from jlora.allocate import budget, moments, triplets
+from jlora.allocate import budget, moments, scores, triplets
 from jlora.allocate.triplets import Fields, Triplet
 from jlora.method import Site
 from jlora.observe import Statistic, input_norms
@@ -29,12 +29,14 @@ class PruningState(NamedTuple):
         norms: moving average of the norms of every site's inputs, `[*batch, in]`. It starts at zero and is not corrected for
             that: the factor is the same for all entries of a column, whose order alone counts.
         kept: for mode "freeze", masks of the entries of `a` that learn; else nothing.
+        skipped: int32, updates whose gradients or norms were not finite, which changed no average.
     """
 
     inner: Any
     step: jax.Array
     norms: Any
     kept: Any
+    skipped: jax.Array
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class PRILoRARule:
             paths.insert(norms, site.keys, jnp.zeros(factor.a.shape[:-1], factor.a.dtype))
             if self.mode == "freeze":
                 paths.insert(kept, site.keys, jnp.ones(factor.a.shape, bool))
-        return PruningState(tx.init(params), jnp.zeros((), jnp.int32), norms, kept)
+        step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return PruningState(tx.init(params), step, norms, kept, skipped)
 
     def _update(
         self, tx: Any, sites: Sites, gradients: Any, state: PruningState, params: Any, extra: dict[str, Any]
@@ -97,9 +100,12 @@ class PRILoRARule:
         norms: dict[str, Any] = {}
         kept: dict[str, Any] = {}
         moves, gone = [], []
+        sound = scores.finite((gradients, [_inputs(extra["inputs"], site) for site in sites]))
+        keep = jnp.where(sound, self.beta, 1)
         for site, value, move in zip(sites, *(triplets.read(tree, sites, _FIELDS) for tree in (params, updates))):
             now = _inputs(extra["inputs"], site).astype(value.a.dtype)
-            average = self.beta * paths.lookup(state.norms, site.keys) + (1 - self.beta) * now
+            now = jnp.where(sound, now, jnp.zeros_like(now))
+            average = keep.astype(now.dtype) * paths.lookup(state.norms, site.keys) + (1 - self.beta) * now
             zero = self._zero(step, value.a + move.a, average, paths.lookup(state.kept, site.keys))
             moves.append(Triplet(jnp.where(zero, -value.a, move.a), None, None))
             gone.append(Triplet(zero, None, None))
@@ -107,7 +113,9 @@ class PRILoRARule:
             if self.mode == "freeze":
                 paths.insert(kept, site.keys, ~zero)
         inner = moments.edited(tx, inner, sites, _FIELDS, gone)
-        return triplets.write(updates, sites, moves, _FIELDS), PruningState(inner, step, norms, kept)
+        return triplets.write(updates, sites, moves, _FIELDS), PruningState(
+            inner, step, norms, kept, state.skipped + ~sound
+        )
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
         """The entries that are zero after this step, which lie as `a` does."""

@@ -58,8 +58,8 @@ class ScoredAllocation(Allocation):
         return orthogonality.penalty_gradient(factors, self.constrained(active), self.orthogonality)
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Averages]:
-        """A choice by the averages with this step; they stand still from the last allocation on."""
-        learning = step.number < self.phases.last
+        """A choice by the averages with this step; they stand still where it is not sound, and from the last allocation on."""
+        learning = step.sound & (step.number < self.phases.last)
         old = [triplets.read(tree, sites) for tree in step.memory]
         new = [
             scores.smoothed(mean, spread, values, gradients, self.beta1, self.beta2)
@@ -76,4 +76,4 @@ def _where(condition: jax.Array, new: Triplet, old: Triplet) -> Triplet:
 
 
 def _without(values: Triplet, gone: Triplet) -> Triplet:
-    return Triplet(*(jnp.where(mask, jnp.zeros_like(value), value) for value, mask in zip(values, gone)))
+    return Triplet(*(v if mask is None else jnp.where(mask, jnp.zeros_like(v), v) for v, mask in zip(values, gone)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,3 +44,8 @@ def of_ranks(sensitivity: Triplet, uncertainty: Triplet) -> jax.Array:
 def of_sites(sensitivities: Sequence[Triplet], uncertainties: Sequence[Triplet]) -> list[jax.Array]:
     """The scores of several leaves."""
     return [of_ranks(mean, spread) for mean, spread in zip(sensitivities, uncertainties, strict=True)]
+
+
+def finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

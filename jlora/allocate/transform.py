@@ -1,4 +1,4 @@
-"""What every allocation rule shares: an optax transformation around the optimizer, its state, and how to read that."""
+"""What every allocation rule shares: an optax transformation around the optimizer, and its state."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jlora import paths
 from jlora.adapted import Adapted
-from jlora.allocate import history, moments, triplets
+from jlora.allocate import history, moments, scores, triplets
 from jlora.allocate.budget import Phases
-from jlora.allocate.history import History, RankHistory
+from jlora.allocate.history import History
 from jlora.allocate.triplets import FIELDS, Fields, Triplet
 from jlora.method import Site
 
@@ -30,6 +29,9 @@ class AllocationState(NamedTuple):
         memory: what the rule remembers from step to step, such as averages laid out as the params.
         active: mask of the ranks in use at every site, `[*batch, r]`.
         history: the number of ranks in use over the run.
+        skipped: int32, updates whose gradients were not finite, which changed no score.
+        closed: mask of the ranks whose gate the last update set to zero, laid out as `active`.
+        reopened: int32 `[modules]`, updates that found such a gate open: something changed what `update` had returned.
     """
 
     inner: Any
@@ -37,6 +39,9 @@ class AllocationState(NamedTuple):
     memory: Any
     active: Any
     history: History
+    skipped: jax.Array
+    closed: Any
+    reopened: jax.Array
 
 
 class Edit(NamedTuple):
@@ -67,6 +72,7 @@ class Step(NamedTuple):
         active: masks of the ranks in use so far.
         memory: what the rule remembered so far.
         moments: the optimizer's trees of moments after the step (`moments.trees`).
+        sound: bool, whether all gradients are finite. A rule that learns from them takes nothing from a step that is not.
     """
 
     number: jax.Array
@@ -75,6 +81,7 @@ class Step(NamedTuple):
     active: list[jax.Array]
     memory: Any
     moments: list[Any]
+    sound: jax.Array
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ class Allocation:
     def wrap(self, tx: optax.GradientTransformation, sites: Sites) -> optax.GradientTransformation:
         """The optimizer with the rule around it.
 
-        Its `update` needs the params. Nothing may rescale what it returns: a rank is taken away by the update `-value`.
+        Its `update` needs the params. Nothing may rescale what it returns: a rank is taken away by the update `-value`. The
+        next update sees if that did not happen, and `ranks` and `rank_history` refuse such a state.
 
         Raises:
             ValueError: if the number of steps is not known.
@@ -134,7 +142,8 @@ class Allocation:
     def _init(self, tx: optax.GradientTransformation, params: Any, sites: Sites) -> AllocationState:
         steps = self.phases.steps
         assert steps is not None
-        record = history.empty(steps, len(triplets.names(sites)))
+        modules = len(triplets.names(sites))
+        record = history.empty(steps, modules)
         # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
         active = [jnp.zeros((), bool)] * len(sites)
         if jax.tree.leaves(params):
@@ -142,7 +151,10 @@ class Allocation:
             record = history.recorded(record, 0, counts(active))
         inner = tx.init(params)
         memory = self.remember(params, moments.trees(tx, inner), sites)
-        return AllocationState(inner, jnp.zeros((), jnp.int32), memory, _tree(active, sites), record)
+        # Each an array of its own, since the whole state may be donated.
+        step, skipped, reopened = (jnp.zeros(shape, jnp.int32) for shape in ((), (), modules))
+        closed = _tree([jnp.zeros_like(mask) for mask in active], sites)
+        return AllocationState(inner, step, memory, _tree(active, sites), record, skipped, closed, reopened)
 
     def _update(
         self,
@@ -160,13 +172,22 @@ class Allocation:
         moves, given = (triplets.read(tree, sites, self.fields) for tree in (updates, gradients))
         factors = [_sum(value, move) for value, move in zip(before, moves)]
         number: Any = optax.safe_increment(state.step)
-        step = Step(number, factors, given, active, state.memory, moments.trees(tx, inner))
+        sound = scores.finite((gradients, [_product(*pair) for pair in zip(factors, given)]))
+        step = Step(number, factors, given, active, state.memory, moments.trees(tx, inner), sound)
         edits, memory = self.decide(step, sites)
         moves = [_edited(move, value, edit) for move, value, edit in zip(moves, before, edits)]
         masks = [edit.active for edit in edits]
         record = history.recorded(state.history, number, counts(masks))
-        inner = self._with_moments(tx, inner, sites, edits)
-        state = AllocationState(inner, number, memory, _tree(masks, sites), record)
+        state = AllocationState(
+            self._with_moments(tx, inner, sites, edits),
+            number,
+            memory,
+            _tree(masks, sites),
+            record,
+            state.skipped + ~sound,
+            _tree([_closed(edit) for edit in edits], sites),
+            state.reopened + _reopened(before, [paths.lookup(state.closed, site.keys) for site in sites]),
+        )
         return triplets.write(updates, sites, moves, self.fields), state
 
     def _with_moments(self, tx: optax.GradientTransformation, inner: Any, sites: Sites, edits: list[Edit]) -> Any:
@@ -185,6 +206,23 @@ def added(gradients: Any, pull: list[Triplet] | None, sites: Sites, fields: Fiel
         for pair in zip(triplets.read(gradients, sites, fields), pull, strict=True)
     ]
     return triplets.write(gradients, sites, sums, fields)
+
+
+def _product(value: Triplet, gradient: Triplet) -> Triplet:
+    return Triplet(*(None if v is None else v * g for v, g in zip(value, gradient)))
+
+
+def _closed(edit: Edit) -> jax.Array:
+    """The ranks whose gate an edit sets to zero."""
+    if edit.where.e is None:
+        return jnp.zeros_like(edit.active)
+    return jnp.broadcast_to(edit.where.e & (edit.value.e == 0), edit.active.shape)
+
+
+def _reopened(factors: list[Triplet], closed: list[jax.Array]) -> jax.Array:
+    """By module, 1 where a gate is open that was closed, int32."""
+    gates = [jnp.zeros(mask.shape) if factor.e is None else factor.e for factor, mask in zip(factors, closed)]
+    return jnp.minimum(counts([(gate != 0) & mask for gate, mask in zip(gates, closed)]), 1)
 
 
 def _sum(value: Triplet, move: Triplet) -> Triplet:
@@ -212,12 +250,12 @@ def counts(active: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.sum(mask, axis=-1, dtype=jnp.int32).ravel() for mask in active])
 
 
-def _states(opt_state: Any) -> list[AllocationState]:
-    """The allocations in an optimizer's state, however deep, one inside the other too."""
+def _states(opt_state: Any, kinds: tuple[type, ...] = (AllocationState,)) -> list[Any]:
+    """The states of rules in an optimizer's state, however deep, one inside the other too."""
     found, waiting = [], [opt_state]
     while waiting:
-        leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, AllocationState))
-        states = [leaf for leaf in leaves if isinstance(leaf, AllocationState)]
+        leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, kinds))
+        states = [leaf for leaf in leaves if isinstance(leaf, kinds)]
         found += states
         waiting += [state.inner for state in states]
     if not found:
@@ -231,56 +269,3 @@ def _states(opt_state: Any) -> list[AllocationState]:
 def allocated(adapted: Adapted, state: AllocationState) -> Sites:
     """The sites that an allocation is about."""
     return tuple(site for site in adapted.plan.sites if not isinstance(paths.lookup(state.active, site.keys), dict))
-
-
-def ranks(adapted: Adapted, opt_state: Any = None) -> dict[str, int]:
-    """The ranks in use now, by module: a leaf's path, with the index of the matrix where the leaf is a stack.
-
-    Args:
-        adapted: what is trained.
-        opt_state: the state of an optimizer by `jlora.optimizer` or `jlora.with_rules`, wrapped or not. Without it the gates
-            that are not zero are counted, for methods that have gates, such as GeLoRA and PRILoRA.
-
-    Raises:
-        ValueError: for a state without rank allocation.
-    """
-    if opt_state is None:
-        from jlora.allocate.compact import open_gates  # imports methods, which import this module
-
-        return open_gates(adapted)
-    found: dict[str, int] = {}
-    for state in _states(opt_state):
-        sites = allocated(adapted, state)
-        masks = [np.asarray(jax.device_get(paths.lookup(state.active, site.keys))) for site in sites]
-        numbers = np.concatenate([mask.sum(-1).ravel() for mask in masks])
-        found |= dict(zip(triplets.names(sites), map(int, numbers), strict=True))
-    return {name: found[name] for name in triplets.names(adapted.plan.sites) if name in found}
-
-
-def rank_history(adapted: Adapted, opt_state: Any) -> RankHistory:
-    """The ranks of every module over a run so far, at up to 128 steps evenly spread over it.
-
-    Args:
-        adapted: what is trained.
-        opt_state: the state of an optimizer by `jlora.optimizer` or `jlora.with_rules`, wrapped or not.
-
-    Returns:
-        Steps, names and ranks, which can be plotted as a heat map of modules by time.
-
-    Raises:
-        ValueError: for a state without rank allocation, or with several of different lengths.
-
-    Example:
-        >>> adapted = jlora.adapterize(params, {r".*/q_proj/kernel": jlora.AdaLoRA(rank=4, target=2, steps=100)})
-        >>> opt_state = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-3).init(adapted.params)
-        >>> jlora.rank_history(adapted, opt_state).ranks.tolist()
-        [[4]]
-    """
-    states = _states(opt_state)
-    rows = [history.complete_rows(*state.history, state.step) for state in states]
-    if any(not np.array_equal(steps, rows[0][0]) for steps, _ in rows):
-        raise ValueError("the methods of this optimizer allocate ranks over different numbers of steps")
-    names = [name for state in states for name in triplets.names(allocated(adapted, state))]
-    columns = dict(zip(names, np.concatenate([table for _, table in rows], axis=1).T, strict=True))
-    order = tuple(name for name in triplets.names(adapted.plan.sites) if name in columns)
-    return RankHistory(rows[0][0], order, np.stack([columns[name] for name in order], axis=1))

@@ -34,6 +34,10 @@ class Triplet(NamedTuple):
     b: Any
 
 
+#: For no factor.
+NOTHING = Triplet(None, None, None)
+
+
 def read(tree: Any, sites: Sites, fields: Fields = FIELDS) -> list[Triplet]:
     """The factors of every site; None for those that have no name."""
     return [Triplet(*(paths.lookup(tree, (*site.keys, name)) if name else None for name in fields)) for site in sites]

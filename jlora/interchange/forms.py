@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import mesh
@@ -14,7 +15,8 @@ from jlora import weight as weights
 from jlora.interchange import svd
 from jlora.interchange.names import Slot
 from jlora.method import Factors, Method, Site, View
-from jlora.methods import DoRA, LoRA
+from jlora.methods import AdaLoRA, DoRA, Full, LoRA, RMLoRA, Rows, SHiRA, VeRA
+from jlora.serialize import is_own
 from jlora.weight import Weight
 
 
@@ -56,14 +58,17 @@ class Form:
 
 
 def native(weight: Weight) -> Form | None:
-    """The form in which PEFT has the method itself, exact to the bit; None where it has none."""
+    """The form in which PEFT has the method itself, exact to the bit; None where it has none.
+
+    By the class itself: one derived from it may have another weight.
+    """
     site = weight.site
     assert site is not None
-    for cls in type(site.method).__mro__:
-        if cls.__name__ in NATIVE:
-            arrays = {"params": _numpy(weight.params), "frozen": _numpy(weight.frozen), "shared": _numpy(weight.shared)}
-            return NATIVE[cls.__name__](site, site.method, arrays)
-    return None
+    form = NATIVE.get(type(site.method))
+    if form is None:
+        return None
+    arrays = {"params": _numpy(weight.params), "frozen": _numpy(weight.frozen), "shared": _numpy(weight.shared)}
+    return form(site, site.method, arrays)
 
 
 def _numpy(tree: Any) -> Any:
@@ -83,7 +88,7 @@ def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
 
 
 def _dora(site: Site, method: Any, arrays: dict[str, Any]) -> Form | None:
-    if not isinstance(method.inner, LoRA):
+    if type(method.inner) not in LORAS:
         return None
     inner = _lora(site, method.inner, arrays)
     return Form(
@@ -122,14 +127,17 @@ def _rows(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
     return Form(site, "rows", {"rows": arrays["params"]["rows"]}, {"rows": ("rows",)})
 
 
-NATIVE: dict[str, Callable[[Site, Any, dict[str, Any]], Form | None]] = {
-    "LoRA": _lora,
-    "DoRA": _dora,
-    "Full": _whole,
-    "AdaLoRA": _adalora,
-    "VeRA": _vera,
-    "SHiRA": _shira,
-    "Rows": _rows,
+#: The classes whose weight is LoRA's.
+LORAS: tuple[type[Method], ...] = (LoRA, RMLoRA)
+
+NATIVE: dict[type[Method], Callable[[Site, Any, dict[str, Any]], Form | None]] = {
+    **dict.fromkeys(LORAS, _lora),
+    DoRA: _dora,
+    Full: _whole,
+    AdaLoRA: _adalora,
+    VeRA: _vera,
+    SHiRA: _shira,
+    Rows: _rows,
 }
 
 
@@ -137,19 +145,28 @@ def as_lora(weight: Weight) -> Form | None:
     """The exact LoRA form, scale in `b`, of a method whose weight is `w + a @ b`; None for any other."""
     site = weight.site
     assert site is not None
-    method = site.method.inner if isinstance(site.method, DoRA) else site.method
+    around = type(site.method) is DoRA
+    method = site.method.inner if around else site.method  # type: ignore[attr-defined]
     if not method.matrix or not method.low_rank:
         return None
     found: Factors | None = weights.over_batch(method.factors, weight)
-    if found is None or found.scale is not None:
+    if found is None or found.scale is not None or not (is_own(type(method)) or _agrees(method, found, weight)):
         return None
     arrays = {"a": np.asarray(found.a), "b": np.asarray(found.b)}
     names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
     fields = {"a": names, "b": names}
-    if isinstance(site.method, DoRA):
+    if around:
         arrays["m"], fields["m"] = np.asarray(weight.params["m"]), ("m",)
         fields = {name: tuple(f for f in held if f != "m") if name != "m" else held for name, held in fields.items()}
     return Form(site, "lora", arrays, fields, float(arrays["a"].shape[-1]), dropout=found.dropout)
+
+
+def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
+    """Whether a method's factors give its weight, as the contract wants it: one that inherits them may have another weight."""
+    told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
+    # The difference of two weights is no more exact than they are.
+    size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps
+    return bool(jnp.max(jnp.abs(told - wanted)) <= size)
 
 
 def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
@@ -164,7 +181,8 @@ def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
         delta = np.asarray(weights.over_batch(_delta(site.method), weight))
     else:
         site = _with_roles(site, slots[0])
-        delta = np.asarray(site.fold(weight.params["w"]) - site.fold(weight.array).astype(weight.params["w"].dtype))
+        whole = site.method.weight(View(weight.array, weight.params, weight.frozen, site, weight.shared))
+        delta = np.asarray(site.fold(whole) - site.fold(weight.array).astype(whole.dtype))
     if not np.all(np.isfinite(delta)):
         raise ValueError(f"{site.path}: its adapter holds values that are not finite")
     a, b, residual = svd.truncate(delta, min(rank, *delta.shape[-2:]))

@@ -10,7 +10,8 @@ from jlora.interchange.folder import CONFIG, brief, read_object
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
-from jlora.serialize import method_from_dict, method_to_dict
+from jlora.method import Method
+from jlora.serialize import UnknownClass, method_from_dict, method_to_dict
 
 FILE = "jlora_manifest.json"
 FORMAT = 1
@@ -72,7 +73,7 @@ def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, An
     try:
         _check(found)
         for leaf in found["leaves"] if found["profile"] == "peft" else ():
-            leaf["method"] = method_from_dict(leaf["method"])
+            leaf["method"] = _method(leaf["method"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged or from another version ({reason}); {advice}") from None
@@ -85,6 +86,14 @@ def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, An
                 f"{brief(value)}; set it back, or delete {FILE} to read the folder by its settings"
             )
     return found
+
+
+def _method(table: Any) -> Method | None:
+    """The method of a leaf; None for a class that is not imported, since what PEFT reads is whole without it."""
+    try:
+        return method_from_dict(table)
+    except UnknownClass:
+        return None
 
 
 def _check(found: dict[str, Any]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from jlora.interchange.forms import LORAS
 from jlora.interchange.names import Slot
 from jlora.method import Method
-from jlora.methods import DoRA, LoRA
+from jlora.methods import DoRA
 
 
 class Recorded:
@@ -55,7 +56,7 @@ class Recorded:
         for leaf in self._methods.get(name, ()):
             inner = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
             # A class of somebody's own may have gone out by its weight, in other factors.
-            if type(inner) is not LoRA or leaf["form"] != "lora" or "residual" in leaf:
+            if type(inner) not in LORAS or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale
             if told[0] != rank or abs(told[1] - scale) > 1e-9 * abs(told[1]):
@@ -74,7 +75,10 @@ class Recorded:
         return any(line.get("leaf") == slot.path and line.get("copy_of_base") for line in self._lines.get(key, ()))
 
     def described(self, slot: Slot) -> Method | None:
-        """The method that was written for a parameter, by the leaf's path or as the only one."""
+        """The method that was written for a parameter, by the leaf's path or as the only one.
+
+        None for a class that is not imported: what PEFT reads is whole without it.
+        """
         lines = self._methods.get(slot.name, [])
         mine = [line for line in lines if line["leaf"] == slot.path] or lines
         methods = {line["method"] for line in mine}
@@ -84,19 +88,16 @@ class Recorded:
         """The method that was written for all of these parameters, where it is of a kind; None elsewhere."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
-        return method if isinstance(method, kind) else None
+        return method if type(method) is kind else None
 
     def method(self, slots: list[Slot], found: Method) -> Method | None:
         """The LoRA that was written for these parameters, where it is what was found; None elsewhere."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
-        inner = method.inner if type(method) is DoRA else method
-        plain = found.inner if isinstance(found, DoRA) else found
-        if (
-            type(inner) is not LoRA
-            or not isinstance(plain, LoRA)
-            or isinstance(method, DoRA) != isinstance(found, DoRA)
-        ):
+        around = type(method) is DoRA
+        inner: Any = method.inner if around else method  # type: ignore[union-attr]
+        plain: Any = found.inner if isinstance(found, DoRA) else found
+        if type(inner) not in LORAS or type(plain) not in LORAS or around != isinstance(found, DoRA):
             return None
         rank = inner.rank * (2 if inner.from_weight else 1)
         same = rank == plain.rank and abs(inner.scale - plain.scale) <= 1e-9 * abs(inner.scale)

@@ -60,12 +60,12 @@ class DoRA(Around):
     @property
     def low_rank(self) -> bool:
         """As the inner method."""
-        return self.inner.low_rank
+        return super().low_rank and self.inner.low_rank
 
     @property
     def is_sparse(self) -> bool:
         """As the inner method."""
-        return self.inner.is_sparse
+        return super().is_sparse and self.inner.is_sparse
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The inner start, and the column norms of the matrix."""

@@ -264,3 +264,86 @@ def test_without_matplotlib_the_plot_says_what_is_missing(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
         HISTORY.plot(tmp_path / "ranks.png")
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    """Twelve steps, two of them with a gradient that is not finite: what is adapted, then all states, the start first."""
+    adapted = jlora.adapterize({"p": BASE["p"], "stack": BASE["stack"]}, {name: SPEC[name] for name in ("p", "stack")})
+    tx = jlora.with_rules(adapted, optax.apply_if_finite(optax.adam(0.05), 3))
+    step = jit(lambda g, state, p: tx.update(g, state, p))
+    p, states = adapted.params, [tx.init(adapted.params)]
+    for number in range(12):
+        gradient = jax.tree.map(lambda x: normal(number, *x.shape), p)
+        if number in (5, 6):  # the first where both allocate
+            gradient["p"]["e"] = gradient["p"]["e"].at[1].set(jnp.nan if number == 6 else jnp.inf)
+        updates, state = step(gradient, states[-1], p)
+        p = optax.apply_updates(p, updates)
+        states.append(state)
+    return adapted, p, states
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_no_score(guarded):
+    _, _, states = guarded
+    for number in (5, 6):
+        for before, after in zip(_states(states[number]), _states(states[number + 1]), strict=True):
+            assert int(after.step) == int(before.step) + 1, "the schedule goes on"
+            if number == 6:  # else some averages go with their ranks
+                jax.tree.map(np.testing.assert_array_equal, after.memory, before.memory)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves([s.memory for s in _states(states[-1])]))
+
+
+def test_skipped_steps_are_counted_and_the_ranks_that_learn_stay(guarded):
+    adapted, params, states = guarded
+    assert [jlora.skipped_steps(states[number]) for number in (5, 6, 7, 12)] == [0, 1, 2, 2]
+    ranks = jlora.ranks(adapted, states[-1])
+    assert ranks["p"] == 2 == in_use(params, "p") and sum(ranks[f"stack[{n}]"] for n in range(3)) == 6
+    with pytest.raises(ValueError, match="holds no rank allocation"):
+        jlora.skipped_steps(optax.adam(1e-3).init(params))
+
+
+@pytest.mark.parametrize("name", ["p", "gated", pytest.param("stack", marks=pytest.mark.long)])
+def test_updates_that_are_changed_after_the_rule_are_noticed(name):
+    adapted = jlora.adapterize({name: BASE[name]}, {name: SPEC[name]})
+    tx = optax.chain(jlora.with_rules(adapted, optax.sgd(0.1)), optax.scale(0.5))
+    step = jit(lambda g, state, p: tx.update(g, state, p))
+    p, state = adapted.params, tx.init(adapted.params)
+    for number in range(12):
+        updates, state = step(jax.tree.map(lambda x: normal(number, *x.shape), p), state, p)
+        p = optax.apply_updates(p, updates)
+        if number == 0:
+            jlora.ranks(adapted, state)
+    for read in (jlora.ranks, jlora.rank_history):
+        with pytest.raises(
+            ValueError, match=rf"^{name}.*set ranks to zero that were not zero at its next update .*scale"
+        ):
+            read(adapted, state)
+
+
+@pytest.mark.parametrize("name", ["p", "masked"])
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        (optax.MultiSteps(optax.adam(0.1), 2), r"put it around, as in optax.MultiSteps\(jlora.optimizer"),
+        (
+            optax.chain(optax.adam(0.1), optax.apply_every(2)),
+            "have it count and score parts of a step; accumulate outside",
+        ),
+        (optax.contrib.schedule_free_adamw(0.1), "keeps a second copy of the trained arrays"),
+    ],
+)
+def test_what_a_rule_would_count_wrongly_is_refused(name, inside, message):
+    adapted = jlora.adapterize({name: BASE[name]}, {name: SPEC[name]})
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        jlora.with_rules(adapted, inside)
+    with pytest.raises(ValueError, match="put it around"):
+        jlora.optimizer(adapted, lambda rate: optax.MultiSteps(optax.sgd(rate), 2).gradient_transformation(), 0.1)
+
+
+def test_an_optimizer_that_leaves_arrays_their_raw_gradients_is_refused():
+    adapted = jlora.adapterize({"p": BASE["p"], "bias": BASE["bias"]}, {"p": ADA, "bias": jlora.Full()})
+    tx = jlora.with_rules(adapted, optax.masked(optax.adam(0.1), {"p": True, "bias": False}))
+    with pytest.raises(
+        ValueError, match="^bias/w: the optimizer gives back its raw gradient as the update, without a rate"
+    ):
+        tx.update(adapted.params, tx.init(adapted.params), adapted.params)

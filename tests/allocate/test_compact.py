@@ -1,5 +1,7 @@
 """Adapters of allocated ranks as plain LoRA: fewer columns, the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,32 @@ def test_compact_adapters_have_the_ranks_that_are_left_and_the_same_weights():
 def test_compact_under_jit_is_refused():
     with pytest.raises(TypeError, match="call it outside of jit"):
         jax.jit(jlora.compact)(trained())
+
+
+class Tanh(jlora.AdaLoRA):
+    def weight(self, view):
+        return view.w + jnp.tanh(super().weight(view) - view.w)
+
+
+class HalfChain(jlora.Chain):
+    def factors(self, view):
+        f = super().factors(view)
+        return dataclasses.replace(f, b=f.b / 2)
+
+    def weight(self, view):
+        f = self.factors(view)
+        return view.w + f.a @ f.b
+
+
+class HalfAda(jlora.AdaLoRA):
+    @property
+    def scale(self):
+        return super().scale / 2
+
+
+@pytest.mark.parametrize("method", [Tanh(4, 2), HalfChain(jlora.LoRA(2), 3), HalfAda(4, 2)], ids=str)
+def test_derived_classes_keep_their_weight(method):
+    adapted = perturbed(jlora.adapterize({"p": BASE["p"]}, {"p": method}))
+    small = jlora.compact(adapted)
+    assert type(small.plan.sites[0].method) is (jlora.LoRA if type(method) is HalfAda else type(method))
+    np.testing.assert_allclose(jlora.merge(small)["p"], jlora.merge(adapted)["p"], rtol=1e-5, atol=1e-6)

@@ -1,7 +1,8 @@
 """Writes `adalora.npz`: what PEFT 0.21's rank allocation does over whole schedules, for `tests/allocate/test_adalora.py`.
 
 Run with a Python that has torch and peft: `python tests/golden/make_adalora.py`. The parameters take plain gradient steps with
-random gradients, then PEFT allocates; everything is written transposed, as `a [in, r]`, `e [r]`, `b [r, out]`.
+random gradients, then PEFT allocates; in one case AdamW trains a net. All is written transposed, as `a [in, r]`, `e [r]`,
+`b [r, out]`.
 """
 
 from pathlib import Path
@@ -121,8 +122,59 @@ def penalty_case(out):
         out[f"penalty/merged/{name}"] = array(layer.base_layer.weight + layer.get_delta_weight("default"), name)
 
 
+class Net(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        for name, weight in weights.items():
+            setattr(self, name, nn.Linear(*weight.shape, bias=False))
+            getattr(self, name).weight.data = torch.tensor(weight.T.copy())
+
+    def forward(self, x):
+        return self.up(torch.tanh(self.down(x)))
+
+
+def training_case(out):
+    """60 steps of AdamW on a small net, of which the last 30 allocate no more: the factors after steps 30 and 60."""
+    rng = np.random.RandomState(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    weights = {"down": draw(6, 5) / 2, "up": draw(5, 4) / 2}
+    x, teacher = draw(60, 8, 6), {name: weight + draw(*weight.shape) / 2 for name, weight in weights.items()}
+    y = np.tanh(x @ teacher["down"]) @ teacher["up"]
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=8, tinit=5, tfinal=30, deltaT=1, total_step=60, orth_reg_weight=0.5,
+        target_modules=list(weights),
+    )  # fmt: skip
+    model = get_peft_model(Net(weights), config)
+    layers = {name: getattr(model.base_model.model, name) for name in weights}
+    factors = {f"{name}/{f}": getattr(layer, m)["default"] for name, layer in layers.items() for f, m in FIELDS.items()}
+    with torch.no_grad():
+        for name, tensor in factors.items():
+            if not name.endswith("/e"):
+                tensor.copy_(torch.tensor(0.02 * draw(*tensor.shape)))
+    out |= {f"training/before/{name}": array(tensor, name) for name, tensor in factors.items()}
+    out |= {f"training/w/{name}": weight for name, weight in weights.items()} | {"training/x": x, "training/y": y}
+    optimizer = torch.optim.AdamW(factors.values(), lr=0.01, weight_decay=0.1)
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        loss = ((model.base_model.model(torch.tensor(x[step - 1])) - torch.tensor(y[step - 1])) ** 2).mean()
+        apart = [
+            torch.norm(m @ m.T - torch.eye(4))
+            for name, f in factors.items()
+            if not name.endswith("/e")
+            for m in [f if name.endswith("/a") else f.T]
+        ]
+        (loss + 0.5 * sum(apart) / len(apart)).backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        if step in (30, 60):
+            out |= {f"training/after {step}/{name}": array(tensor, name) for name, tensor in factors.items()}
+            for name, layer in layers.items():
+                out[f"training/change {step}/{name}"] = layer.get_delta_weight("default").detach().numpy().T.copy()
+
+
 def main():
     out = {}
+    training_case(out)
     for label, schedule in SCHEDULES.items():
         schedule_case(label, schedule, out)
     long_budgets(out)

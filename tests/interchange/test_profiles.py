@@ -1,5 +1,6 @@
 """The two profiles: what servers read alike, truncation with its residual, and refusals that change nothing."""
 
+import dataclasses
 import json
 
 import jax
@@ -265,3 +266,92 @@ def test_an_array_that_is_not_contiguous_is_written_by_its_values(tmp_path):
     adapted.params["up"]["kernel"]["a"] = strided
     jlora.save_peft(tmp_path / "out", adapted, NAMES)
     np.testing.assert_array_equal(saved(tmp_path / "out")[1]["base_model.model.up.lora_A.weight"], a.T)
+
+
+class Halved(jlora.LoRA):
+    @property
+    def scale(self):
+        return super().scale / 2
+
+
+class OnlyWeight(jlora.LoRA):
+    """The change of its parent's weight, halved, in `weight` alone."""
+
+    def weight(self, view):
+        return (super().weight(view) + view.w) / 2
+
+
+class OnlyFactors(jlora.LoRA):
+    """What the contract forbids: factors that are not of the weight."""
+
+    def factors(self, view):
+        f = super().factors(view)
+        return dataclasses.replace(f, b=2 * f.b)
+
+
+class HalfDoRA(jlora.DoRA):
+    def weight(self, view):
+        return super().weight(view) / 2
+
+
+class HalfFull(jlora.Full):
+    def weight(self, view):
+        return super().weight(view) / 2
+
+
+class HalfAdaLoRA(jlora.AdaLoRA):
+    @property
+    def scale(self):
+        return super().scale / 2
+
+
+class HalfChain(jlora.Chain):
+    def factors(self, view):
+        f = super().factors(view)
+        return dataclasses.replace(f, b=f.b / 2)
+
+    def weight(self, view):
+        f = self.factors(view)
+        return view.w + f.a @ f.b
+
+
+EXACT = [
+    Halved(2, 3),
+    jlora.DoRA(Halved(2, 3)),
+    HalfAdaLoRA(3, 2, steps=9),
+    HalfChain(jlora.LoRA(2, 3), 2),
+    jlora.RMLoRA(2, updated=1),
+]
+BY_WEIGHT = [OnlyWeight(2, 3), OnlyFactors(2, 3), HalfDoRA(LORA), HalfFull(), jlora.DoRA(OnlyWeight(2, 3))]
+
+
+@pytest.mark.parametrize("method", EXACT, ids=str)
+def test_a_derived_class_ships_what_it_computes_and_not_what_its_parent_would(method, tmp_path):
+    adapted = adapted_of({"up/kernel": method})
+    assert jlora.save_peft(tmp_path / "out", adapted, NAMES).residuals == {}
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-5)
+    kept = again.plan.sites[0].method
+    assert type(kept) in (jlora.LoRA, jlora.DoRA) or kept == method == jlora.RMLoRA(2, updated=1)
+
+
+@pytest.mark.parametrize("method", BY_WEIGHT, ids=str)
+def test_a_derived_class_without_factors_of_its_weight_is_refused_or_goes_out_by_its_weight(method, tmp_path):
+    adapted = adapted_of({"up/kernel": method})
+    with pytest.raises(
+        ValueError, match="up/kernel: .*no exact LoRA; pass svd_rank= to turn its change of the weight into"
+    ):
+        jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    report = jlora.save_peft(tmp_path / "out", adapted, NAMES, svd_rank=8)
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-4)
+    assert report.residuals["up/kernel"] < 1e-5
+
+
+def test_a_folder_of_a_class_that_is_not_imported_is_read_as_pefts_own(tmp_path):
+    adapted = adapted_of({"up/kernel": Halved(2, 3)})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    manifest = tmp_path / "out" / "jlora_manifest.json"
+    manifest.write_text(manifest.read_text().replace(f"{__name__}.Halved", "elsewhere.Mine"))
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-5)
