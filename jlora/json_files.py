@@ -25,15 +25,16 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[st
         largest: how many bytes it may have.
 
     Raises:
-        ValueError: where it is no JSON, nested too deeply, no object, or too large; the message begins with the path.
+        ValueError: where it is no JSON, nested too deeply, no object, too large, or has two values for one key; the message
+            begins with the path.
         OSError: where it can't be read.
     """
     path = Path(path)
     if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: {size} bytes are too many for a file of settings, wanted at most {largest}")
+        raise ValueError(f"{path}: {size} bytes are too many for settings, wanted at most {largest}")
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_without_twins)
         if "\\u" in text:  # half of a pair of surrogates is no text, which whoever uses it next would stumble over
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -45,6 +46,16 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> dict[st
         level = [inner for each in level for inner in _within(each)]
     if level:
         raise ValueError(f"{path}: not valid JSON (nested deeper than {DEEPEST} levels)")
+    return found
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, none of whose keys has a second value that would go unseen."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"two values for {key[:100]!r}: {shown(found[key])} and {shown(value)}")
+        found[key] = value
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from jlora.json_files import read_object
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -23,7 +24,6 @@ FLOATS = {
 INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 LARGEST_CONFIG = 10_000_000
 LARGEST_HEADER = 50_000_000
-DEEPEST = 50
 _KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 
@@ -46,7 +46,7 @@ class AdapterFolder:
             raise FileNotFoundError(
                 f"{self.path / CONFIG}: no such file; an adapter is a folder with {CONFIG} and {TENSORS}"
             )
-        self.config = read_object(self.path / CONFIG)
+        self.config = read_object(self.path / CONFIG, LARGEST_CONFIG)
         self.file = self.path / TENSORS
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.path}: {TENSORS} is missing{_pickle_advice(self.path)}")
@@ -124,49 +124,6 @@ def brief(value: Any) -> str:
     """A value of a file as a message shows it."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, of a file that may be anything.
-
-    Raises:
-        ValueError: for a file that is too large, no JSON, no object, nested too deeply, or with two values for one key.
-    """
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for settings")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
-    except RecursionError:
-        raise ValueError(f"{path}: not valid JSON for settings (nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got a {type(found).__name__}")
-    _check_depth(found, path)
-    return found
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found and found[key] != value:
-            raise ValueError(f"two values for {key[:100]!r}: {brief(found[key])} and {brief(value)}")
-        found[key] = value
-    return found
-
-
-def _check_depth(found: Any, path: Path) -> None:
-    """Nothing lies so deep that printing or comparing it would fail."""
-    level = [found]
-    for _ in range(DEEPEST):
-        level = [each for value in level if isinstance(value, dict | list) for each in _inside(value)]
-        if not level:
-            return
-    raise ValueError(f"{path}: not valid JSON for settings (nested too deeply)")
-
-
-def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value
 
 
 def _check_header(path: Path) -> None:

@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jlora.interchange.folder import CONFIG, brief, read_object
+from jlora.interchange.folder import CONFIG, LARGEST_CONFIG, brief
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
+from jlora.json_files import read_object
 from jlora.method import Method
 from jlora.serialize import UnknownClass, method_from_dict, method_to_dict
 
@@ -69,7 +70,7 @@ def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, An
     if not path.is_file():
         return None
     advice = "delete it to read the folder as PEFT's own"
-    found = read_object(path)
+    found = read_object(path, LARGEST_CONFIG)
     try:
         _check(found)
         for leaf in found["leaves"] if found["profile"] == "peft" else ():
