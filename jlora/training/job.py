@@ -225,7 +225,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
     found = complaint(metrics, settings)
-    record = _results(metrics, adapted, start) | {"complaint": found}
+    record: dict[str, Any] = _results(metrics, adapted, start) | {"complaint": found}
     if found is None and (note := unsteady(metrics, settings)):
         about["notes"].append(note)
         say(f"note  {note}")
@@ -242,7 +242,7 @@ def _gave_up(
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record = _results(metrics, trainer.adapted, start) | {"complaint": str(error)}
+    record: dict[str, Any] = _results(metrics, trainer.adapted, start) | {"complaint": str(error)}
     write_json(out / RESULTS, record)
     write_report(out, about, record, metrics, trainer.adapted, texts)
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))

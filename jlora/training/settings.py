@@ -194,7 +194,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
         raise SettingError(field.name, f"must be {wanted}, got {value!r} ({type(value).__name__})")
     choices = field.metadata["choices"]
     if choices and value not in choices:
-        near = nearest(value, choices)
+        near = nearest(str(value), choices)
         hint = f"; did you mean {near}?" if near else ""
         raise SettingError(field.name, f"must be one of {', '.join(choices)}, got {value!r}{hint}")
 
