@@ -42,7 +42,7 @@ def _jit(eqn: Any) -> Sources:
 
 
 def scan_passed(eqn: Any) -> Sources:
-    """For each output of a `scan`, the operand that it is: a carried value that stays, or a stack that is put together again."""
+    """For each output of a `scan`, the operand that it is: a carried value that stays, or a stack put together again."""
     consts, carried = _compat.scan_counts(eqn.params)
     found = _body(eqn)
     return [
