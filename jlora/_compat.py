@@ -40,7 +40,7 @@ def live(jaxpr: Any) -> Any:
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carried values of a `scan` equation.
 
-    Needed below JAX 0.12. JAX 0.10 states them; JAX 0.12 gives a tree of three groups (constants, carry, scanned inputs).
+    Needed below JAX 0.11. JAX 0.10 states them; JAX 0.11 gives a tree of three groups (constants, carry, scanned inputs).
     """
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()

@@ -78,22 +78,21 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     num_consts, num_carry = _compat.scan_counts(eqn.params)
     passed = _passed(values, passing.scan_passed(eqn))
-    changing = [n for n in range(num_carry) if n not in passed]
-    init = walk.arrays([values[num_consts + n] for n in changing], eqn)
-    still = [values[num_consts + n] for n in range(num_carry) if n in passed]
+    staying = [n for n in passed if n < num_carry]
+    init = walk.arrays(_computed(list(values[num_consts : num_consts + num_carry]), passed), eqn)
     length = eqn.params["length"]
-    fixed, fixed_keys = _take_keys(walk, [*values[:num_consts], *still], length)
+    fixed, fixed_keys = _take_keys(walk, [*values[:num_consts], *(passed[n] for n in staying)], length)
     xs, xs_keys = _take_keys(walk, list(values[num_consts + num_carry :]), length)
     xs, joins = zip(*[_scanned(walk, value, eqn) for value in xs]) if xs else ((), ())
 
     def body(carry: list[Any], slices: Any) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
         sliced, key_pair = slices
         known = _give_keys(fixed, key_pair[0])
-        carried = _with_passed(carry, dict(zip([n for n in range(num_carry) if n in passed], known[num_consts:])))
+        carried = _with_passed(carry, dict(zip(staying, known[num_consts:])))
         sliced = [join(value) for join, value in zip(joins, sliced)]
         inner = [*known[:num_consts], *carried, *_give_keys(sliced, key_pair[1])]
         outputs, taps = walk.aside(lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inner), passed)))
-        return outputs[: len(changing)], (outputs[len(changing) :], taps)
+        return outputs[: len(init)], (outputs[len(init) :], taps)
 
     scanned = (list(xs), (fixed_keys, xs_keys))
     carry, (ys, taps) = jax.lax.scan(

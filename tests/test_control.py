@@ -56,16 +56,6 @@ def test_a_vmapped_while_stops_each_row_by_its_own_predicate(fn):
     equals_merged(fn, model)
 
 
-def test_a_predicate_by_row_may_use_a_weight_with_dropout():
-    def fn(p, x):
-        more = lambda s: (s[0] < 5) & (jnp.sum(s[1] @ p["w"]) < 100)
-        return jax.vmap(lambda x: lax.while_loop(more, lambda s: (s[0] + 1, s[1] * 1.5), (0, x)))(x)
-
-    model = adapted(SQUARE, fn, jlora.LoRA(rank=2, dropout=0.5, init="random"), X)
-    steps, y = jax.jit(jlora.lift(fn))(model.replace(context={"dropout": KEY}), X)
-    np.testing.assert_allclose(y, X * 1.5 ** steps[:, None], rtol=1e-5)
-
-
 def through_remat(p, x):
     w, y = jax.checkpoint(lambda w, x: (w, jnp.tanh(x @ w)))(p["w"], x)
     return y @ w

@@ -174,6 +174,37 @@ def test_nnx():
     assert isinstance(jlora.merge(adapted), nnx.State)
 
 
+class Residual(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    @nnx.remat
+    def __call__(self, x):
+        return x + jnp.tanh(self.dense(x))
+
+
+@nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+def through_layers(x, layer):
+    return layer(x)
+
+
+def test_nnx_remat_inside_scan_with_dropout():
+    graph, one = nnx.split(Residual(nnx.Rngs(0)))
+    params = jax.tree.map(lambda w: jnp.stack([w, w / 2, -w]), one)
+
+    def fn(params, x):
+        return through_layers(through_layers(x, model := nnx.merge(graph, params)), model)
+
+    adapted = jlora.adapterize(
+        params,
+        {"dense/kernel": jlora.LoRA(rank=2, dropout=0.5, init="random")},
+        sites=jlora.sites(fn, params, X),
+    )
+    lifted = jit(jlora.lift(fn, strict=True))
+    np.testing.assert_allclose(lifted(adapted, X), fn(jlora.merge(adapted), X), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(lifted(adapted.replace(context={"dropout": jax.random.key(1)}), X), lifted(adapted, X))
+
+
 def test_equinox():
     params, static = eqx.partition(eqx.nn.MLP(8, 5, 12, 2, key=jax.random.key(0)), eqx.is_array)
 
