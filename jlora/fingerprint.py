@@ -15,6 +15,7 @@ from jlora import paths
 
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _NARROW = (jnp.int4, jnp.uint4)  # less than a byte each
+_PLAIN = (bool, int, float, complex, str, bytes)
 _BLOCK = 2**21  # elements
 _SEEDS = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))  # any two numbers
 
@@ -26,14 +27,22 @@ def fingerprint(params: Any) -> str:
     depend on the order of addition, so the device, the mesh and the layout make no difference. A change of one element is
     always seen; any other goes unseen by a chance of about 2**-64.
 
+    Python numbers and texts in the tree count by kind and value.
+
     Raises:
-        TypeError: for a leaf that is no array.
+        TypeError: for a leaf that is neither an array nor one of these.
     """
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
     for keys, leaf in sorted(leaves, key=lambda item: item[0]):
+        if isinstance(leaf, _PLAIN):
+            digest.update(repr(("/".join(keys), type(leaf).__name__, leaf)).encode())
+            continue
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{'/'.join(keys)} is no array but {type(leaf).__name__}")
+            raise TypeError(
+                f"{'/'.join(keys)} is no array but {type(leaf).__name__}, which no fingerprint can tell from another; keep it "
+                "out of the params tree"
+            )
         sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(jnp.asarray(leaf))], axis=0, dtype=np.uint32)
         digest.update(repr(("/".join(keys), tuple(leaf.shape), str(leaf.dtype), sums.tolist())).encode())
     return digest.hexdigest()[:32]
