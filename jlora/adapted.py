@@ -134,8 +134,8 @@ def adapterize(
 
     Raises:
         TypeError: for a spec of the wrong kind, a leaf that holds integers, or one that is only a shape.
-        ValueError: for a path that two leaves have, or that is kept for jlora, a pattern that matches nothing, a leaf that a method can't adapt, an axis role that can't be known,
-            a method that starts from data without `prepared`.
+        ValueError: for a path that two leaves have or that jlora keeps for itself, a pattern that matches nothing, a leaf that
+            a method can't adapt, an axis role that can't be known, a method that starts from data without `prepared`.
 
     Example:
         >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})

@@ -15,7 +15,6 @@ from jlora import paths
 
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _NARROW = (jnp.int4, jnp.uint4)  # less than a byte each
-_PLAIN = (bool, int, float, complex, str, bytes)
 _BLOCK = 2**21  # elements
 _SEEDS = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))  # any two numbers
 
@@ -27,7 +26,7 @@ def fingerprint(params: Any) -> str:
     depend on the order of addition, so the device, the mesh and the layout make no difference. A change of one element is
     always seen; any other goes unseen by a chance of about 2**-64.
 
-    Python numbers and texts in the tree count by kind and value.
+    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step; a text as itself.
 
     Raises:
         TypeError: for a leaf that is neither an array nor one of these.
@@ -35,9 +34,11 @@ def fingerprint(params: Any) -> str:
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
     for keys, leaf in sorted(leaves, key=lambda item: item[0]):
-        if isinstance(leaf, _PLAIN):
-            digest.update(repr(("/".join(keys), type(leaf).__name__, leaf)).encode())
+        if isinstance(leaf, str | bytes):
+            digest.update(repr(("/".join(keys), leaf)).encode())
             continue
+        if isinstance(leaf, bool | int | float | complex) and not hasattr(leaf, "dtype"):
+            leaf = jnp.asarray(leaf)
         if not hasattr(leaf, "dtype"):
             raise TypeError(
                 f"{'/'.join(keys)} is no array but {type(leaf).__name__}, which no fingerprint can tell from another; keep it "

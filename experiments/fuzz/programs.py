@@ -82,7 +82,9 @@ class Program:
         """The leaves' values."""
         draw = np.random.default_rng(len(self.leaves))
         return {
-            leaf.name: jnp.asarray(draw.standard_normal(leaf.shape) / 2, leaf.dtype)  # about the size of a kernel's values
+            leaf.name: jnp.asarray(
+                draw.standard_normal(leaf.shape) / 2, leaf.dtype
+            )  # about the size of a kernel's values
             for leaf in self.leaves
         }
 
@@ -137,7 +139,9 @@ def with_jvp(f: Any) -> Any:
     @g.defjvp
     def rule(values: Any, tangents: Any) -> Any:
         y, dy = jax.jvp(f, values, tangents)
-        return y, jax.tree.map(lambda each: (each / 2).astype(each.dtype) if each.dtype != jax.dtypes.float0 else each, dy)
+        return y, jax.tree.map(
+            lambda each: (each / 2).astype(each.dtype) if each.dtype != jax.dtypes.float0 else each, dy
+        )
 
     return g
 
@@ -249,7 +253,9 @@ def _leaf(name: str, draw: Random) -> Leaf:
     draw.shuffle(roles)
     method = _method(shape, roles, draw)
     traced = draw.random() < 0.5
-    return Leaf(name, shape, dtype, method, None if traced else " ".join(roles), draw.choice(["dot", "dot", "gather", "conv"]))
+    return Leaf(
+        name, shape, dtype, method, None if traced else " ".join(roles), draw.choice(["dot", "dot", "gather", "conv"])
+    )
 
 
 def _method(shape: tuple[int, ...], roles: list[str], draw: Random) -> Method:

@@ -7,7 +7,6 @@ Prints counts by outcome and by what happens in the programs, and for every faul
 
 import argparse
 import collections
-import json
 import time
 from pathlib import Path
 
@@ -22,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="number of programs")
     parser.add_argument("--seed", type=int, default=0, help="number of the first one")
-    parser.add_argument("--without", nargs="*", default=[], help="names of steps, nests or ends: no programs that have them")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="names of steps, nests or ends: no programs that have them"
+    )
     parser.add_argument("--out", type=Path, help="where to write the counts as JSON and the faults as text")
     options = parser.parse_args()
     jit = lambda f: jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})  # noqa: E731

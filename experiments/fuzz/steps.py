@@ -1,8 +1,8 @@
 """What may happen to a weight: steps it passes, things that go around the rest of a program, and ends that use it.
 
-Each is a function `(shape, draw) -> Python text` of an expression in `w`, the weight so far; None where it does not fit. `shape`
-is a `jax.ShapeDtypeStruct` and `draw` a `random.Random`, so that the same number always gives the same text. In the texts `t` is
-a scalar that scales activations, `x(*shape)` a constant array and `p` the params.
+Each is a function `(shape, draw) -> Python text` of an expression in `w`, the weight so far; None where it does not fit.
+`shape` is a `jax.ShapeDtypeStruct` and `draw` a `random.Random`, so that the same number always gives the same text. In the
+texts `t` is a scalar that scales activations, `x(*shape)` a constant array and `p` the params.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def dynamically_indexed(shape, draw):
 @step
 def numpy_indexed(shape, draw):
     axis = axis_of(shape, draw)
-    return None if axis is None else f"w[{':, ' * axis}jnp.int32({draw.randrange(shape.shape[axis])}) + jnp.int32(t * 0)]"
+    return (
+        None if axis is None else f"w[{':, ' * axis}jnp.int32({draw.randrange(shape.shape[axis])}) + jnp.int32(t * 0)]"
+    )
 
 
 @step
@@ -299,7 +301,8 @@ def joined_with_another(shape, draw):
 def stacked(shape, draw):
     if math.prod(shape.shape) > MOST or len(shape.shape) > 3:
         return None
-    return f"jnp.stack([w, {draw.choice(['w', '0.5 * w', 'x' + _arguments(shape.shape)])}], axis={draw.randint(0, len(shape.shape))})"
+    other, axis = draw.choice(["w", "0.5 * w", "x" + _arguments(shape.shape)]), draw.randint(0, len(shape.shape))
+    return f"jnp.stack([w, {other}], axis={axis})"
 
 
 @step
@@ -385,7 +388,9 @@ def scan_over_weight(shape, draw):
     if not shape.shape or shape.shape[0] > 6:
         return None
     options = draw.choice(["", ", reverse=True", ", unroll=2"])
-    return f"lax.scan(lambda c, w: (0.5 * c + mean(f(w, c)), f(w, c)), t * 1.0, w{options})", _like(shape, shape.shape[1:])
+    return f"lax.scan(lambda c, w: (0.5 * c + mean(f(w, c)), f(w, c)), t * 1.0, w{options})", _like(
+        shape, shape.shape[1:]
+    )
 
 
 @nest
@@ -493,7 +498,9 @@ def matmul(shape, draw):
     left = draw.random() < 0.5
     size = shape.shape[-2] if left else shape.shape[-1]
     lead = draw.choice([(), (3,), (*shape.shape[:-2], 2)])
-    return f"(t * x{_arguments((*lead, size))}) @ w" if left else f"w @ (t * x{_arguments((*shape.shape[:-2], size, 2))})"
+    return (
+        f"(t * x{_arguments((*lead, size))}) @ w" if left else f"w @ (t * x{_arguments((*shape.shape[:-2], size, 2))})"
+    )
 
 
 @use
@@ -520,7 +527,9 @@ def precise_product(shape, draw):
         return None
     axis = draw.randrange(len(shape.shape))
     more = draw.choice(["preferred_element_type=jnp.float32", "precision='highest'"])
-    return f"lax.dot_general((t * x({shape.shape[axis]}, 2)).astype(w.dtype), w, ((((0,), ({axis},)), ((), ()))), {more})"
+    return (
+        f"lax.dot_general((t * x({shape.shape[axis]}, 2)).astype(w.dtype), w, ((((0,), ({axis},)), ((), ()))), {more})"
+    )
 
 
 @use
@@ -646,9 +655,9 @@ def convolution(shape, draw):
 
 @use
 def elementwise(shape, draw):
-    return draw.choice(["t * w * x{0}", "jnp.tanh(t * w)", "t + w", "w * w * t", "jnp.maximum(w, 0.1) * t", "jnp.sum(w) * t"]).format(
-        _arguments(shape.shape)
-    )
+    return draw.choice(
+        ["t * w * x{0}", "jnp.tanh(t * w)", "t + w", "w * w * t", "jnp.maximum(w, 0.1) * t", "jnp.sum(w) * t"]
+    ).format(_arguments(shape.shape))
 
 
 @use
@@ -660,7 +669,14 @@ def output(shape, draw):
 def statistics(shape, draw):
     if not shape.shape:
         return None
-    return f"t * {draw.choice(['jnp.linalg.norm(w)', 'jnp.var(w, axis=0)', 'jnp.max(w)', 'jnp.sum(jnp.outer(w, w))', 'jnp.sort(w, axis=0)'])}"
+    texts = [
+        "jnp.linalg.norm(w)",
+        "jnp.var(w, axis=0)",
+        "jnp.max(w)",
+        "jnp.sum(jnp.outer(w, w))",
+        "jnp.sort(w, axis=0)",
+    ]
+    return f"t * {draw.choice(texts)}"
 
 
 @use
