@@ -58,12 +58,10 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
 def _check_names(adapted: Adapted) -> None:
     """Whether every array has a name of its own in the checkpoint, where orbax joins keys by dots."""
     named: dict[str, str] = {}
-    for site in adapted.plan.sites:
-        other = named.setdefault(".".join(site.keys), site.path)
-        if other != site.path:
-            raise ValueError(
-                f"{other} and {site.path} have one name in a checkpoint, {'.'.join(site.keys)}; rename a key that has a dot"
-            )
+    for keys, _ in paths.flatten_with_keys(adapted.params)[0]:
+        path, name = "/".join(keys), ".".join(keys)
+        if (other := named.setdefault(name, path)) != path:
+            raise ValueError(f"{other} and {path} have one name in a checkpoint, {name}; rename a key that has a dot")
 
 
 def _save(target: Path, arrays: dict[str, Any], described: dict[str, Any]) -> None:

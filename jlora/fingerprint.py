@@ -37,8 +37,7 @@ def fingerprint(params: Any) -> str:
         if isinstance(leaf, str | bytes):
             digest.update(repr(("/".join(keys), leaf)).encode())
             continue
-        if isinstance(leaf, bool | int | float | complex) and not hasattr(leaf, "dtype"):
-            leaf = jnp.asarray(leaf)
+        leaf = jnp.asarray(leaf) if type(leaf) in (bool, int, float, complex) else leaf
         if not hasattr(leaf, "dtype"):
             raise TypeError(
                 f"{'/'.join(keys)} is no array but {type(leaf).__name__}, which no fingerprint can tell from another; keep it "

@@ -54,13 +54,18 @@ def _in_box(box: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, .
 
 
 def former_keys(tree: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """For leaves that had other keys before fields named `value` kept their name: the former keys and those of now."""
+    """For leaves that had other keys before fields named `value` kept their name: the former keys and those of now.
+
+    None where the former keys would have been refused, because one went on from another.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     former = {}
     for (path, _), (keys, _) in zip(leaves, _leaves(tree, lambda node: False), strict=True):
-        if len(path) > 1 and path[-1] == GetAttrKey("value") and len(keys) == len(path):
-            former[keys[:-1]] = keys
-    return former
+        hidden = len(path) > 1 and path[-1] == GetAttrKey("value") and len(keys) == len(path)
+        former[keys[:-1] if hidden else keys] = keys
+    if any(keys[:n] in former for keys in former for n in range(1, len(keys))):
+        return {}
+    return {old: keys for old, keys in former.items() if old != keys}
 
 
 def nearest(path: str, paths: Iterable[str], count: int = 3) -> list[str]:
