@@ -23,8 +23,8 @@ _LIBRARIES = tuple(
 def open_jaxpr(closed: Any) -> tuple[Any, list[Any]]:
     """Splits what an equation holds into (jaxpr, values of its constants).
 
-    Needed below JAX 0.12. JAX 0.10 holds a `ClosedJaxpr` in most primitives and a bare `Jaxpr` in `remat2` and `shard_map`;
-    JAX 0.12 holds a `Jaxpr` that carries its own constants everywhere.
+    Needed below JAX 0.11. JAX 0.10 holds a `ClosedJaxpr` in most primitives and a bare `Jaxpr` in `remat2` and `shard_map`;
+    from JAX 0.11 on it is a `Jaxpr` that carries its own constants everywhere.
     """
     return getattr(closed, "jaxpr", closed), list(getattr(closed, "consts", ()))
 
@@ -40,7 +40,8 @@ def live(jaxpr: Any) -> Any:
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carried values of a `scan` equation.
 
-    Needed below JAX 0.11. JAX 0.10 states them; JAX 0.11 gives a tree of three groups (constants, carry, scanned inputs).
+    Needed below JAX 0.11. JAX 0.10 states them; from JAX 0.11 on there is a tree of three groups (constants, carry, scanned
+    inputs).
     """
     if "ft_in" in params:
         consts, carry, _ = params["ft_in"].unpack()

@@ -10,6 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jlora import _compat, mesh, paths
@@ -85,6 +87,7 @@ class Adapted:
         if key is not None:
             key = jax.random.fold_in(key, _number(site.path)) if site.method.uses_key else None
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
+        leaf = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         return weights.start(leaf, site, params, frozen, shared, key)
 
     def with_leaves(self, arrays: list[Any]) -> Any:
@@ -117,7 +120,9 @@ def adapterize(
     """Splits params into a frozen base and small trainable adapters.
 
     Args:
-        params: any pytree of arrays; it is not changed or copied.
+        params: any pytree of arrays, numpy's too; it is not changed or copied. What is no array (numbers, texts) is left
+            alone. An `Adapted` is such a tree as well: its base is adapted anew, under paths that begin with `base/`, and
+            what it has trained so far stays as it is.
         spec: ordered mapping from pattern to method. A pattern is a regex that must match a leaf's whole `/`-joined path,
             or `ALL_LINEAR`. The first match wins; what nothing matches, or what matches None, is frozen.
         key: random key of the starting values (default: `jax.random.key(0)`); every leaf gets its own.
@@ -129,9 +134,9 @@ def adapterize(
         An `Adapted` that starts at the base's output (for methods with an exact start).
 
     Raises:
-        TypeError: for a spec of the wrong kind, or a leaf that holds integers.
-        ValueError: for a pattern that matches nothing, a leaf that a method can't adapt, an axis role that can't be known,
-            a method that starts from data without `prepared`.
+        TypeError: for a spec of the wrong kind, a leaf that holds integers, or one that is only a shape.
+        ValueError: for a path that two leaves have or that jlora keeps for itself, a pattern that matches nothing, a leaf that
+            a method can't adapt, an axis role that can't be known, a method that starts from data without `prepared`.
 
     Example:
         >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})
@@ -165,6 +170,10 @@ def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> d
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
     seen: set[str] = set()
     for keys, _ in leaves:
+        if not keys:
+            raise ValueError('params is one leaf, which has no path; wrap it in a dict, as in {"w": params}')
+        if keys[0] == SHARED:
+            raise ValueError(f"the params tree has the key {SHARED!r}, which jlora keeps for itself; rename it")
         if (path := "/".join(keys)) in seen:
             raise ValueError(f"two leaves of the params tree have the same path {path!r}")
         seen.add(path)
@@ -199,6 +208,12 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
             f"{site.path}: {site.method} starts from data ({', '.join(missing)}); pass "
             "prepared=jlora.prepare(params, spec, loss_fn, batches)"
         )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{site.path} is a shape and no array, so that nothing can start from it; for the shapes of an Adapted call "
+            "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
+        )
+    leaf = jnp.asarray(leaf)  # numpy's arrays can't all that jax.numpy's can
     key = jax.random.fold_in(key, _number(site.path))
     sharding = _compat.explicit_sharding(jax.typeof(leaf))
     if sharding is None:
@@ -229,13 +244,15 @@ def merge(adapted: Adapted) -> Any:
     """Ordinary params for the unmodified function: every adapted leaf replaced by its effective weight.
 
     Differentiable with respect to `adapted.params`; dtype and sharding of each leaf are kept, and leaves that are not
-    adapted are the base's own arrays.
+    adapted are the base's own arrays. Where the base is an `Adapted` again, that is merged too.
 
     Example:
         >>> model.apply({"params": jlora.merge(adapted)}, tokens)
     """
     merged = [_placed_like(effective_leaf(weight), weight.array) for weight in adapted.weights()]
-    return adapted.with_leaves(merged)
+    params = adapted.with_leaves(merged)
+    is_adapted = lambda node: isinstance(node, Adapted)  # noqa: E731
+    return jax.tree.map(lambda node: merge(node) if is_adapted(node) else node, params, is_leaf=is_adapted)
 
 
 def effective_leaf(weight: Weight) -> jax.Array:

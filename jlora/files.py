@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import mesh, paths
+from jlora import _compat, mesh, paths
 from jlora.adapted import SHARED, Adapted, Plan
 from jlora.checksums import checksums, difference
 from jlora.fingerprint import fingerprint
@@ -44,12 +44,14 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
 
     Raises:
         FileExistsError: where `path` exists.
+        ValueError: for keys that can't be told apart in the file, such as "a.b" beside "b" under "a".
         OSError: where the disk refuses; nothing is left behind.
 
     Example:
         >>> jlora.save("run/adapters", adapted)
     """
     target = Path(path).absolute()
+    _check_names(adapted)
     described = describe(adapted)
     arrays = {"params": adapted.params, "frozen": adapted.frozen}
     if jax.process_count() > 1:
@@ -58,6 +60,15 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
         _save(target, arrays, described)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jlora.save")
+
+
+def _check_names(adapted: Adapted) -> None:
+    """Whether every array has a name of its own in the checkpoint, where orbax joins keys by dots."""
+    named: dict[str, str] = {}
+    for keys, _ in paths.flatten_with_keys(adapted.params)[0]:
+        path, name = "/".join(keys), ".".join(keys)
+        if (other := named.setdefault(name, path)) != path:
+            raise ValueError(f"{other} and {path} have one name in a checkpoint, {name}; rename a key that has a dot")
 
 
 def _save(target: Path, arrays: dict[str, Any], described: dict[str, Any]) -> None:
@@ -116,6 +127,31 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
     """
     directory = Path(path).absolute()
     described = read_manifest(directory)
+    former = paths.former_keys(params)
+    if former and described["base"] != fingerprint(params):
+        return _load_by_former_keys(directory, described, params, former)
+    return _load(directory, described, params)
+
+
+def _load_by_former_keys(directory: Path, described: dict[str, Any], params: Any, former: dict[Any, Any]) -> Adapted:
+    """Loads files from the time when a field `value` was no key of a path."""
+    now = {keys: old for old, keys in former.items()}
+    base: dict[str, Any] = {}
+    for keys, leaf in paths.flatten_with_keys(params)[0]:
+        paths.insert(base, now.get(keys, keys), leaf)
+    loaded = _load(directory, described, base)
+
+    def renamed(tree: dict[str, Any]) -> dict[str, Any]:
+        for site in loaded.plan.sites:
+            if site.keys in former and (fields := paths.lookup(tree, site.keys)):
+                paths.insert(tree, site.keys, {former[site.keys][-1]: fields})
+        return tree
+
+    sites = tuple(dataclasses.replace(site, keys=former.get(site.keys, site.keys)) for site in loaded.plan.sites)
+    return Adapted(params, renamed(loaded.params), renamed(loaded.frozen), {}, Plan(sites))
+
+
+def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
     blank = Adapted(params, {}, {}, {}, Plan(sites))
     saved = _arrays_from(directory, described, blank.plan)
@@ -248,10 +284,11 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
         if leaf is None:
             close = paths.nearest(site.path, ["/".join(keys) for keys in leaves])
             raise ValueError(f"{directory} adapts {site.path}, which the base lacks; its nearest paths are {close}")
-        if (tuple(leaf.shape), str(leaf.dtype)) != (site.shape, site.dtype):
+        found = (tuple(leaf.shape), str(leaf.dtype)) if _compat.is_array(leaf) else (type(leaf).__name__, repr(leaf))
+        if found != (site.shape, site.dtype):
             raise ValueError(
                 f"{directory} adapts {site.path} with shape {site.shape} and dtype {site.dtype}; the base has "
-                f"{tuple(leaf.shape)} and {leaf.dtype}"
+                f"{found[0]} and {found[1]}"
             )
     if (found := fingerprint(blank.base)) != described["base"]:
         raise ValueError(

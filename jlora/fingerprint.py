@@ -26,14 +26,23 @@ def fingerprint(params: Any) -> str:
     depend on the order of addition, so the device, the mesh and the layout make no difference. A change of one element is
     always seen; any other goes unseen by a chance of about 2**-64.
 
+    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step; a text as itself.
+
     Raises:
-        TypeError: for a leaf that is no array.
+        TypeError: for a leaf that is neither an array nor one of these.
     """
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
     for keys, leaf in sorted(leaves, key=lambda item: item[0]):
+        if isinstance(leaf, str | bytes):
+            digest.update(repr(("/".join(keys), leaf)).encode())
+            continue
+        leaf = jnp.asarray(leaf) if type(leaf) in (bool, int, float, complex) else leaf
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{'/'.join(keys)} is no array but {type(leaf).__name__}")
+            raise TypeError(
+                f"{'/'.join(keys)} is no array but {type(leaf).__name__}, which no fingerprint can tell from another; keep it "
+                "out of the params tree"
+            )
         sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(jnp.asarray(leaf))], axis=0, dtype=np.uint32)
         digest.update(repr(("/".join(keys), tuple(leaf.shape), str(leaf.dtype), sums.tolist())).encode())
     return digest.hexdigest()[:32]

@@ -104,7 +104,8 @@ def call(
         left = list(arrays)
         trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
         args, kwargs = jax.tree.unflatten(treedef, trees)
-        return fn(*args, **kwargs)
+        # The base of an `Adapted` may be an `Adapted` again.
+        return call(Walk(walk.strict, walk.plan, together=walk.together), fn, args, kwargs, must_read)
 
     return run(walk, on_arrays, values, must_read)
 

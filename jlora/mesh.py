@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -143,9 +144,8 @@ def logical_axes(adapted: Adapted, names: Any = None) -> Adapted:
 
 
 def _flatten_specs(names: Any) -> list[tuple[tuple[str, ...], PartitionSpec]]:
-    is_spec = lambda leaf: isinstance(leaf, PartitionSpec) or leaf is None  # noqa: E731
-    flat, _ = jax.tree_util.tree_flatten_with_path(names, is_leaf=is_spec)
-    return [(paths.keys_of(path), PartitionSpec() if spec is None else spec) for path, spec in flat]
+    flat, _ = paths.flatten_with_keys(names, lambda leaf: isinstance(leaf, PartitionSpec) or leaf is None)
+    return [(keys, PartitionSpec() if spec is None else spec) for keys, spec in flat]
 
 
 def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None) -> Adapted:
@@ -176,7 +176,7 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
         specs = linen.spmd.logical_to_mesh(specs, tuple(rules))
     found = dict(_flatten_specs(specs))
     for keys, leaf in paths.flatten_with_keys(adapted)[0]:
-        check_cut("/".join(keys), leaf.shape, found[keys], mesh.shape)
+        check_cut("/".join(keys), jnp.shape(leaf), found[keys], mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-
-def keys_of(key_path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys along a JAX key path as strings, without the `value` of boxes (NNX `Param`, Flax `Partitioned`)."""
-    if len(key_path) > 1 and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name == "value":
-        key_path = key_path[:-1]
-    return tuple(_key_string(key) for key in key_path)
+#: What holds an array and facts about it, under an attribute `value` that names nothing (`Partitioned` is `AxisMetadata`).
+BOXES = (nnx.Variable, AxisMetadata)
 
 
 def _key_string(key: Any) -> str:
@@ -27,10 +25,47 @@ def _key_string(key: Any) -> str:
     return str(key)
 
 
-def flatten_with_keys(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
-    """Flattens a tree to [(keys, leaf)] and its tree definition; leaves keep JAX's order."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return [(keys_of(path), leaf) for path, leaf in leaves], treedef
+def flatten_with_keys(
+    tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
+) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
+    """Flattens a tree to [(keys, leaf)] and its tree definition; leaves keep JAX's order.
+
+    The `value` of a box that holds an array (NNX `Param`, Flax `Partitioned`) is no key; a field `value` of anything else is.
+    """
+    return _leaves(tree, is_leaf), jax.tree.structure(tree, is_leaf=is_leaf)
+
+
+def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, BOXES) or is_leaf(node))
+    for path, node in nodes:
+        inside = _in_box(node, is_leaf) if isinstance(node, BOXES) and not is_leaf(node) else [((), node)]
+        found += [((*map(_key_string, path), *keys), leaf) for keys, leaf in inside]
+    return found
+
+
+def _in_box(box: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    for path, child in jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]:
+        leaves = _leaves(child, is_leaf)
+        hidden = path == (GetAttrKey("value"),) and [keys for keys, _ in leaves] == [()]
+        found += [((*(() if hidden else map(_key_string, path)), *keys), leaf) for keys, leaf in leaves]
+    return found
+
+
+def former_keys(tree: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """For leaves that had other keys before fields named `value` kept their name: the former keys and those of now.
+
+    None where the former keys would have been refused, because one went on from another.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    former = {}
+    for (path, _), (keys, _) in zip(leaves, _leaves(tree, lambda node: False), strict=True):
+        hidden = len(path) > 1 and path[-1] == GetAttrKey("value") and len(keys) == len(path)
+        former[keys[:-1] if hidden else keys] = keys
+    if any(keys[:n] in former for keys in former for n in range(1, len(keys))):
+        return {}
+    return {old: keys for old, keys in former.items() if old != keys}
 
 
 def nearest(path: str, paths: Iterable[str], count: int = 3) -> list[str]:

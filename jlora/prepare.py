@@ -97,7 +97,7 @@ def prepare(
     by_keys = dict(leaves)
 
     def loss(some: dict[tuple[str, ...], jax.Array], others: dict[tuple[str, ...], jax.Array], batch: Any) -> jax.Array:
-        every = {**others, **some}
+        every = {**by_keys, **others, **some}  # what is no array stays what it is
         return loss_fn(jax.tree.unflatten(treedef, [every[keys] for keys, _ in leaves]), batch)
 
     starts = {}
@@ -124,7 +124,7 @@ def _groups(sites: list[Site], leaves: dict[tuple[str, ...], Any], memory: int) 
 def _statistics(loss: Any, group: list[Site], leaves: dict[Any, Any], data: list[Any]) -> list[dict[str, jax.Array]]:
     """For each site the means over the batches of what its method needs, in float32 at least."""
     some = {site.keys: leaves[site.keys] for site in group}
-    others = {keys: leaf for keys, leaf in leaves.items() if keys not in some}
+    others = {keys: leaf for keys, leaf in leaves.items() if keys not in some and _compat.is_array(leaf)}
 
     @jax.jit
     def add(total: Any, others: Any, batch: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora import _compat, heads, paths
 from jlora import weight as weights
@@ -82,15 +83,20 @@ class Sites:
             ValueError: where the tree is no part of the argument that was traced.
         """
         by_keys = {leaf.keys: leaf for leaf in self.leaves}
-        sample = next(iter(shapes), ())
-        prefixes = {keys[: len(keys) - len(sample)] for keys in by_keys if keys[len(keys) - len(sample) :] == sample}
-        for prefix in sorted(prefixes, key=len):
-            found = {keys: by_keys.get((*prefix, *keys)) for keys in shapes}
-            if all(leaf is not None and leaf.shape == tuple(shapes[keys].shape) for keys, leaf in found.items()):
-                return {keys: leaf for keys, leaf in found.items() if leaf is not None}
+        arrays = {keys: leaf for keys, leaf in shapes.items() if _compat.is_array(leaf)}
+        wrong: list[Keys] = list(arrays)
+        for prefix in _prefixes(arrays, by_keys):
+            found = {keys: leaf for keys in arrays if (leaf := by_keys.get((*prefix, *keys))) is not None}
+            other = [keys for keys, array in arrays.items() if _differs(array, found.get(keys))]
+            if not other:
+                return found
+            wrong = min(wrong, other, key=len)
+        if not wrong:
+            return {}
+        path = "/".join(wrong[0])
         raise ValueError(
-            f"sites was traced on other params: leaf {'/'.join(sample)!r}, shape {getattr(shapes.get(sample), 'shape', ())}, "
-            f"is not among its {len(self.leaves)} leaves (first: {[leaf.path for leaf in self.leaves[:3]]})"
+            f"sites was traced on other params: leaf {path!r}, shape {tuple(arrays[wrong[0]].shape)}, is not among its "
+            f"{len(self.leaves)} leaves (nearest: {paths.nearest(path, [leaf.path for leaf in self.leaves])})"
         )
 
     def __str__(self) -> str:
@@ -102,6 +108,19 @@ class Sites:
             rows.append((leaf.path, "x".join(map(str, leaf.shape)), text, reads + (" (head)" if leaf.head else "")))
         widths = [max(len(row[n]) for row in rows) for n in range(4)] if rows else []
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def _prefixes(arrays: dict[Keys, Any], traced: dict[Keys, Leaf]) -> list[Keys]:
+    """Where a params tree may sit in the argument that was traced, from the first of its leaves that is found there."""
+    ends = ({found[: len(found) - len(keys)] for found in traced if found[-len(keys) :] == keys} for keys in arrays)
+    return sorted(next(filter(None, ends), set()), key=len)
+
+
+def _differs(array: Any, leaf: Leaf | None) -> bool:
+    """Whether an array was traced in another shape, or was left out of the trace although it could be adapted."""
+    if leaf is None:
+        return jnp.issubdtype(array.dtype, jnp.floating)
+    return leaf.shape != tuple(array.shape)
 
 
 def _role_words(shape: tuple[int, ...], roles: tuple[tuple[int, ...], ...]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from jlora import paths
+from jlora import _compat, paths
 from jlora.method import GROUPED, Method, Site
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def _check_hits(pattern: Any, hits: int, taken: int, shapes: Mapping[Keys, Any])
     if hits:
         raise ValueError(f"every leaf that {pattern.pattern!r} matches is taken by a pattern before it; put it first")
     known = ["/".join(keys) for keys in shapes]
+    if not known:
+        raise ValueError(f"the pattern {pattern.pattern!r} matches no leaf: the params tree has none")
     close = paths.nearest(pattern.pattern, known)
     raise ValueError(
         f"the pattern {pattern.pattern!r} matches no leaf (it must match the whole path); the nearest paths are "
@@ -159,7 +161,9 @@ def _linear_keys(roles: dict[Keys, Leaf] | None) -> frozenset[Keys]:
 
 
 def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf] | None) -> Site:
-    path, shape = "/".join(keys), tuple(leaf.shape)
+    path, shape = "/".join(keys), tuple(getattr(leaf, "shape", ()))
+    if not _compat.is_array(leaf):
+        raise TypeError(f"{path} is {leaf!r} and no array; only arrays can be adapted, so leave it out of the pattern")
     kind, roles, bare = "dot", None, method
     if isinstance(method, Axes):
         bare, kind, roles = method.method, method.kind, _named_roles(path, shape, method)

@@ -117,6 +117,7 @@ def test_paths_shapes_and_dtypes_belong_to_it_and_the_order_of_keys_does_not():
     assert len({jlora.fingerprint(tree) for tree in [same[0], *others]}) == len(others) + 1
 
 
-def test_a_leaf_that_is_no_array_is_refused_by_name():
-    with pytest.raises(TypeError, match="layer/name is no array but str"):
-        jlora.fingerprint({"layer": {"name": "dense", "w": jnp.zeros(2)}})
+def test_a_text_counts_and_what_is_neither_array_number_nor_text_is_refused_by_name():
+    assert jlora.fingerprint({"name": "a"}) != jlora.fingerprint({"name": "b"})
+    with pytest.raises(TypeError, match="layer/act is no array but function.*; keep it out of the params tree"):
+        jlora.fingerprint({"layer": {"act": lambda x: x, "w": jnp.zeros(2)}})

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -126,6 +127,19 @@ def test_a_trace_of_other_params_is_refused():
             ValueError, match=r"sites was traced on other params: leaf '[vw]', shape \(3, [45]\).*\['w'\]"
         ):
             jlora.adapterize(params, {".": LORA}, sites=report)
+
+
+def test_a_trace_of_a_modules_arrays_serves_the_whole_module_and_names_the_leaf_that_differs():
+    model = eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0))
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+    report = jlora.sites(lambda arrays, x: eqx.combine(arrays, static)(x), arrays, zeros(4))
+    (site,) = jlora.adapterize(model, {jlora.ALL_LINEAR: LORA}, sites=report).plan.sites
+    assert site.path == "layers/0/weight" and site.in_axes == (1,)
+    wider = eqx.tree_at(lambda model: model.layers[1].weight, model, zeros(4, 5))
+    with pytest.raises(
+        ValueError, match=r"leaf 'layers/1/weight', shape \(4, 5\), is not among its 4 leaves \(nearest: "
+    ):
+        jlora.adapterize(wider, {jlora.ALL_LINEAR: LORA}, sites=report)
 
 
 def test_sites_without_params_is_refused():
