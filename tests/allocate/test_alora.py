@@ -105,6 +105,17 @@ def test_a_rank_whose_score_is_no_number_is_the_worst():
     assert np.isfinite(found).all() and int(jnp.argmin(found)) == 2 and int(jnp.sum(found < 0)) == 1
 
 
+def test_where_no_score_is_a_number_nothing_moves():
+    active = jnp.ones((2, 4), bool).at[:, 2:].set(False)
+    params = {"u": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
+    adapted = jlora.adapterize(params, {".*": jlora.ALoRA(2, max_rank=4, steps=9, interval=3)})
+    tx = optax.sgd(0.1)
+    lost = lambda adapted, x: jnp.nan * jnp.sum(jlora.lift(lambda p, x: x @ p["u"] @ p["w"])(adapted, x))
+    moved, _ = jlora.reallocate(adapted, tx.init(adapted.params), tx, lost, jnp.ones((2, 4)), jax.random.key(0))
+    for n, name in enumerate("uw"):
+        np.testing.assert_array_equal(moved.frozen[name]["gate"] != 0, active[n])
+
+
 @pytest.fixture(scope="module")
 def rounds():
     """What is adapted before a first and after each of two rounds, with a step between them, and the states."""

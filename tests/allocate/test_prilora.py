@@ -303,3 +303,17 @@ def test_gelora_takes_ranks_for_its_layers():
         ):
             jlora.GeLoRA(ranks)
     assert jlora.method_from_dict(jlora.method_to_dict(method)) == method
+
+
+def test_inputs_or_gradients_that_are_not_finite_change_no_average():
+    adapted = jlora.adapterize({"layer_0": jnp.ones((4, 4)), "layer_1": jnp.ones((4, 4))}, {".*": jlora.PRILoRA(1, 2)})
+    tx = jlora.with_rules(adapted, optax.apply_if_finite(optax.sgd(0.1), 9))
+    step = jax.jit(lambda g, state, seen: tx.update(g, state, adapted.params, inputs=seen)[1])
+    seen, gradient = {"layer_0": jnp.ones(4), "layer_1": jnp.full(4, 2.0)}, adapted.params
+    first = step(gradient, tx.init(adapted.params), seen)
+    wild = {**gradient, "layer_1": {**gradient["layer_1"], "b": gradient["layer_1"]["b"].at[0, 0].set(jnp.inf)}}
+    for given in ((gradient, {**seen, "layer_0": seen["layer_0"].at[1].set(jnp.nan)}), (wild, seen)):
+        state = step(given[0], first, given[1])
+        jax.tree.map(np.testing.assert_array_equal, state.norms, first.norms)
+        assert jlora.skipped_steps(state) == 1 and int(state.step) == 2
+    assert float(step(gradient, first, seen).norms["layer_1"][0]) > float(first.norms["layer_1"][0]) > 0
