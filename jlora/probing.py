@@ -154,8 +154,8 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
         walk.forget(value.lookup)
     elif not free:  # an out axis of size 1 that was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
-    roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
-    walk.note(Reading(value.name, eqn.primitive.name, *roles, grouped))
+    ins, outs, stacked = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
+    walk.note(Reading(value.name, eqn.primitive.name, ins, outs, stacked, grouped))
     return _plain(eqn, values)
 
 

@@ -54,7 +54,7 @@ class Recorded:
         if any("ranks" in line for line in self._lines.get(key, ())):
             return
         for leaf in self._methods.get(name, ()):
-            inner = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
+            inner: Any = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
             # A class of somebody's own may have gone out by its weight, in other factors.
             if type(inner) not in LORAS or leaf["form"] != "lora" or "residual" in leaf:
                 continue
