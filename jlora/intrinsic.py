@@ -270,7 +270,7 @@ def _product_roles(leaf: Leaf) -> str | None:
     None for a leaf that is stacked, and so is a part of layers.
     """
     for reading in leaf.readings:
-        if reading.primitive == "dot_general" and not reading.batch_axes:
+        if reading.primitive == "dot_general" and reading.in_axes and not reading.batch_axes:
             names = {"in": reading.in_axes, "out": reading.out_axes}
             words = {axis: name for name, axes in names.items() for axis in axes}
             return " ".join(words[axis] for axis in range(len(leaf.shape)))

@@ -82,10 +82,9 @@ def gather(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     if at != 0 or axes is None or any(len(value.axes[axis]) != 1 for axis in axes):
         return None
     indexed = [value.axes[axis][0] for axis in axes]
-    others = [piece.axis for d, group in enumerate(value.axes) if d not in axes for piece in group]
-    sliced = _hidden(value)
-    roles = (tuple(sorted({piece.axis for piece in indexed})), tuple(sorted(set(others))), tuple(sorted(sliced)))
-    reading = Reading(value.name, "gather", *roles) if len(axes) == 1 else Reading(value.name, "gather")
+    ins = {piece.axis for piece in indexed}
+    outs = _leaf_axes(value, [axis for axis in range(value.array.ndim) if axis not in axes])
+    reading = _reading(value, "gather", ins, outs, _hidden(value)) if len(axes) == 1 else Reading(value.name, "gather")
     walk.note(reading)
     array = _plain(eqn, values)[0]
     positions = [_foreign(n, size) for n, size in enumerate(eqn.invars[1].aval.shape[:-1])]
@@ -144,9 +143,8 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
     """
     at, value = _probe(values)
     contracted, batched = (_leaf_axes(value, axes) for axes in (contract, batch))
-    visible = _leaf_axes(value, range(value.array.ndim))
+    free = _leaf_axes(value, set(range(value.array.ndim)) - {*contract, *batch})
     hidden = _hidden(value)
-    free = visible - contracted - batched
     if value.lookup is not None:
         by_position = any(piece.axis < 0 for axis in contract for piece in value.axes[axis])
         if by_position or not (contracted and free and walk.origins.is_data(eqn.invars[1 - at])):
@@ -154,9 +152,17 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
         walk.forget(value.lookup)
     elif not free:  # an out axis of size 1 that was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
-    ins, outs, stacked = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
-    walk.note(Reading(value.name, eqn.primitive.name, ins, outs, stacked, grouped))
+    walk.note(_reading(value, eqn.primitive.name, contracted, free, batched | hidden, grouped))
     return _plain(eqn, values)
+
+
+def _reading(
+    value: Weight, primitive: str, ins: set[int], outs: set[int], stacked: set[int], grouped: bool = False
+) -> Reading:
+    """A reading with the roles of the leaf's axes; without them where parts of one axis have several, or none is the leaf's."""
+    if min(ins, default=0) < 0 or ins & outs or (ins | outs) & stacked:
+        return Reading(value.name, primitive, grouped=grouped)
+    return Reading(value.name, primitive, *(tuple(sorted(axes)) for axes in (ins, outs, stacked)), grouped=grouped)
 
 
 def _probe(values: Any) -> tuple[int, Weight]:

@@ -54,9 +54,9 @@ class Leaf:
 
     @property
     def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-        """(in, out, batch) axes, or None where the products disagree; a transposed use (tied head) does not."""
+        """(in, out, batch) axes; None where products disagree (a tied head's does not), or contract a part of an axis."""
         products = sorted(self.products, key=lambda reading: reading.primitive != "gather")
-        if not products:
+        if not products or not all(reading.in_axes or reading.out_axes for reading in products):
             return None
         first = products[0]
         for other in products[1:]:

@@ -219,6 +219,26 @@ def test_all_linear_follows_weights_that_are_changed_before_their_product_and_ta
     assert {(site.in_axes, site.out_axes) for site in adapted.plan.sites} == {((0,), (1,))}
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w, x: jnp.expand_dims(w, 1).at[:, :, jnp.array([-3, 0])].get(mode="fill"),
+        lambda w, x: jnp.take(w.reshape((2, 8), order="F"), jnp.array([0, 1]), axis=0),
+        lambda w, x: jnp.einsum("bi,ijo->bjo", x, w.reshape(2, 2, 4)),
+        lambda w, x: jnp.take(jnp.broadcast_to(w, (3, 4, 4)), jnp.array([0, 1]), axis=0),
+    ],
+    ids=[
+        "a new axis is looked up in",
+        "parts of an axis are rows",
+        "part of an axis is contracted",
+        "copies are looked up",
+    ],
+)
+def test_an_axis_has_one_role_or_the_leaf_has_none(use):
+    (leaf,) = jlora.sites(lambda p, x: use(p["w"], x), {"w": zeros(4, 4)}, zeros(3, 2)).leaves
+    assert leaf.roles is None or sorted(axis for axes in leaf.roles for axis in axes) == [0, 1]
+
+
 def sorted_first(p, x):
     return jnp.tanh(x @ jnp.sort(p["sorted"], axis=0)) @ p["plain"] @ p["head"]
 
