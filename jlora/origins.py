@@ -84,6 +84,9 @@ class Origins:
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None)
         if body is not None and len(_compat.open_jaxpr(body)[0].invars) == len(values):
             return self.inside(body, values)
+        if body is not None or "jaxprs" in eqn.params:  # operands go into programs in another order
+            data = any(value.data for value in values)
+            self.entered |= _all(value for value in values if not value.data).leaves if data else frozenset()
         arrays = [value for atom, value in zip(eqn.invars, values) if atom.aval.ndim]
         return [_all(arrays or values)] * len(eqn.outvars)
 
@@ -113,6 +116,12 @@ def _lookup(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
 
 def _slice(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
     return [values[0] if values[0].leaves else _all(values)]
+
+
+def _select(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
+    """One weight or another is a weight, whatever chose it: so `vmap` runs a `switch` over experts."""
+    cases = values[1:]
+    return [_all(cases if all(case.leaves for case in cases) else values)]
 
 
 def _scan(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
@@ -146,6 +155,7 @@ _SPECIAL = {
     **dict.fromkeys(_PRODUCTS, _product),
     "gather": _lookup,
     "dynamic_slice": _slice,
+    "select_n": _select,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
