@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jlora import _compat, passing
 from jlora import weight as weights
 from jlora.walk import Walk, rule
-from jlora.weight import Weight
+from jlora.weight import Several, Weight
 
 
 @rule("jit", "pjit", "closed_call", "core_call")
@@ -109,6 +109,10 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
 def _scanned(walk: Walk, value: Any, eqn: Any) -> tuple[Any, Any]:
     """What is scanned for one input, and how its slice becomes a weight again."""
+    if isinstance(value, Several):
+        pairs = [_scanned(walk, member, eqn) for member in value.members]
+        joins = [join for _, join in pairs]
+        return [member for member, _ in pairs], lambda sliced: Several(tuple(map(lambda j, s: j(s), joins, sliced)))
     if isinstance(value, Weight):
         unstacked = weights.unstack(value)
         if unstacked is not None:

@@ -48,7 +48,7 @@ class _Value:
 class _Search:
     """One pass over a program. Points are numbered; `before` has those that each one was computed from.
 
-    What the function closes over is a constant, such as a mask, unless it has no other data (`closed_over`).
+    What the function closes over, or makes, is a constant, such as a mask, unless it has no other data (`closed_over`).
     """
 
     closed_over: bool
@@ -83,6 +83,8 @@ class _Search:
         if name in _INLINE and body is not None:
             return self.evaluate(_compat.open_jaxpr(body)[0], values)
         activation = any(value.activation for value in values)
+        if self.closed_over and not activation and not any(value.leaves for value in values):
+            return [self.data(var) for var in eqn.outvars]  # made by the function itself
         weights = _weights(name, values)
         if weights and activation and (name in _PRODUCTS or body is not None):
             return [self._used(name, weights, values)] * len(eqn.outvars)

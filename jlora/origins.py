@@ -51,10 +51,13 @@ class Origins:
     Attributes:
         of_variable: by variable; of a program that runs at several places, those of all together.
         entered: the leaves from which alone one operand of a product is made, whose other operand is data.
+        of_leaves_alone: whether the function has no data but what it closes over or makes; then all that is made of no leaf is
+            data, and a mask can't be told from an activation.
     """
 
     of_variable: dict[Any, Origin] = field(default_factory=dict)
     entered: set[str] = field(default_factory=set)
+    of_leaves_alone: bool = False
 
     def of(self, atom: Any) -> Origin:
         """The origin of a variable; a literal comes from nowhere."""
@@ -74,6 +77,8 @@ class Origins:
         return [self.of(atom) for atom in jaxpr.outvars]
 
     def _set(self, variable: Any, origin: Origin) -> None:
+        if self.of_leaves_alone and origin == CONSTANT and variable.aval.ndim:
+            origin = DATA
         self.of_variable[variable] = self.of_variable.get(variable, CONSTANT) | origin
 
     def _equation(self, eqn: Any) -> list[Origin]:
@@ -84,6 +89,9 @@ class Origins:
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None)
         if body is not None and len(_compat.open_jaxpr(body)[0].invars) == len(values):
             return self.inside(body, values)
+        if body is not None or "jaxprs" in eqn.params:  # operands go into programs in another order
+            data = any(value.data for value in values)
+            self.entered |= _all(value for value in values if not value.data).leaves if data else frozenset()
         arrays = [value for atom, value in zip(eqn.invars, values) if atom.aval.ndim]
         return [_all(arrays or values)] * len(eqn.outvars)
 
@@ -113,6 +121,12 @@ def _lookup(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
 
 def _slice(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
     return [values[0] if values[0].leaves else _all(values)]
+
+
+def _select(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
+    """One weight or another is a weight, whatever chose it: so `vmap` runs a `switch` over experts."""
+    cases = values[1:]
+    return [_all(cases if all(case.leaves for case in cases) else values)]
 
 
 def _scan(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
@@ -146,6 +160,7 @@ _SPECIAL = {
     **dict.fromkeys(_PRODUCTS, _product),
     "gather": _lookup,
     "dynamic_slice": _slice,
+    "select_n": _select,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -164,10 +179,9 @@ def find(jaxpr: Any, consts: Sequence[Any], names: Sequence[str]) -> Origins:
         names: of the leaves, its inputs.
     """
     traced = [isinstance(value, Tracer) and not _is_key(value) for value in consts]
-    data = traced if any(traced) else [np.ndim(value) > 0 for value in consts]
-    origins = Origins()
+    origins = Origins(of_leaves_alone=not any(traced))
     origins.run(
-        jaxpr, [DATA if each else CONSTANT for each in data], [Origin(False, frozenset({name})) for name in names]
+        jaxpr, [DATA if each else CONSTANT for each in traced], [Origin(False, frozenset({name})) for name in names]
     )
     return origins
 

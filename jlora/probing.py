@@ -27,17 +27,33 @@ _SEVERAL = "add add_any sub mul div rem max min pow atan2 select_n and or xor ne
 def elementwise(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     """Masks, scales, rounding: the axes stay, unless data is mixed in, which makes it an activation."""
     at, value = _probe(values)
-    others = [atom for n, atom in enumerate(eqn.invars) if n != at]
-    if eqn.outvars[0].aval.shape != value.array.shape or any(walk.origins.is_data(atom) for atom in others):
+    # One weight or another is a weight, whatever chose it.
+    chosen = eqn.primitive.name == "select_n" and all(walk.origins.of(atom).leaves for atom in eqn.invars[1:])
+    mixed = _mixed(walk, eqn, at) and not chosen
+    if mixed and walk.origins.of_leaves_alone and eqn.primitive.name in ("mul", "div", "select_n"):
+        # A mask or an activation: a matrix that is multiplied entry by entry is more likely masked.
+        walk.origins.entered |= {value.name} if _is_matrix(value) else set()
+    if eqn.outvars[0].aval.shape != value.array.shape or mixed:
         return None
     return [replace(value, array=_plain(eqn, values)[0])]
 
 
+@probes("stack")
+def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
+    """Joins a leaf with others along a new axis."""
+    at, value = _probe(values)
+    if _mixed(walk, eqn, at):
+        return None
+    array, axis = _plain(eqn, values)[0], eqn.params["axis"]
+    axes = (*value.axes[:axis], _foreign(axis, array.shape[axis]), *value.axes[axis:])
+    return [replace(value, array=array, axes=axes)]
+
+
 @probes("concatenate")
 def concatenate(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
-    """Joins a leaf with others along an axis."""
-    _, value = _probe(values)
-    return _resized(value, _plain(eqn, values)[0], {eqn.params["dimension"]})
+    """Joins a leaf with others along an axis; joined with data it is an activation, such as a prefix of tokens."""
+    at, value = _probe(values)
+    return None if _mixed(walk, eqn, at) else _resized(value, _plain(eqn, values)[0], {eqn.params["dimension"]})
 
 
 @probes("pad")
@@ -50,11 +66,19 @@ def pad(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
 @probes("slice", "dynamic_slice")
 def slice_(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
-    """A part of a leaf, along any of its axes."""
+    """A part of a leaf, along any of its axes; one entry that data chose is looked up (see `gather`)."""
     at, value = _probe(values)
     array = _plain(eqn, values)[0]
     cut = {axis for axis, size in enumerate(value.array.shape) if array.shape[axis] != size}
-    return _resized(value, array, cut) if at == 0 else None
+    parts = _resized(value, array, cut) if at == 0 else None
+    if not parts or not any(walk.origins.of(atom).data for atom in eqn.invars[1:]):
+        return parts
+    axes = tuple(axis for axis in cut if array.shape[axis] == 1)
+    reading = _table(value, lookup.Lookup(axes, ()))
+    if axes != tuple(cut) or not reading.has_roles:
+        return parts
+    walk.note(reading)
+    return [replace(parts[0], lookups=(*value.lookups, reading))]
 
 
 @probes("split")
@@ -78,21 +102,30 @@ def broadcast_in_dim(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list
 def gather(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     """A table's rows, matrices of a stack or a permutation: what is done with them tells which (see `product`)."""
     at, value = _probe(values)
-    axes = lookup.indexed_axes(eqn)
-    if at != 0 or axes is None or any(len(value.axes[axis]) != 1 for axis in axes):
+    found = lookup.lookup_of(eqn)
+    if at != 0 or found is None:
         return None
-    indexed = [value.axes[axis][0] for axis in axes]
-    ins = {piece.axis for piece in indexed}
-    outs = _leaf_axes(value, [axis for axis in range(value.array.ndim) if axis not in axes])
-    reading = _reading(value, "gather", ins, outs, _hidden(value)) if len(axes) == 1 else Reading(value.name, "gather")
+    reading = _table(value, found)
     walk.note(reading)
     array = _plain(eqn, values)[0]
     positions = [_foreign(n, size) for n, size in enumerate(eqn.invars[1].aval.shape[:-1])]
-    if len(positions) == 1 and len(axes) == 1 and not walk.origins.is_data(eqn.invars[1]):
+    for axis, position in found.paired:
+        positions[position] = value.axes[axis]
+    indexed = [piece for axis in found.axes for piece in value.axes[axis]]
+    if len(positions) == len(indexed) == 1 and not walk.origins.is_data(eqn.invars[1]):
         positions = [(Piece(indexed[0].order, positions[0][0].size),)]
-    kept = [group for axis, group in enumerate(value.axes) if axis not in axes]
-    groups = lookup.interleaved(eqn, array.ndim, positions, kept)
-    return [replace(value, array=array, axes=tuple(groups), lookup=reading)]
+    groups = lookup.interleaved(eqn, found, positions, value.axes)
+    return [replace(value, array=array, axes=tuple(groups), lookups=(*value.lookups, reading))]
+
+
+def _table(value: Weight, found: lookup.Lookup) -> Reading:
+    """The reading that a lookup is of a table; without roles where it indexes several axes, or leaves none."""
+    indexed = _leaf_axes(value, found.axes)
+    paired = _leaf_axes(value, (axis for axis, _ in found.paired))
+    others = _leaf_axes(value, set(range(value.array.ndim)) - {*found.axes, *(axis for axis, _ in found.paired)})
+    if len(found.axes) > 1 or not indexed or not others:
+        return Reading(value.name, "gather")
+    return _reading(value, "gather", indexed, others, _hidden(value) | paired)
 
 
 @probes("reduce_sum", "reduce_max", "reduce_min")
@@ -145,11 +178,12 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
     contracted, batched = (_leaf_axes(value, axes) for axes in (contract, batch))
     free = _leaf_axes(value, set(range(value.array.ndim)) - {*contract, *batch})
     hidden = _hidden(value)
-    if value.lookup is not None:
+    if value.lookups:
         by_position = any(piece.axis < 0 for axis in contract for piece in value.axes[axis])
         if by_position or not (contracted and free and walk.origins.is_data(eqn.invars[1 - at])):
             return _plain(eqn, values)
-        walk.forget(value.lookup)
+        for reading in value.lookups:
+            walk.forget(reading)
     elif not free:  # an out axis of size 1 that was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
     walk.note(_reading(value, eqn.primitive.name, contracted, free, batched | hidden, grouped))
@@ -159,8 +193,8 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
 def _reading(
     value: Weight, primitive: str, ins: set[int], outs: set[int], stacked: set[int], grouped: bool = False
 ) -> Reading:
-    """A reading with the roles of the leaf's axes; without them where parts of one axis have several, or none is the leaf's."""
-    if min(ins, default=0) < 0 or ins & outs or (ins | outs) & stacked:
+    """A reading with the roles of the leaf's axes; without them where parts of one axis have several."""
+    if ins & outs or (ins | outs) & stacked:
         return Reading(value.name, primitive, grouped=grouped)
     return Reading(value.name, primitive, *(tuple(sorted(axes)) for axes in (ins, outs, stacked)), grouped=grouped)
 
@@ -168,6 +202,11 @@ def _reading(
 def _probe(values: Any) -> tuple[int, Weight]:
     """The one leaf among an equation's operands, and its place."""
     return next((n, value) for n, value in enumerate(values) if isinstance(value, Weight))
+
+
+def _mixed(walk: Walk, eqn: Any, at: int) -> bool:
+    """Whether data is in another operand than the one in place `at`."""
+    return any(walk.origins.is_data(atom) for n, atom in enumerate(eqn.invars) if n != at)
 
 
 def _plain(eqn: Any, values: Any) -> list[jax.Array]:
@@ -181,6 +220,12 @@ def _leaf_axes(value: Weight, axes: Any) -> set[int]:
 def _hidden(value: Weight) -> set[int]:
     """The leaf's axes along which one entry was taken."""
     return set(range(len(value.leaf_shape))) - _leaf_axes(value, range(value.array.ndim))
+
+
+def _is_matrix(value: Weight) -> bool:
+    """Whether at least two of the array's axes are the leaf's, and none is another's."""
+    own = [piece.axis >= 0 for group in value.axes for piece in group if piece.size > 1]
+    return len(own) > 1 and all(own)
 
 
 def _foreign(number: int, size: int) -> tuple[Piece, ...]:

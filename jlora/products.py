@@ -290,19 +290,20 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
     matrices = lookup.select(eqn, weight, indices)
     if matrices is not None:
         return [matrices]
-    axes = lookup.indexed_axes(eqn)
-    if axes is None or len(axes) != 1 or eqn.params["mode"] not in lookup.MODES:
+    found = lookup.lookup_of(eqn)
+    if found is None or len(found.axes) != 1 or found.paired or eqn.params["mode"] not in lookup.MODES:
         return None
-    form = _form(weight, axes, ())
+    form = _form(weight, found.axes, ())
     if form is None or not weight.method.low_rank or _big(weight.batch):
         return None
-    return [_lookup(walk, eqn, weight, indices, form, axes[0])]
+    return [_lookup(walk, eqn, weight, indices, form, found)]
 
 
-def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str, axis: int) -> jax.Array:
+def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str, found: lookup.Lookup) -> jax.Array:
     """Rows of the base plus rows of `a`, times `b`. Dropout does not act on it."""
     walk.seen.add(weight.name)
     base = bind(eqn, [weight.array, indices])[0]
+    indices = found.indices(indices)
     accumulate = contraction.accumulation_dtype(base.dtype)
     f = jax.tree.map(lambda m: m.reshape(m.shape[len(weight.batch) :]), weights.factors(weight))
     table, other = (f.a, f.b) if form == "in" else (f.b.T, f.a.T)
@@ -311,9 +312,7 @@ def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str,
     # The result has the looked-up positions and the weight's remaining axes in the order that the function wants.
     positions = [("x", n) for n in range(indices.ndim - 1)]
     remaining = weight.with_role("out" if form == "in" else "in")
-    order = lookup.interleaved(
-        eqn, base.ndim, [(label,) for label in positions], [g for d, g in enumerate(weight.axes) if d != axis]
-    )
+    order = lookup.interleaved(eqn, found, [(label,) for label in positions], weight.axes)
 
     def place(y: jax.Array) -> jax.Array:
         y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
@@ -328,7 +327,7 @@ def _lookup(walk: Walk, eqn: Any, weight: Weight, indices: jax.Array, form: str,
             total = total * place(jnp.broadcast_to(scale, delta.shape))
         return total.astype(base.dtype)
 
-    return lookup.in_bounds(eqn, indices, weight.array.shape[axis], base, adapted)
+    return lookup.in_bounds(eqn, indices, weight.array.shape[found.axes[0]], base, adapted)
 
 
 @rule("conv_general_dilated")

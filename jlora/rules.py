@@ -165,12 +165,19 @@ def dynamic_slice(walk: Walk, eqn: Any, value: Any, *starts: Any) -> list[Any] |
     for axis, size in enumerate(eqn.params["slice_sizes"]):
         if size == value.array.shape[axis]:
             continue
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=starts[axis], slice_size=size)
+        cut = partial(_dynamic_cut, start=starts[axis], size=size)
         moved = weights.narrow(value, axis, size, partial(cut, axis=axis), lambda x, at, cut=cut: cut(x, axis=at))
         if moved is None:
             return None
         value = _with_key(moved, starts[axis])
     return [value]
+
+
+def _dynamic_cut(x: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
+    """A slice along one axis, clamped as the primitive does it: a negative start, counted from the end before, is 0 here."""
+    starts = [start if at == axis else 0 for at in range(x.ndim)]
+    sizes = [size if at == axis else n for at, n in enumerate(x.shape)]
+    return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
 
 
 def _with_key(value: Weight, index: Any) -> Weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -43,8 +43,8 @@ class Leaf:
 
     @property
     def products(self) -> tuple[Reading, ...]:
-        """The readings that are products or lookups."""
-        return tuple(reading for reading in self.readings if reading.primitive in PRODUCTS)
+        """The readings that are products or lookups, as far as the leaf's axes are known there."""
+        return tuple(reading for reading in self.readings if reading.primitive in PRODUCTS and reading.has_roles)
 
     @property
     def kind(self) -> str | None:
@@ -56,14 +56,24 @@ class Leaf:
     def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
         """(in, out, batch) axes; None where products disagree (a tied head's does not), or contract a part of an axis."""
         products = sorted(self.products, key=lambda reading: reading.primitive != "gather")
-        if not products or not all(reading.in_axes or reading.out_axes for reading in products):
+        if not products:
             return None
+        # Matrices that share their input somewhere are a stack all the same.
+        stacks = {reading.batch_axes for reading in products if reading.batch_axes}
+        products = [_as_stack(reading, *stacks) if len(stacks) == 1 else reading for reading in products]
         first = products[0]
         for other in products[1:]:
             same = (other.in_axes, other.out_axes) in ((first.in_axes, first.out_axes), (first.out_axes, first.in_axes))
             if not same or other.batch_axes != first.batch_axes:
                 return None
         return first.in_axes, first.out_axes, first.batch_axes
+
+
+def _as_stack(reading: Reading, batch: tuple[int, ...]) -> Reading:
+    """A reading with those of its out axes that are a stack's called so."""
+    out = tuple(axis for axis in reading.out_axes if axis not in batch)
+    is_one = not reading.batch_axes and out and set(batch) <= set(reading.out_axes)
+    return replace(reading, out_axes=out, batch_axes=batch) if is_one else reading
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,20 @@ def resolve(leaves: Iterable[tuple[Keys, Any]], spec: Spec, sites: Sites | None)
             taken[matching[0]] += 1
             if (method := entries[matching[0]][1]) is not None:
                 found.append(_site(keys, leaf, method, found_roles))
+    left_out = {
+        n: _left_out(method, entries, found_roles)
+        for n, (pattern, method) in enumerate(entries)
+        if pattern is ALL_LINEAR and method is not None and found_roles is not None
+    }
     for n, (pattern, _) in enumerate(entries):
-        _check_hits(pattern, hits[n], taken[n], shapes)
-    for pattern, method in entries:
-        if pattern is ALL_LINEAR and method is not None and found_roles is not None:
-            _say_left_out(method, entries, found_roles)
+        _check_hits(pattern, hits[n], taken[n], shapes, left_out.get(n, ""))
+    for said in filter(None, left_out.values()):
+        warnings.warn(f"ALL_LINEAR {said}", stacklevel=3)
     return found
 
 
-def _say_left_out(method: Method | Axes, entries: list[tuple[Any, Any]], leaves: Mapping[Keys, Leaf]) -> None:
-    """Warns of weights that meet an activation in a form in which their axes can't be told, and that no pattern names."""
+def _left_out(method: Method | Axes, entries: list[tuple[Any, Any]], leaves: Mapping[Keys, Leaf]) -> str:
+    """What to say of weights that meet an activation in a form in which their axes can't be told, and that no pattern names."""
     named = [pattern for pattern, _ in entries]
     left_out = [
         leaf
@@ -100,15 +104,14 @@ def _say_left_out(method: Method | Axes, entries: list[tuple[Any, Any]], leaves:
         if not any(_matches(pattern, keys, frozenset()) for pattern in named)
     ]
     if not left_out:
-        return
+        return ""
     uses = [f"{leaf.path} (by {', '.join(dict.fromkeys(r.primitive for r in leaf.readings))})" for leaf in left_out]
     first = left_out[0]
     axes = " ".join(["batch"] * (len(first.shape) - 2) + ["in", "out"][: len(first.shape)])
-    warnings.warn(
-        f"ALL_LINEAR leaves out {', '.join(uses)}: the function changes them before their product so that their axes can't "
+    return (
+        f"leaves out {', '.join(uses)}: the function changes them before their product so that their axes can't "
         f'be told. To adapt one, name its axes, as in {{"{first.path}": jlora.Axes("{axes}", {method})}}; to leave it out '
-        f'without this warning, {{"{first.path}": None}}',
-        stacklevel=4,
+        f'without this warning, {{"{first.path}": None}}'
     )
 
 
@@ -134,12 +137,12 @@ def _matches(pattern: Any, keys: Keys, linear: frozenset[Keys]) -> bool:
     return keys in linear if pattern is ALL_LINEAR else pattern.fullmatch("/".join(keys)) is not None
 
 
-def _check_hits(pattern: Any, hits: int, taken: int, shapes: Mapping[Keys, Any]) -> None:
+def _check_hits(pattern: Any, hits: int, taken: int, shapes: Mapping[Keys, Any], left_out: str) -> None:
     if taken:
         return
     if pattern is ALL_LINEAR:
         detail = "was left with nothing by the patterns before it" if hits else "found no weight that is contracted"
-        raise ValueError(f"ALL_LINEAR {detail}")
+        raise ValueError(f"ALL_LINEAR {detail}" + (f", and {left_out}" if left_out else ""))
     if hits:
         raise ValueError(f"every leaf that {pattern.pattern!r} matches is taken by a pattern before it; put it first")
     known = ["/".join(keys) for keys in shapes]
@@ -157,7 +160,12 @@ def _linear_keys(roles: dict[Keys, Leaf] | None) -> frozenset[Keys]:
         raise ValueError(
             "ALL_LINEAR needs to know how the function reads its weights: pass sites=jlora.sites(fn, params, ...)"
         )
-    return frozenset(keys for keys, leaf in roles.items() if leaf.kind == "dot" and not leaf.head)
+    return frozenset(keys for keys, leaf in roles.items() if leaf.kind == "dot" and not leaf.head and _is_matrix(leaf))
+
+
+def _is_matrix(leaf: Leaf) -> bool:
+    """Whether a leaf is contracted as a matrix is; a vector is not, nor what is in an outer product alone."""
+    return leaf.roles is None or bool(leaf.roles[0] and leaf.roles[1])
 
 
 def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf] | None) -> Site:
@@ -213,7 +221,8 @@ def _traced_roles(path: str, shape: tuple[int, ...], method: Method, leaf: Leaf)
     if leaf.roles is not None and leaf.roles[0] and leaf.roles[1]:
         return leaf.kind, *leaf.roles
     uses = ", ".join(dict.fromkeys(reading.primitive for reading in leaf.readings)) or "nothing"
-    problem = "no product contracts it" if not leaf.products else "its products contract different axes"
+    single = not leaf.products or leaf.roles is not None
+    problem = "no product contracts it" if single else "its products contract different axes"
     raise ValueError(
         f"{path}, shape {shape}: the function reads it by {uses}, so that {problem}; use jlora.Full(), or name the axes, "
         f'for example jlora.Axes("{" ".join(["batch"] * (len(shape) - 2) + ["in", "out"])}", {method!r})'

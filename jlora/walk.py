@@ -84,6 +84,11 @@ class Reading:
     batch_axes: tuple[int, ...] = ()
     grouped: bool = False
 
+    @property
+    def has_roles(self) -> bool:
+        """Whether the axes' roles are known."""
+        return bool(self.in_axes or self.out_axes or self.batch_axes)
+
 
 @dataclass
 class Walk:
@@ -143,7 +148,7 @@ class Walk:
         """A plain array for a value: itself, or the effective weight."""
         if self.readings is not None:
             for member in weights.members(value):
-                if member.lookup is None:
+                if not member.lookups:
                     self.note(Reading(member.name, "other" if eqn is None else eqn.primitive.name))
             return getattr(value, "array", value) if isinstance(value, Weight | Several) else value
         if not isinstance(value, Weight):
@@ -196,8 +201,8 @@ class Walk:
             return bind(eqn, values)
         name = eqn.primitive.name
         if name in ENTERED:
-            # A loop or a branch takes arrays and single leaves.
-            values = [self.materialise(v, eqn) if isinstance(v, Several) and name not in INLINE else v for v in values]
+            # A mesh takes arrays and single leaves.
+            values = [self.materialise(v, eqn) if isinstance(v, Several) and name == "shard_map" else v for v in values]
             return RULES[name](self, eqn, *values)
         handler = PROBES.get(name) or RULES.get(name)
         plain = [value.array if isinstance(value, Weight | Several) else value for value in values]

@@ -56,7 +56,7 @@ class Weight:
         batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
         factor: the number by which the function multiplied the weight, or None.
         stored: `array` without that factor, which is what the method sees; None where they are the same.
-        lookup: the reading as a table, of rows that may turn out to be matrices of a stack; None otherwise; static.
+        lookups: its readings as a table, of rows that may turn out to be matrices of a stack; static.
     """
 
     array: jax.Array
@@ -71,7 +71,7 @@ class Weight:
     batch: tuple[Piece, ...] = field(metadata={"static": True})
     factor: jax.Array | None = None
     stored: jax.Array | None = None
-    lookup: Any = field(default=None, metadata={"static": True})
+    lookups: tuple[Any, ...] = field(default=(), metadata={"static": True})
 
     @property
     def method(self) -> Method:
@@ -101,6 +101,7 @@ class Weight:
         return replace(self, params=params, frozen=frozen)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Several:
     """Leaves whose roles are being found out, joined to one array.
@@ -123,8 +124,9 @@ def members(value: Any) -> tuple[Weight, ...]:
 
 
 def joined(array: jax.Array, found: Sequence[Weight]) -> Any:
-    """An array together with the leaves that are in it, if any."""
-    return array if not found else found[0] if len(found) == 1 else Several(tuple(found))
+    """An array together with the leaves that are in it, if any; parts of one leaf, as after a roll, are that leaf."""
+    distinct = {(each.name, each.axes, each.lookups): each for each in found}.values()
+    return array if not found else found[0] if len(distinct) == 1 else Several(tuple(distinct))
 
 
 def start(array: Any, site: Site, params: Arrays, frozen: Arrays, shared: Arrays, key: jax.Array | None) -> Weight:

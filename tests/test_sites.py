@@ -254,6 +254,20 @@ def test_all_linear_says_which_weights_it_leaves_out_and_what_to_write():
     assert '{"sorted": jlora.Axes("in out", LoRA(rank=2))}' in str(said[0].message)
 
 
+def test_a_function_without_data_has_its_activations_told_from_its_weights(recwarn):
+    params = {**BODY, "head": zeros(8, 11)}
+    assert all_linear(lambda p: decoder(p, jnp.ones((1, 3), int)), params) == LINEAR
+    assert all_linear(lambda p: decoder(p, TOKENS), params) == LINEAR
+    assert not recwarn
+
+
+def test_a_mask_in_a_function_without_data_is_said():
+    fn = lambda p: jnp.tanh(jnp.ones((2, 4)) @ (p["masked"] * jnp.tril(jnp.ones((4, 4))))) @ p["plain"] @ p["head"]
+    params = {"masked": zeros(4, 4), "plain": zeros(4, 4), "head": zeros(4, 3)}
+    with pytest.warns(UserWarning, match="ALL_LINEAR leaves out masked"):
+        assert all_linear(fn, params) == {"plain"}
+
+
 @pytest.mark.parametrize("choice", [None, jlora.Axes("in out", LORA)])
 def test_a_weight_that_the_spec_names_is_not_said_to_be_left_out(choice, recwarn):
     report = jlora.sites(sorted_first, SORTED, zeros(2, 4))
@@ -279,6 +293,62 @@ def test_a_stack_that_is_indexed_is_no_table_and_a_table_is_no_stack():
     assert found["experts"] == found["layers"] == stack
     assert found["table"] == ("gather", ((0,), (1,), ()))
     assert found["heads"] == ("gather", ((0,), (1, 2), ()))
+
+
+def by_row(p, x, choice):
+    """A layer and an expert for each row, as `vmap` makes them, layers that are joined for a scan, and a shared input."""
+    x = jax.vmap(lambda row, n: row @ p["layers"][n])(x, choice)
+    branches = [lambda row, n=n: jnp.tanh(row @ p["experts"][n]) for n in range(2)]
+    x = jax.vmap(lambda row, n: lax.switch(n, branches, row))(x, choice)
+    x = jax.vmap(lambda x, w, n: x @ w[n])(jnp.stack([x, x]), p["pairs"], jnp.array([1, 0])).sum(0)
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["first"], p["second"]]))[0]
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.roll(p["rolled"], 1, axis=0))[0]
+    x = jax.vmap(lambda w, x: jnp.tanh(x @ w))(p["twice"], jax.vmap(lambda w: x @ w)(p["twice"])).sum(0)
+    index = jnp.arange(3)[::-1]
+    return jnp.einsum("ti,tio->to", x, p["again"][choice][index])
+
+
+def test_stacks_are_told_through_vmap_switches_joins_and_shared_inputs():
+    stacked = {"layers": zeros(3, 4, 4), "experts": zeros(2, 4, 4), "rolled": zeros(3, 4, 4), "twice": zeros(3, 4, 4)}
+    params = stacked | {
+        "again": zeros(3, 4, 4),
+        "first": zeros(4, 4),
+        "second": zeros(4, 4),
+        "pairs": zeros(2, 2, 4, 4),
+    }
+    report = jlora.sites(by_row, params, zeros(3, 4), jnp.zeros(3, int))
+    found = {leaf.path: (leaf.kind, leaf.roles) for leaf in report.leaves}
+    assert found.pop("pairs") == ("dot", ((2,), (3,), (0, 1)))
+    assert found.pop("first") == found.pop("second") == ("dot", ((0,), (1,), ()))
+    assert set(found.values()) == {("dot", ((1,), (2,), (0,)))}
+
+
+def with_vectors(p, tokens, x):
+    """Tables read by slices, a prefix of tokens, a vector of scores, and an outer product: none of them a linear weight."""
+    rows = lax.map(lambda n: lax.dynamic_index_in_dim(p["table"], n, keepdims=False), tokens)
+    x = jnp.concatenate([p["prefix"], x + rows]) @ p["w"]
+    x = x + jnp.einsum("t,io->tio", x[:, 0], p["outer"]).sum(1)
+    return (jax.nn.softmax(x @ p["vector"])[:, None] * x) @ p["head"]
+
+
+def test_all_linear_takes_no_prefixes_vectors_and_outer_products():
+    params = {"table": zeros(7, 4), "prefix": zeros(2, 4), "w": zeros(4, 4), "outer": zeros(3, 4), "vector": zeros(4)}
+    params["head"] = zeros(4, 2)
+    report = jlora.sites(with_vectors, params, jnp.zeros(3, int), zeros(3, 4))
+    adapted = jlora.adapterize(params, {jlora.ALL_LINEAR: LORA}, sites=report)
+    assert [site.path for site in adapted.plan.sites] == ["w"]
+    assert {leaf.path: leaf.roles for leaf in report.leaves}["table"] == ((0,), (1,), ())
+
+
+def solved(p, x):
+    return lax.custom_linear_solve(lambda v: v + v @ p["w"], x, lambda matvec, b: b - matvec(b)) @ p["head"]
+
+
+def test_all_linear_without_a_weight_says_what_it_leaves_out():
+    params = {"w": zeros(4, 4), "head": zeros(4, 2)}
+    report = jlora.sites(solved, params, zeros(3, 4))
+    with pytest.raises(ValueError, match=r"ALL_LINEAR found no weight that is contracted, and leaves out w \(by "):
+        jlora.adapterize(params, {jlora.ALL_LINEAR: LORA}, sites=report)
 
 
 def test_strict_names_primitive_path_and_the_users_line():
