@@ -121,8 +121,8 @@ def _table(value: Weight, found: lookup.Lookup) -> Reading:
     others = _leaf_axes(value, range(value.array.ndim)) - indexed - paired
     if len(found.axes) > 1 or not indexed or not others:
         return Reading(value.name, "gather")
-    roles = (tuple(sorted(axes)) for axes in (indexed, others, _hidden(value) | paired))
-    return Reading(value.name, "gather", *roles)
+    into, out, batch = (tuple(sorted(axes)) for axes in (indexed, others, _hidden(value) | paired))
+    return Reading(value.name, "gather", into, out, batch)
 
 
 @probes("reduce_sum", "reduce_max", "reduce_min")
@@ -184,8 +184,8 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
             walk.forget(reading)
     elif not free:  # an out axis of size 1 that was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
-    roles = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
-    walk.note(Reading(value.name, eqn.primitive.name, *roles, grouped))
+    into, out, stack = (tuple(sorted(axes)) for axes in (contracted, free, batched | hidden))
+    walk.note(Reading(value.name, eqn.primitive.name, into, out, stack, grouped))
     return _plain(eqn, values)
 
 
