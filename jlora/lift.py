@@ -34,7 +34,7 @@ def lift(
     """The function that runs `fn` on adapted params.
 
     Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
-    where a method has a faster form. In 16 bits the lift is the more exact of the two: `merge` rounds the updated weight to
+    where a method has a faster form. In 16 bits and fewer the lift is the more exact: `merge` rounds the updated weight to
     its base's dtype, and a cast to 16 bits rounds it again, where the lift adds the update to the product before it rounds.
     What `fn` computes and does not return, directly or by an effect, is left out.
 
