@@ -24,6 +24,22 @@ CONTENT = {
 }
 
 
+def check_new(out: str | Path) -> None:
+    """Fail where something would be written over; an empty folder is as good as none.
+
+    Raises:
+        FileExistsError: if there is something already.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; choose a new folder")
+
+
+def content(out: Path, *soon: str) -> dict[str, str]:
+    """What lies in a run's folder, or will `soon`, in the words of `CONTENT`."""
+    return {name: what for name, what in CONTENT.items() if name in soon or (out / name).exists()}
+
+
 def check_free(out: str | Path, resume: bool) -> None:
     """Fail early where `claim` would fail; creates nothing.
 

@@ -225,7 +225,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
     found = complaint(metrics, settings)
-    record: dict[str, Any] = _results(metrics, adapted, start) | {"complaint": found}
+    record = _results(trainer, metrics, start, found)
     if found is None and (note := unsteady(metrics, settings)):
         about["notes"].append(note)
         say(f"note  {note}")
@@ -242,7 +242,7 @@ def _gave_up(
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record: dict[str, Any] = _results(metrics, trainer.adapted, start) | {"complaint": str(error)}
+    record = _results(trainer, metrics, start, str(error))
     write_json(out / RESULTS, record)
     write_report(out, about, record, metrics, trainer.adapted, texts)
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))
@@ -267,7 +267,8 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _results(metrics: Metrics, adapted: jlora.Adapted, start: float) -> dict[str, Any]:
+def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
+    """The content of results.json; `seconds` are those since the run was started or resumed."""
     found, about = metrics.of("validation"), ("step", "kind", "weight")
     values = [{name: value for name, value in record.items() if name not in about} for record in found]
     train = metrics.of("train")
@@ -276,9 +277,11 @@ def _results(metrics: Metrics, adapted: jlora.Adapted, start: float) -> dict[str
         "after": values[-1],
         "steps": len(train),
         "train_loss": train[-1]["loss"] if train else None,
-        "trained_values": count(adapted.params),
-        "base_values": count(adapted.base),
+        "trained_values": count(trainer.adapted.params),
+        "base_values": count(trainer.adapted.base),
         "seconds": round(time.time() - start, 1),
+        "resumed_at": trainer.resumed_at,
+        "complaint": complaint,
     }
 
 
@@ -288,6 +291,5 @@ def _conclude(result: Result, texts: dict[str, str], say: Callable[[str], None])
     if texts:
         say(f"after:  {texts['prompt']} | {texts['after']!r}")
     say(f"{result.record['seconds']} seconds; in {result.out}:")
-    for name, what in folder.CONTENT.items():
-        if (result.out / name).exists():
-            say(f"  {name:<14} {what}")
+    for name, what in folder.content(result.out).items():
+        say(f"  {name:<14} {what}")
