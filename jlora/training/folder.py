@@ -56,11 +56,13 @@ def check_free(out: str | Path, resume: bool) -> None:
 
 
 def _check_content(out: Path, resume: bool) -> None:
-    content = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
-    if content and not resume:
-        raise FolderError(f"{out} is not empty; choose another --out, or go on with its run by --resume")
-    if resume and "settings.json" not in content:
-        raise FolderError(f"{out} holds no run to resume (no settings.json); leave --resume out to start one")
+    found = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
+    if found and not resume:
+        way = ", or go on with its run by --resume" if "settings.json" in found else ""
+        raise FolderError(f"{out} is not empty; choose another --out{way}")
+    if resume and "settings.json" not in found:
+        way = "choose another --out" if found else "leave --resume out to start one"
+        raise FolderError(f"{out} holds no run to resume (no settings.json); {way}")
 
 
 @contextlib.contextmanager

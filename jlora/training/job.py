@@ -15,6 +15,7 @@ from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.interchange.folder import CONFIG
 from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
@@ -30,7 +31,7 @@ from jlora.training.report import REPORT, write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
 from jlora.training.settings import Settings, mesh_axes
-from jlora.training.subject import Subject, check_length, load_subject, memory, open_codec
+from jlora.training.subject import Subject, check_model, load_subject, memory, open_codec
 from jlora.training.trainer import Trainer
 from jlora.training.verdict import complaint, unsteady
 from jlora.training.versions import installed
@@ -85,8 +86,8 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     settings = resolve(settings)
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
-    check_length(settings, config)
-    stored = read_settings(settings.out) if settings.resume else {}
+    check_model(settings, config)
+    stored = _resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with.
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
     data = load_data(settings, codec, datetime.fromisoformat(started))
@@ -94,7 +95,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     settings = count_steps(settings, len(data.train), row_parts(mesh))
     assert settings.batch is not None
     if settings.batch != wanted:
-        notes.append(f"--batch is {settings.batch}, not {wanted}: the training data makes {len(data.train)} rows")
+        notes.append(f"--batch is {settings.batch:,}, not {wanted:,}: the training data makes {len(data.train):,} rows")
     check_batch(mesh, settings.batch, settings.accumulate)
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
@@ -160,10 +161,19 @@ def read_settings(out: str | Path) -> dict[str, Any]:
             raise ValueError(f"labels must be a list, got {shown(found['labels'])}")
         return found
     except FileNotFoundError as error:
-        raise CheckpointError(f"{out} holds no run (no {SETTINGS})") from error
+        hint = f"; make one of this adapter by jlora import {out} --to RUN" if Path(out, CONFIG).exists() else ""
+        raise CheckpointError(f"{out} holds no run (no {SETTINGS}){hint}") from error
     except ILL_FORMED as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
+
+
+def _resumable(out: str) -> dict[str, Any]:
+    """The settings.json of a run that can go on."""
+    stored = read_settings(out)
+    if "imported" in stored:
+        raise CheckpointError(f"{out} holds an adapter imported from {stored['imported']}, and no training to go on with")
+    return stored
 
 
 def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
@@ -190,7 +200,7 @@ def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
 def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
-    say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
+    say(f"data  {data.source}: {data.amounts()}")
     say(jlora.summary(adapted))
     say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
 

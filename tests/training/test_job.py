@@ -248,10 +248,13 @@ def test_resuming_on_another_base_is_an_error(stopped):
 
 def test_a_folder_with_content_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FolderError, match="is not empty; choose another --out, or go on with its run by --resume"):
+    with pytest.raises(FolderError, match="is not empty; choose another --out$"):
         finetune(settings(tmp_path), quiet)
-    with pytest.raises(FolderError, match="holds no run to resume"):
+    with pytest.raises(FolderError, match="holds no run to resume .*; choose another --out$"):
         finetune(settings(tmp_path, resume=True), quiet)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(FolderError, match="is not empty; choose another --out, or go on with its run by --resume$"):
+        finetune(settings(tmp_path), quiet)
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
