@@ -74,7 +74,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokens", type=COUNT, default=100, help="tokens to write, at most (100)")
     temperature = number(float, lambda value: 0 <= value < float("inf"), "0 or more")
-    parser.add_argument("--temperature", type=temperature, default=0.7, help="0 takes the likeliest token each time (0.7)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.7, help="0 takes the likeliest token each time (0.7)"
+    )
     parser.add_argument("--top-k", type=COUNT, help="draw from the k likeliest tokens")
     share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens whose probabilities reach p")
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.traceback:
         _quiet_libraries()
     try:
-        # Here and not above: `jlora --help` need not wait for JAX.
+        # Here and not above: `jlora --help` need not wait for flax, orbax and grain.
         from jlora.training import commands
 
         complaint = commands.COMMANDS[arguments.command](arguments)

@@ -172,7 +172,9 @@ def _resumable(out: str) -> dict[str, Any]:
     """The settings.json of a run that can go on."""
     stored = read_settings(out)
     if "imported" in stored:
-        raise CheckpointError(f"{out} holds an adapter imported from {stored['imported']}, and no training to go on with")
+        raise CheckpointError(
+            f"{out} holds an adapter imported from {stored['imported']}, and no training to go on with"
+        )
     return stored
 
 

@@ -144,7 +144,8 @@ def _json_row(path: str, number: int, line: str) -> Row:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         hint = "; wanted one object a line, or one array of objects" if line in ("{", "[") else ""
-        raise DataError(path, number, f"the row is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}){hint}") from error
+        why = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise DataError(path, number, f"the row is not JSON ({why}){hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets in …
         raise DataError(path, number, f"the row cannot be read ({error})") from error
     return _object_row(path, number, value, line)
