@@ -255,7 +255,7 @@ def test_a_folder_with_content_is_not_written_to(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(FolderError, match="is not empty; choose another --out, or go on with its run by --resume$"):
         finetune(settings(tmp_path), quiet)
-    assert os.listdir(tmp_path) == ["mine.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt", "settings.json"]
 
 
 def test_a_folder_in_use_names_the_process(tmp_path):
