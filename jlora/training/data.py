@@ -50,9 +50,9 @@ class Data:
     def amounts(self) -> str:
         """How many rows there are, in words."""
         rows = len(self.train), len(self.validation)
-        train, validation = self.unpacked or rows
-        text = f"{train:,} rows to train on, {validation:,} to validate"
-        return f"{text}, packed into {rows[0]:,} and {rows[1]:,} of {self.longest} tokens" if self.unpacked else text
+        train, validation = unpacked = self.unpacked or rows
+        packed = f", packed into {rows[0]:,} and {rows[1]:,} of {self.longest} tokens" if unpacked != rows else ""
+        return f"{train:,} rows to train on, {validation:,} to validate{packed}"
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
