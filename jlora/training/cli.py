@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jlora.training.errors import DivergenceError, SettingError
-from jlora.training.flags import Parser, add_flags
+from jlora.training.flags import COUNT, Parser, add_flags, number
 from jlora.training.versions import installed
 
 _EXAMPLES = """examples:
@@ -58,8 +58,8 @@ def build_parser() -> Parser:
 def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--distributed", action="store_true", help="find the others as Slurm, GKE or Cloud TPU tell")
     group.add_argument("--coordinator", help="host:port of process 0, where nobody tells")
-    group.add_argument("--processes", type=int, help="how many processes take part")
-    group.add_argument("--process", type=int, help="number of this process, from 0")
+    group.add_argument("--processes", type=number(int), help="how many processes take part")
+    group.add_argument("--process", type=number(int), help="number of this process, from 0")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +72,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="output folder of jlora finetune (default: the base alone)")
     parser.add_argument("--model", help="directory of the base (default: the run's, or the shipped model)")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=100, help="tokens to write, at most (100)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time (0.7)")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens whose probabilities reach p")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (0)")
+    parser.add_argument("--tokens", type=COUNT, default=100, help="tokens to write, at most (100)")
+    temperature = number(float, lambda value: 0 <= value < float("inf"), "0 or more")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.7, help="0 takes the likeliest token each time (0.7)"
+    )
+    parser.add_argument("--top-k", type=COUNT, help="draw from the k likeliest tokens")
+    share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+    parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens whose probabilities reach p")
+    parser.add_argument("--seed", type=number(int), default=0, help="seed of the drawing (0)")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +88,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="file in a format that finetune reads")
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
     parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
-    parser.add_argument("--max-rows", type=int, help="on this many rows, drawn by the run's seed")
+    parser.add_argument("--max-rows", type=COUNT, help="on this many rows, drawn by the run's seed")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="peft: all that PEFT reads; serving: plain LoRA for vLLM, SGLang and llama.cpp (peft)",
     )
     parser.add_argument(
-        "--svd-rank", type=int, help="turn what has no place into LoRA of at most this rank, with a loss"
+        "--svd-rank", type=COUNT, help="turn what has no place into LoRA of at most this rank, with a loss"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as trained)")
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.traceback:
         _quiet_libraries()
     try:
-        # Here and not above: `jlora --help` need not wait for JAX.
+        # Here and not above: `jlora --help` need not wait for flax, orbax and grain.
         from jlora.training import commands
 
         complaint = commands.COMMANDS[arguments.command](arguments)

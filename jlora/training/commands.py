@@ -16,6 +16,7 @@ from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
 from jlora.training.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.flags import given
+from jlora.training.folder import check_new
 from jlora.training.job import SETTINGS, finetune, read_settings
 from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
@@ -47,7 +48,7 @@ def _stored(asked: Given) -> dict[str, Any]:
     if not asked.values.get("resume"):
         return {}
     out = asked.values.get("out", Settings.out)
-    if not (Path(out) / "settings.json").exists():
+    if not (Path(out) / SETTINGS).exists():
         return {}  # the job says what is wrong with the folder
     return read_settings(out)["asked"]
 
@@ -70,6 +71,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    check_new(arguments.directory)  # before a large model is read
     run = open_run(arguments.run, arguments.model)
     write_merged(run, arguments.directory)
     print(f"merged model written to {arguments.directory}")
@@ -112,6 +114,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    check_new(arguments.to)
     run = open_run_or_adapters(arguments.run, arguments.model)
     print(export_run(run, arguments.to, arguments.profile, arguments.svd_rank, arguments.dtype))
     print(f"adapter written to {arguments.to}")

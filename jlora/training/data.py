@@ -34,6 +34,7 @@ class Data:
         longest: tokens of the longest row.
         notes: what became of rows that are not learned from as they are, with numbers, in words.
         template: how chats became text; None where there are none.
+        unpacked: rows to train and to validate on before they were packed; None where they were not.
     """
 
     train: list[Example]
@@ -44,6 +45,14 @@ class Data:
     longest: int
     notes: list[str]
     template: chat.Template | None = None
+    unpacked: tuple[int, int] | None = None
+
+    def amounts(self) -> str:
+        """How many rows there are, in words."""
+        rows = len(self.train), len(self.validation)
+        train, validation = unpacked = self.unpacked or rows
+        packed = f", packed into {rows[0]:,} and {rows[1]:,} of {self.longest} tokens" if unpacked != rows else ""
+        return f"{train:,} rows to train on, {validation:,} to validate{packed}"
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
@@ -88,12 +97,13 @@ def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> 
     else:
         train, validation = split(train, settings, one_text=len(rows) == 1)
     fixed, notes = bool(settings.packing), notes_on(counts, settings)
+    unpacked = (len(train), len(validation)) if fixed else None
     if fixed:
         train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
     longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
     made = template() if template.cache_info().currsize else None
     notes += made.notes if made is not None else []
-    return Data(train, validation, labels, source, fixed, longest, notes, made)
+    return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked)
 
 
 def chat_template(settings: Settings, codec: Codec, now: datetime | None = None) -> chat.Template:
@@ -147,7 +157,7 @@ def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
     """What was counted, in words."""
     long = f"longer than {settings.max_length} tokens (--max-length)"
     words = {
-        "cut": f"{long}, cut at their end (--long-rows)",
+        "cut": f"{long}, cut at the end (--long-rows)",
         "split": f"{long}, cut into pieces (--long-rows)",
         "dropped": f"{long}, left out (--long-rows)",
         "answerless": f"left out, because the answer begins after {settings.max_length} tokens (--max-length)",
@@ -174,7 +184,9 @@ def split(examples: list[Example], settings: Settings, one_text: bool) -> tuple[
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
         raise SettingError(
-            "validation_fraction", f"of {fraction} leaves nothing to train on: there are {len(examples)} rows"
+            "validation_fraction",
+            f"of {fraction} leaves nothing to train on: the data makes {len(examples)} {'row' if count == 1 else 'rows'}; "
+            "give more data, or other data to validate on (--validation)",
         )
     order = np.arange(len(examples))
     if not one_text:

@@ -193,6 +193,8 @@ def label_names(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def _label(row: Row, column: str) -> str:
+    if column not in row.values:
+        raise row.missing(column, "; name the one of the label by --label-column")
     value = row.values.get(column)
     return str(value) if isinstance(value, int) else row.text(column).strip()
 

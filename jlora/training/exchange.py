@@ -12,6 +12,7 @@ from jlora import models
 from jlora.models.chat_files import read_chat_templates, write_chat_templates
 from jlora.training.defaults import resolve
 from jlora.training.files import write_json
+from jlora.training.folder import check_new
 from jlora.training.job import ADAPTERS, SETTINGS
 from jlora.training.runs import Run, open_run
 from jlora.training.settings import Settings
@@ -61,8 +62,7 @@ def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> j
         FileExistsError: if there is something already.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose a new folder")
+    check_new(out)
     asked = Settings(model=model)
     settings = resolve(asked)
     subject = load_subject(settings, *open_codec(settings))

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jlora.training.configuration import Given, gather
 from jlora.training.errors import nearest
 from jlora.training.settings import Settings
 
-_PARSERS = {"str": str, "int": int, "float": float}
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def number(kind: type, holds: Callable[[Any], bool] | None = None, wanted: str = "") -> Callable[[str], Any]:
+    """A parser of a flag's number, whose error says what is wanted.
+
+    Args:
+        kind: int or float.
+        holds: whether the number may be the flag's; any may by default.
+        wanted: what it must be, in words.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {_NUMBERS[kind]}, got {text!r}") from error
+        if holds is not None and not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    return parse
+
+
+#: A whole number of things.
+COUNT = number(int, lambda value: value >= 1, "at least 1")
+_PARSERS = {"str": str, "int": number(int), "float": number(float)}
 
 
 class Parser(argparse.ArgumentParser):

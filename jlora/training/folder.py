@@ -24,6 +24,22 @@ CONTENT = {
 }
 
 
+def check_new(out: str | Path) -> None:
+    """Fail where something would be written over; an empty folder is as good as none.
+
+    Raises:
+        FileExistsError: if there is something already.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; choose a new folder")
+
+
+def content(out: Path, *soon: str) -> dict[str, str]:
+    """What lies in a run's folder, or will `soon`, in the words of `CONTENT`."""
+    return {name: what for name, what in CONTENT.items() if name in soon or (out / name).exists()}
+
+
 def check_free(out: str | Path, resume: bool) -> None:
     """Fail early where `claim` would fail; creates nothing.
 
@@ -40,11 +56,13 @@ def check_free(out: str | Path, resume: bool) -> None:
 
 
 def _check_content(out: Path, resume: bool) -> None:
-    content = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
-    if content and not resume:
-        raise FolderError(f"{out} is not empty; choose another --out, or go on with its run by --resume")
-    if resume and "settings.json" not in content:
-        raise FolderError(f"{out} holds no run to resume (no settings.json); leave --resume out to start one")
+    found = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
+    if found and not resume:
+        way = ", or go on with its run by --resume" if "settings.json" in found else ""
+        raise FolderError(f"{out} is not empty; choose another --out{way}")
+    if resume and "settings.json" not in found:
+        way = "choose another --out" if found else "leave --resume out to start one"
+        raise FolderError(f"{out} holds no run to resume (no settings.json); {way}")
 
 
 @contextlib.contextmanager

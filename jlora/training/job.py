@@ -15,6 +15,7 @@ from typing import Any
 
 import jlora
 from jlora.adapted import count
+from jlora.interchange.folder import CONFIG
 from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
@@ -30,7 +31,7 @@ from jlora.training.report import REPORT, write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
 from jlora.training.settings import Settings, mesh_axes
-from jlora.training.subject import Subject, check_length, load_subject, memory, open_codec
+from jlora.training.subject import Subject, check_model, load_subject, memory, open_codec
 from jlora.training.trainer import Trainer
 from jlora.training.verdict import complaint, unsteady
 from jlora.training.versions import installed
@@ -85,8 +86,8 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     settings = resolve(settings)
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
-    check_length(settings, config)
-    stored = read_settings(settings.out) if settings.resume else {}
+    check_model(settings, config)
+    stored = _resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with.
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
     data = load_data(settings, codec, datetime.fromisoformat(started))
@@ -94,7 +95,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     settings = count_steps(settings, len(data.train), row_parts(mesh))
     assert settings.batch is not None
     if settings.batch != wanted:
-        notes.append(f"--batch is {settings.batch}, not {wanted}: the training data makes {len(data.train)} rows")
+        notes.append(f"--batch is {settings.batch:,}, not {wanted:,}: the training data makes {len(data.train):,} rows")
     check_batch(mesh, settings.batch, settings.accumulate)
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
@@ -160,10 +161,21 @@ def read_settings(out: str | Path) -> dict[str, Any]:
             raise ValueError(f"labels must be a list, got {shown(found['labels'])}")
         return found
     except FileNotFoundError as error:
-        raise CheckpointError(f"{out} holds no run (no {SETTINGS})") from error
+        hint = f"; make one of this adapter by jlora import {out} --to RUN" if Path(out, CONFIG).exists() else ""
+        raise CheckpointError(f"{out} holds no run (no {SETTINGS}){hint}") from error
     except ILL_FORMED as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
+
+
+def _resumable(out: str) -> dict[str, Any]:
+    """The settings.json of a run that can go on."""
+    stored = read_settings(out)
+    if "imported" in stored:
+        raise CheckpointError(
+            f"{out} holds an adapter imported from {stored['imported']}, and no training to go on with"
+        )
+    return stored
 
 
 def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
@@ -190,7 +202,7 @@ def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
 def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
-    say(f"data  {data.source}: {len(data.train):,} rows to train on, {len(data.validation):,} to validate")
+    say(f"data  {data.source}: {data.amounts()}")
     say(jlora.summary(adapted))
     say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
 
@@ -225,7 +237,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
     found = complaint(metrics, settings)
-    record: dict[str, Any] = _results(metrics, adapted, start) | {"complaint": found}
+    record = _results(trainer, metrics, start, found)
     if found is None and (note := unsteady(metrics, settings)):
         about["notes"].append(note)
         say(f"note  {note}")
@@ -242,7 +254,7 @@ def _gave_up(
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record: dict[str, Any] = _results(metrics, trainer.adapted, start) | {"complaint": str(error)}
+    record = _results(trainer, metrics, start, str(error))
     write_json(out / RESULTS, record)
     write_report(out, about, record, metrics, trainer.adapted, texts)
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))
@@ -267,7 +279,8 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _results(metrics: Metrics, adapted: jlora.Adapted, start: float) -> dict[str, Any]:
+def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
+    """The content of results.json; `seconds` are those since the run was started or resumed."""
     found, about = metrics.of("validation"), ("step", "kind", "weight")
     values = [{name: value for name, value in record.items() if name not in about} for record in found]
     train = metrics.of("train")
@@ -276,9 +289,11 @@ def _results(metrics: Metrics, adapted: jlora.Adapted, start: float) -> dict[str
         "after": values[-1],
         "steps": len(train),
         "train_loss": train[-1]["loss"] if train else None,
-        "trained_values": count(adapted.params),
-        "base_values": count(adapted.base),
+        "trained_values": count(trainer.adapted.params),
+        "base_values": count(trainer.adapted.base),
         "seconds": round(time.time() - start, 1),
+        "resumed_at": trainer.resumed_at,
+        "complaint": complaint,
     }
 
 
@@ -288,6 +303,5 @@ def _conclude(result: Result, texts: dict[str, str], say: Callable[[str], None])
     if texts:
         say(f"after:  {texts['prompt']} | {texts['after']!r}")
     say(f"{result.record['seconds']} seconds; in {result.out}:")
-    for name, what in folder.CONTENT.items():
-        if (result.out / name).exists():
-            say(f"  {name:<14} {what}")
+    for name, what in folder.content(result.out).items():
+        say(f"  {name:<14} {what}")

@@ -68,7 +68,7 @@ def write_report(
         _sites(adapted),
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
-        _table(("name", "content"), folder.CONTENT.items()),
+        _table(("name", "content"), folder.content(out, REPORT).items()),
         _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
         _folded("What it stands on", _table(("name", "value"), _grounds(about))),
     ]
@@ -109,7 +109,9 @@ def _figures(record: Mapping[str, Any]) -> str:
     shown.append(
         (f"{share:.2f} %", f"{record['trained_values']:,} trained values over {record['base_values']:,} in the base")
     )
-    shown.append((f"{record['seconds']:.0f} s", f"for {record['steps']} steps, set-up included"))
+    resumed = record.get("resumed_at")
+    span = f"since the run was resumed at step {resumed}" if resumed else f"for {record['steps']} steps"
+    shown.append((f"{record['seconds']:.0f} s", f"{span}, set-up included"))
     cells = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in shown
     )

@@ -74,7 +74,11 @@ def file_format(path: str | Path, format: str | None = None) -> str:
     """
     found = format or _SUFFIXES.get(Path(path).suffix.lower())
     if found is None:
-        raise ValueError(f"{path}: the format is not known from the name; say --format text, jsonl, csv or tsv")
+        known = ", ".join(_SUFFIXES)
+        raise ValueError(
+            f"{path}: the format is not known from the name, which ends in none of {known}; rename the file, or say "
+            "--format text, jsonl, csv or tsv"
+        )
     return found
 
 
@@ -85,6 +89,10 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
         DataError: for a malformed row, or a file without rows.
         OSError: if the file cannot be read.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: a folder, wanted a file of rows")
     readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
     kind, limit = file_format(path, format), csv.field_size_limit(_FIELD_LIMIT)
     try:
@@ -136,7 +144,8 @@ def _json_row(path: str, number: int, line: str) -> Row:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         hint = "; wanted one object a line, or one array of objects" if line in ("{", "[") else ""
-        raise DataError(path, number, f"the row is not JSON ({error.msg} at column {error.colno}){hint}") from error
+        why = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise DataError(path, number, f"the row is not JSON ({why}){hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets in …
         raise DataError(path, number, f"the row cannot be read ({error})") from error
     return _object_row(path, number, value, line)

@@ -21,6 +21,7 @@ from jlora.training import chat
 from jlora.training.data import encode, notes_on, subset
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
+from jlora.training.folder import check_new
 from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.loop import make_evaluation, to_devices
 from jlora.training.packing import packed
@@ -124,8 +125,7 @@ def write_merged(run: Run, directory: str | Path) -> None:
         FileExistsError: if the directory exists.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose a new folder")
+    check_new(directory)
     params = run.subject.params if run.adapted is None else lazily_merged(run.adapted)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:

@@ -66,18 +66,30 @@ def open_codec(settings: Settings) -> tuple[Codec, dict[str, Any]]:
     return Codec(models.load_tokenizer(directory), config, directory), config
 
 
-def check_length(settings: Settings, config: dict[str, Any]) -> None:
-    """The rows fit into the model's positions.
+def check_model(settings: Settings, config: dict[str, Any]) -> None:
+    """What can be known before data and weights are read: the model does the task, and has weights and enough positions.
 
     Raises:
-        SettingError: if they are longer.
+        SettingError: if it can't do the task, or rows may be longer than its positions.
+        ValueError: if a file of weights is damaged or outside of the directory.
+        OSError: if there is none.
     """
+    _check_task(settings, config)
+    stored_dtypes(model_directory(settings), settings.follow_links)
     positions = config.get("max_position_embeddings")
     if config.get("model_type") == "roberta" and positions is not None:
         positions -= config["pad_token_id"] + 1
     if positions is not None and settings.max_length is not None and settings.max_length > positions:
         raise SettingError(
             "max_length", f"of {settings.max_length} is more than the {positions} positions of the model"
+        )
+
+
+def _check_task(settings: Settings, config: dict[str, Any]) -> None:
+    if settings.task == "lm" and config.get("model_type") in ("bert", "roberta"):
+        raise SettingError(
+            "task",
+            f"lm needs a model that predicts the next token; {model_directory(settings)} is an encoder: use classify",
         )
 
 
@@ -89,12 +101,8 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
         ValueError: if its directory is not right.
         OSError: if it cannot be read.
     """
+    _check_task(settings, config)
     directory = model_directory(settings)
-    encoder = config.get("model_type") in ("bert", "roberta")
-    if encoder and settings.task == "lm":
-        raise SettingError(
-            "task", f"lm needs a model that predicts the next token; {directory} is an encoder: use classify"
-        )
     model, params = models.load(
         directory,
         scan_layers=settings.scan_layers,

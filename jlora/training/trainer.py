@@ -49,6 +49,7 @@ class Trainer:
         out: the output folder.
         fingerprint: of the base.
         metrics: of the run, once it began.
+        resumed_at: the step that the run goes on from; 0 for its beginning.
     """
 
     adapted: jlora.Adapted
@@ -59,6 +60,7 @@ class Trainer:
     out: Path
     fingerprint: str
     metrics: Metrics | None = None
+    resumed_at: int = 0
 
     def __post_init__(self):
         settings = self.settings
@@ -91,6 +93,7 @@ class Trainer:
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
         done, self._step = int(state.step), make_step(self.forward, self._tx, state, self._cuts)
+        self.resumed_at = done
         self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
         with contextlib.ExitStack() as stack:
@@ -120,7 +123,8 @@ class Trainer:
         if whole.step is None:
             return state, [*notes, "no whole checkpoint: the run starts from its beginning"]
         state, self._still = checkpoints.restore(whole.step, state, self._still, self._batches)
-        return state, [*notes, f"resumed from the checkpoint of step {whole.step}"]
+        rest = "" if whole.step != self.settings.steps else ", the last one: nothing is left to train"
+        return state, [*notes, f"resumed from the checkpoint of step {whole.step}{rest}"]
 
     def _steps(self, done: int, state: State, metrics: Metrics, progress: Progress, checkpoints: Checkpoints) -> State:
         settings, waiting, since = self.settings, [], time.perf_counter()

@@ -54,6 +54,11 @@ def test_an_imported_adapter_is_a_run_that_goes_out_again_with_the_same_bytes(ru
     assert config["base_model_name_or_path"] == str(models.STORIES260K)
 
 
+def test_an_imported_adapter_has_no_training_to_go_on_with(run, capsys):
+    assert main(["finetune", "--out", str(run), "--resume"]) == 2
+    assert f"jlora finetune: {run} holds an adapter imported from" in capsys.readouterr().err
+
+
 def test_a_run_is_merged_one_leaf_at_a_time_into_a_directory_that_loads(run, adapted, tmp_path, monkeypatch):
     formed = []
     values = MergedLeaf.__array__

@@ -115,3 +115,9 @@ def test_one_changed_label_is_other_data():
     other = dataclasses.replace(examples[1], label=1 - examples[1].label)
     changed = dataclasses.replace(data, train=[examples[0], other, examples[2]])
     assert changed.digest() != data.digest() == dataclasses.replace(data, train=list(examples)).digest()
+
+
+def test_packed_rows_are_told_from_the_rows_they_hold():
+    data = Data(classified([3, 4]), classified([3]), [], "file", True, 8, [], unpacked=(5, 1))
+    assert data.amounts() == "5 rows to train on, 1 to validate, packed into 2 and 1 of 8 tokens"
+    assert dataclasses.replace(data, unpacked=None).amounts() == "2 rows to train on, 1 to validate"

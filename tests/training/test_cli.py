@@ -164,7 +164,7 @@ def other_tokenizer(folder, data):
             ["--model", "org/name"],
             "downloads nothing: for a model of the Hugging Face Hub run `hf download org/name --local-",
         ),
-        (["--data", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--mesh", "model=7"], "--mesh axis model=7 does not divide the 64 of axis 1 of embed_tokens/embedding"),
         (
             ["--batch", "1000000", "--accumulate", "500000"],
@@ -214,7 +214,7 @@ def test_a_run_that_makes_the_model_worse_ends_with_code_3_and_everything_writte
     said = capsys.readouterr()
     assert said.err.startswith("jlora finetune: the validation is worse than before the training: loss ")
     assert "the training diverged: lower --learning-rate from 30 to 0.01" in said.err and said.err.count("\n") == 1
-    assert "note  --batch is " in said.out and ", not 1000000: the training data makes " in said.out
+    assert "note  --batch is " in said.out and ", not 1,000,000: the training data makes " in said.out
     complaint = json.loads((out / "results.json").read_text())["complaint"]
     report = (out / "report.html").read_text()
     assert complaint in said.err and html.escape(complaint) in report and "<li>--batch is " in report
@@ -234,9 +234,9 @@ def test_a_malformed_row_is_one_sentence_with_file_and_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_encoder_cannot_predict_the_next_token(tmp_path, data, capsys):
-    arguments = ["--model", str(data / "minilm_l6_v2"), "--data", str(data / "tiny_shakespeare" / "input.txt")]
-    assert main(["finetune", *arguments, "--max-validation-rows", "1", "--out", str(tmp_path / "run")]) == 2
+def test_an_encoder_cannot_predict_the_next_token_whatever_the_data(tmp_path, data, capsys):
+    arguments = ["--model", str(data / "minilm_l6_v2"), "--data", str(tmp_path / "not_read.jsonl")]
+    assert main(["finetune", *arguments, "--out", str(tmp_path / "run")]) == 2
     assert "--task lm needs a model that predicts the next token" in capsys.readouterr().err
 
 
@@ -247,9 +247,34 @@ def test_an_adapter_on_another_base_is_one_sentence(stories, tmp_path, capsys):
     assert "was made for another base: fingerprint" in capsys.readouterr().err
 
 
+def test_a_model_without_weights_is_told_before_the_data_is_read(tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(models.STORIES260K / name, tmp_path)
+    arguments = ["--model", str(tmp_path), "--data", str(tmp_path / "not_read.jsonl")]
+    assert main(["finetune", *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert "neither model.safetensors nor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "a folder, wanted a file of rows"),
+        ("rows.parquet", "rows.parquet: no such file"),
+        ("one.jsonl", "the data makes 1 row; give more data, or other data to validate on (--validation)"),
+    ],
+)
+def test_data_that_is_no_data_says_what_is_wanted(name, message, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text('{"text": "One row."}')
+    assert main(["finetune", "--data", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) == 2
-    assert "holds no run (no settings.json)" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"jlora merge: {tmp_path} holds no run (no settings.json)\n"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) == 2
+    assert f"make one of this adapter by jlora import {tmp_path} --to RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -270,6 +295,9 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
         ),
         (["export", "run", "--to", "x", "--profile", "peff"], "did you mean peft? (see jlora export --help)"),
         (["finetun"], "got 'finetun'; did you mean finetune? (see jlora --help)"),
+        (["finetune", "--rank", "x"], "argument --rank: must be a whole number, got 'x' (see jlora finetune --help)"),
+        (["generate", "run", "--tokens", "0"], "argument --tokens: must be at least 1, got 0"),
+        (["generate", "run", "--top-p", "3"], "argument --top-p: must be above 0 and at most 1, got 3"),
     ],
 )
 def test_an_unknown_word_is_one_sentence_with_the_nearest_that_exists(arguments, message, capsys):

@@ -136,11 +136,15 @@ def test_the_adapters_load_onto_the_base_and_hold_no_base(finished):
     assert stored < 200_000  # the base alone takes 1,040,128 bytes
 
 
-def test_a_resumed_run_ends_with_the_same_bits(finished, stopped):
+def test_a_resumed_run_ends_with_the_same_bits(finished, stopped, capsys):
     assert last_whole(stopped / "checkpoints") == 4
-    finetune(settings(stopped, resume=True), quiet)
+    resumed = finetune(settings(stopped, resume=True), quiet)
     assert trained(stopped) == trained(finished[0].out)
     assert lines(stopped) == lines(finished[0].out)
+    assert resumed.record["resumed_at"] == 4 and finished[0].record["resumed_at"] == 0
+    assert "since the run was resumed at step 4" in (stopped / "report.html").read_text()
+    finetune(settings(stopped, resume=True, progress="lines"), quiet)
+    assert "resumed from the checkpoint of step 6, the last one: nothing is left to train" in capsys.readouterr().out
 
 
 def damage_content(step):
@@ -244,11 +248,14 @@ def test_resuming_on_another_base_is_an_error(stopped):
 
 def test_a_folder_with_content_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FolderError, match="is not empty; choose another --out, or go on with its run by --resume"):
+    with pytest.raises(FolderError, match="is not empty; choose another --out$"):
         finetune(settings(tmp_path), quiet)
-    with pytest.raises(FolderError, match="holds no run to resume"):
+    with pytest.raises(FolderError, match="holds no run to resume .*; choose another --out$"):
         finetune(settings(tmp_path, resume=True), quiet)
-    assert os.listdir(tmp_path) == ["mine.txt"]
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(FolderError, match="is not empty; choose another --out, or go on with its run by --resume$"):
+        finetune(settings(tmp_path), quiet)
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt", "settings.json"]
 
 
 def test_a_folder_in_use_names_the_process(tmp_path):
@@ -301,8 +308,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_report(tmp_path)
         ValueError, match=r"the loss is .* at step \d: the training diverged; lower --learning-rate from 1e\+38"
     ):
         finetune(settings(out, learning_rate=1e38, clip=0.0), quiet)
-    complaint = json.loads((out / "results.json").read_text())["complaint"]
-    assert "the training diverged" in complaint and html.escape(complaint) in (out / "report.html").read_text()
+    complaint, page = json.loads((out / "results.json").read_text())["complaint"], (out / "report.html").read_text()
+    assert "the training diverged" in complaint and html.escape(complaint) in page
+    assert "<td>report.html</td>" in page and "<td>adapters</td>" not in page
     said = []
     with pytest.raises(DivergenceError, match="the training diverged"):
         finetune(settings(out, learning_rate=1e38, clip=0.0, resume=True), said.append)
