@@ -107,7 +107,9 @@ def test_no_pattern_takes_long(pattern):
 )
 def test_what_is_no_pattern_is_refused_with_the_reason(pattern, reason, tmp_path):
     folder = folder_of(tmp_path / "a", a_and_b("layers.0", 2), alpha_pattern={pattern: 3})
-    with pytest.raises(ValueError, match=rf"adapter_config.json: alpha_pattern holds .*is no pattern that jlora reads \(.*{reason}"):
+    with pytest.raises(
+        ValueError, match=rf"adapter_config.json: alpha_pattern holds .*is no pattern that jlora reads \(.*{reason}"
+    ):
         jlora.load_peft(folder, PARAMS, NAMES)
 
 
