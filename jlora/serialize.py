@@ -70,7 +70,7 @@ def method_from_dict(table: dict[str, Any]) -> Method:
     fields = set(_hyperparameters(cls))
     if unknown := sorted(set(given) - fields):
         raise ValueError(f"{cls.__name__} has no hyperparameter {', '.join(unknown)}; it has {sorted(fields)}")
-    inner = {key: _value(v) for key, v in given.items()}
+    inner = {key: method_from_dict(v) if isinstance(v, dict) else _value(v) for key, v in given.items()}
     try:
         return cls(**inner)
     except TypeError as error:
@@ -108,7 +108,7 @@ def _import_path(cls: type) -> str:
 
 
 def _value(value: Any) -> Any:
-    """Tables as methods, and lists as tuples, since methods are hashable."""
-    if isinstance(value, dict):
-        return method_from_dict(value)
-    return tuple(map(_value, value)) if isinstance(value, list | tuple) else value
+    """Lists as tuples, since methods are hashable, and tables of methods in them as such."""
+    if isinstance(value, list | tuple):
+        return tuple(method_from_dict(v) if isinstance(v, dict) and "method" in v else _value(v) for v in value)
+    return value

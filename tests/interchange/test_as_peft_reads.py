@@ -352,3 +352,18 @@ def test_fused_q_k_and_v_with_different_alphas_come_in_as_one_leaf(tmp_path):
         stem = f"base_model.model.{module}"
         expected = scale * (tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]).T
         np.testing.assert_allclose(change[:, 6 * n : 6 * n + 6], expected, atol=1e-5)
+
+
+def test_modules_may_have_names_of_any_letters(tmp_path):
+    params = {"größe": {"kernel": jnp.ones((6, 6))}, "层": {"kernel": jnp.ones((6, 6))}}
+    adapted = jlora.adapterize(params, {".*": jlora.LoRA(rank=2, init="random")})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    again = jlora.load_peft(tmp_path / "out", params, NAMES)
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapted.params)
+
+
+def test_a_manifest_that_is_no_file_is_not_passed_over(tmp_path):
+    folder = folder_of(tmp_path / "a", a_and_b("layers.0", 2))
+    (folder / "jlora_manifest.json").symlink_to("blobs/gone")
+    with pytest.raises(ValueError, match="jlora_manifest.json is a folder, or a link to no file; delete it"):
+        jlora.load_peft(folder, PARAMS, NAMES)
