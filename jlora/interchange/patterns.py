@@ -89,7 +89,8 @@ class _Matcher:
             least, most, part = argument
             return self._repeated(least, most, part, starts)
         if op == "SUBPATTERN":
-            return self._group(*argument, starts)
+            _, added, removed, part = argument
+            return self._group(added, removed, part, starts)
         if op in ("ASSERT", "ASSERT_NOT"):
             direction, part = argument
             return {at for at in starts if self._looks(direction, part, at) == (op == "ASSERT")}
@@ -100,7 +101,7 @@ class _Matcher:
             raise ValueError("flags in a pattern are not read, but for those of case and of lines")
         return bool(flags & re.IGNORECASE)
 
-    def _group(self, number: Any, added: int, removed: int, part: Any, starts: set[int]) -> set[int]:
+    def _group(self, added: int, removed: int, part: Any, starts: set[int]) -> set[int]:
         before = self.any_case
         self.any_case = (before or self._has_any_case(added)) and not self._has_any_case(removed)
         ends = self.sequence(part, starts)
