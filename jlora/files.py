@@ -153,6 +153,8 @@ def _load_by_former_keys(directory: Path, described: dict[str, Any], params: Any
 
 def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
+    if len({site.keys for site in sites}) < len(sites):
+        raise ValueError(f"{directory / MANIFEST} describes a leaf twice")
     blank = Adapted(params, {}, {}, {}, Plan(sites))
     saved = _arrays_from(directory, described, blank.plan)
     _check_digest(directory, described)

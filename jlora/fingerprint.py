@@ -26,7 +26,8 @@ def fingerprint(params: Any) -> str:
     depend on the order of addition, so the device, the mesh and the layout make no difference. A change of one element is
     always seen; any other goes unseen by a chance of about 2**-64.
 
-    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step; a text as itself.
+    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step; a text, and a number beyond
+    JAX's integers, as itself.
 
     Raises:
         TypeError: for a leaf that is neither an array nor one of these.
@@ -34,18 +35,34 @@ def fingerprint(params: Any) -> str:
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
     for keys, leaf in sorted(leaves, key=lambda item: item[0]):
-        if isinstance(leaf, str | bytes):
-            digest.update(repr(("/".join(keys), leaf)).encode())
+        path, array = "/".join(keys), _array(leaf, "/".join(keys))
+        if array is None:
+            digest.update(repr((path, leaf)).encode())
             continue
-        leaf = jnp.asarray(leaf) if type(leaf) in (bool, int, float, complex) else leaf
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"{'/'.join(keys)} is no array but {type(leaf).__name__}, which no fingerprint can tell from another; keep it "
-                "out of the params tree"
-            )
-        sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(jnp.asarray(leaf))], axis=0, dtype=np.uint32)
-        digest.update(repr(("/".join(keys), tuple(leaf.shape), str(leaf.dtype), sums.tolist())).encode())
+        sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(array)], axis=0, dtype=np.uint32)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else array.dtype
+        digest.update(repr((path, tuple(array.shape), str(dtype), sums.tolist())).encode())
     return digest.hexdigest()[:32]
+
+
+def _array(leaf: Any, path: str) -> jax.Array | None:
+    """A leaf as JAX has it; None for what counts as itself.
+
+    Raises:
+        TypeError: for what is neither.
+    """
+    if isinstance(leaf, str | bytes):
+        return None
+    if hasattr(leaf, "dtype") or type(leaf) in (bool, int, float, complex):
+        try:
+            return jnp.asarray(leaf)
+        except OverflowError:
+            return None
+        except TypeError:  # objects, texts, dates, and shapes without values
+            pass
+    kind = type(leaf).__name__
+    what = f"a {kind} of {leaf.dtype}, no array of numbers" if hasattr(leaf, "dtype") else f"no array but {kind}"
+    raise TypeError(f"{path} is {what}, which no fingerprint can tell from another; keep it out of the params tree")
 
 
 def _blocks(leaf: jax.Array) -> Iterator[tuple[jax.Array, np.uint32]]:
@@ -71,6 +88,8 @@ def _sums(leaf: jax.Array, first: jax.Array) -> jax.Array:
         leaf = jnp.stack([leaf.real, leaf.imag])
     if leaf.dtype == jnp.bool_ or leaf.dtype in _NARROW:
         leaf = leaf.astype(jnp.int8)
+    if str(leaf.dtype) == "float4_e2m1fn":  # half a byte each
+        leaf = leaf.astype(jnp.float32)
     wide = leaf.dtype.itemsize > 4
     bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32 if wide else _UINTS[leaf.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros(bits.shape, jnp.uint32)

@@ -26,13 +26,34 @@ def method_to_dict(method: Method) -> dict[str, Any]:
 
     A class of your own is named by its import path, as in `{"method": "package.module.Class", ...}`.
 
+    Raises:
+        ValueError: for a hyperparameter of another type than a file can hold: numbers, texts, methods, and tuples of these.
+
     Example:
         >>> jlora.method_to_dict(jlora.DoRA(jlora.LoRA(rank=4)))["inner"]["rank"]
         4
     """
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    plain = {name: method_to_dict(v) if isinstance(v, Method) else v for name, v in values.items()}
-    return {"method": type(method).__name__ if is_own(type(method)) else _import_path(type(method)), **plain}
+    cls = type(method)
+    plain = {name: _plain(getattr(method, name), f"{cls.__name__}'s {name}") for name in _hyperparameters(cls)}
+    return {"method": cls.__name__ if is_own(cls) else _import_path(cls), **plain}
+
+
+def _hyperparameters(cls: type[Method]) -> list[str]:
+    """The names of what a class is called with; what it computes from these is none."""
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _plain(value: Any, what: str) -> Any:
+    if isinstance(value, Method):
+        return method_to_dict(value)
+    if isinstance(value, tuple | list):
+        return tuple(_plain(each, what) for each in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{what} is {value!r}, a {type(value).__name__}, which no file can hold; make it a number, a text, a method or a "
+        "tuple of these, such as the name of what is meant"
+    )
 
 
 def method_from_dict(table: dict[str, Any]) -> Method:
@@ -46,10 +67,10 @@ def method_from_dict(table: dict[str, Any]) -> Method:
     """
     cls = _class_of(table)
     given = {key: value for key, value in table.items() if key != "method"}
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = set(_hyperparameters(cls))
     if unknown := sorted(set(given) - fields):
         raise ValueError(f"{cls.__name__} has no hyperparameter {', '.join(unknown)}; it has {sorted(fields)}")
-    inner = {key: method_from_dict(v) if isinstance(v, dict) else _tuple(v) for key, v in given.items()}
+    inner = {key: method_from_dict(v) if isinstance(v, dict) else _value(v) for key, v in given.items()}
     try:
         return cls(**inner)
     except TypeError as error:
@@ -86,6 +107,8 @@ def _import_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _tuple(value: Any) -> Any:
-    """Lists as tuples, since methods are hashable."""
-    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
+def _value(value: Any) -> Any:
+    """Lists as tuples, since methods are hashable, and tables of methods in them as such."""
+    if isinstance(value, list | tuple):
+        return tuple(method_from_dict(v) if isinstance(v, dict) and "method" in v else _value(v) for v in value)
+    return value

@@ -255,6 +255,12 @@ def test_a_folder_without_checksums_is_read_and_its_arrays_are_compared_by_their
     refused(saved, ValueError, "is damaged: its arrays are not those that were saved")
 
 
+def test_a_leaf_that_is_described_twice_is_noticed(saved):
+    sites = json.loads((saved / "jlora.json").read_text())["sites"]
+    of_the_first_release(saved, sites=[*sites, sites[0]])
+    refused(saved, ValueError, "jlora.json describes a leaf twice")
+
+
 def flipped(content):
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]

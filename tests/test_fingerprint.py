@@ -4,6 +4,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -121,3 +122,33 @@ def test_a_text_counts_and_what_is_neither_array_number_nor_text_is_refused_by_n
     assert jlora.fingerprint({"name": "a"}) != jlora.fingerprint({"name": "b"})
     with pytest.raises(TypeError, match="layer/act is no array but function.*; keep it out of the params tree"):
         jlora.fingerprint({"layer": {"act": lambda x: x, "w": jnp.zeros(2)}})
+
+
+def test_arrays_that_jax_has_not_and_shapes_without_values_are_refused_by_name():
+    for leaf in (
+        np.array([None], object),
+        np.array(["a"]),
+        np.datetime64("2020"),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+    ):
+        with pytest.raises(
+            TypeError, match="layer/x is a .* of .*, no array of numbers, .*keep it out of the params tree"
+        ):
+            jlora.fingerprint({"layer": {"x": leaf}})
+
+
+def test_a_whole_number_beyond_those_of_jax_counts_as_itself():
+    assert (
+        jlora.fingerprint({"seed": 2**70})
+        == jlora.fingerprint({"seed": 2**70})
+        != jlora.fingerprint({"seed": 2**70 + 1})
+    )
+
+
+def test_floats_of_half_a_byte_have_a_fingerprint_too():
+    values = np.array([0.5, 1, -2, 6]).astype(ml_dtypes.float4_e2m1fn)
+    assert (
+        jlora.fingerprint({"w": values})
+        == jlora.fingerprint({"w": values.copy()})
+        != jlora.fingerprint({"w": values[::-1]})
+    )

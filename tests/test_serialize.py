@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,23 @@ class Halved(jlora.LoRA):
 @dataclass(frozen=True)
 class VeRA(jlora.VeRA):
     """Has the name of one of jlora's own."""
+
+
+@dataclass(frozen=True)
+class Several(jlora.LoRA):
+    """Has methods in a tuple, and one value that it computes."""
+
+    parts: tuple = (jlora.LoRA(rank=2), jlora.DoRA(jlora.LoRA(rank=3)))
+    twice: int = field(init=False, default=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "twice", 2 * self.rank)
+
+
+@dataclass(frozen=True)
+class Typed(jlora.LoRA):
+    kind: object = None
 
 
 class Quiet(jlora.Full):
@@ -116,3 +133,20 @@ def test_no_claim_of_a_parent_is_told_of_a_derived_class():
     text = jlora.explain(adapted)
     assert "Has no docstring; derived from LoRA." in text and "derived from Full." in text
     assert "arXiv" not in text and "s * a @ b" not in text
+
+
+def test_methods_in_a_tuple_come_back_and_what_a_class_computes_is_not_stored(tmp_path):
+    params = {"w": jnp.ones((4, 4))}
+    adapted = jlora.adapterize(params, {"w": Several(rank=3)})
+    jlora.save(tmp_path / "a", adapted)
+    method = jlora.load(tmp_path / "a", params).plan.sites[0].method
+    assert method == Several(rank=3) and method.twice == 6
+    assert "twice" not in jlora.method_to_dict(method)
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.tanh, np.float32(2), frozenset({1}), (1, (b"x",))], ids=str)
+def test_a_hyperparameter_that_no_file_can_hold_is_refused_by_name(kind, tmp_path):
+    adapted = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": Typed(rank=2, kind=kind)})
+    with pytest.raises(ValueError, match="Typed's kind is .*, which no file can hold"):
+        jlora.save(tmp_path / "a", adapted)
+    assert not (tmp_path / "a").exists()

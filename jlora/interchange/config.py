@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from jlora.interchange import patterns
+from jlora.interchange import patterns, targets
 from jlora.interchange.folder import brief
 
 # Settings that say what the tensors are.
@@ -159,16 +159,18 @@ class Settings:
         return value if isinstance(value, list) and value else None
 
     def check_target(self, module: str, key: str) -> None:
-        """A module is among the targets, where these are a list: PEFT ignores the tensors of any other.
+        """A module is among those that PEFT adapts by these settings: it ignores the tensors of any other.
 
         Raises:
-            ValueError: where it is not.
+            ValueError: where it is not, or a setting is ill-formed.
         """
-        value = self._config.get("target_modules")
-        if isinstance(value, list) and not any(module.endswith(name) for name in self.names("target_modules")):
+        try:
+            reason = targets.left_out(self._config, module)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from None
+        if reason is not None:
             raise ValueError(
-                f"{self._where}: target_modules {brief(value)} does not name {module!r}, so PEFT would ignore its tensor "
-                f"{key!r}; name it, or take the tensor out"
+                f"{self._where}: {reason}, so PEFT would ignore its tensor {key!r}; change the setting, or take the tensor out"
             )
 
     def rank(self, target: str) -> int:
@@ -187,6 +189,6 @@ class Settings:
                     return f"{key} of {target!r}", value
             except ValueError as error:
                 raise ValueError(
-                    f"{self._where}: {key} holds {brief(pattern)}, which is no pattern ({error})"
+                    f"{self._where}: {key} holds {brief(pattern)}, which is no pattern that jlora reads ({error})"
                 ) from None
         return default, self._config.get(default, 8)

@@ -24,7 +24,7 @@ FLOATS = {
 INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 LARGEST_CONFIG = 10_000_000
 LARGEST_HEADER = 50_000_000
-_KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+_KEY = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 class AdapterFolder:

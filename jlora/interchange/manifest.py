@@ -67,9 +67,11 @@ def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, An
         ValueError: where it can't be read, or describes other tensors or settings than those beside it.
     """
     path = directory / FILE
-    if not path.is_file():
-        return None
     advice = "delete it to read the folder as PEFT's own"
+    if not path.is_file():
+        if path.is_symlink() or path.exists():
+            raise ValueError(f"{path} is a folder, or a link to no file; {advice}")
+        return None
     found = read_object(path, LARGEST_CONFIG)
     try:
         _check(found)

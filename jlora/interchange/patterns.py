@@ -6,11 +6,14 @@ import importlib
 import re
 from typing import Any
 
-LONGEST = 1000
+LONGEST = 20_000
 MOST_STEPS = 200_000
 
 # Python's own parser, so that a pattern means here what it means in `re`.
 _parser: Any = importlib.import_module("re._parser")
+
+# A name has no line ends, so that these flags change nothing; that of verbose patterns is the parser's.
+_WITHOUT_EFFECT = re.UNICODE | re.DOTALL | re.MULTILINE | re.VERBOSE
 
 _CATEGORIES = {
     "CATEGORY_DIGIT": str.isdecimal,
@@ -22,22 +25,35 @@ _CATEGORIES = {
 def matches(pattern: str, name: str) -> bool:
     r"""Whether a pattern of PEFT is of a module: `re.match(rf"(.*\.)?({pattern})$", name)`.
 
-    Adapter folders come from strangers, and `re` takes exponential time for some patterns. So sets of positions go
-    through the parsed pattern, all ways at once.
-
     Args:
         pattern: a regular expression, or simply the end of a name.
         name: the module's name.
 
     Raises:
+        ValueError: as `fullmatch` does.
+    """
+    return fullmatch(rf"(.*\.)?({pattern})", name)
+
+
+def fullmatch(pattern: str, name: str) -> bool:
+    """Whether a pattern is of the whole of a name, as `re.fullmatch` says.
+
+    Adapter folders come from strangers, and `re` takes exponential time for some patterns. So sets of positions go
+    through the parsed pattern, all ways at once.
+
+    Args:
+        pattern: a regular expression.
+        name: a module's name.
+
+    Raises:
         ValueError: for what is no pattern, and for constructs that go beyond regular expressions (back references, atomic
-            groups, flags).
+            groups).
     """
     if max(len(pattern), len(name)) > LONGEST:
         raise ValueError(f"it or the name {name[:50]!r} has more than {LONGEST} characters")
     try:
-        parsed = _parser.parse(rf"(.*\.)?({pattern})$")
-        return bool(_Matcher(name).sequence(parsed, {0}))
+        parsed = _parser.parse(pattern)
+        return len(name) in _Matcher(name, parsed.state.flags).sequence(parsed, {0})
     except re.error as error:
         raise ValueError(str(error)) from None
     except RecursionError:
@@ -47,8 +63,9 @@ def matches(pattern: str, name: str) -> bool:
 class _Matcher:
     """The positions of one text that parts of a pattern lead to."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, flags: int):
         self.text, self.steps = text, 0
+        self.any_case = self._has_any_case(flags)
 
     def sequence(self, parts: Any, starts: set[int]) -> set[int]:
         """Where a sequence of parts can end that begins at one of some positions."""
@@ -63,7 +80,7 @@ class _Matcher:
 
     def _part(self, op: str, argument: Any, starts: set[int]) -> set[int]:
         if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-            return {at + 1 for at in starts if at < len(self.text) and _is_of(op, argument, self.text[at])}
+            return {at + 1 for at in starts if at < len(self.text) and _is_of(op, argument, self._read(at))}
         if op == "AT":
             return {at for at in starts if self._holds(argument.name, at)}
         if op == "BRANCH":
@@ -71,12 +88,30 @@ class _Matcher:
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, part = argument
             return self._repeated(least, most, part, starts)
-        if op == "SUBPATTERN" and not (argument[1] or argument[2]):
-            return self.sequence(argument[3], starts)
+        if op == "SUBPATTERN":
+            _, added, removed, part = argument
+            return self._group(added, removed, part, starts)
         if op in ("ASSERT", "ASSERT_NOT"):
             direction, part = argument
             return {at for at in starts if self._looks(direction, part, at) == (op == "ASSERT")}
-        raise ValueError(f"{'flags' if op == 'SUBPATTERN' else op.lower()} in a pattern are not read")
+        raise ValueError(f"{op.lower()} in a pattern are not read")
+
+    def _has_any_case(self, flags: int) -> bool:
+        if flags & ~(_WITHOUT_EFFECT | re.IGNORECASE):
+            raise ValueError("flags in a pattern are not read, but for those of case and of lines")
+        return bool(flags & re.IGNORECASE)
+
+    def _group(self, added: int, removed: int, part: Any, starts: set[int]) -> set[int]:
+        before = self.any_case
+        self.any_case = (before or self._has_any_case(added)) and not self._has_any_case(removed)
+        ends = self.sequence(part, starts)
+        self.any_case = before
+        return ends
+
+    def _read(self, at: int) -> set[str]:
+        """The character at a position, in both cases where that makes no difference."""
+        character = self.text[at]
+        return {character.lower(), character.upper()} if self.any_case else {character}
 
     def _repeated(self, least: int, most: int, part: Any, starts: set[int]) -> set[int]:
         for _ in range(least):
@@ -107,14 +142,14 @@ class _Matcher:
         return (sides[0] != sides[1]) == (where == "AT_BOUNDARY")
 
 
-def _is_of(op: str, argument: Any, character: str) -> bool:
-    """Whether a part that stands for one character stands for this one."""
+def _is_of(op: str, argument: Any, characters: set[str]) -> bool:
+    """Whether a part that stands for one character stands for any of these."""
     if op == "IN":
         negated = argument[0][0].name == "NEGATE"
-        return negated != any(_is_of(item.name, value, character) for item, value in argument[negated:])
+        return negated != any(_is_of(item.name, value, characters) for item, value in argument[negated:])
     if op == "RANGE":
-        return argument[0] <= ord(character) <= argument[1]
+        return any(argument[0] <= ord(character) <= argument[1] for character in characters)
     if op == "CATEGORY":
-        known = _CATEGORIES[argument.name.replace("NOT_", "")](character)
+        known = any(map(_CATEGORIES[argument.name.replace("NOT_", "")], characters))
         return known != ("NOT_" in argument.name)
-    return op == "ANY" or (ord(character) == argument) == (op == "LITERAL")
+    return op == "ANY" or any(ord(character) == argument for character in characters) == (op == "LITERAL")

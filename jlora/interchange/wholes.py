@@ -104,6 +104,7 @@ def write(out: Written, parameters: Parameters, targets: set[str], only: str = "
                 _add_saved(out, parameters, name)
             saved += _add_tied(out, parameters, trained)
     _check_suffixes(saved, parameters.modules)
+    _check_targets(saved, targets)
     if any(biases.values()) and not only:
         raise ValueError(f"PEFT's {out.config['peft_type']} has no trained biases; leave them out of the spec")
     if only:
@@ -123,6 +124,17 @@ def _add_tied(out: Written, parameters: Parameters, trained: list[str]) -> list[
             out.add(PREFIX + also, parameters.value(name), parameters.origins(name))
             found.append(also.rpartition(".")[0])
     return found
+
+
+def _check_targets(saved: list[str], targets: set[str]) -> None:
+    """PEFT adapts nothing inside a module that it saves."""
+    for name in saved:
+        for target in sorted(targets):
+            if f".{name}." in f".{target}.":
+                raise ValueError(
+                    f"PEFT saves the module {name!r} whole, since a parameter of its own is trained, and then adapts nothing "
+                    f"inside it, such as {target!r}; leave one of the two out of the spec"
+                )
 
 
 def _check_suffixes(saved: list[str], modules: set[str]) -> None:

@@ -44,7 +44,7 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     def __init__(self, directory: str | os.PathLike, follow_links: bool = False):
         self.directory = os.fspath(directory)
-        self._roots = None if follow_links else [*_roots(Path(self.directory).resolve())]
+        self._roots = None if follow_links else [*_roots(Path(os.path.realpath(self.directory)))]
         self._stack = contextlib.ExitStack()
         self._places: dict[str, tuple[str, str, Any]] = {}
         with contextlib.ExitStack() as undo:
@@ -143,7 +143,7 @@ class Checkpoint(contextlib.AbstractContextManager):
 
     def _open(self, file: str) -> None:
         path = os.path.join(self.directory, file)
-        real = Path(path).resolve()
+        real = Path(os.path.realpath(path))  # `resolve` has a RuntimeError for links in a circle
         if self._roots is not None and not any(real.is_relative_to(root) for root in self._roots):
             raise ValueError(
                 f"{path}: links to {real}, outside of the model's directory; copy the file there, or follow such links by "

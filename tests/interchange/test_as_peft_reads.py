@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import TorchParameter
 from jlora.interchange.patterns import matches
+from jlora.interchange.targets import left_out
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
 PARAMS = {name: {"kernel": jnp.cos(jnp.arange(36.0) + n).reshape(6, 6)} for n, name in enumerate(LAYERS)}
@@ -99,13 +100,16 @@ def test_no_pattern_takes_long(pattern):
     [
         ("(a", "missing \\)"),
         (r"(.*)\1", "groupref in a pattern"),
-        ("(?i:a)", "flags in a pattern"),
-        ("a" * 2000, "more than"),
+        ("(?a:a)", "flags in a pattern"),
+        ("(?>a*)", "atomic_group in a pattern"),
+        ("a" * 30_000, "more than"),
     ],
 )
 def test_what_is_no_pattern_is_refused_with_the_reason(pattern, reason, tmp_path):
     folder = folder_of(tmp_path / "a", a_and_b("layers.0", 2), alpha_pattern={pattern: 3})
-    with pytest.raises(ValueError, match=rf"adapter_config.json: alpha_pattern holds .*is no pattern \(.*{reason}"):
+    with pytest.raises(
+        ValueError, match=rf"adapter_config.json: alpha_pattern holds .*is no pattern that jlora reads \(.*{reason}"
+    ):
         jlora.load_peft(folder, PARAMS, NAMES)
 
 
@@ -181,6 +185,58 @@ def test_a_tensor_that_peft_ignores_for_its_targets_is_refused(tmp_path):
         ValueError, match=r"adapter_config.json: target_modules \['layers.0'\] does not name 'layers.1'"
     ):
         jlora.load_peft(folder_of(tmp_path / "a", tensors, target_modules=["layers.0"]), PARAMS, NAMES)
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"target_modules": ["ers.1", "layers.0"]}, r"target_modules .* does not name 'layers.1'"),
+        ({"target_modules": r"layers\.[02]"}, r"target_modules .* does not name 'layers.1'"),
+        ({"exclude_modules": ["1"]}, r"exclude_modules \['1'\] names 'layers.1'"),
+        ({"exclude_modules": r".*\.1"}, r"exclude_modules .* names 'layers.1'"),
+        ({"modules_to_save": ["layers.1"]}, r"modules_to_save holds 'layers.1', which 'layers.1' is in"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers", "target_modules": ["0", "1"]},
+            r"layers_to_transform",
+        ),
+        ({"exclude_modules": 3}, "exclude_modules must be of the type str or a list of such, got 3"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be of the type int or a list of such, got '0'"),
+        ({"target_modules": "(a"}, r"target_modules holds '\(a', which is no pattern that"),
+    ],
+)
+def test_settings_by_which_peft_ignores_a_tensor_are_refused(settings, reason, tmp_path):
+    tensors = a_and_b("layers.0", 2) | a_and_b("layers.1", 2)
+    with pytest.raises(ValueError, match=f"adapter_config.json: {reason}"):
+        jlora.load_peft(folder_of(tmp_path / "a", tensors, **settings), PARAMS, NAMES)
+
+
+@pytest.mark.parametrize(
+    "config, module",
+    [
+        ({"target_modules": "(?i).*Q_PROJ"}, "h.0.q_proj"),
+        ({"target_modules": "|".join(f"h.{n}.q" for n in range(500))}, "h.499.q"),
+        ({"target_modules": "all-linear"}, "anything"),
+        ({"target_modules": ["q"], "layers_to_transform": 1}, "model.layers.1.experts.0.q"),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["no", "h"]}, "m.h.1.q"),
+        ({"target_modules": ["h.0.q"], "layers_to_transform": [1]}, "h.0.q"),
+        ({"target_modules": ["q"], "exclude_modules": ["0.q"]}, "h.10.q"),
+    ],
+)
+def test_modules_that_peft_adapts_are_known_by_its_rule(config, module):
+    assert left_out(config, module) is None
+
+
+@pytest.mark.parametrize(
+    "pattern, name, same",
+    [
+        ("(?i:H)\\.q", "h.q", True),
+        ("(?i:H)\\.Q", "h.q", False),
+        ("(?i:[^A])", "a", False),
+        ("(?i:[G-I](?-i:q))", "hq", True),
+    ],
+)
+def test_patterns_may_say_that_case_makes_no_difference(pattern, name, same):
+    assert matches(pattern, name) is same is bool(re.match(rf"(.*\.)?({pattern})$", name))
 
 
 def test_saved_modules_that_this_model_has_not_are_no_matter(tmp_path):
@@ -296,3 +352,18 @@ def test_fused_q_k_and_v_with_different_alphas_come_in_as_one_leaf(tmp_path):
         stem = f"base_model.model.{module}"
         expected = scale * (tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]).T
         np.testing.assert_allclose(change[:, 6 * n : 6 * n + 6], expected, atol=1e-5)
+
+
+def test_modules_may_have_names_of_any_letters(tmp_path):
+    params = {"größe": {"kernel": jnp.ones((6, 6))}, "层": {"kernel": jnp.ones((6, 6))}}
+    adapted = jlora.adapterize(params, {".*": jlora.LoRA(rank=2, init="random")})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    again = jlora.load_peft(tmp_path / "out", params, NAMES)
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapted.params)
+
+
+def test_a_manifest_that_is_no_file_is_not_passed_over(tmp_path):
+    folder = folder_of(tmp_path / "a", a_and_b("layers.0", 2))
+    (folder / "jlora_manifest.json").symlink_to("blobs/gone")
+    with pytest.raises(ValueError, match="jlora_manifest.json is a folder, or a link to no file; delete it"):
+        jlora.load_peft(folder, PARAMS, NAMES)

@@ -239,6 +239,17 @@ def test_11_weighted_combinations_of_two_adapters_add_their_changes(mode):
     jax.tree.map(lambda a, b: close(a, b, atol=1e-5), change(both), expected)
 
 
+def test_an_adapter_inside_a_saved_module_is_refused(tmp_path):
+    params = {"patch": {"token": jnp.ones((1, 6)), "proj": {"kernel": weight(0, 6, 6)}}}
+    names = {
+        "patch/token": TorchParameter("patch.token", "in out", kind="plain"),
+        r"(?P<m>.*)/kernel": "{m}",
+    }
+    adapted = jlora.adapterize(params, {"patch/token": jlora.Full(), "patch/proj/kernel": LORA})
+    with pytest.raises(ValueError, match="PEFT saves the module 'patch' whole, .* such as 'patch.proj'"):
+        jlora.save_peft(tmp_path / "out", adapted, names)
+
+
 def test_13_a_name_that_only_begins_alike_is_not_captured(tmp_path):
     params = {name: {"kernel": weight(n, 6, 6)} for n, name in enumerate(("up", "up_more", "more_up"))}
     names = {r"(?P<m>.*)/kernel": "{m}"}

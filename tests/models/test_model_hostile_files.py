@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import jlora.models as models
 from jlora.models import finite
+from jlora.models.checkpoint import Checkpoint
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 HEADER = GOLDEN / "qwen3" / "model.safetensors"
@@ -307,3 +308,10 @@ def test_a_file_or_an_adapter_in_the_place_of_a_model_is_told_apart(tmp_path):
         FileNotFoundError, match="config.json: no such file; the directory holds an adapter of PEFT, not a"
     ):
         models.load(tmp_path)
+
+
+def test_links_in_a_circle_are_no_directory(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/a: neither model.safetensors nor"):
+        Checkpoint(tmp_path / "a")
