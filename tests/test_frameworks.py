@@ -122,7 +122,7 @@ def test_linen_convolutions():
     adapted = linen(Convolutions(), X, {r"Conv_\d/kernel": LORA})
     assert [(site.kind, site.in_size, site.out_size) for site in adapted.plan.sites] == [
         ("conv", 24, 8),
-        ("conv", 6, 8),
+        ("grouped conv", 6, 8),
     ]
 
 

@@ -11,7 +11,7 @@ from contract.problems import jit
 import jlora
 from jlora import walk
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "fuzz"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "fuzz"))
 import checks
 import programs
 import steps
