@@ -360,8 +360,16 @@ def at_metrics_of(step, monkeypatch, action):
     monkeypatch.setattr(Metrics, "write", acting)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell has its jobs in the background ignore SIGINT, and with them a suite that runs there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, number, code):
+def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, interruptible, number, code):
     out, before = tmp_path / "run", signal.getsignal(number)
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -375,7 +383,7 @@ def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path
     assert trained(out) == trained(finished[0].out) and lines(out) == lines(finished[0].out)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, interruptible):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
