@@ -231,7 +231,7 @@ class StatesNoCount(Sound):
     """Says nothing."""
 
 
-@rejected_by("check_serialisation", TypeError)
+@rejected_by("check_serialisation", ValueError)
 class HoldsAFunction(Sound):
     activation: Any = field(default=functools.partial(math.pow, 2))
 
