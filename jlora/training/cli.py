@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jlora.training.errors import DivergenceError, SettingError
-from jlora.training.flags import COUNT, Parser, add_flags, number
+from jlora.training.flags import Parser, add_flags, number
 from jlora.training.versions import installed
 
 _EXAMPLES = """examples:
@@ -26,6 +26,8 @@ _EXAMPLES = """examples:
   jlora export run --to adapter --profile serving
   jlora import adapter --model DIR --to run
 """
+
+_COUNT = number(int, lambda value: value >= 1, "at least 1")
 
 
 def build_parser() -> Parser:
@@ -72,12 +74,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="output folder of jlora finetune (default: the base alone)")
     parser.add_argument("--model", help="directory of the base (default: the run's, or the shipped model)")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokens", type=COUNT, default=100, help="tokens to write, at most (100)")
+    parser.add_argument("--tokens", type=_COUNT, default=100, help="tokens to write, at most (100)")
     temperature = number(float, lambda value: 0 <= value < float("inf"), "0 or more")
     parser.add_argument(
         "--temperature", type=temperature, default=0.7, help="0 takes the likeliest token each time (0.7)"
     )
-    parser.add_argument("--top-k", type=COUNT, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-k", type=_COUNT, help="draw from the k likeliest tokens")
     share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens whose probabilities reach p")
     parser.add_argument("--seed", type=number(int), default=0, help="seed of the drawing (0)")
@@ -88,7 +90,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="file in a format that finetune reads")
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
     parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
-    parser.add_argument("--max-rows", type=COUNT, help="on this many rows, drawn by the run's seed")
+    parser.add_argument("--max-rows", type=_COUNT, help="on this many rows, drawn by the run's seed")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="peft: all that PEFT reads; serving: plain LoRA for vLLM, SGLang and llama.cpp (peft)",
     )
     parser.add_argument(
-        "--svd-rank", type=COUNT, help="turn what has no place into LoRA of at most this rank, with a loss"
+        "--svd-rank", type=_COUNT, help="turn what has no place into LoRA of at most this rank, with a loss"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as trained)")
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")

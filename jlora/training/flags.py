@@ -35,8 +35,6 @@ def number(kind: type, holds: Callable[[Any], bool] | None = None, wanted: str =
     return parse
 
 
-#: A whole number of things.
-COUNT = number(int, lambda value: value >= 1, "at least 1")
 _PARSERS = {"str": str, "int": number(int), "float": number(float)}
 
 
