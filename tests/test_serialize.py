@@ -14,7 +14,7 @@ from jlora.gated import Gated
 
 
 @dataclass(frozen=True)
-class Halved(jlora.LoRA):
+class HalvedHere(jlora.LoRA):
     gain: float = 0.5
 
     @property
@@ -84,10 +84,10 @@ def test_a_wrong_table_is_refused_with_what_would_do(table, message):
 
 
 def test_a_class_of_ones_own_is_stored_by_its_import_path_and_comes_back_as_itself(tmp_path):
-    method = jlora.DoRA(Halved(2, gain=0.25))
+    method = jlora.DoRA(HalvedHere(2, gain=0.25))
     table = json.loads(json.dumps(jlora.method_to_dict(method)))
-    assert table["method"] == "DoRA" and table["inner"]["method"] == f"{__name__}.Halved"
-    assert jlora.method_from_dict(table) == method and type(jlora.method_from_dict(table).inner) is Halved
+    assert table["method"] == "DoRA" and table["inner"]["method"] == f"{__name__}.HalvedHere"
+    assert jlora.method_from_dict(table) == method and type(jlora.method_from_dict(table).inner) is HalvedHere
     params = {"w": jnp.ones((4, 3))}
     jlora.save(tmp_path / "own", jlora.adapterize(params, {"w": method}))
     assert jlora.load(tmp_path / "own", params).plan.sites[0].method == method
@@ -114,7 +114,7 @@ def test_classes_of_the_same_name_share_no_constants():
         ("Gated", "a method table needs method = one of ['ALoRA', 'AdaLoRA', "),
         ("Around", "a method table needs method = one of ["),
         ("jlora.gated.Gated", "a method table needs method = one of ["),
-        ("Halved", f"a class of your own is named by its import path, {__name__}.Halved"),
+        ("HalvedHere", f"a class of your own is named by its import path, {__name__}.HalvedHere"),
         ("json.decoder.JSONDecoder", "no class 'json.decoder.JSONDecoder' is imported"),
         (
             "elsewhere.Mine",
@@ -129,7 +129,7 @@ def test_what_is_no_method_or_is_not_imported_is_refused(name, message):
 
 
 def test_no_claim_of_a_parent_is_told_of_a_derived_class():
-    adapted = jlora.adapterize({"w": jnp.ones((4, 3)), "v": jnp.ones(3)}, {"w": Halved(2), "v": Quiet()})
+    adapted = jlora.adapterize({"w": jnp.ones((4, 3)), "v": jnp.ones(3)}, {"w": HalvedHere(2), "v": Quiet()})
     text = jlora.explain(adapted)
     assert "Has no docstring; derived from LoRA." in text and "derived from Full." in text
     assert "arXiv" not in text and "s * a @ b" not in text
