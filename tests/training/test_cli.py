@@ -135,7 +135,7 @@ def test_inspect_shows_what_a_spec_hits(capsys):
     assert "layers/mlp/up_proj/kernel" in said and "LoRA(rank=3" in said and "embed_tokens/embedding" in said
     assert "  what    Low-rank adaptation: `w + s * a @ b`" in said and "multiply-adds more for each row" in said
     assert main(["inspect", "--task", "classify", "--data", "x.csv", "--method", "probe"]) == 2
-    assert "x.csv: No such file" in capsys.readouterr().err
+    assert "x.csv: no such file" in capsys.readouterr().err
 
 
 def test_inspect_needs_no_weights(tmp_path, capsys):
