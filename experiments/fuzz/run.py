@@ -83,6 +83,7 @@ def written(options: argparse.Namespace, found: list[tuple[Program, Outcome]], f
         table(found),
         *(f"\n```python\n{fault}```" for fault in faults),
     ]
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.md").write_text("\n".join(lines) + "\n")
 
 
