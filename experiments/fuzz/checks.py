@@ -54,8 +54,9 @@ def check(program: Program, jit: Any = jax.jit) -> Outcome:
         forward = bool(FORWARD_ONLY & set(program.kinds()))
         if forward and "custom_vjp" in program.kinds():
             return Outcome("not a program", "no derivative goes through a while loop in a custom_vjp")
-        # Under jit, where a rule of its own may not refer to values from outside.
-        jax.eval_shape(lambda p: _derivative(lambda p: mean_of(jax.jit(fn)(p)), forward, p), params)
+        # With and without jit: a rule of its own that refers to values from outside is refused in the one or the other.
+        for plain in (fn, jax.jit(fn)):
+            jax.eval_shape(lambda p, plain=plain: _derivative(lambda p: mean_of(plain(p)), forward, p), params)
     except Exception as error:
         return Outcome("not a program", _text(error))
     try:
