@@ -22,7 +22,7 @@ import methods_table
 import peft_table
 import verdicts_table
 
-from jlora import docstrings
+from jlora.core.protocol import docstrings
 from jlora.training import settings
 from jlora.training.cli import build_parser
 from jlora.training.folder import CONTENT

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora import catalog, docstrings
+from jlora.core.protocol import docstrings
+from jlora.disk import catalog
 
 #: The matrix on which trained values are counted.
 SHAPE = (768, 768)

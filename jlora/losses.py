@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import paths
-from jlora.adapted import Adapted
-from jlora.allocate.orthogonality import excess_norms
-from jlora.method import Site
+from jlora.core.protocol.method import Site
+from jlora.core.tree.adapted import Adapted
+from jlora.optimize.allocate.orthogonality import excess_norms
 
 
 def orthogonality(adapted: Adapted, weight: float | jax.Array = 1.0) -> jax.Array:

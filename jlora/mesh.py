@@ -13,10 +13,10 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import paths
-from jlora.method import Site, Start
+from jlora.core.protocol.method import Site, Start
 
 if TYPE_CHECKING:
-    from jlora.adapted import Adapted
+    from jlora.core.tree.adapted import Adapted
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import contraction
-from jlora.contraction import Options, Plan
-from jlora.method import Factors
+from jlora.core.products import contraction
+from jlora.core.products.contraction import Options, Plan
+from jlora.core.protocol.method import Factors
 
 PLANS = ["factored", "merged"]
 

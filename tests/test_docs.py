@@ -14,7 +14,8 @@ import jax
 import pytest
 
 import jlora
-from jlora import catalog, method_from_dict
+from jlora import method_from_dict
+from jlora.disk import catalog
 from jlora.training.cli import build_parser
 from jlora.training.configuration import gather
 from jlora.training.settings import ADAPTERS

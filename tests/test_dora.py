@@ -81,7 +81,7 @@ def test_a_column_of_zeros_is_no_division_by_zero():
 def test_it_goes_around_a_method_without_factors():
     from dataclasses import dataclass
 
-    from jlora.method import Start
+    from jlora.core.protocol.method import Start
 
     @dataclass(frozen=True)
     class Shift(jlora.Method):

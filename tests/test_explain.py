@@ -9,7 +9,7 @@ from contract import discovery
 
 import jlora
 import jlora.methods
-from jlora import docstrings
+from jlora.core.protocol import docstrings
 
 FIRST = [
     cls.CASES[0]

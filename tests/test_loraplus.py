@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import jlora
-from jlora.method import Start
-from jlora.optimizer import labels
+from jlora.core.protocol.method import Start
+from jlora.optimize.optimizer import labels
 
 
 def model(params, tokens):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jlora
-from jlora.method import Start
+from jlora.core.protocol.method import Start
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.gated import Gated
+from jlora.core.protocol.gated import Gated
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_classes_of_the_same_name_share_no_constants():
     [
         ("Gated", "a method table needs method = one of ['ALoRA', 'AdaLoRA', "),
         ("Around", "a method table needs method = one of ["),
-        ("jlora.gated.Gated", "a method table needs method = one of ["),
+        ("jlora.core.protocol.gated.Gated", "a method table needs method = one of ["),
         ("HalvedHere", f"a class of your own is named by its import path, {__name__}.HalvedHere"),
         ("json.decoder.JSONDecoder", "no class 'json.decoder.JSONDecoder' is imported"),
         (

@@ -14,9 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import sparse
+from jlora.core.products import entries
 from jlora.methods.shira import struct_index
-from jlora.optimizer import labels
+from jlora.optimize.optimizer import labels
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "shira.npz")
 W, X = normal(0, 12, 8), normal(1, 5, 12)
@@ -134,19 +134,19 @@ def test_values_never_decay_and_the_optimizer_keeps_k_entries_a_moment():
     np.testing.assert_array_equal(updates["w"]["values"], 0)
 
 
-PLANS = [sparse.Plan(f, b, g) for f, b, g in (("entries", "formed", "entries"), ("apart", "entries", "dense"))]
+PLANS = [entries.Plan(f, b, g) for f, b, g in (("entries", "formed", "entries"), ("apart", "entries", "dense"))]
 
 
 @pytest.mark.parametrize("plan", [*PLANS, "factored", "merged"])
 def test_every_plan_gives_the_dense_products_values_and_gradients(plan, monkeypatch):
-    if isinstance(plan, sparse.Plan):
-        monkeypatch.setattr(sparse, "choose", lambda *_: plan)
-    monkeypatch.setattr(sparse, "IN_CACHE", 1)  # several blocks of entries in the gradient
+    if isinstance(plan, entries.Plan):
+        monkeypatch.setattr(entries, "choose", lambda *_: plan)
+    monkeypatch.setattr(entries, "IN_CACHE", 1)  # several blocks of entries in the gradient
     adapted, x = adapted_with(jlora.SHiRA("random", density=0.5, scale=2.0)), normal(2, 3, 5, 12)
 
     def lifted(values, w, x):
         there = adapted.replace(base={"w": w}, params={"w": {"values": values}})
-        lift = jlora.lift(lambda p, x: (x @ p["w"]) @ p["w"].T, plan="auto" if isinstance(plan, sparse.Plan) else plan)
+        lift = jlora.lift(lambda p, x: (x @ p["w"]) @ p["w"].T, plan="auto" if isinstance(plan, entries.Plan) else plan)
         return jnp.sum(jnp.sin(lift(there, x)))
 
     def written(values, w, x):
@@ -163,13 +163,13 @@ def test_every_plan_gives_the_dense_products_values_and_gradients(plan, monkeypa
 
 def test_plans_follow_the_cost_model(monkeypatch):
     def chosen(tokens, density, dtype=jnp.float32):
-        return sparse.choose("auto", tokens, (1000, 1000), int(density * 1e6), dtype)
+        return entries.choose("auto", tokens, (1000, 1000), int(density * 1e6), dtype)
 
-    assert chosen(8, 0.01) == sparse.Plan("entries", "entries", "entries")
-    assert chosen(4096, 0.01) == sparse.Plan("formed", "formed", "entries")
-    assert chosen(4096, 0.1) == sparse.Plan("formed", "formed", "dense")
-    assert chosen(4096, 0.01, jnp.bfloat16) == sparse.Plan("entries", "entries", "entries")
-    assert chosen(4096, 0.1, jnp.bfloat16) == sparse.Plan("apart", "apart", "dense")
+    assert chosen(8, 0.01) == entries.Plan("entries", "entries", "entries")
+    assert chosen(4096, 0.01) == entries.Plan("formed", "formed", "entries")
+    assert chosen(4096, 0.1) == entries.Plan("formed", "formed", "dense")
+    assert chosen(4096, 0.01, jnp.bfloat16) == entries.Plan("entries", "entries", "entries")
+    assert chosen(4096, 0.1, jnp.bfloat16) == entries.Plan("apart", "apart", "dense")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert chosen(4096, 0.01).gradient == "dense"
 

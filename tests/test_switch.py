@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora.switch import _read, _write
+from jlora.compose.switch import _read, _write
 
 SHAPES = {"embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8), "convolution": (3, 8, 8)}
 SHAPES |= {"up": (8, 8)}

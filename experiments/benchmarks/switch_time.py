@@ -27,7 +27,7 @@ import matplotlib
 import numpy as np
 
 import jlora
-from jlora.switch import _read, _write
+from jlora.compose.switch import _read, _write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import models
-from jlora.checksums import checksums
+from jlora.disk.checksums import checksums
 from jlora.training.checkpoint import MANIFEST, find_whole
 from jlora.training.errors import CheckpointError
 from jlora.training.job import read_settings

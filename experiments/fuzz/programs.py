@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jlora
 import jlora.methods
-from jlora.method import Method, Site
+from jlora.core.protocol.method import Method, Site
 
 Item = tuple[str, int]
 

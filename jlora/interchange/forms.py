@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import mesh
-from jlora import weight as weights
+from jlora.core.protocol.method import Factors, Method, Site, View
+from jlora.core.walk import weight as weights
+from jlora.core.walk.weight import Weight
+from jlora.disk.serialize import is_own
 from jlora.interchange import svd
 from jlora.interchange.names import Slot
-from jlora.method import Factors, Method, Site, View
 from jlora.methods import AdaLoRA, DoRA, Full, LoRA, RMLoRA, Rows, SHiRA, VeRA
-from jlora.serialize import is_own
-from jlora.weight import Weight
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jlora import paths
+from jlora.core.protocol.method import Method, Site
 from jlora.interchange import layout
 from jlora.interchange.names import Slot
-from jlora.method import Method, Site
 from jlora.methods import Full
 
 Keys = tuple[str, ...]

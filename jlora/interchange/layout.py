@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from jlora.core.protocol.method import Site
 from jlora.interchange.names import Slot
-from jlora.method import Site
 
 
 def check_site(slot: Slot, site: Site) -> None:

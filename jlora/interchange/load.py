@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import mesh, paths
-from jlora.adapted import SHARED, Adapted, Plan
+from jlora.core.protocol.method import Start
+from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.interchange import manifest, read_wholes, rows
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
@@ -20,7 +21,6 @@ from jlora.interchange.index import Index, Read
 from jlora.interchange.names import Names, resolve
 from jlora.interchange.parse import parse
 from jlora.interchange.recorded import Recorded
-from jlora.method import Start
 
 
 def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapted:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from jlora.core.protocol.method import GROUPED
 from jlora.interchange import layout, rows, serving
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.pieces import Piece, join, split
 from jlora.interchange.written import PREFIX, Written, origin
-from jlora.method import GROUPED
 
 # What PEFT calls having no targets.
 NO_TARGETS = "dummy-target-modules"

@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from jlora.core.protocol.method import Method
+from jlora.disk.json_files import read_object
+from jlora.disk.serialize import UnknownClass, method_from_dict, method_to_dict
 from jlora.interchange.folder import CONFIG, LARGEST_CONFIG, brief
 from jlora.interchange.forms import Form
 from jlora.interchange.names import Slot
 from jlora.interchange.written import Written
-from jlora.json_files import read_object
-from jlora.method import Method
-from jlora.serialize import UnknownClass, method_from_dict, method_to_dict
 
 FILE = "jlora_manifest.json"
 FORMAT = 1

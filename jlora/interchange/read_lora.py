@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapted import start_of
+from jlora.core.protocol.method import Method, Site
+from jlora.core.tree.adapted import start_of
 from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
@@ -19,7 +20,6 @@ from jlora.interchange.lora import target
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import WRAPPED, Contents
 from jlora.interchange.recorded import Recorded
-from jlora.method import Method, Site
 from jlora.methods import DoRA, Full, LoRA
 from jlora.methods.dora import column_norms
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jlora.core.protocol.method import Method
 from jlora.interchange.forms import LORAS
 from jlora.interchange.names import Slot
-from jlora.method import Method
 from jlora.methods import DoRA
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from safetensors import safe_open
 
 from jlora import paths
-from jlora.adapted import Adapted
+from jlora.core.protocol.method import Site
+from jlora.core.tree.adapted import Adapted
+from jlora.core.walk.weight import Weight
 from jlora.interchange import layout, manifest, serving, wholes
 from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
 from jlora.interchange.formats import FORMATS
@@ -21,9 +23,7 @@ from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
-from jlora.links import unchained
-from jlora.method import Site
-from jlora.weight import Weight
+from jlora.optimize.restart import unchained
 
 PROFILES = ("peft", "serving")
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.allocate.adalora import AdaLoRARule
-from jlora.allocate.budget import Phases
-from jlora.gated import Gated
-from jlora.hyperparameters import check_hyperparameters
-from jlora.method import Site, Start
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import trained_dtype
+from jlora.optimize.allocate.adalora import AdaLoRARule
+from jlora.optimize.allocate.budget import Phases
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jlora.allocate.alora import ALoRARule, Round
-from jlora.allocate.budget import Phases
-from jlora.gated import Gated
-from jlora.hyperparameters import check_hyperparameters
-from jlora.method import Site, Start
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
+from jlora.optimize.allocate.alora import ALoRARule, Round
+from jlora.optimize.allocate.budget import Phases
 
 
 @dataclass(frozen=True)

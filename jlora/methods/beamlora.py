@@ -8,13 +8,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.allocate import beamlora
-from jlora.allocate.beamlora import BeamLoRARule
-from jlora.allocate.budget import Phases
-from jlora.gated import Gated
-from jlora.hyperparameters import POSITIVE, check_hyperparameters
-from jlora.method import Arrays, Site, Start
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters
+from jlora.core.protocol.method import Arrays, Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
+from jlora.optimize.allocate import beamlora
+from jlora.optimize.allocate.beamlora import BeamLoRARule
+from jlora.optimize.allocate.budget import Phases
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.around import Around
-from jlora.events import Event
-from jlora.gated import Gated
-from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.wrapping import Around
 from jlora.methods.lora import LoRA
+from jlora.optimize.events import Event
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Chain(Around):
     @property
     def event(self) -> Event | None:
         """The ends of the links, where the number of steps is known."""
-        from jlora.links import LinkEnds  # which adapts, and so knows the methods
+        from jlora.optimize.restart import LinkEnds  # which adapts, and so knows the methods
 
         if self.steps is None or self.links == 1:
             return None

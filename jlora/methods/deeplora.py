@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import randomised_svd, trained_dtype
 
 # What float16 can't tell from zero.

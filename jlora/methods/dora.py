@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from jlora.around import Around
-from jlora.method import Factors, Method, Site, Sparse, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Sparse, Start, View
+from jlora.core.protocol.wrapping import Around
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.allocate.budget import Phases
-from jlora.allocate.elalora import ElaLoRARule
-from jlora.gated import Gated
-from jlora.hyperparameters import check_hyperparameters
-from jlora.method import Site, Start
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.method import Site, Start
 from jlora.methods.adalora import drawn
+from jlora.optimize.allocate.budget import Phases
+from jlora.optimize.allocate.elalora import ElaLoRARule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax
 
-from jlora.method import Method, Site, Start, View, default_label
+from jlora.core.protocol.method import Method, Site, Start, View, default_label
 from jlora.methods.lora import trained_dtype
 
 

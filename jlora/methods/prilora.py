@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jlora.allocate.prilora import PRILoRARule
-from jlora.gated import Gated, ranked
-from jlora.hyperparameters import check_hyperparameters
-from jlora.layers import layer_numbers
-from jlora.method import Site, Start
+from jlora.core.protocol.gated import Gated, ranked
+from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.layers import layer_numbers
+from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
+from jlora.optimize.allocate.prilora import PRILoRARule
 
 
 @dataclass(frozen=True)

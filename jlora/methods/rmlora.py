@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlora.allocate.rmlora import RMLoRARule
-from jlora.hyperparameters import check_hyperparameters
+from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.methods.lora import LoRA
+from jlora.optimize.allocate.rmlora import RMLoRARule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.method import Method, Site, Sparse, Start, View
+from jlora.core.protocol.method import Method, Site, Sparse, Start, View
 from jlora.methods.lora import trained_dtype
 
 #: For each kind of mask what it needs from `jlora.prepare`.

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.allocate.budget import Phases
-from jlora.allocate.sora import SoRARule
-from jlora.gated import Gated
-from jlora.hyperparameters import NOT_NEGATIVE, check_hyperparameters
-from jlora.method import Site, Start
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, check_hyperparameters
+from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
+from jlora.optimize.allocate.budget import Phases
+from jlora.optimize.allocate.sora import SoRARule
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jlora.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import trained_dtype
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.layers import layer_numbers
-from jlora.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.layers import layer_numbers
+from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.methods.lora import LoRA
 
 

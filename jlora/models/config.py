@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.json_files import read_object as read_json
-from jlora.json_files import shown
+from jlora.disk.json_files import read_object as read_json
+from jlora.disk.json_files import shown
 
 # Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.json_files import shown
+from jlora.disk.json_files import shown
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
 from jlora.models.rope import RopeConfig, rotate, rotation

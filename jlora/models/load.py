@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jlora.json_files import shown
+from jlora.disk.json_files import shown
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.checkpoint import FLOATS, Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole

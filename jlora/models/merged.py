@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora import weight as weights
-from jlora.adapted import Adapted
-from jlora.weight import Weight
+from jlora.core.tree.adapted import Adapted
+from jlora.core.walk import weight as weights
+from jlora.core.walk.weight import Weight
 
 
 class MergedLeaf:

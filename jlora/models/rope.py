@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.json_files import shown
+from jlora.disk.json_files import shown
 from jlora.models.config import flag, optional, positive, whole
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -19,8 +19,8 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from jlora.checksums import checksums, difference
-from jlora.json_files import read_object
+from jlora.disk.checksums import checksums, difference
+from jlora.disk.json_files import read_object
 from jlora.training import processes
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from jlora.adapted import count
+from jlora.core.tree.adapted import count
+from jlora.disk.json_files import ILL_FORMED, read_object, shown
 from jlora.interchange.folder import CONFIG
-from jlora.json_files import ILL_FORMED, read_object, shown
 from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
 from jlora.training.checkpoint import last_whole

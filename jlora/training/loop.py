@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 import jlora
-from jlora.observe import Asked, asked_by
+from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training import processes
 from jlora.training.losses import Forward, Sums, sums
 from jlora.training.pipeline import Batch

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
-from jlora.around import innermost, with_innermost
+from jlora.core.protocol.wrapping import innermost, with_innermost
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.pipeline import collate, padded_length

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jlora.json_files import shown
+from jlora.disk.json_files import shown
 from jlora.training.files import write_whole
 
 Record = dict[str, Any]

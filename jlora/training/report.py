@@ -10,7 +10,7 @@ from typing import Any
 
 import jlora
 from jlora import paths
-from jlora.adapted import count
+from jlora.core.tree.adapted import count
 from jlora.training import folder
 from jlora.training.files import write_whole
 from jlora.training.metrics import Metrics

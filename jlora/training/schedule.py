@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optax
 
 import jlora
-from jlora.links import LinkEnds
+from jlora.optimize.restart import LinkEnds
 from jlora.training.settings import Settings
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from jlora.json_files import read_object, shown
+from jlora.disk.json_files import read_object, shown
 
 
 class Codec:

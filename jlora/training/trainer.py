@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
-from jlora.events import is_due
+from jlora.optimize.events import is_due
 from jlora.training import processes
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data

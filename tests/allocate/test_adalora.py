@@ -10,8 +10,8 @@ import pytest
 from contract.problems import jit
 
 import jlora
-from jlora.allocate import budget, orthogonality, triplets
-from jlora.allocate.budget import Phases
+from jlora.optimize.allocate import budget, orthogonality, triplets
+from jlora.optimize.allocate.budget import Phases
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "adalora.npz"))
 SHAPES = {"down": (5, 9), "query": (6, 8), "up": (7, 4)}

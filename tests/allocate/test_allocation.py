@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora.allocate.history import RankHistory
-from jlora.allocate.transform import _states
+from jlora.optimize.allocate.history import RankHistory
+from jlora.optimize.allocate.transform import _states
 
 PHASES = {"steps": 12, "start_steps": 2, "final_steps": 3}
 ADA = jlora.AdaLoRA(rank=3, target=2, interval=2, **PHASES)
@@ -235,7 +235,7 @@ def test_histories_of_different_lengths_are_refused():
 
 def _at_step(state, step):
     """The state with both counters at a step."""
-    from jlora.allocate.transform import AllocationState
+    from jlora.optimize.allocate.transform import AllocationState
 
     if not isinstance(state, AllocationState):
         return state

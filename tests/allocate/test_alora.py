@@ -8,8 +8,8 @@ import pytest
 from contract.problems import jit, normal, perturbed, weight
 
 import jlora
-from jlora.allocate import alora
-from jlora.allocate.alora import chosen
+from jlora.optimize.allocate import alora
+from jlora.optimize.allocate.alora import chosen
 
 PHASES = {"steps": 12, "start_steps": 4, "final_steps": 2, "interval": 3}
 BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 6), "stack": weight(2, 2, 8, 8), "rest": weight(3, 6, 4)}

@@ -11,7 +11,7 @@ from contract.problems import jit, normal
 
 import jlora
 from jlora import paths
-from jlora.allocate import beamlora
+from jlora.optimize.allocate import beamlora
 
 RATE, MOMENTUM, RANK, STEPS, FINAL, INTERVAL, TOP_P, TEMPERATURE = 0.1, 0.5, 5, 24, 4, 4, 0.55, 0.8
 METHOD = jlora.BeamLoRA(RANK, 10, TEMPERATURE, TOP_P, STEPS, FINAL, INTERVAL)

@@ -9,8 +9,8 @@ from contract.problems import jit
 
 import jlora
 from jlora import paths
-from jlora.allocate import budget, elalora, orthogonality
-from jlora.allocate.budget import Phases
+from jlora.optimize.allocate import budget, elalora, orthogonality
+from jlora.optimize.allocate.budget import Phases
 
 RATE, MOMENTUM, RANK, ROOM, STEPS, START, FINAL, INTERVAL, MOVED, EACH = 0.1, 0.5, 2, 4, 33, 3, 5, 4, 3, 2
 METHOD = jlora.ElaLoRA(RANK, ROOM, 6, STEPS, START, FINAL, INTERVAL, MOVED, EACH, orthogonality=0.0)

@@ -8,7 +8,7 @@ import pytest
 from contract.problems import jit, perturbed, weight
 
 import jlora
-from jlora.allocate import orthogonality, triplets
+from jlora.optimize.allocate import orthogonality, triplets
 
 BASE = {"p": weight(0, 8, 6), "stack": weight(1, 2, 6, 8), "head": jnp.zeros(3)}
 PHASES = {"steps": 9, "orthogonality": 0.3}

@@ -9,8 +9,8 @@ from contract.problems import jit
 
 import jlora
 from jlora import paths
-from jlora.allocate import sora
-from jlora.allocate.budget import Phases
+from jlora.optimize.allocate import sora
+from jlora.optimize.allocate.budget import Phases
 
 RATE, DECAY, RANK, TARGET, STEPS, START, FINAL, L1 = 0.05, 0.3, 4, 2, 16, 3, 4, 3.0
 THRESHOLDS = (0.0, 0.03, 0.06)

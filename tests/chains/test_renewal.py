@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jlora
-from jlora.renewal import Renewal, renewed
+from jlora.optimize.renewal import Renewal, renewed
 
 PARAMS = {"stack": jnp.ones((3, 4, 5)), "head": jnp.ones((4, 4))}
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import links as module
+from jlora.optimize import restart as module
 
 # Nearly all the time is compilation.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

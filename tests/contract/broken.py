@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.method import Factors, Method, Start
+from jlora.core.protocol.method import Factors, Method, Start
 from jlora.methods.lora import kaiming
 
 

@@ -18,7 +18,7 @@ import jlora
 from contract import problems
 from contract.problems import adapt, by_hand, close, jit, perturbed
 from jlora import paths
-from jlora.optimizer import GROUPS
+from jlora.optimize.optimizer import GROUPS
 
 
 def _outputs(problem, adapted):

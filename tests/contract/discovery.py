@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 
 import jlora.methods
-from jlora.method import Method
+from jlora.core.protocol.method import Method
 
 
 def modules():

@@ -13,8 +13,8 @@ from jax import lax
 
 import jlora
 from jlora import paths
-from jlora.adapted import SHARED
-from jlora.method import View
+from jlora.core.protocol.method import View
+from jlora.core.tree.adapted import SHARED
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,7 +9,7 @@ import pytest
 from contract.problems import jit
 
 import jlora
-from jlora import walk
+from jlora.core.walk import interpreter as walk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "fuzz"))
 import checks

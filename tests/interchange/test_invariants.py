@@ -155,7 +155,7 @@ def test_3_merging_again_changes_nothing_and_one_after_the_other_is_all_at_once(
         sites=jlora.sites(problem.function, problem.params, X),
     )
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), jlora.merge(moved(second)), at_once)
-    nothing = jlora.Adapted(at_once, {}, {}, {}, jlora.adapted.Plan(()))
+    nothing = jlora.Adapted(at_once, {}, {}, {}, jlora.core.tree.adapted.Plan(()))
     equal(jlora.merge(nothing), at_once)
 
 

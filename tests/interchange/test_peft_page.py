@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import jlora
-from jlora import catalog
+from jlora.disk import catalog
 from jlora.interchange import config
 from jlora.interchange.formats import FORMATS
 

@@ -255,7 +255,7 @@ def test_options_that_are_wrong_are_refused(options, message, tmp_path):
 
 def test_adapters_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is nothing to save: no leaf is adapted"):
-        jlora.save_peft(tmp_path / "out", jlora.Adapted(PARAMS, {}, {}, {}, jlora.adapted.Plan(())), NAMES)
+        jlora.save_peft(tmp_path / "out", jlora.Adapted(PARAMS, {}, {}, {}, jlora.core.tree.adapted.Plan(())), NAMES)
 
 
 def test_an_array_that_is_not_contiguous_is_written_by_its_values(tmp_path):

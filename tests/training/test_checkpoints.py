@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jlora.checksums import checksums
+from jlora.disk.checksums import checksums
 from jlora.training import checkpoint
 from jlora.training.checkpoint import MANIFEST, Checkpoints, find_whole, last_whole
 

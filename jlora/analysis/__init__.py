@@ -1,0 +1,1 @@
+"""What an adapter is and does: explained, counted, measured."""

@@ -1,0 +1,116 @@
+"""`explain`: what each method of an adapted model does, trains and costs a step, and where it comes from."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any
+
+import jax
+import optax
+
+from jlora import paths
+from jlora.core.protocol import docstrings
+from jlora.core.protocol.method import Factors, Method, Site, Sparse, View
+from jlora.core.tree.adapted import SHARED, Adapted, count
+
+_WIDTH = 120
+
+
+def explain(adapted: Adapted) -> str:
+    """For every method of an adapted model: formula, trained values, what a step costs, source.
+
+    Formula and source are the docstring's, of the class itself; numbers are counted on the leaves that the method adapts.
+
+    Args:
+        adapted: arrays, or shapes from `jax.eval_shape`.
+
+    Example:
+        >>> print(jlora.explain(adapted))
+    """
+    methods = dict.fromkeys(site.method for site in adapted.plan.sites)
+    return "\n\n".join(_explained(adapted, method) for method in methods)
+
+
+def _explained(adapted: Adapted, method: Method) -> str:
+    sites = tuple(site for site in adapted.plan.sites if site.method == method)
+    cls = type(method)
+    lines = {
+        "what": docstrings.first_sentence(cls) or f"Has no docstring; derived from {cls.__mro__[1].__name__}.",
+        "trains": _trained(adapted, sites, docstrings.count_formula(cls)),
+        "costs": " ".join(
+            part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part
+        ),
+        "source": docstrings.reference(cls) or "no paper",
+    }
+    text = [f"{method}, {len(sites)} {'leaf' if len(sites) == 1 else 'leaves'}"]
+    for name, line in lines.items():
+        text.append(textwrap.fill(line, _WIDTH, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10))
+    return "\n".join(text)
+
+
+def _trained(adapted: Adapted, sites: tuple[Site, ...], formula: str | None) -> str:
+    number = sum(count(paths.lookup(adapted.params, site.keys)) for site in sites)
+    return f"{number:,} values" + (f", {formula} a matrix" if formula else "")
+
+
+def _matrices(site: Site) -> int:
+    return math.prod(site.batch_shape)
+
+
+def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
+    """What the method adds to the products of the forward pass, counted from what it gives as data."""
+    if not any(site.method.matrix for site in sites):
+        return "A forward pass as the base's, and the gradient of the leaf itself."
+    found = [(site, _of_one_matrix(adapted, site)) for site in sites]
+    formed = [site for site, data in found if data is None]
+    if formed:
+        values = sum(_matrices(site) * site.in_size * site.out_size for site in formed)
+        return f"Each forward pass forms the weights anew: {values:,} values."
+    own = sum(
+        _matrices(site) * (site.out_size if site.kind == "gather" else site.in_size * site.out_size) for site in sites
+    )
+    more = sum(_matrices(site) * _products(site, data) for site, data in found)
+    part = float(f"{100 * more / max(own, 1):.2g}")
+    return (
+        f"Forward pass: {more:,} multiply-adds more for each row of input ({part:g} % of the {own:,} of these matrices); "
+        "about twice as many in the backward pass."
+    )
+
+
+def _of_one_matrix(adapted: Adapted, site: Site) -> Any:
+    """The shapes of a site's `Factors` or `Sparse` for one matrix; None where its method gives neither."""
+    depth, names = len(site.batch_axes), adapted.plan.shared_names()
+
+    def one(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
+
+    w: Any = jax.ShapeDtypeStruct((site.in_size, site.out_size), site.dtype)
+    params, frozen = (jax.tree.map(one, paths.lookup(tree, site.keys)) for tree in (adapted.params, adapted.frozen))
+    shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method, "")))
+    shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
+    give = site.method.factors if site.method.low_rank else site.method.sparse
+    return jax.eval_shape(give, View(w, params, frozen, site, shapes))
+
+
+def _products(site: Site, data: Factors | Sparse) -> int:
+    """Multiply-adds of the adapter's path for one row of input."""
+    scale = 0 if data.scale is None else site.out_size
+    if isinstance(data, Sparse):
+        return data.values.shape[0] + scale
+    rank = data.a.shape[1]
+    return rank * (site.out_size if site.kind == "gather" else site.in_size + site.out_size) + scale
+
+
+def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:
+    """What the method's rule keeps in the optimizer's state beside AdamW's own two moments."""
+    rule = sites[0].method.optimizer_rule
+    if rule is None:
+        return ""
+    adam = optax.adamw(1e-3)
+    try:
+        wrapped = rule.wrap(adam, sites)
+    except ValueError as error:  # a schedule of unknown length has no history yet
+        return f"Optimizer state beside AdamW's: not known yet ({error})."
+    with_rule, plain = (jax.eval_shape(tx.init, adapted.params) for tx in (wrapped, adam))
+    return f"Optimizer state beside AdamW's: {count(with_rule) - count(plain):,} values."

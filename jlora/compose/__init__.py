@@ -1,0 +1,1 @@
+"""Adapters put together, taken apart and turned into other forms."""

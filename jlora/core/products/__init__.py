@@ -1,0 +1,1 @@
+"""The adapted product, one file for each form of update."""

@@ -1,0 +1,348 @@
+"""The adapted product: `y = x @ ((w + a @ b) * scale)` without forming the sum.
+
+Every use of a weight is a map that is linear in the matrix: a product, a convolution, a lookup. Each is given here as
+`product(x, m)` for a matrix `m [in, k]` of any width, and the adapter's path is that same map with `a`, followed by `b`.
+Products accumulate in float32 where the result is a 16-bit float, and the adapter's part is added before rounding, so an
+update far below the weight's own resolution still moves the output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jlora.core.protocol.method import Factors
+
+PLANS = ("auto", "factored", "merged")
+# Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
+FORWARD, BACKWARD = 3, 3
+Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """float32 for 16-bit floats, otherwise the dtype itself."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout: entries are zero with probability `rate`, the others divided by `1 - rate`.
+
+    Without a key, or with rate 0, `x` itself (the very object, so that callers can tell).
+    """
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def forward(
+    product: Product,
+    mix: Product,
+    x: jax.Array,
+    w: jax.Array,
+    f: Factors,
+    key: jax.Array | None,
+    out_dtype: Any,
+    rescale: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`product(x, (w + a @ b) * scale)` in factored form.
+
+    Args:
+        product: the map that is linear in its matrix.
+        mix: multiplies the last (feature) axis of `product(x, a)` by `b`.
+        x: what is multiplied, any shape that `product` takes.
+        w: `[in, out]`.
+        f: the factors.
+        key: dropout key; None means no dropout.
+        out_dtype: dtype of the result.
+        rescale: multiplies a result by `scale [out]`; by default along the last axis.
+
+    Returns:
+        `product`'s result in `out_dtype`. With dropout, `x` is dropped wherever the adapter acts: in the low-rank path, and
+        in the part `scale - 1` of the base (as DoRA's reference does).
+    """
+    accumulate = accumulation_dtype(out_dtype)
+    dropped = drop(x, f.dropout, key)
+    base = product(x, w, accumulate)
+    low = mix(product(dropped, f.a.astype(x.dtype), x.dtype), f.b.astype(x.dtype), accumulate)
+    if f.scale is None:
+        return (base + low).astype(out_dtype)
+    rescale = rescale or jnp.multiply
+    scale = f.scale.astype(accumulate)
+    if dropped is x:
+        return rescale(base + low, scale).astype(out_dtype)
+    again = product(dropped, w, accumulate)
+    return (base + rescale(again, scale - 1) + rescale(low, scale)).astype(out_dtype)
+
+
+def matmul(x: jax.Array, m: jax.Array, out_dtype: Any, precision: Any = None) -> jax.Array:
+    """`x [..., in] @ m [in, k]` with the result in `out_dtype`."""
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, m, dims, precision=precision, preferred_element_type=out_dtype)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a dense product is computed with; static.
+
+    Attributes:
+        out_dtype: dtype of the result.
+        precision: the precision that the function asked for.
+        plan: "factored", "merged" or "auto" (see `choose`).
+        cut: pieces into which a mesh cuts the input's last axis.
+    """
+
+    out_dtype: Any
+    precision: Any = None
+    plan: str = "auto"
+    cut: int = 1
+
+
+def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
+    """Whether a weight can take the plan that was asked of `lift`.
+
+    Raises:
+        ValueError: for "merged" where the sum would be rounded to 16 bits, or where the adapter's input has dropout.
+    """
+    if plan != "merged":
+        return
+    site = f"{path} {tuple(w.shape)}"
+    if w.dtype.itemsize < 4:
+        raise ValueError(
+            f"{site}: the plan 'merged' would round the adapted weight to {w.dtype} ({8 * w.dtype.itemsize} bits) and lose "
+            "small updates; lift with plan='auto' or 'factored'"
+        )
+    if dropped:
+        raise ValueError(
+            f"{site}: the plan 'merged' has one input for the base and the adapter, but the adapter's has dropout; lift "
+            "with plan='auto' or 'factored', or give no dropout key"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the products of one input with some weights are computed; static.
+
+    Attributes:
+        forward: for each weight, whether `w + a @ b` is formed for `x @ (w + a @ b)`.
+        backward: whether it is for the gradient of `x`, to which all the weights contribute.
+    """
+
+    forward: tuple[bool, ...]
+    backward: bool
+
+
+def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any) -> Plan:
+    """The plan of the products `x [tokens, in] @ (w + a @ b)` for weights of the given shapes `[in, out]`.
+
+    Forming `w + a @ b` costs `2 * rank * in * out` flops and moves about four arrays of `in * out` values. Adding
+    `(x @ a) @ b` to `x @ w` costs `2 * rank * tokens * out` flops and moves up to four arrays of `tokens * out` values,
+    fewer where the compiler adds it together with something else; the two parts may also both be kept for the backward
+    pass. So whatever the rank, forming is cheaper where `in <= FORWARD * tokens`. In the backward pass `in` and `out`
+    change places, and the weights of one input share the factored form's cost, since `g_q bᵀ`, `g_k bᵀ`, .. meet all `a`
+    in one product. `w + a @ b` is rounded to the dtype of `w`, so it is formed for 32-bit bases alone. Where `tokens` is
+    symbolic (`jax.export`), it is formed if that is cheaper for every size.
+    """
+    if plan != "auto":
+        return Plan((plan == "merged",) * len(shapes), plan == "merged")
+    if jnp.dtype(dtype).itemsize < 4:
+        return Plan((False,) * len(shapes), False)
+    backward = sum(columns for _, columns in shapes)
+    return Plan(tuple(at_most(rows, FORWARD * tokens) for rows, _ in shapes), at_most(backward, BACKWARD * tokens))
+
+
+def at_most(small: int, large: int) -> bool:
+    """`small <= large`; of sizes that `jax.export` leaves open, whether it holds for all of them."""
+    try:
+        return bool(small <= large)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
+def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
+    """`x [..., in] @ ((w + a @ b) * scale)`."""
+    if key is None or f.dropout == 0:
+        return dense_together(x, [(w, f)], options)[0]
+
+    def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
+        return matmul(x, m, dtype, options.precision)
+
+    return in_rows(lambda x: forward(product, product, x, w, f, key, options.out_dtype), x)
+
+
+def dense_transposed(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
+    """`x [..., out] @ ((w + a @ b) * scale).T`: the use of a tied embedding as the head."""
+    scaled = x if f.scale is None else x * f.scale.astype(x.dtype)
+    return dense(scaled, w.T, Factors(f.b.T, f.a.T, None, f.dropout), key, options)
+
+
+def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], options: Options) -> list[jax.Array]:
+    """`x [..., in] @ ((w + a @ b) * scale)` for several weights: `x` meets all their `a` in one thin product.
+
+    The same holds in the backward pass, where one product gives the gradients of all `a`.
+    """
+    weights = [w for w, _ in members]
+    a, b = ([each.astype(x.dtype) for each in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
+    scaled = any(f.scale is not None for _, f in members)
+    out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
+
+    def rows(x: jax.Array) -> list[jax.Array]:
+        plan = choose(
+            options.plan, x.size // x.shape[-1], [(w.shape[0], w.shape[1]) for w in weights], weights[0].dtype
+        )
+        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan, options.cut))
+
+    products = in_rows(rows, x)
+    return [
+        y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
+        for y, (_, f) in zip(products, members)
+    ]
+
+
+def in_rows(product: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """Applies a function of rows `[T, in]` to the last axis of `x [..., in]`; results are arrays `[T, ...]`.
+
+    The gradients of the factors sum over all leading axes at once; with one such axis XLA's CPU backend needs no
+    transposed copy of the cotangent for that. Leading axes with an explicit sharding stay apart.
+    """
+    if x.ndim == 2 or any(name is not None for name in jax.typeof(x).sharding.spec):
+        return product(x)
+    results = product(x.reshape(-1, x.shape[-1]))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), results)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """How several products with one input are computed; static."""
+
+    out_dtype: Any
+    precision: Any
+    plan: Plan
+    cut: int = 1
+
+    def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
+        return matmul(x, m, dtype, self.precision)
+
+    def thin(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+        """`x @ a` for several `a [in, r]` by one product."""
+        if len(factors) == 1:
+            return [self.matmul(x, factors[0], x.dtype)]
+        return _split(self.matmul(x, jnp.concatenate(factors, axis=1), x.dtype), factors)
+
+    def thin_tangent(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+        """`thin` for tangents of the factors, so that its transpose is `gᵀ x`, then transposed, in place of `xᵀ g`.
+
+        XLA's CPU backend is five times as slow at the latter, and turns the one into the other but for the barrier.
+        """
+        a = jax.lax.optimization_barrier((jnp.concatenate(factors, axis=1) if len(factors) > 1 else factors[0]).T)
+        dims = (((1,), (x.ndim - 1,)), ((), ()))
+        together = jax.lax.dot_general(a, x, dims, precision=self.precision, preferred_element_type=x.dtype)
+        return _split(jnp.moveaxis(together, 0, -1), factors)
+
+
+def _split(together: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
+    """The parts of `x @ [a_1, a_2, ..]` that belong to each."""
+    ends = list(itertools.accumulate(a.shape[1] for a in factors))
+    return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
+
+
+Matrices = list[jax.Array]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
+    """`x @ (w + a @ b)` for each weight, by its plan."""
+    accumulate = accumulation_dtype(group.out_dtype)
+    in_pieces = group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize
+    factored = [n for n, formed in enumerate(group.plan.forward) if not formed and not in_pieces]
+    low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
+    results = []
+    for n, w in enumerate(weights):
+        if n in low:
+            # The adapter's part in 16 bits: half the bytes, and compilers then add it inside the wide product.
+            y = group.matmul(x, w, accumulate) + group.matmul(low[n], b[n], x.dtype).astype(accumulate)
+        elif not group.plan.forward[n]:
+            y = _in_pieces(group, x, w, a[n], b[n])
+        else:
+            y = group.matmul(x, _merged(w, a[n], b[n]).astype(x.dtype), accumulate)
+        results.append(y.astype(group.out_dtype))
+    return results
+
+
+def _in_pieces(group: _Group, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`x @ (w + a @ b)` as the sum over pieces of the input, each rounded with its share of the adapter.
+
+    Where each device holds a piece, the sum over devices is then one of 16 bits a value.
+    """
+    accumulate = accumulation_dtype(group.out_dtype)
+    x = x.reshape(*x.shape[:-1], group.cut, -1)
+    w, a = (m.reshape(group.cut, -1, m.shape[-1]) for m in (w, a))
+    by_piece = (((x.ndim - 1,), (1,)), ((x.ndim - 2,), (0,)))
+
+    def product(m: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.dot_general(x, m, by_piece, precision=group.precision, preferred_element_type=dtype)
+
+    low = group.matmul(product(a, x.dtype), b, x.dtype)
+    y = (product(w, accumulate) + low.astype(accumulate)).astype(group.out_dtype)
+    # Not jnp.sum, which would add up in 32 bits, and so send 32 bits from device to device.
+    return jax.lax.reduce(y, jnp.zeros((), y.dtype), jax.lax.add, (0,))
+
+
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return w + matmul(a, b, w.dtype)
+
+
+@partial(_low_rank.defjvp, symbolic_zeros=True)
+def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices, Matrices]:
+    """The derivative, written so that its transpose is what a hand-written backward pass would be.
+
+    With cotangents `g` of the results: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx` the sum of `g (w + a b)ᵀ` by the plans;
+    never the dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The
+    barrier turns, transposed, into one that lets `dx` go on only when `da` and `db` are there, so that `x` and `g` die.
+    """
+    x, weights, a, b = primals
+    live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents, is_leaf=_is_zero)
+    dx, dw, da, db = jax.lax.optimization_barrier(live)
+    results = _low_rank(x, weights, a, b, group)
+    terms: list[list[jax.Array]] = [[] for _ in weights]
+    if dx is not None:
+        for n, term in enumerate(_through_input(group, dx, weights, a, b)):
+            terms[n].append(term)
+    dtype = group.out_dtype
+    moved = [n for n, each in enumerate(da) if each is not None]
+    for n, low in zip(moved, group.thin_tangent(x, [da[n] for n in moved]) if moved else []):
+        terms[n].append(group.matmul(low, b[n], dtype))
+    moved = [n for n, each in enumerate(db) if each is not None]
+    for n, low in zip(moved, group.thin(x, [a[n] for n in moved]) if moved else []):
+        terms[n].append(group.matmul(low, db[n], dtype))
+    for n, each in enumerate(dw):
+        if each is not None:
+            terms[n].append(group.matmul(x, each, dtype))
+    return results, [sum(t[1:], t[0]).astype(y.dtype) if t else jnp.zeros_like(y) for t, y in zip(terms, results)]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _through_input(group: _Group, dx: jax.Array, weights: Matrices, a: Matrices, b: Matrices) -> Matrices:
+    """`dx @ (w + a @ b)` for each weight; linear in `dx`.
+
+    In the results' own dtype: a gradient of 16 bits need not meet its parts in 32, which would cost twice the bytes.
+    """
+    dtype = group.out_dtype
+
+    def formed(dx: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return group.matmul(dx, _merged(w, a, b).astype(dx.dtype), dtype)
+
+    if group.plan.backward:  # checkpointed, so that the formed weight is not kept from the forward to the backward pass
+        return [jax.checkpoint(formed)(dx, *each) for each in zip(weights, a, b)]
+    low = group.thin(dx, a)
+    return [group.matmul(dx, w, dtype) + group.matmul(thin, each, dtype) for w, thin, each in zip(weights, low, b)]

@@ -1,0 +1,60 @@
+"""Layers: which matrices of a model belong to one, for methods that treat layers alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.core.protocol.method import Site
+
+
+def layer_numbers(sites: Sequence[Site]) -> tuple[list[np.ndarray], int]:
+    """For each leaf the layer of each of its matrices, `[*batch]`, counted from 0, and the number of layers.
+
+    The first axis along which a leaf is stacked counts layers. A leaf that is not stacked belongs to the layer of the first
+    key of its path that ends in digits, as in `layers_10/q_proj/kernel`; numbers are ordered as numbers. So does a stacked
+    leaf below the same key as one that is not: its axis counts experts. A leaf without either, such as a pooler, is a layer
+    of its own, before or after those as its path is in order. Layers with one number are one layer, also of two stacks such
+    as an encoder's and a decoder's.
+    """
+    unstacked = {numbered(site.keys) for site in sites if not site.batch_shape} - {None}
+    places = [_places(site, numbered(site.keys) in unstacked) for site in sites]
+    counted = [_natural(site.path) for site, each in zip(sites, places) if each is not None]
+    first = min(counted, default=None)
+    found = [
+        each if each is not None else [(-1 if first and _natural(site.path) < first else 1, 0, _natural(site.path))]
+        for site, each in zip(sites, places)
+    ]
+    known = {place: number for number, place in enumerate(sorted({place for each in found for place in each}))}
+    numbers = []
+    for site, each in zip(sites, found):
+        column = np.array([known[place] for place in each], np.int32)
+        numbers.append(
+            np.broadcast_to(column.reshape(-1, *[1] * (len(site.batch_shape) - 1)), site.batch_shape or (1,))
+        )
+    return [n if site.batch_shape else n[0] for site, n in zip(sites, numbers)], len(known)
+
+
+def _places(site: Site, by_path: bool) -> list[tuple[int, int, Any]] | None:
+    """What the layers of a leaf are ordered by; None where nothing says it."""
+    if site.batch_shape and not by_path:
+        return [(0, number, ()) for number in range(site.batch_shape[0])]
+    layer = numbered(site.keys)
+    if layer is None:
+        return None
+    number = int(re.findall(r"\d+$", layer[-1])[0])
+    return [(0, number, ())] * (site.batch_shape[0] if site.batch_shape else 1)
+
+
+def numbered(keys: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The part of a path that names a layer: up to the first key that ends in digits."""
+    at = next((n for n, key in enumerate(keys) if key[-1:].isdigit()), None)
+    return None if at is None else keys[: at + 1]
+
+
+def _natural(path: str) -> tuple[tuple[str, int], ...]:
+    """A path in pieces that are ordered as a reader would, numbers as numbers."""
+    return tuple((text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", path))

@@ -1,0 +1,288 @@
+"""The method protocol on one page: what a file in `jlora/methods` gives.
+
+A method is a frozen dataclass of hyperparameters. Its functions are pure and see one matrix: `w [in, out]`, used as
+`y = x @ w`. The core folds attention kernels and convolutions to that form, maps over stacked layers and experts, and
+knows paths; a method knows none of that. Equal hyperparameters are equal methods, so a method may sit in a pytree as
+static data without retracing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+if TYPE_CHECKING:
+    from jlora.optimize.events import Event
+
+Arrays = dict[str, jax.Array]
+
+# The kind of site that a convolution in feature groups is.
+GROUPED = "grouped conv"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted leaf: where it is, and which of its axes play which role.
+
+    Attributes:
+        keys: the keys that lead to the leaf.
+        shape: shape of the leaf.
+        dtype: name of its dtype.
+        in_axes: axes contracted with the activation, in the leaf's order.
+        out_axes: axes that remain in the product.
+        batch_axes: axes over which separate matrices are stacked (layers, experts).
+        kind: how the function reads it: "dot", "conv", "grouped conv" (in feature groups) or "gather" (an embedding's lookup).
+        method: the method that adapts it.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    kind: str
+    method: Method
+
+    @property
+    def path(self) -> str:
+        """The `/`-joined path of the leaf."""
+        return "/".join(self.keys)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return tuple(self.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def in_size(self) -> int:
+        """Rows of the folded matrix."""
+        return math.prod(self.shape[axis] for axis in self.in_axes)
+
+    @property
+    def out_size(self) -> int:
+        """Columns of the folded matrix."""
+        return math.prod(self.shape[axis] for axis in self.out_axes)
+
+    def fold(self, leaf: jax.Array) -> jax.Array:
+        """The leaf as `[*batch, in, out]`."""
+        order = (*self.batch_axes, *self.in_axes, *self.out_axes)
+        return jnp.transpose(leaf, order).reshape(*self.batch_shape, self.in_size, self.out_size)
+
+    def unfold(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of `fold`."""
+        order = (*self.batch_axes, *self.in_axes, *self.out_axes)
+        folded = matrix.reshape([self.shape[axis] for axis in order])
+        return jnp.transpose(folded, [order.index(axis) for axis in range(len(order))])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class View:
+    """What a method's functions see of one matrix.
+
+    Attributes:
+        w: the base matrix `[in, out]`, in its stored dtype (quantized bases arrive decoded).
+        params: the trained arrays that `start` named.
+        frozen: the constants that `start` named.
+        site: the leaf this is a matrix of; static.
+        shared: the constants that `Method.shared` made for all leaves of the method.
+    """
+
+    w: jax.Array
+    params: Arrays
+    frozen: Arrays
+    site: Site = field(metadata={"static": True})
+    shared: Arrays = field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factors:
+    """The effective weight as data: `(w + a @ b) * scale`.
+
+    Attributes:
+        a: `[in, r]`.
+        b: `[r, out]`.
+        scale: `[out]`, or None for one.
+        dropout: probability with which an entry of the adapter path's input is dropped; static.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array | None = None
+    dropout: float = field(default=0.0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sparse:
+    """The effective weight as data: `(w + scatter(index, values)) * scale`.
+
+    Attributes:
+        index: `[k]`, int32: distinct flat positions `row * out + column`.
+        values: `[k]`, what is added there.
+        scale: `[out]`, or None for one.
+    """
+
+    index: jax.Array
+    values: jax.Array
+    scale: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Start:
+    """What a method starts from.
+
+    Attributes:
+        params: trained arrays by name.
+        frozen: constants by name.
+    """
+
+    params: Arrays
+    frozen: Arrays = field(default_factory=dict)
+
+
+class OptimizerRule(Protocol):
+    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget)."""
+
+    def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
+        """An optimizer of all trained arrays that applies the rule to those of `sites` and leaves the rest to `tx`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. A subclass is a frozen dataclass and overrides what it needs.
+
+    Class attributes:
+        matrix: False for methods that take the leaf in its own shape (any number of axes, biases too).
+        exact_start: False for methods whose start is not exactly the base's output.
+        local: roles ("in", "out") along which the method may be cut: the effective weight of a slice is what the
+            method gives for the slices of its fields. Lets `shard_map` be entered without forming the weight.
+        restarts: False for methods that train values of the weight itself, such as `Full`: a new link of a chain
+            (`jlora.restart`) leaves them, and their moments, as they are.
+        axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
+        CASES: examples of the method for the contract test; every method has some.
+    """
+
+    matrix: ClassVar[bool] = True
+    exact_start: ClassVar[bool] = True
+    local: ClassVar[frozenset[str]] = frozenset()
+    restarts: ClassVar[bool] = True
+    CASES: ClassVar[tuple[Method, ...]] = ()
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The role of each axis of each field, trained and frozen."""
+        raise NotImplementedError(f"{type(self).__name__} must state the axes of its fields")
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the method gives factors, so that its weight need not be formed."""
+        return _gives(type(self), "factors")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the method gives entries, so that its weight need not be formed for a product."""
+        return _gives(type(self), "sparse")
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Constants in which a restart keeps what was learned (see `finished`); without any it goes into the base."""
+        return ()
+
+    @property
+    def alike(self) -> frozenset[str]:
+        """Names of the fields that start the same at all matrices of a shape; all others are drawn for each, or zero."""
+        return frozenset()
+
+    @property
+    def uses_key(self) -> bool:
+        """Whether the method draws random numbers in the forward pass."""
+        return False
+
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """Names of the constants that all leaves of this method have in common (see `shared`)."""
+        return ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: "gradient", "absolute_gradient"."""
+        return frozenset()
+
+    @property
+    def optimizer_rule(self) -> OptimizerRule | None:
+        """What `jlora.optimizer` wraps the optimizer with: rank allocation, a proximal step, a penalty on the factors."""
+        return None
+
+    @property
+    def event(self) -> Event | None:
+        """What the training loop does from the host between some steps (see `run_events`): a chain's next link, a round."""
+        return None
+
+    def __str__(self) -> str:
+        """The method with its first hyperparameter and those that differ from the defaults."""
+        changed = [f for n, f in enumerate(fields(self)) if n == 0 or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!s}' for f in changed)})"
+
+    def check(self, site: Site) -> None:
+        """Refuses a matrix that the method can't adapt.
+
+        Raises:
+            ValueError: with what is wanted; the core adds the path and the shape.
+        """
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+        """The constants that all leaves of this method share, given all of them; replicated on every mesh."""
+        return {}
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
+        """The starting arrays for one matrix `w [in, out]`; `statistics [in, out]` are those that `needs` names."""
+        raise NotImplementedError(f"{type(self).__name__} has no start")
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """The starts of all leaves of this method, after what they draw in common; stacked matrices in front."""
+        return starts
+
+    def finished(self, view: View) -> Arrays:
+        """The constants of `kept_fields` after a restart, for methods that leave the base alone."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing")
+
+    def weight(self, view: View) -> jax.Array:
+        """The effective weight `[in, out]`: the method's meaning."""
+        raise NotImplementedError(f"{type(self).__name__} has no effective weight")
+
+    def factors(self, view: View) -> Factors | None:
+        """The effective weight as factors, for methods that are low-rank: the fast path. None where there is none."""
+        return None
+
+    def sparse(self, view: View) -> Sparse | None:
+        """The effective weight as the base and a few entries, for methods that change no others. None where it is not."""
+        return None
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """The learning-rate group of each trained field (see `jlora.optimizer`)."""
+        return {name: default_label(len(axes)) for name, axes in self.axes.items()}
+
+    def rates(self, site: Site) -> dict[str, float]:
+        """Factors of the group's learning rate for fields that learn slower or faster than their group."""
+        return {}
+
+
+def _gives(cls: type[Method], form: str) -> bool:
+    """Whether a class gives its weight in a form: one that it inherits is not, if it has a `weight` of its own."""
+    form_at, weight_at = (next(n for n, c in enumerate(cls.__mro__) if name in vars(c)) for name in (form, "weight"))
+    return cls.__mro__[form_at] is not Method and form_at <= weight_at
+
+
+def default_label(ndim: int) -> str:
+    """LoRA+'s rule for a leaf that is no factor: a vector learns as B does and never decays, a matrix as A does."""
+    return "vector" if ndim <= 1 else "a"

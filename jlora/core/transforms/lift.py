@@ -1,0 +1,142 @@
+"""`lift`: any JAX function of params, run on adapted params."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jlora import _compat
+from jlora.core.products.contraction import PLANS
+from jlora.core.protocol.method import Site
+from jlora.core.tree.adapted import Adapted
+from jlora.core.walk import (
+    dot,  # noqa: F401  (registers its rules)
+    entering,  # noqa: F401  (registers its rules)
+    grouping,
+    origins,
+    passthrough,  # noqa: F401  (registers its rules)
+    probing,  # noqa: F401  (registers its rules)
+)
+from jlora.core.walk.interpreter import Walk
+from jlora.core.walk.weight import Weight
+
+
+def lift(
+    fn: Callable[..., Any],
+    strict: bool = False,
+    unread: str = "error",
+    plan: str = "auto",
+    cuts: Mapping[str, int] | None = None,
+) -> Callable[..., Any]:
+    """The function that runs `fn` on adapted params.
+
+    Formula: `lift(fn)(adapted, x) == fn(merge(adapted), x)`, in values and gradients, without forming the merged weights
+    where a method has a faster form. In 16 bits and fewer the lift is the more exact: `merge` rounds the updated weight to
+    its base's dtype, and a cast to 16 bits rounds it again, where the lift adds the update to the product before it rounds.
+    What `fn` computes and does not return, directly or by an effect, is left out.
+
+    Args:
+        fn: any JAX function. Its arguments may hold an `Adapted` wherever they would hold the params tree (for Flax:
+            `apply({"params": adapted}, x)`).
+        strict: refuse with an error where an effective weight would have to be formed although its method is low-rank.
+        unread: "error" refuses an adapted leaf that `fn` never reads; "allow" is for functions that use part of a model.
+        plan: how products with low-rank methods are computed: "factored" as `x @ w + (x @ a) @ b`, "merged" by forming
+            `w + a @ b` in every pass, or "auto", by a cost model of each product's shape.
+        cuts: into how many pieces a mesh with automatic axes cuts the input of a leaf's product, by path, from
+            `jlora.mesh.cuts`. In 16 bits each device then adds its part of the adapter before it rounds, so that the sum over
+            devices carries 16 bits a value, as without adapters, and not 32.
+
+    Returns:
+        A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
+        `jax.jit`.
+
+    Raises:
+        ValueError: (when called) for a leaf that is never read; under `strict`, with leaf, primitive and source line; for
+            cuts of a leaf that is not adapted, or that do not divide its input.
+        TypeError: for a method without an effective weight where the weight itself is needed.
+
+    Example:
+        >>> apply = jlora.lift(model.apply)
+        >>> logits = apply({"params": adapted}, tokens)
+    """
+    check_options(unread, plan)
+
+    @functools.wraps(fn, updated=())
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        walk = Walk(strict, plan, cuts or {}, together=grouping.together)
+        return call(walk, fn, args, kwargs, unread == "error")
+
+    return lifted
+
+
+def check_options(unread: str, plan: str) -> None:
+    """Refuses unknown options.
+
+    Raises:
+        ValueError: with what there is.
+    """
+    if unread not in ("error", "allow"):
+        raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {PLANS}, got {plan!r}")
+
+
+def call(
+    walk: Walk,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    must_read: bool,
+    change: Callable[[Weight], Weight] = lambda weight: weight,
+) -> Any:
+    """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+    adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
+    if not adapted:
+        return fn(*args, **kwargs)
+    values = [change(value) for each in adapted for value in each.weights()]
+    _check_cuts(walk.cuts, [site for each in adapted for site in each.plan.sites])
+
+    def on_arrays(*arrays: jax.Array) -> Any:
+        left = list(arrays)
+        trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
+        args, kwargs = jax.tree.unflatten(treedef, trees)
+        # The base of an `Adapted` may be an `Adapted` again.
+        return call(Walk(walk.strict, walk.plan, together=walk.together), fn, args, kwargs, must_read)
+
+    return run(walk, on_arrays, values, must_read)
+
+
+def _check_cuts(cuts: Mapping[str, int], sites: list[Site]) -> None:
+    """Whether every cut is of an adapted leaf, and divides its input.
+
+    Raises:
+        ValueError: with the path and the numbers.
+    """
+    sizes = {site.path: site.in_size for site in sites if site.method.matrix}
+    for path, pieces in cuts.items():
+        if path not in sizes:
+            raise ValueError(f"cuts names {path}, which is no adapted matrix; they are {', '.join(sizes)}")
+        if pieces < 1 or sizes[path] % pieces:
+            raise ValueError(f"cuts has {pieces} pieces for {path}, which do not divide its {sizes[path]} inputs")
+
+
+def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:
+    """Traces a function of arrays and walks it with weights in their place."""
+    shapes = [jax.typeof(value.array) for value in values]
+    closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    jaxpr = _compat.live(jaxpr)
+    if walk.readings is not None:
+        walk.origins = origins.find(jaxpr, consts, [value.name for value in values])
+    outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
+    if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
+        raise ValueError(
+            f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
+            'them out of the spec, or lift with unread="allow" if the function uses only part of the model (a reading whose '
+            "result goes nowhere is none)"
+        )
+    return jax.tree.unflatten(jax.tree.structure(out_shape), outputs)

@@ -1,0 +1,361 @@
+"""`observe`: statistics of what every adapted weight is multiplied with, taken while the function runs.
+
+A weight to be observed carries the numbers of its matrices among its method's arrays. Whatever slices a stack slices them
+too, so that a product knows which matrices it is of, inside loops as well. Each product leaves a `Tap`: those numbers and
+the statistic. Loops and checkpoints return the taps of their bodies; at the end taps of one matrix are added.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora import _compat, paths
+from jlora.core.products.contraction import accumulation_dtype
+from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.transforms.lift import call, check_options
+from jlora.core.tree.adapted import Adapted, adapterize
+from jlora.core.tree.spec import ALL_LINEAR, Axes
+from jlora.core.walk import dot, grouping, lookup
+from jlora.core.walk.interpreter import Walk
+from jlora.core.walk.weight import Weight
+
+if TYPE_CHECKING:
+    from jlora.core.transforms.sites import Sites
+
+# The name of a weight's matrix numbers among its constants; no field of a method starts so.
+_NUMBERS = "~numbers"
+
+
+def _same(sums: Any) -> Any:
+    """The total itself."""
+    return sums
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is taken of a weight's input: sums, which are added over all uses of a matrix, and what becomes of them.
+
+    Attributes:
+        measure: `measure(x)` of one product's input `x [*leading, in]`, where `in` is the matrix's and the leading axes are
+            the activation's own (rows, tokens); arrays of shapes that don't depend on values.
+        finish: of the total of a matrix over its uses.
+
+    Example:
+        >>> mean = jlora.Statistic(lambda x: (x.sum(tuple(range(x.ndim - 1))), x.size / x.shape[-1]), lambda t: t[0] / t[1])
+        >>> _, seen = jlora.observe(model.apply, mean)({"params": adapted}, tokens)
+    """
+
+    measure: Callable[[jax.Array], Any]
+    finish: Callable[[Any], Any] = _same
+
+
+def input_squares(x: jax.Array) -> jax.Array:
+    """`sum over rows of x²`, `[in]`, in float32 at least: the statistic to add over parts of a batch."""
+    x = x.astype(accumulation_dtype(x.dtype))
+    return jnp.sum(x * x, axis=tuple(range(x.ndim - 1)))
+
+
+#: The Euclidean norm of every input feature over all rows that a matrix sees, `[in]`.
+input_norms = Statistic(input_squares, jnp.sqrt)
+
+
+def observe(
+    fn: Callable[..., Any],
+    statistic: Statistic | Callable[[jax.Array], Any],
+    at: Any = None,
+    *,
+    strict: bool = False,
+    unread: str = "error",
+    plan: str = "auto",
+    cuts: Mapping[str, int] | None = None,
+) -> Callable[..., Any]:
+    """`lift` that also returns a statistic of the input of every adapted weight.
+
+    Works through `jit`, `scan` (one statistic a layer of a stack), `remat` (returned from the forward pass, not recomputed)
+    and meshes with automatic or explicit axes. Outputs and their gradients are those of `lift`; no gradient flows through
+    what was seen. Statistics are taken of the input before dropout, of padding too.
+
+    A matrix that is used several times (tied, or in every pass of a loop) has the sum over its uses: `finish` is applied to
+    the total. A lookup has no input, and the transposed use of a tied weight another one, so both are refused; so are
+    products inside `cond`, `while` and `shard_map`, and weights that go whole into other primitives.
+
+    Args:
+        fn: any JAX function; one of its arguments holds an `Adapted`, or plain params by `jlora.watch`.
+        statistic: a `Statistic`, such as `jlora.input_norms`, or a function that is its `measure`.
+        at: a regex that matches the paths of the weights to observe (default: every adapted matrix).
+        strict, unread, plan, cuts: as for `lift`.
+
+    Returns:
+        A function of the same arguments that returns `(outputs, seen)`, `seen` a nested dict along the keys of the params
+        with the statistic in place of each leaf, the leaf's batch axes in front.
+
+    Raises:
+        ValueError: (when called) for a weight whose input can't be observed, with path, primitive and source line; for a
+            pattern that matches no adapted leaf.
+        TypeError: (when called) where no argument, or more than one, is an `Adapted`.
+
+    Example:
+        >>> outputs, seen = jlora.observe(model.apply, jlora.input_norms)({"params": adapted}, tokens)
+    """
+    check_options(unread, plan)
+    taken = statistic if isinstance(statistic, Statistic) else Statistic(statistic)
+
+    @functools.wraps(fn, updated=())
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        sites = _sites_at(_only_adapted(args, kwargs), at)
+        walk = Walk(strict, plan, cuts or {}, together=grouping.together)
+        outputs, taps = tapped(fn, args, kwargs, Observer(taken.measure), sites, walk, unread == "error")
+        seen: dict[str, Any] = {}
+        for site in sites:
+            mine = [tap for tap in taps if tap.name == site.path]
+            if mine:
+                paths.insert(seen, site.keys, finished(mine, site, taken.finish))
+        return outputs, seen
+
+    return observed
+
+
+@dataclass(frozen=True)
+class Watched(Method):
+    """A weight that is looked at and not adapted."""
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """It has no fields."""
+        return {}
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """Nothing."""
+        return Start({})
+
+    def weight(self, view: View) -> jax.Array:
+        """The base's."""
+        return view.w
+
+
+def watch(params: Any, patterns: Any, sites: Sites | None = None) -> Adapted:
+    """Plain params with some weights marked, to `observe` a model that is not adapted.
+
+    Args:
+        params: any pytree of arrays.
+        patterns: a regex that matches whole paths, `ALL_LINEAR`, several of them, or a spec, of which only patterns and axis
+            roles count.
+        sites: as for `adapterize`.
+
+    Returns:
+        An `Adapted` with nothing to train.
+
+    Raises:
+        TypeError, ValueError: as for `adapterize`.
+
+    Example:
+        >>> watched = jlora.watch(params, r".*/q_proj/kernel")
+        >>> _, seen = jlora.observe(model.apply, jlora.input_norms)({"params": watched}, tokens)
+    """
+    if isinstance(patterns, str) or patterns is ALL_LINEAR:
+        patterns = (patterns,)
+    if not isinstance(patterns, Mapping):
+        if not isinstance(patterns, Iterable):
+            raise TypeError(f"patterns are a regex, jlora.ALL_LINEAR, several of them, or a spec; got {patterns!r}")
+        patterns = dict.fromkeys(patterns, Watched())
+    return adapterize(params, {pattern: _watching(method) for pattern, method in patterns.items()}, sites=sites)
+
+
+def _watching(method: Method | Axes | None) -> Any:
+    if isinstance(method, Axes):
+        return replace(method, method=Watched())
+    return Watched() if method is not None and method.matrix else None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tap:
+    """The statistic of one product.
+
+    Attributes:
+        numbers: which of the leaf's matrices it is of, `[...]`; more axes in front for the loops around it.
+        sums: arrays with the axes of `numbers` in front.
+        name: path of the leaf; static.
+    """
+
+    numbers: jax.Array
+    sums: Any
+    name: str = field(metadata={"static": True})
+
+
+@dataclass
+class Observer:
+    """Takes taps on a walk.
+
+    Attributes:
+        measure: see `Statistic`.
+        refuses: whether a use that can't be observed is an error; else it is passed over.
+    """
+
+    measure: Callable[[jax.Array], Any]
+    refuses: bool = True
+    _tapped: Any = None
+
+    def tap(self, walk: Walk, eqn: Any, values: list[Any], where: str) -> None:
+        """Adds the statistic of a product with an observed weight to the walk's taps."""
+        found = [value for value in values if isinstance(value, Weight) and _NUMBERS in value.frozen]
+        if not found:
+            return
+        weight = found[0]
+        if eqn.primitive.name == "gather" and lookup.selected(eqn, weight) is not None:
+            return  # matrices out of a stack, which are multiplied later
+        try:
+            x, shared_pieces = _input(eqn, values)
+        except ValueError as error:
+            if self.refuses:
+                raise ValueError(f"observe: {weight.name} is used by {where}: {error}; {_ADVICE}") from None
+            return
+        self._tapped = eqn
+        measure = functools.partial(_measured, self.measure)
+        for piece in reversed(weight.batch):
+            measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0))
+        numbers = weight.frozen[_NUMBERS]
+        if _compat.explicit_sharding(eqn.outvars[0].aval) is not None:
+            measure = _replicated(measure, x, numbers)
+        walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
+
+    def check_formed(self, weight: Weight, eqn: Any, where: str) -> None:
+        """Refuses an observed weight that something other than a product takes whole."""
+        if self.refuses and _NUMBERS in weight.frozen and (eqn is None or eqn is not self._tapped):
+            raise ValueError(f"observe: {weight.name} is taken whole by {where}, where it has no input; {_ADVICE}")
+
+
+_ADVICE = "leave it out with at=..."
+
+
+def _input(eqn: Any, values: list[Any]) -> tuple[jax.Array, list[Any]]:
+    """A product's activation `[*shared batch, *leading, in]`, and the batch pieces that it shares with the weight."""
+    name = eqn.primitive.name
+    if name == "conv_general_dilated" and not isinstance(values[0], Weight):
+        return dot.patches(eqn, values[0], values[1]), []
+    if name == "gather":
+        raise ValueError("a lookup multiplies nothing")
+    if name != "dot_general" or all(isinstance(value, Weight) for value in values):
+        raise ValueError("it has no single input")
+    use = dot.use_of(eqn, *values)
+    form = dot.form_of(use)
+    if form != "in":
+        raise ValueError("it is transposed there" if form == "out" else "its axes are not contracted as a matrix's")
+    x, shared_pieces, _ = dot.folded_input(use, "in")
+    return x, shared_pieces
+
+
+def _measured(measure: Callable[[jax.Array], Any], x: jax.Array, number: jax.Array) -> Any:
+    return jax.tree.map(jnp.asarray, measure(jax.lax.stop_gradient(x)))
+
+
+def _replicated(measure: Any, *args: jax.Array) -> Any:
+    """The statistic whole on every device of a mesh with explicit axes."""
+    shapes = jax.eval_shape(jax.sharding.auto_axes(measure, out_sharding=PartitionSpec()), *args)
+    return jax.sharding.auto_axes(measure, out_sharding=jax.tree.map(lambda _: PartitionSpec(), shapes))
+
+
+def tapped(
+    fn: Any, args: Any, kwargs: Any, observer: Observer, sites: tuple[Site, ...], walk: Walk, must_read: bool = True
+) -> tuple[Any, list[Tap]]:
+    """What `fn` returns, and the taps of some sites in program order."""
+    counts = {site.path: site.batch_shape for site in sites}
+
+    def marked(weight: Weight) -> Weight:
+        if weight.name not in counts:
+            return weight
+        shape = counts[weight.name]
+        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        return replace(weight, frozen={**weight.frozen, _NUMBERS: numbers})
+
+    walk.observer = observer
+    outputs = call(walk, fn, args, kwargs, must_read, marked)
+    return outputs, walk.taps
+
+
+def finished(taps: list[Tap], site: Site, finish: Callable[[Any], Any] = _same) -> Any:
+    """The taps of a leaf added up matrix by matrix, and finished, `[*batch, ...]`."""
+    count = math.prod(site.batch_shape)
+
+    def total(tap: Tap) -> Any:
+        def one(x: jax.Array) -> jax.Array:
+            flat = x.reshape(-1, *x.shape[tap.numbers.ndim :])
+            if count == 1:
+                return jnp.sum(flat, axis=0, keepdims=True)
+            return jnp.zeros((count, *flat.shape[1:]), x.dtype).at[tap.numbers.reshape(-1)].add(flat)
+
+        return jax.tree.map(one, tap.sums)
+
+    sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), map(total, taps))
+    finished = jax.vmap(finish)(sums)
+    return jax.tree.map(lambda x: x.reshape(*site.batch_shape, *x.shape[1:]), finished)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the optimizer rules of an `Adapted` want as `tx.update(..., inputs=...)`.
+
+    Attributes:
+        statistic: taken of the inputs.
+        sites: whose.
+    """
+
+    statistic: Statistic
+    sites: tuple[Site, ...]
+
+    @property
+    def at(self) -> str:
+        """The pattern of the leaves, for `observe`."""
+        return "|".join(re.escape(site.path) for site in self.sites)
+
+    def finished(self, sums: Any) -> dict[str, Any]:
+        """The inputs from what was measured of them, added up over the parts of a batch."""
+        seen: dict[str, Any] = {}
+        for site in self.sites:
+            finish = self.statistic.finish
+            for _ in site.batch_axes:
+                finish = jax.vmap(finish)
+            paths.insert(seen, site.keys, finish(paths.lookup(sums, site.keys)))
+        return seen
+
+
+def asked_by(adapted: Adapted) -> Asked | None:
+    """What the methods' optimizer rules want to see of the inputs; None where they want nothing.
+
+    Raises:
+        ValueError: for rules that want different statistics.
+    """
+    wanted = {site: getattr(site.method.optimizer_rule, "statistic", None) for site in adapted.plan.sites}
+    found = {site: statistic for site, statistic in wanted.items() if statistic is not None}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the optimizer rules of {', '.join(site.path for site in found)} want different statistics")
+    return Asked(next(iter(found.values())), tuple(found)) if found else None
+
+
+def _only_adapted(args: Any, kwargs: Any) -> Adapted:
+    found = jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+    adapted = [leaf for leaf in found if isinstance(leaf, Adapted)]
+    if len(adapted) != 1:
+        raise TypeError(
+            f"observe needs one Adapted among the arguments, got {len(adapted)}; plain params become one by "
+            "jlora.watch(params, patterns)"
+        )
+    return adapted[0]
+
+
+def _sites_at(adapted: Adapted, at: Any) -> tuple[Site, ...]:
+    matrices = [site for site in adapted.plan.sites if site.method.matrix]
+    found = tuple(site for site in matrices if at is None or re.fullmatch(at, site.path))
+    if not found:
+        known = [site.path for site in matrices]
+        raise ValueError(f"observe: at={at!r} matches no adapted matrix; there are {', '.join(known) or 'none'}")
+    return found

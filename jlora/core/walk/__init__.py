@@ -1,0 +1,1 @@
+"""How a weight travels through the equations of a lifted function."""

@@ -1,0 +1,359 @@
+"""The value that travels through a lifted function: a base leaf that remembers what its axes mean.
+
+A function may transpose, reshape, cast, slice or index a weight before it uses it. `Weight` follows all that: each axis
+of the current array is a tuple of `Piece`s, each a part of one axis of the leaf in `params`. At the product the pieces say
+which axes are contracted, and the method's arrays, which never moved, are applied in their own form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Sparse, View
+
+
+@dataclass(frozen=True, order=True)
+class Piece:
+    """A part of one axis of a leaf. `order` starts with the axis; splitting appends 0 (outer part) or 1 (inner)."""
+
+    order: tuple[int, ...]
+    size: int
+
+    @property
+    def axis(self) -> int:
+        """The leaf's axis that this is a part of."""
+        return self.order[0]
+
+    def split(self, outer: int) -> tuple[Piece, Piece]:
+        """The piece as an outer part of the given size and the rest."""
+        return Piece((*self.order, 0), outer), Piece((*self.order, 1), self.size // outer)
+
+
+Axes = tuple[tuple[Piece, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weight:
+    """A base leaf on its way through a function.
+
+    Attributes:
+        array: the base leaf in its current form.
+        params, frozen: the method's arrays; leading axes are `batch`.
+        shared: the method's arrays that all its leaves have in common; no batch axes.
+        key: dropout key, or None.
+        site: the leaf; static. None while roles are still being found out (see `jlora.sites`).
+        name: path of the leaf; static.
+        leaf_shape: shape of the leaf; static.
+        axes: the pieces that make up each axis of `array`; static.
+        batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
+        factor: the number by which the function multiplied the weight, or None.
+        stored: `array` without that factor, which is what the method sees; None where they are the same.
+        lookups: its readings as a table, of rows that may turn out to be matrices of a stack; static.
+    """
+
+    array: jax.Array
+    params: Arrays
+    frozen: Arrays
+    shared: Arrays
+    key: jax.Array | None
+    site: Site | None = field(metadata={"static": True})
+    name: str = field(metadata={"static": True})
+    leaf_shape: tuple[int, ...] = field(metadata={"static": True})
+    axes: Axes = field(metadata={"static": True})
+    batch: tuple[Piece, ...] = field(metadata={"static": True})
+    factor: jax.Array | None = None
+    stored: jax.Array | None = None
+    lookups: tuple[Any, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def method(self) -> Method:
+        """The method of the site."""
+        assert self.site is not None
+        return self.site.method
+
+    def role(self, piece: Piece) -> str:
+        """ "in", "out" or "batch"."""
+        assert self.site is not None
+        if piece.axis in self.site.in_axes:
+            return "in"
+        return "out" if piece.axis in self.site.out_axes else "batch"
+
+    def with_role(self, role: str) -> list[Piece]:
+        """The pieces of one role in canonical order."""
+        return sorted(piece for axis in self.axes for piece in axis if self.role(piece) == role)
+
+    def moved(self, move: Callable[[jax.Array], jax.Array], **changes: Any) -> Weight:
+        """The weight with its array moved, and what else that changes."""
+        stored = None if self.stored is None else move(self.stored)
+        return replace(self, array=move(self.array), stored=stored, **changes)
+
+    def on_fields(self, change: Any) -> Weight:
+        """The weight with `change` applied to every array of the method that is the leaf's own."""
+        params, frozen = jax.tree.map(change, (self.params, self.frozen))
+        return replace(self, params=params, frozen=frozen)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Several:
+    """Leaves whose roles are being found out, joined to one array.
+
+    Attributes:
+        members: the leaves, each with the joined array as its own.
+    """
+
+    members: tuple[Weight, ...]
+
+    @property
+    def array(self) -> jax.Array:
+        """The joined array."""
+        return self.members[0].array
+
+
+def members(value: Any) -> tuple[Weight, ...]:
+    """The leaves that are in a value."""
+    return value.members if isinstance(value, Several) else (value,) if isinstance(value, Weight) else ()
+
+
+def joined(array: jax.Array, found: Sequence[Weight]) -> Any:
+    """An array together with the leaves that are in it, if any; parts of one leaf, as after a roll, are that leaf."""
+    distinct = {(each.name, each.axes, each.lookups): each for each in found}.values()
+    return array if not found else found[0] if len(distinct) == 1 else Several(tuple(distinct))
+
+
+def start(array: Any, site: Site, params: Arrays, frozen: Arrays, shared: Arrays, key: jax.Array | None) -> Weight:
+    """A leaf of the base as the function receives it."""
+    axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
+    batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
+    return Weight(array, params, frozen, shared, key, site, site.path, site.shape, axes, batch)
+
+
+def probe(array: jax.Array, name: str) -> Weight:
+    """A leaf whose roles are to be found out."""
+    axes = tuple((Piece((axis,), size),) for axis, size in enumerate(array.shape))
+    return Weight(array, {}, {}, {}, None, None, name, tuple(array.shape), axes, ())
+
+
+def shape_of(axes: Axes) -> tuple[int, ...]:
+    """The array shape that groups of pieces stand for."""
+    return tuple(math.prod(piece.size for piece in axis) for axis in axes)
+
+
+def rearrange(array: jax.Array, have: Axes, want: Axes) -> jax.Array:
+    """Moves an array from one grouping of pieces to another; both hold the same pieces, save pieces of size 1."""
+    flat = [piece for axis in have for piece in axis if piece.size > 1]
+    target = [piece for axis in want for piece in axis if piece.size > 1]
+    if flat == target:
+        return _reshape(array, shape_of(want))
+    array = _reshape(array, tuple(piece.size for piece in flat))
+    return _reshape(jax.lax.transpose(array, [flat.index(piece) for piece in target]), shape_of(want))
+
+
+def _reshape(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return array if array.shape == shape else jax.lax.reshape(array, shape)
+
+
+def canonical_axes(weight: Weight) -> Axes:
+    """The grouping `[*batch, in, out]` in which methods see the weight."""
+    return (
+        *((piece,) for piece in weight.batch),
+        tuple(weight.with_role("in")),
+        tuple(weight.with_role("out")),
+    )
+
+
+def matrix(weight: Weight) -> jax.Array:
+    """The base's array as `[*batch, in, out]`, as the function has it."""
+    return rearrange(weight.array, weight.axes, canonical_axes(weight))
+
+
+def _stored(weight: Weight) -> jax.Array:
+    """The base's array without the function's factor."""
+    return weight.array if weight.stored is None else weight.stored
+
+
+def over_batch(function: Any, weight: Weight) -> Any:
+    """`function(View)` mapped over the batch axes of a weight; results have them in front."""
+    site, shared = weight.site, weight.shared
+    assert site is not None
+
+    def one(w: jax.Array, params: Arrays, frozen: Arrays) -> Any:
+        return function(View(w, params, frozen, site, shared))
+
+    for _ in weight.batch:
+        one = jax.vmap(one)
+    return one(rearrange(_stored(weight), weight.axes, canonical_axes(weight)), weight.params, weight.frozen)
+
+
+def factors(weight: Weight) -> Factors:
+    """The factors of a low-rank method beside `matrix(weight)`, with the batch axes in front."""
+    found = over_batch(weight.method.factors, weight)
+    return found if weight.factor is None else replace(found, b=found.b * weight.factor.astype(found.b.dtype))
+
+
+def sparse(weight: Weight) -> Sparse:
+    """The entries of a sparse method beside `matrix(weight)`, with the batch axes in front."""
+    found = over_batch(weight.method.sparse, weight)
+    if weight.factor is None:
+        return found
+    return replace(found, values=found.values * weight.factor.astype(found.values.dtype))
+
+
+def effective(weight: Weight) -> jax.Array:
+    """The effective weight in the array's current form and dtype."""
+    if not weight.method.matrix:
+        assert weight.site is not None
+        view = View(weight.array, weight.params, weight.frozen, weight.site, weight.shared)
+        return weight.method.weight(view).astype(weight.array.dtype)
+    folded = over_batch(weight.method.weight, weight).astype(weight.array.dtype)
+    formed = rearrange(folded, canonical_axes(weight), weight.axes)
+    return formed if weight.factor is None else formed * weight.factor.astype(formed.dtype)
+
+
+def regroup(
+    weight: Weight, order: Sequence[int], shape: tuple[int, ...], reshape: Callable[[jax.Array], jax.Array]
+) -> Weight | None:
+    """The weight reshaped, its axes read in the given order; None where the new axes would not be whole pieces."""
+    pieces = [piece for axis in order for piece in weight.axes[axis]]
+    axes, splits = [], []
+    for size in shape:
+        group: list[Piece] = []
+        while (need := size // math.prod(piece.size for piece in group)) > 1:
+            if not pieces:
+                return None
+            piece = pieces.pop(0)
+            if need % piece.size and piece.size % need == 0:
+                outer, inner = piece.split(need)
+                splits.append((piece, outer, inner))
+                pieces.insert(0, inner)
+                piece = outer
+            elif need % piece.size:
+                return None
+            group.append(piece)
+        if size == 1 and pieces and pieces[0].size == 1:
+            group.append(pieces.pop(0))
+        axes.append(tuple(group))
+    if any(piece.size > 1 for piece in pieces):
+        return None
+    moved = weight.moved(reshape, axes=tuple(axes))
+    for piece, outer, inner in splits:
+        moved = _split_batch(moved, piece, outer, inner)
+    return moved
+
+
+def _split_batch(weight: Weight, piece: Piece, outer: Piece, inner: Piece) -> Weight:
+    """Splits a batch axis of the method's arrays as the weight's own was split."""
+    if piece not in weight.batch:
+        return weight
+    at = weight.batch.index(piece)
+    batch = (*weight.batch[:at], outer, inner, *weight.batch[at + 1 :])
+    weight = weight.on_fields(lambda x: x.reshape(*x.shape[:at], outer.size, inner.size, *x.shape[at + 1 :]))
+    return replace(weight, batch=batch)
+
+
+def single_batch_piece(weight: Weight, axis: int) -> Piece | None:
+    """The batch piece that axis `axis` of the array consists of, or None where it is anything else."""
+    group = [piece for piece in weight.axes[axis] if piece.size > 1] or list(weight.axes[axis])
+    return group[0] if len(group) == 1 and group[0] in weight.batch else None
+
+
+def narrow(weight: Weight, axis: int, size: int, cut_array: Any, cut: Any) -> Weight | None:
+    """Cuts axis `axis` to `size` entries; None where that axis is not one batch axis.
+
+    `cut_array(array)` cuts the weight's array; `cut(field, axis)` the same along an axis of a method's array.
+    """
+    if weight.site is None:
+        piece = weight.axes[axis][0] if len(weight.axes[axis]) == 1 else None
+    else:
+        piece = single_batch_piece(weight, axis)
+    if piece is None:
+        return None
+    smaller = Piece(piece.order, size)
+    if weight.site is not None:
+        at = weight.batch.index(piece)
+        batch = (*weight.batch[:at], smaller, *weight.batch[at + 1 :])
+        weight = replace(weight.on_fields(lambda x: cut(x, at)), batch=batch)
+    axes = (*weight.axes[:axis], (smaller,), *weight.axes[axis + 1 :])
+    return weight.moved(cut_array, axes=axes)
+
+
+def stop(weight: Weight) -> Weight:
+    """The weight with no gradient flowing into anything of it."""
+    halted = jax.tree.map(jax.lax.stop_gradient, (weight.shared, weight.factor))
+    stopped = weight.on_fields(jax.lax.stop_gradient).moved(jax.lax.stop_gradient)
+    return replace(stopped, shared=halted[0], factor=halted[1])
+
+
+def unstack(weight: Weight) -> tuple[Weight, Any] | None:
+    """Prepares a weight for a `scan` along its first axis.
+
+    Returns:
+        The weight without that axis's place among its fields (arrays moved so that the scanned axis is first), and a
+        function that puts a slice of those arrays together again inside the loop; None where the axis is no batch axis.
+    """
+    rest = weight.axes[1:]
+    if weight.site is None:
+        return weight, lambda sliced: replace(sliced, axes=rest)
+    piece = single_batch_piece(weight, 0)
+    if piece is None:
+        return None
+    at = weight.batch.index(piece)
+    batch = (*weight.batch[:at], *weight.batch[at + 1 :])
+    # What has no axis to scan over reaches every step as it is.
+    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None)
+    whole = {"shared": weight.shared, "factor": weight.factor}
+    return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
+
+
+def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
+    """How the arrays of a weight are cut where its base array is cut by `spec`; a `Weight` of partition specs.
+
+    None where the method may not be cut that way, or where a cut would not fall on the outermost part of a role.
+    """
+    if weight.site is None:
+        return replace(weight, array=spec)
+    cuts: dict[Any, Any] = {}
+    for axis, names in enumerate(spec):
+        if names is None:
+            continue
+        group = [piece for piece in weight.axes[axis] if piece.size > 1]
+        role = weight.role(group[0]) if group else ""
+        first = group[:1] == (weight.with_role(role)[:1] if role != "batch" else group)
+        if not group or not first or not (role == "batch" or role in weight.method.local):
+            return None
+        cuts[group[0] if role == "batch" else role] = names
+    leading = [cuts.get(piece) for piece in weight.batch]
+
+    def field_spec(name: str) -> PartitionSpec:
+        return PartitionSpec(*leading, *(cuts.get(role) for role in weight.method.axes.get(name, ())))
+
+    return replace(
+        weight,
+        array=spec,
+        stored=None if weight.stored is None else spec,
+        factor=None if weight.factor is None else PartitionSpec(),
+        params={name: field_spec(name) for name in weight.params},
+        frozen={name: field_spec(name) for name in weight.frozen},
+        shared={name: PartitionSpec() for name in weight.shared},
+    )
+
+
+def localised(weight: Weight) -> Weight:
+    """The weight with its pieces resized to one shard's part of the array."""
+    axes = []
+    resized: dict[Piece, Piece] = {}
+    for group, size in zip(weight.axes, weight.array.shape, strict=True):
+        whole = math.prod(piece.size for piece in group)
+        if group and size != whole:
+            cut = next(piece for piece in group if piece.size > 1)
+            resized[cut] = Piece(cut.order, cut.size * size // whole)
+        axes.append(tuple(resized.get(piece, piece) for piece in group))
+    return replace(weight, axes=tuple(axes), batch=tuple(resized.get(piece, piece) for piece in weight.batch))

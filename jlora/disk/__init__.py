@@ -1,0 +1,1 @@
+"""Adapters and methods on disk, and files that may be damaged."""

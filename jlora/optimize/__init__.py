@@ -1,0 +1,1 @@
+"""What training needs beside gradients: optimizers, events, restarts, rank allocation."""

@@ -1,0 +1,70 @@
+"""What a rule can't have inside it: optimizers that don't step at every update, hold a second copy, or leave arrays out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from jlora import paths
+from jlora.core.protocol.method import Site
+from jlora.core.tree.adapted import Adapted
+
+_WHY = {
+    optax.MultiStepsState: "optax.MultiSteps inside it would have it count and score parts of a step; put it around, as in "
+    "optax.MultiSteps(jlora.optimizer(...), k)",
+    optax.ApplyEvery: "optax.apply_every inside it would have it count and score parts of a step; accumulate outside, as in "
+    "optax.MultiSteps(jlora.optimizer(...), k)",
+    optax.contrib.ScheduleFreeState: "a schedule-free optimizer inside it keeps a second copy of the trained arrays, from "
+    "which what is taken away comes back; use another optimizer",
+}
+
+
+def around(tx: optax.GradientTransformation, adapted: Adapted, site: Site) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, checked: at once where it can be, and when it begins.
+
+    Raises:
+        ValueError: for one with which the site's rule would do something else than it says.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        state = inner.init(params)
+        _check(state, site)
+        return state
+
+    try:
+        state = jax.eval_shape(inner.init, adapted.params)
+    except Exception:  # it is for other arrays too; `init` will see
+        state = None
+    _check(state, site)
+    return optax.GradientTransformationExtraArgs(init, partial(_whole, inner))
+
+
+def _check(state: Any, site: Site) -> None:
+    kinds = tuple(_WHY)
+    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds)):
+        for kind, why in _WHY.items():
+            if isinstance(node, kind):
+                raise ValueError(f"{site.path}: {site.method} goes around the optimizer's steps, and {why}")
+
+
+def _whole(
+    inner: optax.GradientTransformationExtraArgs, updates: Any, state: Any, params: Any = None, **extra: Any
+) -> tuple[Any, Any]:
+    """A step, which refuses to leave some arrays their raw gradients, as `optax.masked` does with what it is not about.
+
+    An optimizer that changes no array at all is none of its own, and passes.
+    """
+    new, state = inner.update(updates, state, params, **extra)
+    before, after = paths.flatten_with_keys(updates)[0], jax.tree.leaves(new)
+    raw = ["/".join(keys) for (keys, old), found in zip(before, after) if found is old]
+    if raw and len(raw) < len(before):
+        raise ValueError(
+            f"{raw[0]}: the optimizer gives back its raw gradient as the update, without a rate, as optax.masked does with "
+            "what it leaves out; give it an optimizer too, by optax.partition"
+        )
+    return new, state

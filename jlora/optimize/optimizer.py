@@ -1,0 +1,181 @@
+"""`optimizer`: what the methods ask of an optimizer, as an optax partition over the learning-rate groups of their fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import optax
+
+from jlora import paths
+from jlora.core.tree.adapted import Adapted
+from jlora.optimize.allocate import inside
+
+#: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
+GROUPS = ("a", "b", "vector", "embedding")
+
+
+def labels(adapted: Adapted) -> dict[str, Any]:
+    """The learning-rate group of every trained leaf, laid out like `adapted.params`.
+
+    Raises:
+        ValueError: for a method that labels other fields than it trains, or uses an unknown group; for a trained array that
+            no method's site has.
+    """
+    tree: dict[str, Any] = {}
+    for site in adapted.plan.sites:
+        given = site.method.labels(site)
+        trained = paths.lookup(adapted.params, site.keys)
+        if unlabelled := sorted(set(trained) - set(given)):
+            raise ValueError(
+                f"{site.path}/{unlabelled[0]}: {site.method} trains this array but gives it no learning-rate group: name it in "
+                f"the method's axes, or in its labels (it labels {given}; the groups are {GROUPS})"
+            )
+        if set(given) != set(trained) or not set(given.values()) <= set(GROUPS):
+            raise ValueError(
+                f"{site.path}: {site.method} labels {given}, but trains {sorted(trained)}; the groups are {GROUPS}"
+            )
+        paths.insert(tree, site.keys, given)
+    _labelled(adapted.params, tree)
+    return tree
+
+
+def _labelled(trained: Any, tree: dict[str, Any]) -> Any:
+    """The label of each trained array, laid out like those.
+
+    Raises:
+        ValueError: for an array without one.
+    """
+    known = dict(paths.flatten_with_keys(tree)[0])
+    leaves, treedef = paths.flatten_with_keys(trained)
+    found = []
+    for keys, _ in leaves:
+        label = next((known[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in known), None)
+        if label is None:
+            raise ValueError(
+                f"{'/'.join(keys)}: this trained array is no method's, and so has no learning rate; adapt its leaf by "
+                "jlora.Full(), or give it an optimizer of its own, by optax.partition around jlora.optimizer(...)"
+            )
+        found.append(label)
+    return jax.tree.unflatten(treedef, found)
+
+
+def optimizer(
+    adapted: Adapted,
+    factory: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    ratio: float | jax.Array | None = None,
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """An optimizer for `adapted.params` that gives every field the learning rate and decay of its group.
+
+    | group | which | learning rate | weight decay |
+    |---|---|---|---|
+    | a | LoRA's `a`, other matrices such as a head | `learning_rate` | as given |
+    | b | LoRA's `b` | `ratio * learning_rate` | as given |
+    | vector | biases, norms, DoRA's magnitude | `ratio * learning_rate` | none |
+    | embedding | factors of an embedding | `embedding_learning_rate` | as given |
+
+    Fields for which a method gives a rate of its own (`Method.rates`) have that multiple of their group's. What methods ask
+    for beyond rates, such as rank allocation, is wrapped around the whole (`with_rules`).
+
+    With `ratio` this is LoRA+. Its rule gives all trained vectors the rate of `b`; DoRA's magnitude belongs to them, and
+    never decays, since decay would shrink the base.
+
+    Args:
+        adapted: what is trained.
+        factory: an optax optimizer, called as `factory(learning_rate, **options)`, such as `optax.adamw`.
+        learning_rate: a number or schedule.
+        ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
+        embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
+        **options: passed on; `weight_decay` is taken out for vectors.
+
+    Returns:
+        An optax transformation whose state follows `adapted.params`.
+
+    Raises:
+        ValueError: for a ratio that is not positive; for a trained array without a group (see `labels`), also where `init` or
+            `update` gets one.
+
+    Example:
+        >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
+
+    Reference:
+        Hayou et al. 2024, arXiv:2402.12354.
+    """
+    if isinstance(ratio, int | float) and not ratio > 0:
+        raise ValueError(f"LoRA+'s ratio must be positive, got {ratio!r}")
+    fast = learning_rate if ratio is None else scaled(learning_rate, ratio)
+    if embedding_learning_rate is None:
+        embedding_learning_rate = learning_rate if ratio is None else 1e-6
+    decays = "weight_decay" in inspect.signature(factory).parameters
+    undecayed = {**options, "weight_decay": 0.0} if decays else options
+    groups = {
+        "a": (learning_rate, options),
+        "b": (fast, options),
+        "vector": (fast, undecayed),
+        "embedding": (embedding_learning_rate, options),
+    }
+    tree = _with_rates(adapted, labels(adapted))
+    used: dict[Hashable, optax.GradientTransformation] = {}
+    for label in sorted(set(jax.tree.leaves(tree))):
+        group, _, factor = label.partition(", ")[0].partition(" x ")
+        rate, given = groups[group]
+        used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
+    # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
+    chosen = lambda trained: _labelled(trained, tree) if jax.tree.leaves(trained) else tree  # noqa: E731
+    return with_rules(adapted, optax.partition(used, chosen))
+
+
+def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
+
+    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where no method has
+    a rule, this is `tx` itself.
+
+    Raises:
+        ValueError: for an optimizer that a rule can't have inside it: one that accumulates gradients, or is schedule-free;
+            and, by its `update`, for one that leaves some arrays their raw gradients.
+
+    Example:
+        >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    """
+    sites = tuple(site for site in adapted.plan.sites if site.method.optimizer_rule is not None)
+    if not sites:
+        return tx
+    tx = inside.around(tx, adapted, sites[0])
+    for rule in dict.fromkeys(site.method.optimizer_rule for site in sites):
+        assert rule is not None
+        tx = rule.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
+    return tx
+
+
+def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of groups with the factors of fields that have a rate of their own, as "group x factor".
+
+    What begins anew at another time, or never, has an optimizer of its own (", link 0", ", kept"): at a restart the step count
+    of the others starts anew with their moments.
+    """
+    links: dict[Any, int] = {}
+    for site in adapted.plan.sites:
+        fields, method = paths.lookup(tree, site.keys), site.method
+        for name, factor in method.rates(site).items():
+            if factor != 1:
+                fields[name] = f"{fields[name]} x {factor!r}"
+        if not method.restarts:
+            fields |= {name: f"{label}, kept" for name, label in fields.items()}
+        elif method.kept_fields and method.event is not None:
+            number = links.setdefault(method.event, len(links))
+            fields |= {name: f"{label}, link {number}" for name, label in fields.items()}
+    return tree
+
+
+def scaled(rate: optax.ScalarOrSchedule, factor: float | jax.Array) -> optax.ScalarOrSchedule:
+    """A learning rate or schedule times a factor; factor 1 gives the very same values."""
+    if callable(rate):
+        return lambda count: factor * rate(count)
+    return factor * rate

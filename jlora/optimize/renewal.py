@@ -1,0 +1,155 @@
+"""What becomes of an optimizer's moments when some of the trained arrays begin anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jax.core import Tracer
+
+from jlora import paths
+from jlora.core.protocol.method import Site
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """How moments are renewed.
+
+    Attributes:
+        prune: share of the entries that become zero; 1 makes everything as `tx.init` does.
+        by: "random" or "magnitude".
+    """
+
+    prune: float = 1.0
+    by: str = "random"
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What an array of the optimizer's state belongs to.
+
+    Attributes:
+        number: of the trained array, if it begins anew; -1 for one that stays, -2 for what is no moment.
+        batch: number of stacked axes of the trained array.
+    """
+
+    number: int
+    batch: int = 0
+
+
+_STAYS, _OTHER = _Mark(-1), _Mark(-2)
+_COUNT = _Mark(0)
+# What optax calls a step count that corrects averages.
+_COUNTS = ("count", "t")
+
+
+def check_state(opt_state: Any, renewal: Renewal) -> None:
+    """Refuses states whose moments can't be renewed.
+
+    Raises:
+        ValueError: for gradients that are being accumulated, and for a share of copies of the trained arrays.
+    """
+    kinds = (optax.MultiStepsState, optax.contrib.ScheduleFreeState)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
+        done = state.mini_step if isinstance(state, optax.MultiStepsState) else 0
+        if not isinstance(done, Tracer) and np.asarray(done):
+            raise ValueError(
+                f"the optimizer is in the middle of accumulating gradients (part {np.asarray(done)} of a step of "
+                "optax.MultiSteps): restart after a whole step"
+            )
+        if isinstance(state, optax.contrib.ScheduleFreeState) and renewal.prune < 1:
+            raise ValueError(
+                "a schedule-free optimizer keeps a copy of the trained arrays in its state, of which no share can become zero: "
+                "restart it with prune=1"
+            )
+
+
+def renewed(
+    tx: optax.GradientTransformation,
+    opt_state: Any,
+    params: Any,
+    sites: tuple[Site, ...],
+    renewal: Renewal,
+    key: jax.Array,
+) -> Any:
+    """The optimizer's state with the moments of some sites renewed.
+
+    A moment is what the optimizer keeps for each trained array (`optax.tree_map_params`). With `prune=1` it becomes what
+    `tx.init` makes of the new arrays, and so does the step count beside it (`count` or `t`, the names that optax gives it),
+    by which Adam corrects its averages; a count without moments, a schedule's, goes on. Where moments that stay share the
+    count, it starts anew too, and their next steps are of the wrong length: up to twice as long in the first hundred steps of
+    a run, where the averages are still filling up, shorter later. `jlora.optimizer` keeps apart what begins anew at
+    different times.
+
+    Args:
+        tx: the optimizer.
+        opt_state: its state.
+        params: the new trained arrays, all of them.
+        sites: the leaves that begin anew.
+        renewal: how.
+        key: random key, for pruning.
+    """
+    marks = optax.tree_map_params(
+        tx,
+        lambda leaf, mark: leaf if isinstance(leaf, optax.MaskedNode) else mark,
+        opt_state,
+        _marks(params, sites),
+        transform_non_params=lambda _: _OTHER,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    if renewal.prune == 1:
+        fresh = tx.init(params)
+        return jax.tree.map(lambda mark, old, new: new if mark.number >= 0 else old, _counted(marks), opt_state, fresh)
+    masks: dict[Any, jax.Array] = {}
+
+    def pruned(mark: _Mark, moment: jax.Array) -> jax.Array:
+        if mark.number < 0:
+            return moment
+        # The first moment of an array decides for all: a mean that is kept without its square makes a step without bound.
+        place = (mark.number, moment.shape)
+        if place not in masks:
+            masks[place] = _kept(mark, moment, renewal, key)
+        return jnp.where(masks[place], moment, jnp.zeros_like(moment))
+
+    return jax.tree.map(pruned, marks, opt_state)
+
+
+def _marks(params: Any, sites: tuple[Site, ...]) -> Any:
+    """A mark for every trained array."""
+    batches = {site.keys: len(site.batch_axes) for site in sites}
+    leaves, treedef = paths.flatten_with_keys(params)
+    return jax.tree.unflatten(
+        treedef,
+        [_Mark(n, batches[keys[:-1]]) if keys[:-1] in batches else _STAYS for n, (keys, _) in enumerate(leaves)],
+    )
+
+
+def _counted(marks: Any) -> Any:
+    """The marks, with the counts beside moments that begin anew marked as such."""
+    if isinstance(marks, dict):
+        return {name: _counted(each) for name, each in marks.items()}
+    if not isinstance(marks, tuple | list):
+        return marks
+    inside = [_counted(each) for each in marks]
+    if not hasattr(marks, "_fields"):
+        return type(marks)(inside)
+    node: Any = type(marks)(*inside)
+    moments = [each for each in node if isinstance(each, dict)]
+    if not any(mark.number >= 0 for mark in jax.tree.leaves(moments)):
+        return node
+    return node._replace(**{name: _COUNT for name in _COUNTS if getattr(node, name, None) == _OTHER})
+
+
+def _kept(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:
+    """A mask of the entries of a moment that are kept, matrix by matrix."""
+    if renewal.by == "random":
+        return jax.random.bernoulli(jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)
+    rows = jnp.abs(moment).reshape(*moment.shape[: mark.batch], -1)
+    # By places, not by a threshold: of equal entries the first are kept, and the number is exact.
+    place = jnp.argsort(jnp.argsort(-rows, axis=-1, stable=True), axis=-1)
+    return (place < round((1 - renewal.prune) * rows.shape[-1])).reshape(moment.shape)

@@ -1,0 +1,339 @@
+"""`restart`: ends a link of a chain of adapters and begins the next, in one compiled program for all links."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from jlora import _compat, mesh, paths
+from jlora.core.protocol.method import Arrays, Site
+from jlora.core.tree.adapted import Adapted, effective_leaf, starts_of
+from jlora.core.walk import weight as weights
+from jlora.core.walk.weight import Weight
+from jlora.methods.chain import Chain, check_pruning
+from jlora.methods.lora import LoRA
+from jlora.optimize.allocate.triplets import put
+from jlora.optimize.events import Moment
+from jlora.optimize.renewal import Renewal, check_state, renewed
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What a restart does; static.
+
+    Attributes:
+        sites: the leaves that begin anew.
+        tx: the optimizer.
+        renewal: what becomes of its moments.
+    """
+
+    sites: tuple[Site, ...]
+    tx: optax.GradientTransformation
+    renewal: Renewal
+
+
+def restart(
+    adapted: Adapted,
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    prune: float | None = None,
+    by: str | None = None,
+    donate: bool = True,
+    sites: Sequence[Site] | None = None,
+) -> tuple[Adapted, Any]:
+    """Keeps what the adapters have learned, and begins new ones: the end of a link of COLA, RAC-LoRA, XGBLoRA or ReLoRA.
+
+    1. Each adapted leaf of the base becomes its effective weight. For `Chain` the base stays as it is, to the bit, and the
+       link's factors go among the finished ones.
+    2. The method's arrays are drawn anew from `key`, frozen ones too but for those that leaves share, so the output stays
+       what it was.
+    3. The optimizer's moments of these arrays become what they were at the start, and so does the step count that corrects
+       them (`jlora.optimizer` has one for each chain, and another one for what never begins anew). The count of a schedule of
+       the learning rate goes on. With `prune` below 1, as in ReLoRA, that share of each
+       moment becomes zero, and the counts go on.
+
+    Leaves whose methods train values of the weight itself (`Full`, `Rows`) keep them, and their moments. All is one
+    compiled program that serves every link; shapes, dtypes and shardings stay.
+
+    Args:
+        adapted: what is trained.
+        opt_state: the optimizer's state.
+        tx: the optimizer; the same object every time, since another one is compiled for anew.
+        key: random key of the new link: fold the number of the link into one of your own.
+        prune: share of the moments that become zero; by default what a `Chain` says, else all.
+        by: which of them: at "random", or the smallest of each matrix by "magnitude" of the array's first moment (Adam's mean).
+            One choice serves all moments of an array. By default what a `Chain` says, else "random".
+        donate: whether the memory of `opt_state` and of the folded leaves of the base may be used for the results. Then
+            those arrays are gone, also for the `params` that `adapterize` was given: it copies nothing.
+        sites: the leaves that begin anew; by default all whose methods can.
+
+    Returns:
+        The new `Adapted` and the new optimizer state.
+
+    Raises:
+        ValueError: for a base of 16 bits, to which a small link would be lost; a chain that is full; a method that starts
+            elsewhere than at the base, from data, or follows a schedule of its own; a share or choice out of range, or
+            chains that disagree about them; an optimizer that accumulates gradients, in the middle of that.
+        TypeError: for a `Chain` under `jit`, where nobody could see that it is full.
+
+    Example:
+        >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.Chain(jlora.LoRA(rank=2), links=3)})
+        >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-3)
+        >>> opt_state = tx.init(adapted.params)
+        >>> adapted, opt_state = jlora.restart(adapted, opt_state, tx, jax.random.fold_in(key, 1))
+
+    Reference:
+        Xia et al. 2024, arXiv:2401.04151; Lialin et al. 2023, arXiv:2307.05695.
+    """
+    renewing = tuple(site for site in adapted.plan.sites if site.method.restarts) if sites is None else tuple(sites)
+    renewal = _renewal(renewing, prune, by)
+    check_state(opt_state, renewal)
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
+    _check(adapted, renewing)
+    shared = Counter(map(id, leaves.values()))
+    folded = {site.path: leaves[site.keys] for site in renewing if not site.method.kept_fields}
+    # An array that is also another leaf of the base must outlive the program.
+    folded = {path: jnp.copy(leaf) if shared[id(leaf)] > 1 else leaf for path, leaf in folded.items()}
+    kept = {site.path: leaves[site.keys] for site in renewing if site.method.kept_fields}
+    link = _Link(renewing, tx, renewal)
+    given = (folded, opt_state, kept, adapted.params, adapted.frozen, _compat.typed_key(key))
+    places, form = jax.tree.flatten(
+        jax.tree.map(_place, (folded, opt_state, adapted.params, adapted.frozen)), is_leaf=lambda x: x is None
+    )
+    found, opt_state, trained, frozen = _compiled(link, adapted.plan, tuple(places), form, donate)(*given)
+    new = [found.get(site.path, leaves[site.keys]) for site in adapted.plan.sites]
+    base = adapted.with_leaves(new) if found else adapted.base
+    return adapted.replace(base=base, params=trained, frozen=frozen), opt_state
+
+
+def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Renewal:
+    """What becomes of the moments: as asked for, or as the chains have it.
+
+    Raises:
+        ValueError: for a share or choice out of range, or sites that disagree.
+    """
+    own = {(m.prune, m.by) if isinstance(m := site.method, Chain) else (1.0, "random") for site in sites}
+    if len(own) > 1 and (prune is None or by is None):
+        raise ValueError(
+            f"the methods that begin anew prune moments in different ways, {sorted(own)}: say prune and by, or restart them "
+            "apart by sites"
+        )
+    wanted = next(iter(own), (1.0, "random"))
+    prune, by = wanted[0] if prune is None else prune, wanted[1] if by is None else by
+    check_pruning(prune, by)
+    return Renewal(float(prune), by)
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    """Where an array of the result must lie: where it lay, if it is on a mesh."""
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    return leaf.sharding if concrete and isinstance(leaf.sharding, NamedSharding) else None
+
+
+def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
+    """Whether these leaves can begin anew.
+
+    Raises:
+        ValueError, TypeError: see `restart`.
+    """
+    if not sites:
+        raise ValueError(
+            "nothing adapted here can begin anew: restart is for methods such as LoRA, not for Full or Rows"
+        )
+    for site in sites:
+        if not site.method.exact_start:
+            raise ValueError(
+                f"{site.path}: {site.method} does not start at the base's output, so a restart would move it"
+            )
+        scheduled = site.method.optimizer_rule is not None or not (site.method.event is None or site.method.kept_fields)
+        if site.method.needs or scheduled:
+            what = "starts from data" if site.method.needs else "follows a schedule of its own over the whole run"
+            raise ValueError(
+                f"{site.path}: {site.method} {what} and can't be restarted; merge, and adapterize the merged params anew"
+            )
+        if site.method.kept_fields:
+            _check_room(site, paths.lookup(adapted.frozen, site.keys))
+        elif jnp.dtype(site.dtype).itemsize < 4:
+            raise ValueError(
+                f"{site.path}: the base is {site.dtype}, to which a small link would be rounded away; use "
+                f"jlora.Chain({site.method}, links=...), which leaves the base as it is, or a base of float32"
+            )
+
+
+def _check_room(site: Site, frozen: Arrays) -> None:
+    done, links = _done(site, frozen), getattr(site.method, "links", None)
+    if links is not None and done + 1 >= links:
+        raise ValueError(
+            f"{site.path}: link {done + 1} of {site.method} is the last; give it more links at the start, or go on from "
+            "jlora.merge(adapted)"
+        )
+
+
+def _done(site: Site, frozen: Arrays) -> int:
+    """The number of links that are finished."""
+    if "link" not in frozen:
+        return 0
+    if isinstance(frozen["link"], Tracer):
+        raise TypeError(f"{site.path}: call this outside of jit, where it sees how many links {site.method} has done")
+    return int(np.max(np.asarray(mesh.complete(frozen["link"]))))
+
+
+def unchained(adapted: Adapted) -> Adapted:
+    """The adapters with every `Chain` as plain `LoRA` of all links so far, the present one included; the same weight.
+
+    A class derived from `Chain` stays, since its weight may be another.
+
+    Raises:
+        TypeError: under `jit`, since the number of links decides the shapes.
+    """
+    chains = {site.keys: site.method for site in adapted.plan.sites if type(site.method) is Chain}
+    if not chains:
+        return adapted
+    params, frozen, sites = adapted.params, {}, []
+    for keys, leaf in paths.flatten_with_keys(adapted.frozen)[0]:
+        if keys[:-1] not in chains:
+            paths.insert(frozen, keys, leaf)
+    for site, weight in zip(adapted.plan.sites, adapted.weights()):
+        if site.keys in chains:
+            found = weights.factors(weight)
+            used = chains[site.keys].in_use(_done(site, weight.frozen), found.a.shape[-1])
+            params = put(params, site.keys, {"a": found.a[..., used], "b": found.b[..., used, :]})
+            site = replace(site, method=LoRA(len(used), float(len(used)), dropout=found.dropout))
+        sites.append(site)
+    return adapted.replace(params=params, frozen=frozen, plan=type(adapted.plan)(tuple(sites)))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(link: _Link, plan: Any, places: tuple[Any, ...], form: Any, donate: bool) -> Any:
+    """The jitted restart; its results lie where what they replace lay."""
+    return jax.jit(
+        partial(_restarted, link, plan),
+        out_shardings=jax.tree.unflatten(form, places),
+        donate_argnums=(0, 1) if donate else (),
+    )
+
+
+def _restarted(
+    link: _Link, plan: Any, folded: Arrays, opt_state: Any, kept: Arrays, params: Any, frozen: Any, key: jax.Array
+) -> tuple[Arrays, Any, Any, Any]:
+    """The folded leaves, optimizer state, trained arrays and constants of the next link."""
+    leaves = {site.keys: {**folded, **kept}[site.path] for site in link.sites}
+    found = _weights(link, plan, leaves, params, frozen)
+    ends = {keys: effective_leaf(weight) for keys, weight in found.items()}
+    for site, start in starts_of(link.sites, ends, key).items():
+        params = put(params, site.keys, start.params)
+        constants = {**start.frozen, **(_finished(found[site.keys]) if site.method.kept_fields else {})}
+        frozen = put(frozen, site.keys, constants) if constants else frozen
+    new = {site.path: ends[site.keys] for site in link.sites if site.path in folded}
+    moments = renewed(link.tx, opt_state, params, link.sites, link.renewal, jax.random.fold_in(key, len(link.sites)))
+    return new, moments, params, frozen
+
+
+def _weights(link: _Link, plan: Any, leaves: dict[Any, Any], params: Any, frozen: Any) -> dict[Any, Weight]:
+    """The weights of the leaves that begin anew."""
+    base: dict[str, Any] = {}
+    for keys, leaf in leaves.items():
+        paths.insert(base, keys, leaf)
+    part = Adapted(base, params, frozen, {}, type(plan)(link.sites))
+    names = plan.shared_names()
+    return {site.keys: weight for site, weight in zip(link.sites, part.weights(names))}
+
+
+def _finished(weight: Weight) -> Arrays:
+    """The constants of a method that keeps what was learned in them."""
+    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
+    finish = partial(weights.over_batch, weight.method.finished)
+    if sharding is None:
+        return finish(weight)
+    assert weight.site is not None
+    specs = mesh.field_specs(weight.site, sharding.spec)
+    automatic: Any = jax.sharding.auto_axes(
+        finish, out_sharding={name: specs[name] for name in weight.method.kept_fields}
+    )
+    return automatic(weight)
+
+
+@dataclass(frozen=True)
+class LinkEnds:
+    """The event of `Chain`: a restart at the end of each link but the last.
+
+    Attributes:
+        links: the number of links.
+        steps: optimizer steps of the run.
+        prune, by: as for `restart`.
+    """
+
+    links: int
+    steps: int
+    prune: float
+    by: str
+
+    def due(self, step: int) -> bool:
+        """At equal shares of the run."""
+        return step in link_ends(self.links, self.steps)
+
+    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
+        """Restarts the leaves that share the event."""
+        options: Any = {"prune": self.prune, "by": self.by, "sites": moment.sites}
+        found = restart(moment.adapted, moment.opt_state, moment.tx, moment.key, **options)
+        moment.say(f"link {link_ends(self.links, self.steps).index(moment.step) + 2} of {self.links} begins")
+        return found
+
+
+def link_ends(links: int, steps: int) -> list[int]:
+    """The steps after which the links end, but for the last: equal shares of the run.
+
+    Example:
+        >>> jlora.link_ends(links=4, steps=10)
+        [2, 5, 7]
+    """
+    return [step * steps // links for step in range(1, links)]
+
+
+def restart_schedule(schedule: optax.Schedule, restarts: Sequence[int], warmup: int) -> optax.Schedule:
+    """A schedule that rises anew after each restart: ReLoRA's jagged cosine, if `schedule` is a cosine.
+
+    After a restart at step `t` the rate is `(n + 1) / warmup * schedule(t + warmup)` for `n` = 0 to `warmup - 1`
+    steps, then `schedule` again. ReLoRA's reference code begins at 0, a step that does nothing; and its cosine ends at a
+    tenth of the peak, which is `optax.cosine_decay_schedule(peak, steps, alpha=0.1)`.
+
+    Args:
+        schedule: the rate without restarts.
+        restarts: the steps after which links end, such as `jlora.link_ends(links, steps)`.
+        warmup: steps of each rise; links shorter than that rise for as long as they last.
+
+    Raises:
+        ValueError: for a negative warm-up, or restarts that do not ascend.
+
+    Example:
+        >>> rate = jlora.restart_schedule(optax.cosine_decay_schedule(1e-3, 100, alpha=0.1), [25, 50, 75], warmup=5)
+
+    Reference:
+        Lialin et al. 2023, arXiv:2307.05695.
+    """
+    starts = list(restarts)
+    if warmup < 0 or starts != sorted(set(starts)):
+        raise ValueError(f"restart_schedule wants ascending restarts and a warmup of 0 or more, got {starts}, {warmup}")
+    if not starts or not warmup:
+        return schedule
+
+    def jagged(count: Any) -> Any:
+        last = jnp.max(jnp.where(jnp.asarray(starts) <= count, jnp.asarray(starts), -1))
+        since = count - last
+        rising = (last >= 0) & (since < warmup)
+        return jnp.where(rising, (since + 1) / warmup * schedule(last + warmup), schedule(count))
+
+    return jagged
