@@ -11,7 +11,7 @@ from methods_table import methods
 
 import jlora
 from jlora.interchange import config
-from jlora.interchange.names import KINDS, TorchParameter
+from jlora.models.torch_parameter import KINDS, TorchParameter
 
 PAGE = Path(__file__).parent / "peft.md"
 NAMES = {"up/kernel": "up", "embed/embedding": TorchParameter("embed.weight", "in out", "embedding")}

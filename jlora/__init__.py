@@ -1,5 +1,7 @@
 """jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
 
+from types import ModuleType as _ModuleType
+
 from jlora import losses as losses
 from jlora import mesh as mesh
 from jlora.analysis.explain import explain as explain
@@ -12,6 +14,7 @@ from jlora.compose.switch import interference as interference
 from jlora.compose.switch import pack as pack
 from jlora.compose.switch import restore as restore
 from jlora.compose.switch import switch as switch
+from jlora.core.protocol.event import Event as Event
 from jlora.core.protocol.method import Factors as Factors
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
@@ -19,39 +22,38 @@ from jlora.core.protocol.method import Site as Site
 from jlora.core.protocol.method import Sparse as Sparse
 from jlora.core.protocol.method import Start as Start
 from jlora.core.protocol.method import View as View
+from jlora.core.protocol.readings import Sites as Sites
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
 from jlora.core.transforms.observe import input_norms as input_norms
 from jlora.core.transforms.observe import input_squares as input_squares
 from jlora.core.transforms.observe import observe as observe
 from jlora.core.transforms.observe import watch as watch
-from jlora.core.transforms.sites import Sites as Sites
 from jlora.core.transforms.sites import sites as sites
 from jlora.core.tree.adapted import Adapted as Adapted
-from jlora.core.tree.adapted import adapterize as adapterize
-from jlora.core.tree.adapted import merge as merge
-from jlora.core.tree.adapted import summary as summary
-from jlora.core.tree.prepare import Prepared as Prepared
+from jlora.core.tree.adapterize import adapterize as adapterize
+from jlora.core.tree.merge import merge as merge
 from jlora.core.tree.prepare import prepare as prepare
 from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
+from jlora.core.tree.starts import Prepared as Prepared
+from jlora.core.tree.summary import summary as summary
 from jlora.disk.adapters import load as load
 from jlora.disk.adapters import save as save
 from jlora.disk.fingerprint import fingerprint as fingerprint
 from jlora.disk.serialize import method_from_dict as method_from_dict
 from jlora.disk.serialize import method_to_dict as method_to_dict
 from jlora.interchange import PeftReport as PeftReport
-from jlora.interchange import TorchParameter as TorchParameter
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
+from jlora.models.torch_parameter import TorchParameter as TorchParameter
 from jlora.optimize.allocate.alora import reallocate as reallocate
 from jlora.optimize.allocate.compact import compact as compact
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history
 from jlora.optimize.allocate.reading import ranks as ranks
 from jlora.optimize.allocate.reading import skipped_steps as skipped_steps
-from jlora.optimize.events import Event as Event
 from jlora.optimize.events import Moment as Moment
 from jlora.optimize.events import run_events as run_events
 from jlora.optimize.optimizer import optimizer as optimizer
@@ -59,3 +61,9 @@ from jlora.optimize.optimizer import with_rules as with_rules
 from jlora.optimize.restart import link_ends as link_ends
 from jlora.optimize.restart import restart as restart
 from jlora.optimize.restart import restart_schedule as restart_schedule
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and (value in (losses, mesh) or not isinstance(value, _ModuleType))
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,3 +88,8 @@ def lookup(tree: dict[str, Any], keys: tuple[str, ...]) -> Any:
             return {}
         tree = tree[key]
     return tree
+
+
+def number(path: str) -> int:
+    """A fixed number for a path, from which its random keys come: other paths don't change it."""
+    return zlib.crc32(path.encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,13 @@ import numpy as np
 from jlora import paths
 from jlora.core.protocol.layers import layer_numbers, numbered
 from jlora.core.protocol.method import Site
+from jlora.core.protocol.readings import Leaf, Sites
 from jlora.core.transforms.observe import Observer, finished, tapped, watch
 from jlora.core.transforms.sites import sites as trace
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.spec import Axes
 from jlora.core.walk.interpreter import Walk
 from jlora.methods.gelora import GeLoRA
-
-if TYPE_CHECKING:
-    from jlora.core.transforms.sites import Leaf, Sites
 
 # Rows of the distance matrix that are in memory at a time.
 _ROWS = 512

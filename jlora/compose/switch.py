@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import mesh, paths
+from jlora import paths
 from jlora.core.protocol.method import Method, Site
+from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk import weight as weights
 
@@ -166,7 +167,7 @@ def switch(params: Any, pack: Pack, saved: Pack | None = None) -> tuple[Any, Pac
     for each in packs:
         _check(each, by_name)
     changed = {site.path: jnp.asarray(by_name[site.path]) for each in packs for site in each.sites}
-    shardings = {name: mesh.named_sharding(leaf) for name, leaf in changed.items()}
+    shardings = {name: placement.named_sharding(leaf) for name, leaf in changed.items()}
     if saved is not None:
         changed |= _write({site.path: changed[site.path] for site in saved.sites}, saved)
     touched = {site.path: changed[site.path] for site in pack.sites}

@@ -21,8 +21,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import _compat, mesh, paths
+from jlora import _compat, paths
 from jlora.core.protocol.method import Site
+from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.disk.checksums import checksums, difference
 from jlora.disk.fingerprint import fingerprint
@@ -55,7 +56,7 @@ def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
     described = describe(adapted)
     arrays = {"params": adapted.params, "frozen": adapted.frozen}
     if jax.process_count() > 1:
-        arrays = jax.tree.map(np.asarray, mesh.complete(arrays))
+        arrays = jax.tree.map(np.asarray, placement.complete(arrays))
     if jax.process_index() == 0:
         _save(target, arrays, described)
     if jax.process_count() > 1:
@@ -310,7 +311,7 @@ def _restore(directory: Path, shapes: dict[str, Any]) -> dict[str, Any]:
 def _placed(saved: dict[tuple[str, ...], Any], blank: Adapted) -> dict[str, Any]:
     """The saved arrays as a tree of shapes, each with the sharding that it gets beside its base."""
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
-    fields = {site.keys: mesh.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
+    fields = {site.keys: placement.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
     # Arrays that leaves share lie whole on every device of the mesh, if there is one.
     meshes = [sharding.mesh for each in fields.values() for sharding in each.values()]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,6 +1,5 @@
 """Adapters in PEFT's format, both ways."""
 
 from jlora.interchange.load import load_peft as load_peft
-from jlora.interchange.names import TorchParameter as TorchParameter
 from jlora.interchange.save import PeftReport as PeftReport
 from jlora.interchange.save import save_peft as save_peft

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import mesh
 from jlora.core.protocol.method import Factors, Method, Site, View
+from jlora.core.tree import placement
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 from jlora.disk.serialize import is_own
@@ -72,7 +72,7 @@ def native(weight: Weight) -> Form | None:
 
 
 def _numpy(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, mesh.complete(tree) if jax.process_count() > 1 else tree)
+    return jax.tree.map(np.asarray, placement.complete(tree) if jax.process_count() > 1 else tree)
 
 
 def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:

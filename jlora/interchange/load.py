@@ -10,8 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora import mesh, paths
+from jlora import paths
 from jlora.core.protocol.method import Start
+from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.interchange import manifest, read_wholes, rows
 from jlora.interchange.config import Settings
@@ -89,13 +90,13 @@ def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read])
     frozen: dict[str, Any] = {}
     for read in found:
         leaf, names = leaves[read.site.keys], plan.shared_names()
-        placed = mesh.place(Start(_on_device(read.params), _on_device(read.frozen)), read.site, leaf)
+        placed = placement.place(Start(_on_device(read.params), _on_device(read.frozen)), read.site, leaf)
         paths.insert(trained, read.site.keys, placed.params)
         if placed.frozen:
             paths.insert(frozen, read.site.keys, placed.frozen)
         if read.shared and read.site.method in names:
             drawer = frozen.setdefault(SHARED, {})
-            drawer.setdefault(names[read.site.method], mesh.replicate(_on_device(read.shared), leaf))
+            drawer.setdefault(names[read.site.method], placement.replicate(_on_device(read.shared), leaf))
     return Adapted(params, trained, frozen, {}, plan)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.method import Method, Site
-from jlora.core.tree.adapted import start_of
+from jlora.core.tree.starts import start_of
 from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder

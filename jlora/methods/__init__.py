@@ -18,3 +18,6 @@ from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA
+
+# The classes alone: `from jlora.methods import *` must not bring their modules.
+__all__ = [name for name, value in globals().items() if isinstance(value, type)]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core.protocol.event import Event
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.lora import LoRA
-from jlora.optimize.events import Event
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jlora.interchange import TorchParameter
 from jlora.models.bert import BertConfig
 from jlora.models.llama import LlamaConfig
+from jlora.models.torch_parameter import TorchParameter
 
 _STACK = r"(?P<before>(.*/)?layers?)"
 _NUMBERED = r"(?P<before>(.*/)?layers?)_(?P<layer>\d+)"

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import jax
 import optax
 
+from jlora.core.protocol.event import Event
 from jlora.core.protocol.method import Site
-
-if TYPE_CHECKING:
-    from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.adapted import Adapted
 
 Loss = Callable[["Adapted", Any], jax.Array]
 
@@ -51,18 +50,6 @@ class Moment:
     loss: Loss | None = None
     batches: Sequence[Any] = ()
     say: Callable[[str], None] = silent
-
-
-class Event(Protocol):
-    """What `Method.event` gives: compared and hashed by value; leaves with equal events share one."""
-
-    def due(self, step: int) -> bool:
-        """Whether it happens after this many steps."""
-        ...
-
-    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
-        """The new `Adapted` and optimizer state, of the same structure, shapes and shardings; the old ones may be donated."""
-        ...
 
 
 def events_of(adapted: Adapted) -> dict[Event, tuple[Site, ...]]:

@@ -16,9 +16,12 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from jlora import _compat, mesh, paths
+from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site
-from jlora.core.tree.adapted import Adapted, effective_leaf, starts_of
+from jlora.core.tree import placement
+from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.merge import effective_leaf
+from jlora.core.tree.starts import starts_of
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 from jlora.methods.chain import Chain, check_pruning
@@ -188,7 +191,7 @@ def _done(site: Site, frozen: Arrays) -> int:
         return 0
     if isinstance(frozen["link"], Tracer):
         raise TypeError(f"{site.path}: call this outside of jit, where it sees how many links {site.method} has done")
-    return int(np.max(np.asarray(mesh.complete(frozen["link"]))))
+    return int(np.max(np.asarray(placement.complete(frozen["link"]))))
 
 
 def unchained(adapted: Adapted) -> Adapted:
@@ -259,7 +262,7 @@ def _finished(weight: Weight) -> Arrays:
     if sharding is None:
         return finish(weight)
     assert weight.site is not None
-    specs = mesh.field_specs(weight.site, sharding.spec)
+    specs = placement.field_specs(weight.site, sharding.spec)
     automatic: Any = jax.sharding.auto_axes(
         finish, out_sharding={name: specs[name] for name in weight.method.kept_fields}
     )

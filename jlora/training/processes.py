@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 import jlora
-from jlora import mesh
+from jlora.core.tree import placement
 from jlora.training import folder
 from jlora.training.errors import SettingError
 
@@ -97,7 +97,7 @@ def whole_adapters(adapted: jlora.Adapted) -> jlora.Adapted:
     """An `Adapted` whose trained and constant arrays are complete in every process; the base stays as it lies."""
     if not several():
         return adapted
-    return adapted.replace(params=mesh.complete(adapted.params), frozen=mesh.complete(adapted.frozen))
+    return adapted.replace(params=placement.complete(adapted.params), frozen=placement.complete(adapted.frozen))
 
 
 def by_first(action: Callable[[], Result]) -> Result:

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
+from jlora.core.protocol.event import Event
 from jlora.core.protocol.method import Arrays, Method, OptimizerRule, Site, Start
-from jlora.optimize.events import Event
 
 
 @dataclass(frozen=True)

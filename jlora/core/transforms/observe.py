@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,14 @@ from jax.sharding import PartitionSpec
 from jlora import _compat, paths
 from jlora.core.products.contraction import accumulation_dtype
 from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.readings import Sites
 from jlora.core.transforms.lift import call, check_options
-from jlora.core.tree.adapted import Adapted, adapterize
+from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.adapterize import adapterize
 from jlora.core.tree.spec import ALL_LINEAR, Axes
 from jlora.core.walk import dot, grouping, lookup
 from jlora.core.walk.interpreter import Walk
 from jlora.core.walk.weight import Weight
-
-if TYPE_CHECKING:
-    from jlora.core.transforms.sites import Sites
 
 # The name of a weight's matrix numbers among its constants; no field of a method starts so.
 _NUMBERS = "~numbers"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +11,16 @@ from jax.core import Tracer
 
 from jlora import _compat, paths
 from jlora.core.products.contraction import accumulation_dtype
-from jlora.core.protocol.method import Site, Start
-from jlora.core.tree.adapted import start_of
+from jlora.core.protocol.method import Site
+from jlora.core.protocol.readings import Sites
 from jlora.core.tree.spec import Spec, resolve
-
-if TYPE_CHECKING:
-    from jlora.core.transforms.sites import Sites
+from jlora.core.tree.starts import Prepared, start_of
 
 #: What `Method.needs` may name, as a function of one batch's gradient; means over the batches are taken.
 STATISTICS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gradient": lambda gradient: gradient,
     "absolute_gradient": jnp.abs,
 }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What `prepare` found; goes to `adapterize(..., prepared=...)`.
-
-    Attributes:
-        starts: the start of every leaf whose method needs data.
-    """
-
-    starts: dict[Site, Start]
-
-    def start(self, site: Site) -> Start | None:
-        """The start of a leaf, or None where its method needs no data.
-
-        Raises:
-            ValueError: for a leaf that was prepared with another method or shape, or not at all.
-        """
-        if not site.method.needs:
-            return None
-        if site not in self.starts:
-            known = [f"{other.path} with {other.method}" for other in self.starts]
-            raise ValueError(f"{site.path} with {site.method} was not prepared; prepared are: {', '.join(known)}")
-        return self.starts[site]
 
 
 def prepare(

@@ -6,15 +6,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import GROUPED, Method, Site
-
-if TYPE_CHECKING:
-    from jlora.core.transforms.sites import Leaf, Sites
+from jlora.core.protocol.readings import Leaf, Sites
 
 Keys = tuple[str, ...]
 

@@ -14,14 +14,13 @@ from typing import Any
 import jax
 
 from jlora import _compat
+from jlora.core.protocol.readings import PRODUCTS, Reading
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Several, Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
 #: Rules for leaves whose roles are being found out, before those of `RULES` (see `jlora.core.walk.probing`).
 PROBES: dict[str, Callable[..., Any]] = {}
-#: Primitives that use a weight rather than pass it on, with the kind of site that they make it.
-PRODUCTS = {"dot_general": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv", "gather": "gather"}
 
 
 #: Primitives that a weight passes through; they may be run ahead of their turn.
@@ -64,30 +63,6 @@ def rule(
         return function
 
     return register
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way in which a function reads a leaf; axes are the leaf's own.
-
-    Attributes:
-        name: path of the leaf.
-        primitive: the primitive that reads it.
-        in_axes, out_axes, batch_axes: roles of the axes; empty where the primitive is no product.
-        grouped: whether it is a convolution in feature groups.
-    """
-
-    name: str
-    primitive: str
-    in_axes: tuple[int, ...] = ()
-    out_axes: tuple[int, ...] = ()
-    batch_axes: tuple[int, ...] = ()
-    grouped: bool = False
-
-    @property
-    def has_roles(self) -> bool:
-        """Whether the axes' roles are known."""
-        return bool(self.in_axes or self.out_axes or self.batch_axes)
 
 
 @dataclass

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
+from jlora.core.protocol.readings import Reading
 from jlora.core.walk import lookup
 from jlora.core.walk import weight as weights
-from jlora.core.walk.interpreter import Reading, Walk, bind, probes
+from jlora.core.walk.interpreter import Walk, bind, probes
 from jlora.core.walk.weight import Axes, Piece, Weight
 
 _UNARY = (

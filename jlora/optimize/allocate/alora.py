@@ -17,7 +17,8 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
-from jlora.core.tree.adapted import Adapted, start_of
+from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.starts import start_of
 from jlora.optimize.allocate import budget, history, moments, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts

@@ -1,0 +1,86 @@
+"""`adapterize`: params and a spec to a base with adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jlora import _compat, paths
+from jlora.core.protocol.readings import Sites
+from jlora.core.tree import placement
+from jlora.core.tree.adapted import SHARED, Adapted, Plan
+from jlora.core.tree.spec import Spec, resolve
+from jlora.core.tree.starts import Prepared, starts_of
+
+
+def adapterize(
+    params: Any,
+    spec: Spec,
+    key: jax.Array | None = None,
+    sites: Sites | None = None,
+    prepared: Prepared | None = None,
+) -> Adapted:
+    """Splits params into a frozen base and small trainable adapters.
+
+    Args:
+        params: any pytree of arrays, numpy's too; it is not changed or copied. What is no array (numbers, texts) is left
+            alone. An `Adapted` is such a tree as well: its base is adapted anew, under paths that begin with `base/`, and
+            what it has trained so far stays as it is.
+        spec: ordered mapping from pattern to method. A pattern is a regex that must match a leaf's whole `/`-joined path,
+            or `ALL_LINEAR`. The first match wins; what nothing matches, or what matches None, is frozen.
+        key: random key of the starting values (default: `jax.random.key(0)`); every leaf gets its own.
+        sites: how the function reads its weights, from `jlora.sites`. Without it a leaf of two axes is `[in, out]`, and more
+            axes are an error.
+        prepared: what methods that start from data need, from `jlora.prepare`.
+
+    Returns:
+        An `Adapted` that starts at the base's output (for methods with an exact start).
+
+    Raises:
+        TypeError: for a spec of the wrong kind, a leaf that holds integers, or one that is only a shape.
+        ValueError: for a path that two leaves have or that jlora keeps for itself, a pattern that matches nothing, a leaf that
+            a method can't adapt, an axis role that can't be known, a method that starts from data without `prepared`.
+
+    Example:
+        >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})
+    """
+    key = jax.random.key(0) if key is None else _compat.typed_key(key)
+    leaves, treedef = paths.flatten_with_keys(params)
+    _check_keys(leaves)
+    plan = Plan(tuple(resolve(leaves, spec, sites)))
+    by_keys = dict(leaves)
+    trained: dict[str, Any] = {}
+    frozen = _shared(plan, key, by_keys)
+    for site, start in starts_of(plan.sites, by_keys, key, prepared).items():
+        start = placement.place(start, site, by_keys[site.keys])
+        paths.insert(trained, site.keys, start.params)
+        if start.frozen:
+            paths.insert(frozen, site.keys, start.frozen)
+    base = jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
+    return Adapted(base, trained, frozen, {}, plan)
+
+
+def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The drawer of the arrays that several leaves share, or an empty one."""
+    drawers = {}
+    for method, name in plan.shared_names().items():
+        sites = tuple(site for site in plan.sites if site.method == method)
+        arrays = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
+        drawers[name] = placement.replicate(arrays, leaves[sites[0].keys])
+    return {SHARED: drawers} if drawers else {}
+
+
+def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
+    seen: set[str] = set()
+    for keys, _ in leaves:
+        if not keys:
+            raise ValueError('params is one leaf, which has no path; wrap it in a dict, as in {"w": params}')
+        if keys[0] == SHARED:
+            raise ValueError(f"the params tree has the key {SHARED!r}, which jlora keeps for itself; rename it")
+        if (path := "/".join(keys)) in seen:
+            raise ValueError(f"two leaves of the params tree have the same path {path!r}")
+        seen.add(path)
+    for keys, _ in leaves:
+        if any("/".join(keys[:n]) in seen for n in range(1, len(keys))):
+            raise ValueError(f"the path {'/'.join(keys)!r} continues the path of another leaf")

@@ -1,0 +1,130 @@
+"""Where a method's arrays lie: `in` axes as the base's, `out` axes as the base's, ranks whole on every device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.core.protocol.method import Site, Start
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding of a base leaf, where it lies on a mesh of more than one device."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    return sharding
+
+
+def field_specs(site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
+    """The partition specs of a method's fields at a site whose leaf is cut by `spec`.
+
+    A field's batch axes are cut as the leaf's; its `in` and `out` axes as the outermost of the leaf's axes that are folded
+    into them, since a cut of an inner one is no cut of the folded axis; everything else is replicated. A method that takes
+    the leaf as a whole has fields cut as the leaf.
+    """
+    axes = (*spec, *([None] * (len(site.shape) - len(spec))))
+    if not site.method.matrix:
+        return {name: PartitionSpec(*axes) for name in site.method.axes}
+    cut = {"in": outermost(site, site.in_axes, axes), "out": outermost(site, site.out_axes, axes)}
+    batch = [axes[axis] for axis in site.batch_axes]
+    return {name: PartitionSpec(*batch, *(cut.get(role) for role in roles)) for name, roles in site.method.axes.items()}
+
+
+def outermost(site: Site, folded: tuple[int, ...], axes: tuple[Any, ...]) -> Any:
+    """What cuts the outermost of the folded axes that are longer than 1, which alone cuts the folded axis."""
+    wide = [axis for axis in folded if site.shape[axis] > 1]
+    return axes[wide[0]] if wide else None
+
+
+def field_shardings(site: Site, leaf: Any) -> dict[str, NamedSharding] | None:
+    """The shardings of a method's fields, or None where the base leaf is on no mesh.
+
+    Raises:
+        ValueError: where the leaf's axes can't be cut so, or the mesh in use (`jax.set_mesh`) lacks an axis that cuts them.
+    """
+    sharding = named_sharding(leaf)
+    if sharding is None:
+        return None
+    check_cut(site.path, site.shape, sharding.spec, sharding.mesh.shape)
+    _check_in_use(site.path, sharding)
+    return {name: NamedSharding(sharding.mesh, spec) for name, spec in field_specs(site, sharding.spec).items()}
+
+
+def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
+    """Whether a leaf can be cut by a partition spec on a mesh with the given sizes of axes.
+
+    Raises:
+        ValueError: where the mesh lacks an axis, or an axis does not divide; with the leaf and the numbers.
+    """
+    for axis, entry in enumerate(spec):
+        names = axis_names(entry)
+        if missing := [name for name in names if name not in sizes]:
+            raise ValueError(f"{path}: axis {axis} is cut by {missing[0]!r}, but the mesh has {mesh_text(sizes)}")
+        if shape[axis] % math.prod(sizes[name] for name in names):
+            cut = " x ".join(f"{name}={sizes[name]}" for name in names)
+            raise ValueError(
+                f"{path}: the mesh axis {cut} does not divide the {shape[axis]} of axis {axis} of {tuple(shape)}; cut "
+                "another axis of this leaf, or leave it whole"
+            )
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a partition spec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def mesh_text(sizes: Any) -> str:
+    """The axes of a mesh in words."""
+    return "only " + ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _check_in_use(path: str, sharding: NamedSharding) -> None:
+    used = {name for entry in sharding.spec for name in axis_names(entry)}
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and (missing := sorted(used - set(mesh.axis_names))):
+        raise ValueError(
+            f"{path}: the base is cut by {missing[0]}={sharding.mesh.shape[missing[0]]}, but the mesh in use has "
+            f"{mesh_text(mesh.shape)}; place the base on the mesh of jax.set_mesh first"
+        )
+
+
+def place(start: Start, site: Site, leaf: Any) -> Start:
+    """A method's starting arrays, put where they belong beside their base leaf."""
+    shardings = field_shardings(site, leaf)
+    if shardings is None:
+        return start
+    params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
+    frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
+    return Start(params, frozen)
+
+
+def replicate(tree: Any, leaf: Any) -> Any:
+    """Arrays put whole onto every device of the mesh that a base leaf lies on."""
+    sharding = named_sharding(leaf)
+    if sharding is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def complete(tree: Any) -> Any:
+    """The tree with every array whole in every process; for what is small, such as adapters.
+
+    Every process must call it. Arrays that are whole already, and numpy's, stay as they are.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.is_fully_addressable or leaf.is_fully_replicated or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+
+    return jax.tree.map(one, tree)

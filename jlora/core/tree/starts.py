@@ -1,0 +1,98 @@
+"""The starts of adapted leaves: a method's own, mapped over batch axes, with what leaves draw together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _compat, paths
+from jlora.core.protocol.method import Arrays, Site, Start
+from jlora.core.tree import placement
+from jlora.core.tree.adapted import SHARED
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found; goes to `adapterize(..., prepared=...)`.
+
+    Attributes:
+        starts: the start of every leaf whose method needs data.
+    """
+
+    starts: dict[Site, Start]
+
+    def start(self, site: Site) -> Start | None:
+        """The start of a leaf, or None where its method needs no data.
+
+        Raises:
+            ValueError: for a leaf that was prepared with another method or shape, or not at all.
+        """
+        if not site.method.needs:
+            return None
+        if site not in self.starts:
+            known = [f"{other.path} with {other.method}" for other in self.starts]
+            raise ValueError(f"{site.path} with {site.method} was not prepared; prepared are: {', '.join(known)}")
+        return self.starts[site]
+
+
+def starts_of(
+    sites: Sequence[Site], leaves: Mapping[tuple[str, ...], Any], key: jax.Array, prepared: Prepared | None = None
+) -> dict[Site, Start]:
+    """The starts of some leaves, with what those of one method draw together."""
+    starts = {}
+    for site in sites:
+        start = None if prepared is None else prepared.start(site)
+        starts[site] = start or start_of(site, leaves[site.keys], key)
+    for method in dict.fromkeys(site.method for site in sites):
+        same = tuple(site for site in sites if site.method == method)
+        own = jax.random.fold_in(key, paths.number(f"{SHARED}/{same[0].path}"))
+        starts |= dict(zip(same, method.together(own, [starts[site] for site in same], same), strict=True))
+    return starts
+
+
+def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Array) -> Start:
+    """The method's start for every matrix of a leaf; batch axes in front.
+
+    Raises:
+        ValueError: for a method that starts from statistics which are not given.
+    """
+    if missing := sorted(site.method.needs - set(statistics)):
+        raise ValueError(
+            f"{site.path}: {site.method} starts from data ({', '.join(missing)}); pass "
+            "prepared=jlora.prepare(params, spec, loss_fn, batches)"
+        )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{site.path} is a shape and no array, so that nothing can start from it; for the shapes of an Adapted call "
+            "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
+        )
+    leaf = jnp.asarray(leaf)  # numpy's arrays can't all that jax.numpy's can
+    key = jax.random.fold_in(key, paths.number(site.path))
+    sharding = _compat.explicit_sharding(jax.typeof(leaf))
+    if sharding is None:
+        return _start(site, leaf, key, statistics)
+    # With explicit axes a method would have to say how its sorts and factorisations are cut; automatic ones find out.
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
+    specs = placement.field_specs(site, sharding.spec)
+    placed: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
+    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=Start(*placed))
+    return automatic(leaf, key, statistics)
+
+
+def _start(site: Site, leaf: jax.Array, key: jax.Array, statistics: Arrays) -> Start:
+    if not site.method.matrix:
+        return site.method.start(key, leaf, site, **statistics)
+
+    def one(key: jax.Array, w: jax.Array, statistics: Arrays) -> Start:
+        return site.method.start(key, w, site, **statistics)
+
+    keys = jax.random.split(key, site.batch_shape) if site.batch_axes else key
+    for _ in site.batch_axes:
+        one = jax.vmap(one)
+    return one(keys, site.fold(leaf), {name: site.fold(array) for name, array in statistics.items()})

@@ -1,0 +1,103 @@
+"""The house: a room may use itself and the rooms below it, and no files import one another in a circle."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import jlora
+
+PACKAGE = Path(jlora.__file__).parent
+
+#: From the ground up; docs/design.md says what each is for.
+ROOMS = (
+    "_compat",
+    "paths",
+    "core.protocol",
+    "core.products",
+    "core.walk",
+    "core.tree",
+    "core.transforms",
+    "mesh",
+    "optimize",
+    "losses",
+    "methods",
+    "disk",
+    "analysis",
+    "compose",
+    "models",
+    "interchange",
+    "",
+    "training",
+)
+
+
+def modules():
+    """Every module by its name below `jlora`, with its file."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path, names):
+    """The modules of jlora that a file imports anywhere, in functions and under `TYPE_CHECKING` too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "jlora":
+            module = node.module.removeprefix("jlora").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                yield inner if inner in names else module
+        elif isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("jlora").removeprefix(".") for a in node.names if a.name.startswith("jlora")
+            )
+
+
+def room(module):
+    """The room that a module is in, or None where it is in none."""
+    inside = [name for name in ROOMS if name and (module == name or module.startswith(f"{name}."))]
+    return inside[0] if inside else "" if module == "" else None
+
+
+def edges():
+    names = modules()
+    return {module: set(imports(path, names)) for module, path in names.items()}
+
+
+def test_every_file_is_in_a_room():
+    lone = [module for module in modules() if room(module) is None and module != "core"]
+    assert lone == []
+
+
+def test_a_room_uses_only_what_lies_below_it():
+    wrong = [
+        f"{module} uses {used}"
+        for module, below in edges().items()
+        for used in below
+        if room(module) is not None and ROOMS.index(room(used)) > ROOMS.index(room(module))
+    ]
+    assert sorted(wrong) == []
+
+
+def test_no_files_import_one_another_in_a_circle():
+    try:
+        tuple(graphlib.TopologicalSorter(edges()).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def test_at_most_a_dozen_files_and_folders_are_at_the_top():
+    files = [path.name for path in PACKAGE.glob("*.py")]
+    assert len(files) <= 12, files
+
+
+def test_no_room_has_the_name_of_something_public():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not folders & set(jlora.__all__)
+
+
+def test_the_check_sees_imports_in_functions_and_for_types(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text("if TYPE_CHECKING:\n    from jlora import mesh\ndef f():\n    import jlora.training.job\n")
+    assert sorted(imports(file, modules())) == ["mesh", "training.job"]
