@@ -150,14 +150,10 @@ def measured_table(path: str) -> str:
     return text[: re.search(r"(^\|.*\n)+", text, re.MULTILINE).end()].strip()  # type: ignore[union-attr]
 
 
-def method_pages() -> str:
-    """The table of methods, and a section on each."""
-    return f"{methods_table.table()}\n\n{methods_table.sections()}"
-
-
 MARKS: dict[str, Maker] = {
-    "methods": methods_table.table,
-    "method pages": method_pages,
+    "families": methods_table.overview,
+    "methods": methods_table.tables,
+    "method pages": methods_table.sections,
     "api": api,
     "flags": flags,
     "job methods": job_methods,

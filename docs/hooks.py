@@ -49,10 +49,9 @@ def relinked(text: str) -> str:
 
 
 def method_pages() -> str:
-    """The table of methods, and the documentation of each."""
-    # Without the functions of the protocol, which are the same for all.
-    pages = [_documented(cls, f"jlora.{cls.__name__}", ", members: false") for cls in methods_table.methods()]
-    return "\n".join([methods_table.table(), "", *pages])
+    """The documentation of each method, without the functions of the protocol, which are the same for all."""
+    ordered = [cls for members in methods_table.families().values() for cls in members]
+    return "\n".join(_documented(cls, f"jlora.{cls.__name__}", ", members: false") for cls in ordered)
 
 
 def api(argument: str) -> str:

@@ -1,9 +1,11 @@
-"""The table of methods, and a section on each, made from the method files."""
+"""The methods by family, and a section on each, made from the method files."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import jlora
 from jlora.core.protocol import docstrings
 from jlora.disk import catalog
+from jlora.disk.catalog import FAMILIES
 
 #: The matrix on which trained values are counted.
 SHAPE = (768, 768)
@@ -22,10 +25,33 @@ def methods() -> list[type[jlora.Method]]:
     return list(catalog.methods().values())
 
 
-def table() -> str:
+def families() -> dict[str, list[type[jlora.Method]]]:
+    """The methods of each family, in the order of their first papers; those without one last, by name."""
+    found: dict[str, list[type[jlora.Method]]] = {name: [] for name in FAMILIES}
+    for cls in sorted(methods(), key=lambda cls: docstrings.papers(cls)[:1] or ["~"]):
+        found[catalog.family(cls)].append(cls)
+    return found
+
+
+def overview(page: str) -> str:
+    """A line for each family: what its methods do, and their names; with a link to its table on a page."""
+    rows = ["| family | what its methods do | methods |", "|---|---|---|"]
+    for name, members in families().items():
+        names = ", ".join(f"`{cls.__name__}`" for cls in members)
+        rows.append(f"| [{name}]({page}#{name.lower().replace(' ', '-')}) | {FAMILIES[name]} | {names} |")
+    return "\n".join(rows)
+
+
+def tables() -> str:
+    """A heading and a table for each family."""
+    parts = [f"## {name}\n\n{table(members)}" for name, members in families().items()]
+    return "\n\n".join(parts)
+
+
+def table(members: list[type[jlora.Method]]) -> str:
     """Name, first sentence of the docstring, values trained by the first case, papers."""
     head = f"| method | what it does | example | trains, of {SHAPE[0]} x {SHAPE[1]} | paper |"
-    return "\n".join([head, "|---|---|---|---|---|", *(row(cls) for cls in methods())])
+    return "\n".join([head, "|---|---|---|---|---|", *(row(cls) for cls in members)])
 
 
 def row(cls: type[jlora.Method]) -> str:
@@ -49,29 +75,36 @@ def _trained(method: jlora.Method) -> int:
 
 
 def sections() -> str:
-    """A section for each method: its signature and its docstring."""
-    return "\n\n".join(_section(cls) for cls in methods())
+    """A section for each method, in the order of the tables: its signature and its docstring."""
+    return "\n\n".join(_section(cls) for members in families().values() for cls in members)
 
 
 def _section(cls: type[jlora.Method]) -> str:
     file = Path(inspect.getfile(cls)).relative_to(Path(jlora.__file__).parents[1])
-    arguments = [str(each).replace("'", "") for each in inspect.signature(cls).parameters.values()]
+    arguments = [f"{field.name}: {field.type} = {_default(field)}" for field in dataclasses.fields(cls)]
     call = f"{cls.__name__}({', '.join(arguments)})"
     if len(call) > 100:
         call = "\n".join([f"{cls.__name__}(", *(f"    {each}," for each in arguments), ")"])
     body = as_markdown(inspect.getdoc(cls) or "")
-    return f"## {cls.__name__}\n\n```text\n{call}\n```\n\n{body}\n\nIn [`{file}`](../{file})."
+    return f"### {cls.__name__}\n\n```text\n{call}\n```\n\n{body}\n\nIn [`{file}`](../{file})."
+
+
+def _default(field: dataclasses.Field) -> str:
+    """A hyperparameter's default as one writes it."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def as_markdown(docstring: str) -> str:
     """A docstring with its sections as lists and code."""
-    before, *rest = re.split(r"^(\w[\w ]*):\n(?=    )", docstring, flags=re.MULTILINE)
+    before, *rest = re.split(r"^(\w[\w ]*):\n((?:    .*\n?|\n)+)", docstring, flags=re.MULTILINE)
     parts = [before.strip()]
-    for title, body in zip(rest[::2], rest[1::2]):
-        text = inspect.cleandoc(body)
+    for title, body, after in zip(rest[::3], rest[1::3], rest[2::3]):
+        text = textwrap.dedent(body).strip()
         if title == "Example":
             text = f"```pycon\n{text}\n```"
         elif title in ("Args", "Raises"):
             text = re.sub(r"^(\w[\w, ]*): ", r"- `\1`: ", text, flags=re.MULTILINE)
-        parts.append(f"**{title}**\n\n{text}")
+            text = re.sub(r'^ +("[^"\n]+": )', r"    - \1", text, flags=re.MULTILINE)  # the values of an argument
+        parts += [f"**{title}**\n\n{text}", *filter(None, [after.strip()])]
     return "\n\n".join(parts)

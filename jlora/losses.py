@@ -26,7 +26,7 @@ def orthogonality(adapted: Adapted, weight: float | jax.Array = 1.0) -> jax.Arra
 
     Args:
         adapted: what is trained, with the params that are differentiated: `adapted.replace(params=p)`.
-        weight: of the mean.
+        weight: factor of the mean.
 
     Raises:
         ValueError: where no trained field is such a factor.
@@ -48,7 +48,7 @@ def orthogonality(adapted: Adapted, weight: float | jax.Array = 1.0) -> jax.Arra
 
 
 def _norms(adapted: Adapted, site: Site) -> list[jax.Array]:
-    """The norm of every factor of a site, `[*batch]` each."""
+    """`‖aᵀa - 1‖` and `‖b bᵀ - 1‖` of a site's trained factors, `[*batch]` each."""
     roles: dict[tuple[str, ...], Any] = {("in", "rank"): lambda m: m, ("rank", "out"): jnp.matrix_transpose}
     fields = paths.lookup(adapted.params, site.keys)
     columns = [roles[axes](fields[name]) for name, axes in site.method.axes.items() if name in fields and axes in roles]
@@ -102,9 +102,9 @@ def consistency(
 def diversity(logits: jax.Array, mask: jax.Array | None = None, *, form: str = "classify") -> jax.Array:
     """BA-LoRA's second regularizer: the outputs stay different from one another.
 
-    With `form="classify"` the off-diagonal part of the classes' covariance over the rows, `Σ of c_ij² for i != j`, by the
-    number of classes; the covariance has `1 / (rows - 1)`. With `form="generate"` minus the mean entropy of the softmax
-    over tokens, in nats: `-log(classes)` for uniform predictions.
+    With `form="classify"` `Σ c_ij²` over `i != j`, divided by the number of classes, where `c [classes, classes]` is the
+    covariance of the logits over the rows, with the factor `1 / (rows - 1)`. With `form="generate"` minus the mean over tokens
+    of the softmax's entropy, in nats: `-log(classes)` for uniform predictions.
 
     Args:
         logits: `[rows, ..., classes]` of the adapted model; for "classify", all axes but the last are rows.
@@ -132,17 +132,17 @@ def diversity(logits: jax.Array, mask: jax.Array | None = None, *, form: str = "
 
 
 def spectrum(logits: jax.Array, mask: jax.Array | None = None, *, count: int = 3) -> jax.Array:
-    """BA-LoRA's third regularizer: minus the share that the largest singular values have of the outputs' sum of them.
+    """BA-LoRA's third regularizer: minus the share of the largest singular values in the sum of all, of the outputs.
 
     `-(σ_1 + .. + σ_count) / Σ σ` of the logits as a matrix `[rows, everything else]`; -1 for a matrix of that rank or
     less. The singular values are roots of the eigenvalues of the smaller Gram matrix, in float32 at least, so the large
-    matrix is never factorised, and the gradient is finite where singular values are equal, or zero. (Its code takes the
-    values of a matrix by an index that only a stack of matrices has.)
+    matrix is never factorised, and the gradient is finite where singular values are equal, or zero. (The authors' code
+    indexes the singular values as if they were those of a stack of matrices.)
 
     Args:
         logits: `[rows, ...]` of the adapted model.
         mask: zero for rows or tokens that do not count; leading axes of the logits.
-        count: how many singular values are large.
+        count: how many of the largest singular values are taken.
 
     Raises:
         ValueError: for shapes that do not fit together, or a count below 1.
@@ -159,7 +159,8 @@ def spectrum(logits: jax.Array, mask: jax.Array | None = None, *, count: int = 3
     z, weights = _outputs(logits, mask, "classify")
     matrix = (z * weights[..., None]).reshape(z.shape[0], -1)
     gram = _gram(matrix) if matrix.shape[0] <= matrix.shape[1] else _gram(matrix.T)
-    # What float32 leaves of a zero eigenvalue, under the root's infinite slope; the root of it is taken away again.
+    # The root's slope is infinite at zero. So the size of float32's error is added to the eigenvalues, and its root is
+    # subtracted again.
     least = jnp.finfo(gram.dtype).eps * jax.lax.stop_gradient(jnp.trace(gram)) + jnp.finfo(gram.dtype).tiny
     sigma = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0) + least) - jnp.sqrt(least)
     total = jnp.sum(sigma)

@@ -123,8 +123,8 @@ def test_what_a_page_shows_of_the_code_is_up_to_date(page):
 
 
 def test_the_pages_show_every_method_and_flag_where_they_are_read():
-    listed = (ROOT / "README.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
-    assert all(f"| `{name}` |" in text for name in catalog.methods() for text in listed)
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
+    assert all(f"`{name}`" in readme and f"| `{name}` |" in page for name in catalog.methods())
     command_line = (ROOT / "docs" / "command-line.md").read_text()
     assert all(f"| `{name}` |" in command_line for name in ADAPTERS)
     assert "| `--rank RANK` |" in command_line
@@ -172,6 +172,26 @@ def test_a_method_copied_from_the_skeleton_stands_in_the_table_with_its_paper(re
 
 def test_what_is_no_paper_is_no_paper_in_the_table():
     assert methods_table.row(jlora.Full).endswith("| – |")
+
+
+def test_every_method_is_listed_in_one_family_with_lora_first_of_all():
+    families = methods_table.families()
+    assert sorted(cls.__name__ for members in families.values() for cls in members) == sorted(catalog.methods())
+    assert next(iter(families.values()))[0] is jlora.LoRA
+    assert all(families.values())
+
+
+@pytest.mark.parametrize("stated", [{}, {"family": "Loras"}], ids=["none", "unknown"])
+def test_a_method_that_states_no_family_of_its_own_is_refused(stated):
+    derived = type("Derived", (jlora.LoRA,), stated)
+    with pytest.raises(ValueError, match=r"Derived must state its family .*'Rank allocation'"):
+        catalog.family(derived)
+
+
+def test_text_after_the_arguments_of_a_docstring_is_no_part_of_them():
+    docstring = "One.\n\nArgs:\n    a: first,\n        or\n    b: two.\n\nMore.\n\nRaises:\n    E: no."
+    text = methods_table.as_markdown(docstring)
+    assert text == "One.\n\n**Args**\n\n- `a`: first,\n    or\n- `b`: two.\n\nMore.\n\n**Raises**\n\n- `E`: no."
 
 
 def test_base_classes_are_in_no_list_of_methods():

@@ -197,9 +197,9 @@ def test_a_cut_that_does_not_divide_names_the_leaf_and_the_numbers():
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     site = jlora.adapterize({"up": jnp.zeros((16, 30))}, {"up": jlora.LoRA(2)}).plan.sites[0]
     with pytest.raises(ValueError, match=r"up: the mesh axis model=4 does not divide the 30 of axis 1 of \(16, 30\)"):
-        jlora.placement.check_cut(site.path, site.shape, P(None, "model"), mesh.shape)
+        placement.check_cut(site.path, site.shape, P(None, "model"), mesh.shape)
     with pytest.raises(ValueError, match="up: axis 0 is cut by 'expert', but the mesh has only data=2, model=4"):
-        jlora.placement.check_cut(site.path, site.shape, P("expert"), mesh.shape)
+        placement.check_cut(site.path, site.shape, P("expert"), mesh.shape)
 
 
 def test_a_base_on_another_mesh_than_the_one_in_use_is_refused():

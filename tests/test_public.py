@@ -86,10 +86,38 @@ def test_every_module_and_every_public_name_in_it_has_a_docstring(module):
     bare = [name for name, value in own(module) if not (value.__doc__ or "").strip()]
     for name, value in own(module):
         if inspect.isclass(value):
-            members = inspect.getmembers(value, inspect.isfunction)
-            mine = [(n, f) for n, f in members if not n.startswith("_") and f.__module__ == module.__name__]
-            bare += [f"{name}.{n}" for n, f in mine if not (inspect.getdoc(f) or "").strip()]
+            bare += [f"{name}.{n}" for n, member in own_members(value) if not (inspect.getdoc(member) or "").strip()]
     assert bare == []
+
+
+def own_members(cls):
+    """The public functions and properties that a class's own module defines."""
+    for name, member in inspect.getmembers(cls, lambda m: inspect.isfunction(m) or isinstance(m, property)):
+        function = member.fget if isinstance(member, property) else member
+        if not name.startswith("_") and function.__module__ == cls.__module__:
+            yield name, member
+
+
+class Base:
+    """Has a property with a docstring."""
+
+    @property
+    def size(self):
+        """How large."""
+
+
+class Derived(Base):
+    """Overrides it, and has a function that is its own."""
+
+    @property
+    def size(self): ...
+
+    def shape(self): ...
+
+
+def test_an_override_has_the_docstring_of_what_it_overrides_and_other_members_need_their_own():
+    found = {name: inspect.getdoc(member) for name, member in own_members(Derived)}
+    assert found == {"size": "How large.", "shape": None}
 
 
 @pytest.mark.parametrize(

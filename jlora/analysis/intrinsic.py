@@ -1,4 +1,4 @@
-"""Intrinsic dimensions of a model's hidden states, and the ranks that GeLoRA makes of them."""
+"""Intrinsic dimensions of a model's hidden states, and the ranks that GeLoRA derives from them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _AFTER = "what comes after the last layer"
 def intrinsic_dimension(points: Any, trim: float = 0.1) -> float:
     """The dimension of the set that points lie on, by TwoNN, whatever the number of coordinates.
 
-    Of each point the distances to the two nearest others are taken, `mu` their ratio. Sorted, the i-th of N should be where
-    `-log(1 - i / N) = d log(mu)`; `d` is the slope of the line through the origin that fits best without the largest
-    ratios. It does not change when points are moved, turned or scaled, and falls below the truth where dimensions are many
-    and points few.
+    For each point `mu` is the distance to its second nearest other point by that to its nearest. Of N such ratios in rising
+    order the i-th should satisfy `-log(1 - i / N) = d log(mu)`, with `d` the dimension. So `d` is fitted as the slope of a line
+    through the origin, by least squares, without the largest ratios. It does not change when points are moved, turned or
+    scaled, and falls below the truth where dimensions are many and points few.
 
     Args:
         points: `[count, coordinates]`; a point that comes twice counts once.
@@ -74,7 +74,7 @@ def _two_nearest(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         distances = squares[rows, None] + squares[None] - 2 * centred[rows] @ centred.T
         distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = np.inf
         order = np.argpartition(distances, 1, axis=1)[:, :2]
-        # Anew from the differences: for close points the sum above is mostly rounding.
+        # Computed again from the differences: for close points the sum above is mostly rounding error.
         exact = np.linalg.norm(centred[rows, None] - centred[order], axis=2)
         found.append(np.sort(exact, axis=1))
     nearest, second = np.concatenate(found).T
@@ -101,7 +101,7 @@ def intrinsic_dimensions(
     Args:
         fn: `fn(params, batch)`, such as a loss function on ordinary params.
         params: the pretrained params.
-        patterns: as for `jlora.watch`; of a spec with GeLoRA only its entries.
+        patterns: as for `jlora.watch`; of a spec that has GeLoRA, only the entries with it count.
         batches: data of the task, each of the same shape; as many as give `count` points are used.
         sites: how `fn` reads its weights; traced anew by default.
         pooling: "mean": each row (first axis) is a point, the mean over its tokens, padding included; "first" or "last": that
@@ -185,7 +185,7 @@ def gelora_ranks(
 
 def _spread(own: list[int], total: int, most: int) -> list[int]:
     """Whole numbers from 1 to `most` with an exact total, in proportion to `own` by the largest remainder."""
-    # In whole numbers: `total * rank / whole` is a layer's share, and what is left of it its remainder.
+    # A layer's share is `total * rank / whole`. All is compared in whole numbers, times `whole`, so that ties are exact.
     whole = sum(own)
     ranks = [min(max(total * rank // whole, 1), most) for rank in own]
     while sum(ranks) != total:
@@ -231,7 +231,7 @@ def _single(seen: tuple[np.ndarray, np.ndarray], index: Any, site: Site) -> np.n
 
 
 def _of_gelora(patterns: Any) -> Any:
-    """The patterns, or a spec's with GeLoRA alone, if it has that."""
+    """The patterns; of a spec that has GeLoRA, only the entries with it."""
     if not isinstance(patterns, Mapping) or not any(map(_is_gelora, patterns.values())):
         return patterns
     return {pattern: method if _is_gelora(method) else None for pattern, method in patterns.items()}
@@ -247,12 +247,12 @@ def _paths(adapted: Adapted) -> list[str]:
 
 
 def _named(adapted: Adapted) -> dict[str, Any]:
-    """A spec of the very leaves that are watched."""
+    """A spec that names exactly the leaves that are watched."""
     return {re.escape(site.path): site.method for site in adapted.plan.sites}
 
 
 def _head(report: Sites, params: Any, inner: Adapted) -> dict[str, Any] | None:
-    """A spec of the head as it is multiplied, if it is none of the layers'."""
+    """A spec of the function's head with its axes' roles in the product; None if it belongs to a layer, or there is none."""
     leaves = report.aligned(dict(paths.flatten_with_keys(params)[0]))
     inside = {numbered(site.keys) for site in inner.plan.sites} - {None}
     for keys, leaf in leaves.items():

@@ -107,7 +107,10 @@ def _check_member(weight: weights.Weight, before: list[weights.Weight]) -> None:
 
 @jax.jit
 def _sums(members: list[weights.Weight], strengths: list[float]) -> tuple[jax.Array, jax.Array]:
-    """The positions of all updates and what stands there with them; a position that several share comes several times."""
+    """The changed positions, and the values of the fused weight there.
+
+    A position that several updates change comes several times, each time with the sum of all.
+    """
     updates = [weights.sparse(weight) for weight in members]
     index = jnp.concatenate([update.index for update in updates], axis=-1)
     values = jnp.concatenate([update.values * s for update, s in zip(updates, strengths, strict=True)], axis=-1)
@@ -191,7 +194,7 @@ def restore(params: Any, saved: Pack) -> Any:
 
 @jax.jit
 def _read(leaves: dict[str, jax.Array], pack: Pack) -> dict[str, jax.Array]:
-    """What stands at a pack's entries."""
+    """The values of the leaves at a pack's entries."""
     return {
         site.path: leaves[site.path].at[_coordinates(site, pack.index[site.path])].get(mode="promise_in_bounds")
         for site in pack.sites
@@ -222,10 +225,10 @@ def _check(pack: Pack, by_name: dict[str, Any]) -> None:
 
 
 def interference(first: Adapted, second: Adapted) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """How much the updates of two adapters meet, for each leaf that both adapt: `(AWOM, AWOR)`, each `[*batch]`.
+    """How much the updates of two adapters overlap, for each leaf that both adapt: `(AWOM, AWOR)`, each `[*batch]`.
 
     With `d [in, out]` a leaf's update (the paper's `A` is its transpose), AWOM is the largest singular value of
-    `d1 @ d2.T`, and AWOR the share of its entries that are zero. Two adapters that meet nowhere have 0 and 1. Forms
+    `d1 @ d2.T`, and AWOR the share of its entries that are zero. Two adapters without overlap have 0 and 1. Forms
     `[in, in]` matrices; meant for looking, not for training.
 
     Reference:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16 and its kin)
+import ml_dtypes  # noqa: F401  (makes numpy know bfloat16 and the like)
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -82,7 +82,7 @@ def _save(target: Path, arrays: dict[str, Any], described: dict[str, Any]) -> No
         staging.rename(target)
     except BaseException as error:
         _remove(staging)
-        # A refusal by the disk comes from tensorstore as a ValueError.
+        # Where the disk refuses (full, no permission), tensorstore raises a ValueError that names the error's code.
         code = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
         if code is None:
             raise
@@ -102,7 +102,7 @@ def _write(directory: Path, arrays: dict[str, Any], described: dict[str, Any]) -
 
 
 def _remove(directory: Path) -> None:
-    """Removes a directory to which orbax's other writers may still be adding for a moment."""
+    """Removes a directory for good, although orbax's other threads may still write to it for a moment."""
     gone = 0
     for _ in range(100):
         shutil.rmtree(directory, ignore_errors=True)
@@ -135,7 +135,7 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
 
 
 def _load_by_former_keys(directory: Path, described: dict[str, Any], params: Any, former: dict[Any, Any]) -> Adapted:
-    """Loads files from the time when a field `value` was no key of a path."""
+    """Loads files of a former release, in whose paths a last key `value` was left out (see `paths.former_keys`)."""
     now = {keys: old for old, keys in former.items()}
     base: dict[str, Any] = {}
     for keys, leaf in paths.flatten_with_keys(params)[0]:
@@ -217,7 +217,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _digest(described: dict[str, Any]) -> str:
-    """Of everything else in the manifest."""
+    """SHA-256 of the manifest without its own entry `digest`."""
     rest = {name: value for name, value in described.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -259,7 +259,7 @@ def _arrays_from(directory: Path, described: dict[str, Any], plan: Plan) -> dict
 
 
 def _check_digest(directory: Path, described: dict[str, Any]) -> None:
-    """The manifest says what was written: a changed hyperparameter would be another function."""
+    """Refuses a manifest that was changed after it was written: another hyperparameter would make another function."""
     if described.get("digest", found := _digest(described)) != found:
         raise ValueError(
             f"{directory / MANIFEST} is damaged, or was changed after it was written: its digest is {found}, "
@@ -268,10 +268,9 @@ def _check_digest(directory: Path, described: dict[str, Any]) -> None:
 
 
 def _check_files(directory: Path, wanted: Any) -> None:
-    """The files of the arrays are those that were written.
+    """Refuses array files that differ from those that were written.
 
-    Before orbax reads them: where one of its reads fails it closes its event loop, and each of the other reads prints a
-    traceback of that.
+    Called before orbax reads them: when one of its reads fails, each of the others prints a traceback too.
     """
     if not isinstance(wanted, dict):
         raise ValueError(f"{directory / MANIFEST} is damaged: files must be an object, got {shown(wanted)}")

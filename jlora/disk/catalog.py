@@ -5,6 +5,17 @@ from __future__ import annotations
 import jlora.methods
 from jlora.core.protocol.method import Method
 
+#: The families that a method may state as its `family`, in the order of the pages, with what their methods do.
+FAMILIES = {
+    "LoRA and its variants": "add a product of small factors to the weight",
+    "Weight decomposition": "train the length of the weight's columns apart from their direction",
+    "Rank allocation": "give more ranks to some matrices than to others",
+    "Chains of adapters": "train one small adapter after another, which add up to a larger update",
+    "Shared random projections": "train vectors beside random factors that all matrices share",
+    "Sparse updates": "train a few entries of the weight",
+    "Trained leaves and rows": "train a leaf, or some of its rows, without an adapter",
+}
+
 
 def methods() -> dict[str, type[Method]]:
     """The classes that `jlora/methods/__init__.py` exports, in the order of their names.
@@ -13,3 +24,18 @@ def methods() -> dict[str, type[Method]]:
     """
     found = {name: value for name, value in vars(jlora.methods).items() if isinstance(value, type)}
     return {name: found[name] for name in sorted(found) if issubclass(found[name], Method)}
+
+
+def family(method: type[Method]) -> str:
+    """The family that a method states: in its own class, since a variant may belong elsewhere than what it is derived from.
+
+    Raises:
+        ValueError: for a class that states none, or one that is not in `FAMILIES`.
+    """
+    stated = vars(method).get("family")
+    if stated not in FAMILIES:
+        raise ValueError(
+            f"{method.__name__} must state its family in its class body, one of {', '.join(map(repr, FAMILIES))}; "
+            f"got {stated!r}"
+        )
+    return stated

@@ -26,11 +26,11 @@ def fingerprint(params: Any) -> str:
     depend on the order of addition, so the device, the mesh and the layout make no difference. A change of one element is
     always seen; any other goes unseen by a chance of about 2**-64.
 
-    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step; a text, and a number beyond
-    JAX's integers, as itself.
+    A Python number counts as the array that JAX makes of it, which it becomes in a jitted step. A string, and an integer too
+    large for JAX, count by their `repr`.
 
     Raises:
-        TypeError: for a leaf that is neither an array nor one of these.
+        TypeError: for any other leaf, and an array of anything but numbers.
     """
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
@@ -46,10 +46,10 @@ def fingerprint(params: Any) -> str:
 
 
 def _array(leaf: Any, path: str) -> jax.Array | None:
-    """A leaf as JAX has it; None for what counts as itself.
+    """A leaf as an array of JAX; None for a leaf that counts by its `repr`.
 
     Raises:
-        TypeError: for what is neither.
+        TypeError: see `fingerprint`.
     """
     if isinstance(leaf, str | bytes):
         return None
@@ -68,8 +68,8 @@ def _array(leaf: Any, path: str) -> jax.Array | None:
 def _blocks(leaf: jax.Array) -> Iterator[tuple[jax.Array, np.uint32]]:
     """A leaf in blocks of rows, each with the position of its first element.
 
-    XLA's CPU backend writes all hashes down before it adds them: without blocks that would be twice the largest leaf. What
-    is spread over devices stays whole, since a block could lie on one of them.
+    XLA's CPU backend stores all hashes before it adds them up: without blocks that would take twice the memory of the largest
+    leaf. A leaf that is spread over devices is not cut, since a block might lie on one device alone.
     """
     simple = jnp.issubdtype(leaf.dtype, jnp.number) and leaf.dtype.itemsize <= 4
     if leaf.size <= _BLOCK or not simple or len(leaf.sharding.device_set) > 1:
@@ -96,7 +96,8 @@ def _sums(leaf: jax.Array, first: jax.Array) -> jax.Array:
     for axis, size in enumerate(bits.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     position = position + first
-    # The bits are hashed too, not multiplied: signs are top bits, and two of them would cancel modulo 2**32.
+    # Hashed, and not multiplied by a factor for the position: the sign is the top bit, 2**31 times an odd factor is 2**31
+    # modulo 2**32, and so two changed signs would cancel.
     sums = [jnp.sum(_mix(_mix(bits ^ seed) + _mix(position + seed)), dtype=jnp.uint32) for seed in _SEEDS]
     return jnp.stack(sums)
 

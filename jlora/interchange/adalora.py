@@ -18,18 +18,18 @@ from jlora.interchange.recorded import Recorded
 from jlora.interchange.written import PREFIX, Written, origin
 from jlora.methods.adalora import AdaLoRA
 
-# PEFT divides alpha by the rank and this.
+# PEFT's scale is alpha / (rank + this).
 EPSILON = 1e-5
 KINDS = ("linear", "conv1d_gpt2")
 
 
 def single(slots: list[Slot]) -> bool:
-    """Whether each torch parameter is one piece of one leaf, and a plain matrix."""
+    """Whether each torch parameter is a plain matrix that comes whole from one leaf, not fused from several."""
     return all(slot.kind in KINDS and slot.part is None and slot.entry.columns is None for slot in slots)
 
 
 def holds(adapters: list[tuple[Form | None, list[Slot]]]) -> bool:
-    """One method for all, on plain matrices."""
+    """Whether all adapters have one method and are on plain matrices: PEFT's AdaLoRA has one set of hyperparameters."""
     methods = {form.site.method for form, _ in adapters if form is not None}
     return len(methods) == 1 and all(single(slots) for _, slots in adapters)
 
@@ -92,10 +92,10 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
 
 
 def plain_matrix(module: str, key: str, index: Index) -> str:
-    """The parameter that a module's adapter adapts, which is one leaf's, or one layer's of a stack.
+    """The parameter that a module's adapter adapts, which must be one leaf, or one layer of a stacked leaf.
 
     Raises:
-        ValueError: where it is not.
+        ValueError: for a fused or tied parameter, or one that is no plain matrix.
     """
     name = index.matrix(module, key)
     if name in index.tied or not single(index.by_name[name]):
@@ -106,7 +106,7 @@ def plain_matrix(module: str, key: str, index: Index) -> str:
 def read(
     folder: AdapterFolder, settings: Settings, found: dict[str, dict[str, str]], index: Index, recorded: Recorded
 ) -> list[Read]:
-    """The adapters, by leaf; what was pruned has zeros."""
+    """The adapters, one for each leaf; ranks that the file lacks of `init_r`, since they were pruned, come back as zeros."""
     rank, alpha = settings.integer("init_r", 12), settings.number("lora_alpha", 8)
     alpha = (alpha if alpha > 0 else rank) * rank / (rank + EPSILON)
     target = min(settings.integer("target_r", 8), rank)

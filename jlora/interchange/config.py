@@ -28,7 +28,7 @@ USED = {
     "vera_dropout": "`VeRA(dropout)`",
 }
 
-# Settings of training, of how PEFT finds its modules, or of where things came from: the tensors tell the rest.
+# Settings of the training, of how PEFT finds its modules, or of provenance: they don't change what the tensors mean.
 UNUSED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "deltaT", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform",
@@ -37,7 +37,7 @@ UNUSED = {
     "target_modules", "target_r", "task_type", "tfinal", "tinit", "total_step", "loftq_config",
 }  # fmt: skip
 
-# Settings that would make the adapter another function of its tensors than the one jlora computes.
+# Settings under which PEFT computes something else from the tensors than jlora would.
 REFUSED = {
     "alora_invocation_tokens": "an adapter that acts after some tokens only (aLoRA)",
     "arrow_config": "routing among adapters (Arrow)",
@@ -50,10 +50,10 @@ REFUSED = {
     "velora_config": "compressed activations (VeLoRA)",
 }
 
-# Values of a setting that is off.
+# The values by which a setting is off.
 OFF = (None, False, [], {}, "")
 
-# Starts that change the base in a way which the tensors don't hold.
+# Starts for which PEFT changes the base, in a way that can't be found out from the tensors.
 EDITED_BASE = ("loftq", "corda", "lora_ga")
 
 
@@ -83,7 +83,11 @@ class Settings:
         self.init = self._init()
 
     def _unknown(self, key: str, value: Any) -> None:
-        """PEFT leaves out settings of later releases, with a warning; all that changed a function so far were these."""
+        """Warns of an unknown setting, as PEFT does, which leaves out settings of later releases.
+
+        Raises:
+            ValueError: for true, a list or a table: every setting that has changed what the tensors mean had such a value.
+        """
         if value is True or isinstance(value, list | dict):
             raise ValueError(
                 f"{self._where}: the setting {key[:100]!r} = {brief(value)} is unknown, and it may change what the tensors "
@@ -154,15 +158,15 @@ class Settings:
         return value
 
     def bare_list(self, key: str) -> list[Any] | None:
-        """The value, where it is a list and no table."""
+        """A list that is not empty; None for anything else, such as a table."""
         value = self._config.get(key)
         return value if isinstance(value, list) and value else None
 
     def check_target(self, module: str, key: str) -> None:
-        """A module is among those that PEFT adapts by these settings: it ignores the tensors of any other.
+        """Refuses a module that PEFT would not adapt by these settings, since PEFT would ignore its tensors.
 
         Raises:
-            ValueError: where it is not, or a setting is ill-formed.
+            ValueError: for such a module, or an ill-formed setting.
         """
         try:
             reason = targets.left_out(self._config, module)
@@ -174,15 +178,15 @@ class Settings:
             )
 
     def rank(self, target: str) -> int:
-        """The rank of a module, by PEFT's rule: the first pattern that ends its name."""
+        """The rank of a module, by PEFT's rule: that of the first entry of `rank_pattern` that matches the end of its name."""
         return self._positive(*self._pattern("rank_pattern", target, "r"))
 
     def alpha(self, target: str) -> float:
-        """The alpha of a module."""
+        """The alpha of a module, likewise by `alpha_pattern`."""
         return self._finite(*self._pattern("alpha_pattern", target, "lora_alpha"))
 
     def _pattern(self, key: str, target: str, default: str) -> tuple[str, Any]:
-        """Where the value for a module stands, and the value."""
+        """For a module the words that name a setting in messages, and its value."""
         for pattern, value in self.table(key).items():
             try:
                 if patterns.matches(pattern, target):

@@ -1,4 +1,4 @@
-"""An adapter folder, read with distrust: nothing is allocated before the headers make sense, and nothing is unpickled."""
+"""Reads an adapter folder that may come from a stranger: headers are checked before memory is taken, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -72,10 +72,16 @@ class AdapterFolder:
         return tuple(self._slices[key].get_shape())
 
     def check(self, key: str, shape: tuple[int, ...], what: str, kinds: dict[str, np.dtype] = FLOATS) -> None:
-        """A tensor has the shape that it must have, and a dtype that is read.
+        """Refuses a tensor of another shape, or of a dtype that is not read.
+
+        Args:
+            key: name of the tensor.
+            shape: the shape that it must have.
+            what: what it is for, in the message.
+            kinds: the dtypes that are read.
 
         Raises:
-            ValueError: where it has not.
+            ValueError: naming the file and the tensor.
         """
         if self.shape(key) != shape:
             raise ValueError(f"{self.file}: {key!r} has shape {list(self.shape(key))}, wanted {list(shape)} for {what}")
@@ -101,10 +107,10 @@ class AdapterFolder:
         return tensor
 
     def read_as(self, key: str, dtype: np.dtype) -> np.ndarray:
-        """A tensor in the dtype of an adapter, which loses nothing.
+        """A tensor in the dtype that adapters of its base have.
 
         Raises:
-            ValueError: where it would.
+            ValueError: for a tensor of a wider dtype, which would lose digits.
         """
         tensor = self.read(key)
         if tensor.dtype.itemsize > dtype.itemsize:
@@ -127,7 +133,7 @@ def brief(value: Any) -> str:
 
 
 def _check_header(path: Path) -> None:
-    """The length that the first eight bytes claim is one that a header of this file can have."""
+    """Refuses a file whose first eight bytes state a length of the header that the file can't have, or that is too large."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""The kinds of adapter that PEFT has and jlora too."""
+"""The kinds of adapter that both PEFT and jlora have."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Format:
     Attributes:
         peft_type: its name.
         kind: the kind of `Form` that it holds.
-        own_biases: what it calls training the biases of adapted modules alone.
-        holds: whether it can hold these forms exactly, all together.
-        write: adds adapters to a folder (plainly, if it is to be served) and returns the adapted modules.
-        find: which tensors of a folder are which adapter's, with their shapes checked; nothing is read.
-        read: the adapters by leaf.
+        own_biases: the value of its setting `bias` for training the biases of adapted modules alone; "" where it has none.
+        holds: whether one folder of this type can hold all these forms exactly.
+        write: adds adapters to a folder and returns the names of the adapted modules; its last argument says whether the folder
+            is for a server, which reads plain LoRA only.
+        find: finds the tensors of each adapter in a folder and checks their shapes, without reading them.
+        read: reads the adapters, one for each leaf.
     """
 
     peft_type: str

@@ -1,4 +1,4 @@
-"""What PEFT has for each method: the arrays of a leaf, with the batch axes in front."""
+"""The adapter of a leaf in the terms of PEFT: for each method the arrays that PEFT has for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Form:
         alpha: numerator of the scale.
         rslora: whether the scale is `alpha / sqrt(r)` and not `alpha / r`.
         dropout: probability of dropping an entry of the adapter's input while training.
-        residual: `|delta - a b| / |delta|` for each matrix, where this is a truncation.
+        residual: for a form made by truncation `|delta - a b| / |delta|` of each matrix; else None.
         shared: constants that all leaves of the method have in common.
     """
 
@@ -58,9 +58,9 @@ class Form:
 
 
 def native(weight: Weight) -> Form | None:
-    """The form in which PEFT has the method itself, exact to the bit; None where it has none.
+    """The form in which PEFT has the method itself, exact to the bit; None where PEFT doesn't have it.
 
-    By the class itself: one derived from it may have another weight.
+    Only the exact class counts: a class that is derived from it may have another weight.
     """
     site = weight.site
     assert site is not None
@@ -142,7 +142,10 @@ NATIVE: dict[type[Method], Callable[[Site, Any, dict[str, Any]], Form | None]] =
 
 
 def as_lora(weight: Weight) -> Form | None:
-    """The exact LoRA form, scale in `b`, of a method whose weight is `w + a @ b`; None for any other."""
+    """The exact LoRA form of a method whose weight is `w + a @ b`, with the scale in `b`; None for any other method.
+
+    For DoRA that of the method inside, with DoRA's magnitude.
+    """
     site = weight.site
     assert site is not None
     around = type(site.method) is DoRA
@@ -162,15 +165,15 @@ def as_lora(weight: Weight) -> Form | None:
 
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
-    """Whether a method's factors give its weight, as the contract wants it: one that inherits them may have another weight."""
+    """Whether a method's factors give its weight: a user's class may change `weight` and inherit `factors`."""
     told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
-    # The difference of two weights is no more exact than they are.
+    # The second term is the rounding error of the weights, of which `wanted` is a difference.
     size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps
     return bool(jnp.max(jnp.abs(told - wanted)) <= size)
 
 
 def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
-    """The best LoRA of a rank for what the method adds to the weight, with what it leaves out.
+    """The LoRA of a rank that is closest to the change of the weight, with the residual that it leaves.
 
     Raises:
         ValueError: for a leaf that is no matrix, or a change that is not finite.
@@ -193,7 +196,11 @@ def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
 
 
 def _with_roles(site: Site, slot: Slot) -> Site:
-    """A site whose method takes the leaf as it is, with the axes that the names give."""
+    """The site of a method that knows no roles, such as `Full`, with the roles that the names give the axes.
+
+    Raises:
+        ValueError: where the names say that the leaf is no matrix.
+    """
     if slot.kind == "plain":
         raise ValueError(f"{site.path}: {site.method} trains a leaf that is no matrix, which LoRA can't express")
     roles = {"in_axes": slot.axes("in"), "out_axes": slot.axes("out", "part")}

@@ -1,4 +1,4 @@
-"""Torch names to leaves: the way back."""
+"""From torch names to leaves, for reading."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from jlora.interchange.names import Slot
 from jlora.methods import Full
 
 Keys = tuple[str, ...]
-# What an adapter of a module adapts, in the order in which it is looked for.
+# The last word of the parameter that an adapter of a module adapts: the first of these that the module has.
 MATRICES = ("weight", "in_proj_weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """One leaf's adapter as it was read: its site, trained arrays, constants, and the constants shared with others."""
+    """One leaf's adapter as it was read.
+
+    Attributes:
+        site: the leaf with its method.
+        params: the trained arrays.
+        frozen: the constants.
+        shared: the constants that all leaves of the method have in common.
+    """
 
     site: Site
     params: dict[str, Any]
@@ -30,7 +37,7 @@ class Read:
 
 
 class Index:
-    """Every torch parameter that the names know, and the leaves that it makes up.
+    """Every torch parameter that the names know, with the leaves that it is a part of.
 
     Args:
         slots: the slots of every leaf.
@@ -49,8 +56,12 @@ class Index:
     def matrix(self, module: str, key: str) -> str:
         """The parameter that an adapter of a module adapts.
 
+        Args:
+            module: name of the module.
+            key: name of the adapter's tensor, for the message.
+
         Raises:
-            ValueError: where no leaf is one.
+            ValueError: where no leaf of the params is that parameter.
         """
         for last in MATRICES:
             if (name := f"{module}.{last}") in self.by_name or name in self.tied:
@@ -58,7 +69,11 @@ class Index:
         raise ValueError(self._unknown(module, key))
 
     def parameter(self, name: str, key: str) -> str:
-        """A parameter that some leaf is.
+        """The name of a parameter, if a leaf of the params is that parameter.
+
+        Args:
+            name: of the parameter.
+            key: name of its tensor, for the message.
 
         Raises:
             ValueError: where no leaf is.
@@ -100,11 +115,11 @@ class Index:
         )
 
     def leaves_of(self, names: set[str]) -> list[Keys]:
-        """The leaves that any of these parameters are of, in the order of the params."""
+        """The leaves that hold any of these parameters, in the order of the params."""
         return [keys for keys in self.leaves if any(slot.name in names for slot in self.slots.get(keys, ()))]
 
     def stack(self, site: Site, pieces: list[tuple[Slot, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-        """The pieces of a leaf with the batch axes in front; what is missing is 0."""
+        """Puts the pieces of a leaf together, with the batch axes in front; where a piece is missing, arrays are 0."""
         first = pieces[0][1]
         experts = {name: (array.shape[1:] if pieces[0][0].experts else array.shape) for name, array in first.items()}
         found = {name: np.zeros((*site.batch_shape, *shape), first[name].dtype) for name, shape in experts.items()}
@@ -115,5 +130,5 @@ class Index:
 
 
 def trained_dtype(dtype: Any) -> np.dtype:
-    """What adapters of a base are stored in: float32 at least."""
+    """The dtype of adapters of a base: the base's, but float32 at least."""
     return np.dtype(np.float32) if np.dtype(dtype).itemsize < 4 else np.dtype(dtype)

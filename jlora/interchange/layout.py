@@ -1,4 +1,4 @@
-"""Matrices, factors and whole leaves between jlora's layout and torch's."""
+"""Converts factors and whole leaves between the layouts of jlora and torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jlora.interchange.names import Slot
 
 
 def check_site(slot: Slot, site: Site) -> None:
-    """The names and the adapter agree on what the leaf's axes are.
+    """Refuses names that give a leaf's axes other roles than the adapter does.
 
     Raises:
-        ValueError: where they don't.
+        ValueError: naming both.
     """
     if not site.method.matrix:
         return
@@ -36,19 +36,19 @@ def check_site(slot: Slot, site: Site) -> None:
 
 
 def part_is_stacked(slot: Slot, site: Site) -> bool:
-    """Whether the axis that counts the names is one of the adapter's batch axes."""
+    """Whether the axis with the role "part", which counts the names, is one of the adapter's batch axes."""
     return bool(slot.axes("part")) and set(slot.axes("part")) <= set(site.batch_axes)
 
 
 def batch_index(slot: Slot, site: Site) -> tuple[int | slice, ...]:
-    """Where the slot's piece is on the batch axes of the method's arrays; experts stay together."""
+    """The index of the slot's piece along the batch axes of the method's arrays; an axis of experts is taken whole."""
     stacked = dict(zip(slot.stacked, slot.index))
     part = dict.fromkeys(slot.axes("part"), slot.part)
     return tuple(stacked.get(axis, part.get(axis, slice(None))) for axis in site.batch_axes)  # type: ignore[misc]
 
 
 def columns(slot: Slot, site: Site) -> np.ndarray | slice:
-    """Which columns of the folded matrix are the slot's."""
+    """The columns of the folded matrix that belong to the slot."""
     if slot.part is None or part_is_stacked(slot, site):
         return slice(None)
     return slot.leaf_columns()
@@ -157,7 +157,7 @@ def whole_to_torch(slot: Slot, leaf: np.ndarray) -> np.ndarray:
 def whole_from_torch(slot: Slot, tensor: np.ndarray, leaf: np.ndarray) -> None:
     """Writes the slot's piece of a torch parameter (with the slot's columns only) into a leaf of jlora's layout."""
     order = _permutation(slot)
-    target = leaf.transpose(order)[(*slot.index, ...)]  # a view, of no axes too
+    target = leaf.transpose(order)[(*slot.index, ...)]  # the ellipsis makes it a view even where all axes are indexed
     if slot.kind == "plain" and slot.part is None and slot.entry.columns is None:
         target[...] = tensor
         return
@@ -181,5 +181,5 @@ def take_columns(slot: Slot, tensor: np.ndarray) -> np.ndarray:
 
 
 def out_axis(slot: Slot) -> int:
-    """Where the out axis of the torch parameter is."""
+    """The number of the torch parameter's out axis."""
     return {"linear": 0, "conv": 0, "plain": 0, "experts": 1}.get(slot.kind, 2 if slot.experts is not None else 1)

@@ -27,8 +27,8 @@ from jlora.interchange.recorded import Recorded
 def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapted:
     """Reads an adapter in PEFT's format onto its base.
 
-    Only safetensors is read, never a pickle. Settings, names and shapes are checked before any tensor is read, and each
-    tensor has a place, or it is an error. Where `save_peft` wrote the folder, its manifest gives the methods back as they
+    Only safetensors is read, never a pickle. Settings, names and shapes are checked before any tensor is read, and a tensor
+    that belongs nowhere is an error. Where `save_peft` wrote the folder, its manifest gives the methods back as they
     were.
 
     Args:
@@ -41,7 +41,7 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
 
     Raises:
         FileNotFoundError: where a file is missing.
-        ValueError: where a file is damaged, or holds what these params or jlora have no place for.
+        ValueError: where a file is damaged, or holds something that these params or jlora's methods have no place for.
 
     Example:
         >>> model, params = jlora.models.load(jlora.models.STORIES260K)
@@ -72,7 +72,7 @@ def _read(folder: AdapterFolder, index: Index) -> list[Read]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Every refusal names the folder, also that of a method which knows of none."""
+    """Adds the folder to an error that doesn't name it, such as that of a method."""
     try:
         yield
     except ValueError as error:

@@ -12,7 +12,7 @@ from jlora.interchange.names import Slot
 from jlora.interchange.pieces import Piece, join, split
 from jlora.interchange.written import PREFIX, Written, origin
 
-# What PEFT calls having no targets.
+# PEFT's word for an adapter that has no target modules.
 NO_TARGETS = "dummy-target-modules"
 
 
@@ -50,7 +50,7 @@ def _write_piece(out: Written, piece: Piece, stem: str) -> None:
     out.add(f"{stem}.{ends[1]}", layout.b_to_torch(piece.slot, piece.b), _origins(piece, "b"))
     if piece.m is not None:
         out.add(f"{stem}.lora_magnitude_vector", _magnitude(piece), _origins(piece, "m"))
-    for module in _tied(piece):  # the same matrix the other way round
+    for module in _tied(piece):  # there the weight is the transpose, so the factors change places
         out.add(f"{PREFIX}{module}.lora_A.weight", piece.b, _origins(piece, "b"))
         out.add(f"{PREFIX}{module}.lora_B.weight", piece.a, _origins(piece, "a"))
 
@@ -90,7 +90,14 @@ def _check(pieces: list[Piece]) -> None:
 
 
 def _nesting(piece: Piece, pieces: list[Piece]) -> str:
-    """PEFT wraps a module's 3-D parameters one around the other: the last that it defines is outermost."""
+    """The part of a key that says which 3-D parameter of a module is meant.
+
+    PEFT wraps the parameters one around the other, the last that the module defines outermost; each step inwards is one
+    `.base_layer`.
+
+    Raises:
+        ValueError: where the names don't give the order.
+    """
     together = [other for other in pieces if other.slot.experts and other.slot.module == piece.slot.module]
     if len(together) == 1:
         return ""
@@ -122,12 +129,12 @@ def _origins(piece: Piece, role: str) -> list[dict[str, Any]]:
 
 
 def target(slot: Slot) -> str:
-    """What PEFT matches its patterns against: the module, or a 3-D parameter itself."""
+    """The name that PEFT matches its patterns against: the module's, or that of a 3-D parameter."""
     return slot.name if slot.experts else slot.module
 
 
 def settings(pieces: list[Piece], modules: set[str]) -> dict[str, Any]:
-    """The settings of `adapter_config.json` that the pieces ask for."""
+    """The settings of `adapter_config.json` for these pieces."""
     rslora = bool(pieces) and all(piece.rslora for piece in pieces)
     names = [(name, piece) for piece in pieces for name in (target(piece.slot), *_tied(piece))]
     ranks = {name: piece.rank for name, piece in names}
@@ -158,7 +165,7 @@ def _alpha(piece: Piece, rslora: bool) -> float:
 
 
 def _number(value: float) -> int | float:
-    """Whole numbers as such: servers read `lora_alpha` as an integer."""
+    """A whole number as an int, since servers read `lora_alpha` as an integer."""
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -168,7 +175,7 @@ def _commonest(values: Any, default: int) -> Any:
 
 
 def shortest(targets: list[str], modules: set[str]) -> list[str]:
-    """The targets by their last word where that means exactly the same modules, else by their full names."""
+    """The targets by the last word of their names where exactly these modules end in it, else by their full names."""
     chosen, found = set(targets), []
     for name in targets:
         last = name.rpartition(".")[2]

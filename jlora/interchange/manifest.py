@@ -16,7 +16,7 @@ from jlora.interchange.written import Written
 
 FILE = "jlora_manifest.json"
 FORMAT = 1
-# Settings that may change without making the adapter another: where it came from, and for what.
+# Settings that a user may edit: they say where the adapter came from and what it is for, not what it computes.
 FREE = {"base_model_name_or_path", "inference_mode", "target_modules", "task_type"}
 
 
@@ -61,7 +61,7 @@ def sha256(path: Path) -> str:
 
 
 def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder, its methods as such, or None where it has none.
+    """The manifest of a folder, with its methods as objects; None for a folder without a manifest.
 
     Raises:
         ValueError: where it can't be read, or describes other tensors or settings than those beside it.
@@ -92,7 +92,7 @@ def read(directory: Path, tensors: Path, config: dict[str, Any]) -> dict[str, An
 
 
 def _method(table: Any) -> Method | None:
-    """The method of a leaf; None for a class that is not imported, since what PEFT reads is whole without it."""
+    """The method of a leaf; None for a class that is not imported: PEFT's files tell enough to read the adapter without it."""
     try:
         return method_from_dict(table)
     except UnknownClass:
@@ -100,7 +100,7 @@ def _method(table: Any) -> Method | None:
 
 
 def _check(found: dict[str, Any]) -> None:
-    """Every value that is used has its type."""
+    """Refuses a manifest in which a value that is used later is missing or has another type."""
     if found["format"] != FORMAT:
         raise ValueError(f"format {brief(found['format'])}, wanted {FORMAT}")
     _wanted(found["profile"] in ("peft", "serving"), "profile", found["profile"])

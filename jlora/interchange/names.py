@@ -1,4 +1,4 @@
-"""Which torch parameter a leaf is: tables that a person writes, never a guess from shapes."""
+"""Which torch parameter a leaf is: by a table that a person writes, never guessed from shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Slot:
         shape: its shape.
         roles: one word an axis.
         index: position on each stacked axis.
-        part: which of several names, or None.
+        part: the number of the name among several, or None.
         entry: the table's entry.
         name: the torch parameter.
     """
@@ -78,7 +78,7 @@ class Slot:
         return tuple(self.shape[axis] for axis in self.axes(*roles))
 
     def leaf_columns(self) -> np.ndarray:
-        """Which of the leaf's folded "out" columns this is, in torch's order."""
+        """The numbers of the leaf's folded "out" columns that belong to this slot, in torch's order."""
         shape = self.sizes("out", "part")
         every = np.arange(math.prod(shape)).reshape(shape)
         if self.part is None:
@@ -90,7 +90,7 @@ class Slot:
         return np.take(every, self.part, axis=axis).reshape(-1)
 
     def torch_columns(self) -> tuple[int, int, int]:
-        """Start, stop and width of this in the torch parameter's out axis."""
+        """Where the slot lies along the torch parameter's out axis: start, stop, and the axis' whole width."""
         width = len(self.leaf_columns())
         return self.entry.columns or (0, width, width)
 
@@ -163,7 +163,11 @@ def slots(keys: tuple[str, ...], shape: tuple[int, ...], entry: Any, groups: dic
 
 
 def _default(path: str, shape: tuple[int, ...], name: str, groups: dict[str, str]) -> TorchParameter:
-    """What a bare name means: by the leaf's last key, and vectors have one layout only."""
+    """The entry that a bare name stands for.
+
+    Its kind follows from the leaf's last key and number of axes (a vector has one layout only), and its last word, where it
+    has none, from the last key.
+    """
     last = path.rpartition("/")[2]
     stacked = len([field for field in _fields(name) if field not in groups])
     kind = "embedding" if last == "embedding" else "plain" if len(shape) - stacked <= 1 else "linear"
@@ -224,7 +228,7 @@ def _check_entry(slot: Slot, groups: dict[str, str]) -> None:
 
 
 def _check_places(found: dict[tuple[str, ...], list[Slot]]) -> None:
-    """No two slots share a column of a torch parameter, and those of one parameter agree on what it is."""
+    """Refuses slots that share a column of a torch parameter, or differ on what one parameter is."""
     by_name: dict[str, list[Slot]] = {}
     for each in found.values():
         for slot in each:

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter folder are, by their names."""
+"""Finds out from the names of an adapter folder's tensors what they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from jlora.interchange.folder import AdapterFolder
 from jlora.interchange.written import PREFIX
 
-# Ends of keys, by PEFT's method: what a tensor is of its module.
+# For each of PEFT's methods the ends of keys, and the role that such a tensor has in its module.
 ENDS = {
     "LORA": {
         ".lora_A.weight": "a",
@@ -26,20 +26,20 @@ SHARED = {"base_model.vera_A": "a", "base_model.vera_B": "b"}
 TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPED = ".base_layer"
 SAVED = "modules_to_save"
-# Words behind which the name of an adapter stands in memory; files that were not written by PEFT's own saving keep it.
+# In memory, the adapter's name follows these words in a key. PEFT removes it when it saves; other programs may not.
 NAMED = {end.split(".")[1] for ends in ENDS.values() for end in ends}
 NAMED |= {SAVED, "trainable_tokens_delta", "vera_A", "vera_B"}
 
 
 @dataclass
 class Contents:
-    """The keys of a folder, by what they are.
+    """The keys of a folder's tensors, sorted by what the tensors are.
 
     Attributes:
-        adapters: for each torch module, or module with `.base_layer` behind it (3-D parameters), key by role.
+        adapters: for each torch module (with `.base_layer` behind it for some 3-D parameters) the key of each role.
         shared: keys of the arrays that all modules share.
         parameters: key of each torch parameter that is stored whole.
-        copies: key of each torch parameter that PEFT stores beside an adapter of it.
+        copies: key of each torch parameter that is stored unchanged beside an adapter of it.
         rows: for each embedding the key of its replaced rows.
     """
 
@@ -51,7 +51,7 @@ class Contents:
 
 
 def parse(folder: AdapterFolder, peft_type: str) -> Contents:
-    """The contents of a folder; every key is something.
+    """The contents of a folder; a key that is nothing known is an error.
 
     Raises:
         ValueError: for a key that no adapter of this method has, two keys of one meaning, or several adapters.
@@ -77,7 +77,10 @@ def parse(folder: AdapterFolder, peft_type: str) -> Contents:
 
 
 def _without_adapter(name: str) -> tuple[str, str | None]:
-    """A key without the name that PEFT gives an adapter in memory, and this name: `up.lora_A.default.weight`."""
+    """A key without the adapter's name that PEFT has in it in memory, and that name, or None.
+
+    Of `up.lora_A.default.weight` these are `up.lora_A.weight` and `default`.
+    """
     words = name.split(".")
     at = max((n for n, word in enumerate(words) if word in NAMED), default=len(words))
     called = words[at + 1] if at + 1 < len(words) and words[at + 1] not in ("weight", "bias") else None
@@ -86,7 +89,7 @@ def _without_adapter(name: str) -> tuple[str, str | None]:
 
 
 def _place(found: Contents, name: str, ends: dict[str, str]) -> tuple[dict[str, str], str]:
-    """Where a key belongs: a dict of the contents, and its key there."""
+    """Where a key belongs: one of the dicts of the contents, and the name under which it stands there."""
     for end, role in ends.items():
         if name.endswith(end):
             return found.adapters.setdefault(name.removesuffix(end), {}), role

@@ -1,4 +1,4 @@
-"""PEFT's patterns of module names, by its rule, but in bounded time whatever the pattern."""
+"""Matches PEFT's patterns of module names by its rule, but in bounded time whatever the pattern."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_STEPS = 200_000
 # Python's own parser, so that a pattern means here what it means in `re`.
 _parser: Any = importlib.import_module("re._parser")
 
-# A name has no line ends, so that these flags change nothing; that of verbose patterns is the parser's.
+# Flags that need no care here: a name has no line ends, and the parser deals with verbose patterns.
 _WITHOUT_EFFECT = re.UNICODE | re.DOTALL | re.MULTILINE | re.VERBOSE
 
 _CATEGORIES = {
@@ -23,7 +23,7 @@ _CATEGORIES = {
 
 
 def matches(pattern: str, name: str) -> bool:
-    r"""Whether a pattern of PEFT is of a module: `re.match(rf"(.*\.)?({pattern})$", name)`.
+    r"""Whether a pattern of PEFT matches the name of a module: `re.match(rf"(.*\.)?({pattern})$", name)`.
 
     Args:
         pattern: a regular expression, or simply the end of a name.
@@ -36,18 +36,18 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def fullmatch(pattern: str, name: str) -> bool:
-    """Whether a pattern is of the whole of a name, as `re.fullmatch` says.
+    """Whether a pattern matches the whole of a name, as `re.fullmatch` has it.
 
-    Adapter folders come from strangers, and `re` takes exponential time for some patterns. So sets of positions go
-    through the parsed pattern, all ways at once.
+    Adapter folders come from strangers, and `re` takes exponential time for some patterns. So the parsed pattern is followed
+    here for all positions at once, in a bounded number of steps.
 
     Args:
         pattern: a regular expression.
         name: a module's name.
 
     Raises:
-        ValueError: for what is no pattern, and for constructs that go beyond regular expressions (back references, atomic
-            groups).
+        ValueError: for what is no pattern, for constructs that go beyond regular expressions (back references, atomic
+            groups), and for a pattern or name that is too long or takes too many steps.
     """
     if max(len(pattern), len(name)) > LONGEST:
         raise ValueError(f"it or the name {name[:50]!r} has more than {LONGEST} characters")
@@ -61,14 +61,14 @@ def fullmatch(pattern: str, name: str) -> bool:
 
 
 class _Matcher:
-    """The positions of one text that parts of a pattern lead to."""
+    """Finds for parts of a pattern the positions of one text at which a match can end."""
 
     def __init__(self, text: str, flags: int):
         self.text, self.steps = text, 0
         self.any_case = self._has_any_case(flags)
 
     def sequence(self, parts: Any, starts: set[int]) -> set[int]:
-        """Where a sequence of parts can end that begins at one of some positions."""
+        """The positions where a match of all parts, one after the other, can end if it begins at one of `starts`."""
         for op, argument in parts:
             self.steps += len(starts)
             if self.steps > MOST_STEPS:
@@ -109,7 +109,7 @@ class _Matcher:
         return ends
 
     def _read(self, at: int) -> set[str]:
-        """The character at a position, in both cases where that makes no difference."""
+        """The character at a position; both its cases where the pattern ignores case."""
         character = self.text[at]
         return {character.lower(), character.upper()} if self.any_case else {character}
 
@@ -129,7 +129,7 @@ class _Matcher:
     def _looks(self, direction: int, part: Any, at: int) -> bool:
         if direction > 0:
             return bool(self.sequence(part, {at}))
-        start = at - part.getwidth()[0]  # what looks back has one width
+        start = at - part.getwidth()[0]  # the parser allows a look-behind of one width only
         return start >= 0 and at in self.sequence(part, {start})
 
     def _holds(self, where: str, at: int) -> bool:
@@ -143,7 +143,7 @@ class _Matcher:
 
 
 def _is_of(op: str, argument: Any, characters: set[str]) -> bool:
-    """Whether a part that stands for one character stands for any of these."""
+    """Whether a part of a pattern that matches one character matches any of these."""
     if op == "IN":
         negated = argument[0][0].name == "NEGATE"
         return negated != any(_is_of(item.name, value, characters) for item, value in argument[negated:])

@@ -1,4 +1,4 @@
-"""One low-rank adapter a torch parameter: leaves split along their stacks and parts, parts of one parameter joined."""
+"""Makes one low-rank adapter for each torch parameter: leaves are split along stacks and parts, then joined by parameter."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jlora.interchange.names import Slot
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part of a tensor comes from: these ranks of it are these fields of a leaf, at a position of its stack.
+    """Where some ranks of a tensor come from.
 
     Attributes:
-        slot: the piece of the leaf.
-        form: the leaf's adapter.
-        ranks: start and stop of the leaf's ranks in the parameter's.
+        slot: the piece of a leaf that they come from.
+        form: that leaf's adapter.
+        ranks: start and stop of the leaf's ranks among those of the parameter.
     """
 
     slot: Slot
@@ -29,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """A low-rank adapter of one torch parameter: `s * a @ b`, with `a [in, r]`, `b [r, out]` (`E` in front: experts).
+    """A low-rank adapter of one torch parameter: `s * a @ b`, with `a [in, r]`, `b [r, out]`, and an axis of experts in front.
 
     Attributes:
         slot: the parameter; where several leaves make it up, the first of them.
@@ -60,12 +60,12 @@ class Piece:
 
     @property
     def scale(self) -> float:
-        """`s`."""
+        """The factor `s` of `a @ b`."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 def split(form: Form, slots: Iterable[Slot]) -> list[Piece]:
-    """A leaf's adapter, one piece a slot."""
+    """A leaf's adapter cut into pieces, one for each slot."""
     found = []
     for slot in slots:
         index, columns = layout.batch_index(slot, form.site), layout.columns(slot, form.site)
@@ -77,10 +77,10 @@ def split(form: Form, slots: Iterable[Slot]) -> list[Piece]:
 
 
 def join(pieces: Iterable[Piece]) -> list[Piece]:
-    """The pieces with those of one torch parameter joined: `a` side by side, `b` block by block.
+    """Joins the pieces of one torch parameter: `a` side by side, `b` as diagonal blocks, so that ranks add up.
 
     Raises:
-        ValueError: for DoRA on some columns of a parameter only, whose magnitude would be of all.
+        ValueError: for DoRA on some columns of a parameter only, since PEFT's magnitude has all columns.
     """
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:

@@ -23,22 +23,23 @@ from jlora.interchange.recorded import Recorded
 from jlora.methods import DoRA, Full, LoRA
 from jlora.methods.dora import column_norms
 
-# In torch's MultiheadAttention PEFT merges this layer twice: with the attention, and as a layer of its own.
+# The out_proj of torch's MultiheadAttention, inside PEFT's wrapper. PEFT merges it twice, with the attention and as a layer of
+# its own, so its scale counts twice.
 INNER = f"{WRAPPED}.out_proj"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The LoRA of one torch parameter as it lies in a file.
+    """The LoRA of one torch parameter as a file has it.
 
     Attributes:
         name: the parameter.
         a, b: keys of the factors.
         m: key of DoRA's magnitude, or None.
-        bias: key of a bias that is added behind B, times the scale, or None.
+        bias: key of the bias of B (PEFT's `lora_bias`), which is added to the output times the scale; or None.
         rank: columns of `a`, by the settings.
         scale: the factor of `a @ b`.
-        rslora: whether that is `alpha / sqrt(rank)`.
+        rslora: whether the scale is `alpha / sqrt(rank)`.
     """
 
     name: str
@@ -98,7 +99,11 @@ def _stored(
 
 
 def _factors(folder: AdapterFolder, settings: Settings, stem: str, roles: dict[str, str]) -> tuple[str, str]:
-    """The roles of A and B, of which both are there, and a magnitude where there must be one."""
+    """The roles of A and B: those of an embedding, or those of any other module.
+
+    Raises:
+        ValueError: where one of the two is missing, or the magnitude is missing or superfluous.
+    """
     pair = ("embedding_a", "embedding_b") if {"embedding_a", "embedding_b"} & set(roles) else ("a", "b")
     for role, text in zip(pair, ("A", "B")):
         if role not in roles:
@@ -110,7 +115,7 @@ def _factors(folder: AdapterFolder, settings: Settings, stem: str, roles: dict[s
 
 
 def _check_attention(folder: AdapterFolder, stem: str, key: str, index: Index) -> None:
-    """PEFT adapts torch's MultiheadAttention as a whole; it never calls the module that an adapter of `out_proj` alone has."""
+    """Refuses an adapter of the `out_proj` alone of torch's MultiheadAttention: PEFT never calls it."""
     attention, _, last = stem.rpartition(".")
     if last == "out_proj" and not stem.endswith(INNER) and f"{attention}.in_proj_weight" in index.by_name:
         raise ValueError(
@@ -120,7 +125,7 @@ def _check_attention(folder: AdapterFolder, stem: str, key: str, index: Index) -
 
 
 def _check_groups(folder: AdapterFolder, a: str, b: str, slot: Slot) -> None:
-    """PEFT's A of a convolution in groups reads the channels of all groups, and B those of one; no kernel does that."""
+    """Refuses PEFT's LoRA of a convolution in groups: its A reads the channels of all groups, and no kernel does that."""
     if slot.kind != "conv" or min(len(folder.shape(key)) for key in (a, b)) < 3:
         return
     (rank, channels), ranks, own = folder.shape(a)[:2], folder.shape(b)[1], slot.sizes("in")[-1]
@@ -132,7 +137,7 @@ def _check_groups(folder: AdapterFolder, a: str, b: str, slot: Slot) -> None:
 
 
 def _check_bias(folder: AdapterFolder, key: str, name: str, contents: Contents, index: Index) -> None:
-    """A bias behind B is a change of the module's own bias, which must be there, and trained in no other way."""
+    """Checks the bias of a B, which changes the module's own bias: that must exist, and not be stored as well."""
     if name in contents.parameters:
         raise ValueError(f"{folder.file}: {key!r} and {contents.parameters[name]!r} both change the bias of one module")
     folder.check(key, layout.torch_shape(index.by_name[index.parameter(name, key)][0]), f"{name!r}")
@@ -166,7 +171,11 @@ def _check_shapes(folder: AdapterFolder, stored: Stored, slot: Slot, flipped: bo
 def read(
     folder: AdapterFolder, settings: Settings, found: dict[str, Stored], index: Index, recorded: Recorded
 ) -> list[Read]:
-    """The adapters, by leaf."""
+    """The adapters, one for each leaf, and the biases of B as trained biases.
+
+    Raises:
+        ValueError: for tied weights that are adapted differently, or tensors that disagree with jlora's manifest.
+    """
     _check_tied(folder, found, index)
     for one in found.values():
         recorded.check(one.a, one.name, one.rank, one.scale)
@@ -177,7 +186,7 @@ def read(
             for slot in index.slots[keys]
             if (one := found.get(slot.name)) and recorded.holds(one.a, slot, index.by_name[slot.name])
         }
-        if not stored:  # a part of a fused parameter that had no adapter of its own
+        if not stored:  # the leaf is a part of a fused parameter, and only other parts are adapted
             continue
         parts = [_part(folder, slot, one, index.leaves[keys].dtype, recorded) for slot, one in stored.items()]
         result.append(_leaf(keys, parts, stored, index, settings, recorded))
@@ -185,7 +194,7 @@ def read(
 
 
 def _biases(folder: AdapterFolder, found: dict[str, Stored], index: Index) -> list[Read]:
-    """The biases behind B, as trained biases of the modules."""
+    """The biases of B as trained biases of the modules."""
     stored = {f"{name.rpartition('.')[0]}.bias": one for name, one in found.items() if one.bias is not None}
     result = []
     for keys in index.leaves_of(set(stored)):
@@ -201,7 +210,11 @@ def _biases(folder: AdapterFolder, found: dict[str, Stored], index: Index) -> li
 
 
 def _check_tied(folder: AdapterFolder, found: dict[str, Stored], index: Index) -> None:
-    """An embedding that is the head too is adapted at both places, and alike."""
+    """Drops the head's adapter where the head is tied to an embedding, since it must be the transpose of the embedding's.
+
+    Raises:
+        ValueError: where it is not, or only one of both is adapted.
+    """
     for head, embedding in index.tied.items():
         one, other = found.pop(head, None), found.get(embedding)
         if one is None and other is None:
@@ -232,7 +245,7 @@ def _part(folder: AdapterFolder, slot: Slot, stored: Stored, dtype: Any, recorde
 def _leaf(
     keys: Keys, parts: list[Part], stored: dict[Slot, Stored], index: Index, settings: Settings, recorded: Recorded
 ) -> Read:
-    """One leaf's adapter of its pieces."""
+    """One leaf's adapter, put together of its pieces: with the largest rank and the commonest scale among them."""
     plain = index.site(keys, LoRA(1))
     matrices: dict[tuple[int, ...], list[Part]] = {}
     for part in parts:
@@ -259,12 +272,12 @@ def _leaf(
 
 
 def _whole(value: float) -> float:
-    """Without the rounding of a product with a square root."""
+    """The nearest whole number, if the difference is a rounding error such as that of a product with a square root."""
     return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value
 
 
 def _join(group: list[Part], site: Site) -> Part:
-    """The parts of one matrix (q, k and v of a fused leaf): `a` once where it is the same, else block by block."""
+    """Joins the parts of one matrix (q, k and v of a fused leaf): with one `a` if all have the same, else side by side."""
     if len(group) == 1 and group[0].slot.part is None:
         return group[0]
     first, width = group[0], site.out_size
@@ -296,7 +309,7 @@ def _padded(part: Part, rank: int, scale: float) -> dict[str, np.ndarray]:
 
 
 def _magnitudes(site: Site, index: Index, parts: list[Part]) -> np.ndarray:
-    """DoRA's magnitudes; where a layer has none, the base's own."""
+    """DoRA's magnitudes `[*batch, out]`; for a layer without one the column norms of the base, which change nothing."""
     leaf = index.leaves[site.keys]
     if len(parts) == int(np.prod(site.batch_shape)):
         found = np.zeros((*site.batch_shape, site.out_size), trained_dtype(leaf.dtype))
@@ -311,7 +324,9 @@ def _magnitudes(site: Site, index: Index, parts: list[Part]) -> np.ndarray:
 
 
 def _edited(site: Site, method: Method, settings: Settings, whole: bool) -> Method:
-    """PiSSA and OLoRA as PEFT saves them by default: factors of the part that was taken out of the base.
+    """The method with the start by which PEFT took a part out of the base (PiSSA, OLoRA); others stay as they are.
+
+    By default PEFT saves the factors of such a start without the part that it took out.
 
     Raises:
         ValueError: where that part can't be found again.
@@ -330,7 +345,7 @@ def _edited(site: Site, method: Method, settings: Settings, whole: bool) -> Meth
 def _arrays(
     method: Method, arrays: dict[str, np.ndarray], site: Site, index: Index
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The method's trained arrays and constants."""
+    """The method's trained arrays and constants; `a0` and `b0` are in the file behind `a` and `b`, or made from the base."""
     inner = method.inner if isinstance(method, DoRA) else method
     assert isinstance(inner, LoRA)
     params: dict[str, Any] = dict(arrays)

@@ -1,4 +1,4 @@
-"""Trained leaves from PEFT's format: `modules_to_save`, biases, and what lies beside an adapter as a copy."""
+"""Reads trained leaves from PEFT's format: `modules_to_save` and biases; and checks copies of the base beside them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jlora.methods import Full
 
 
 def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: Index) -> None:
-    """Shapes of everything that is stored whole; nothing is read.
+    """Checks the shapes of all parameters that are stored whole, without reading them.
 
     Raises:
-        ValueError: for a parameter that no leaf is, another shape, or a module to save of which there is nothing.
+        ValueError: for a parameter that no leaf is, another shape, or a module in `modules_to_save` without tensors.
     """
     for where in (contents.parameters, contents.copies):
         for name, key in where.items():
@@ -32,7 +32,7 @@ def check(folder: AdapterFolder, settings: Settings, contents: Contents, index: 
 
 
 def _has(parameters: Iterable[str], module: str) -> bool:
-    """Whether a module, perhaps with modules inside, whose name ends so is among those that parameters are of."""
+    """Whether any of the parameters belongs to a module of that name, or to one inside it."""
     return any(f"{module}." in name for name in parameters)
 
 
@@ -66,10 +66,10 @@ def read(folder: AdapterFolder, contents: Contents, index: Index, recorded: Reco
 
 
 def _without_tied(folder: AdapterFolder, parameters: dict[str, str], index: Index) -> dict[str, str]:
-    """The parameters, those of tied weights once.
+    """The parameters, with tied weights under one name only.
 
     Raises:
-        ValueError: where they differ.
+        ValueError: where tied weights are stored with different values.
     """
     found = dict(parameters)
     for head, embedding in index.tied.items():

@@ -1,4 +1,4 @@
-"""What jlora's own manifest adds to a PEFT folder: exact methods, ranks of joined leaves, copies of the base."""
+"""Reads from jlora's own manifest what PEFT's files don't say: exact methods, ranks of joined leaves, copies of the base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jlora.methods import DoRA
 
 
 class Recorded:
-    """The manifest of a folder, or nothing.
+    """Answers questions by the manifest of a folder, if it has one.
 
     Args:
         manifest: its content; None where the folder is PEFT's own.
@@ -29,7 +29,7 @@ class Recorded:
                     self._methods.setdefault(name, []).append(leaf)
 
     def ranks(self, key: str, slot: Slot, rank: int) -> slice:
-        """Which ranks of a tensor are a leaf's own, where several leaves were joined.
+        """The ranks of a tensor that are a leaf's own, where those of several leaves were joined; else all.
 
         Raises:
             ValueError: where the leaves' ranks don't make up those of the tensor.
@@ -46,16 +46,22 @@ class Recorded:
         return slice(None)
 
     def check(self, key: str, name: str, rank: int, scale: float) -> None:
-        """The LoRA that was written for a parameter has the rank and scale that the folder's settings give it.
+        """Refuses settings that give a parameter another rank or scale than it was written with.
+
+        Args:
+            key: the key of its A.
+            name: the parameter.
+            rank: by the settings.
+            scale: by the settings.
 
         Raises:
-            ValueError: where it has not.
+            ValueError: naming both.
         """
         if any("ranks" in line for line in self._lines.get(key, ())):
             return
         for leaf in self._methods.get(name, ()):
             inner: Any = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
-            # A class of somebody's own may have gone out by its weight, in other factors.
+            # A user's own class was written by its weight, so its hyperparameters need not be those of the file.
             if type(inner) not in LORAS or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale
@@ -66,7 +72,13 @@ class Recorded:
                 )
 
     def holds(self, key: str, slot: Slot, others: list[Slot]) -> bool:
-        """Whether a slot is among those whose values a tensor holds; all are, where it says nothing of any of them."""
+        """Whether a tensor holds values of a slot; yes for all that share the parameter, if the manifest names none of them.
+
+        Args:
+            key: the tensor.
+            slot: the slot.
+            others: all slots of the parameter.
+        """
         leaves = {line.get("leaf") for line in self._lines.get(key, ())}
         return slot.path in leaves or not any(other.path in leaves for other in others)
 
@@ -75,9 +87,9 @@ class Recorded:
         return any(line.get("leaf") == slot.path and line.get("copy_of_base") for line in self._lines.get(key, ()))
 
     def described(self, slot: Slot) -> Method | None:
-        """The method that was written for a parameter, by the leaf's path or as the only one.
+        """The method that was written for a parameter; None where that is unknown, or the adapter was truncated.
 
-        None for a class that is not imported: what PEFT reads is whole without it.
+        An entry for the slot's leaf counts; without one all entries for the parameter must agree.
         """
         lines = self._methods.get(slot.name, [])
         mine = [line for line in lines if line["leaf"] == slot.path] or lines
@@ -85,13 +97,13 @@ class Recorded:
         return methods.pop() if len(methods) == 1 and "residual" not in mine[0] else None
 
     def one(self, slots: list[Slot], kind: type[Method]) -> Any:
-        """The method that was written for all of these parameters, where it is of a kind; None elsewhere."""
+        """The one method that was written for all of these parameters, if its class is `kind`; else None."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
         return method if type(method) is kind else None
 
     def method(self, slots: list[Slot], found: Method) -> Method | None:
-        """The LoRA that was written for these parameters, where it is what was found; None elsewhere."""
+        """The one LoRA or DoRA that was written for all of these parameters, if `found` has its rank and scale; else None."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
         around = type(method) is DoRA

@@ -18,7 +18,7 @@ def write(out: Written, adapters: list[tuple[Form, list[Slot]]]) -> None:
     """Adds trained rows to a folder.
 
     Raises:
-        ValueError: for anything but the rows of an embedding of its own.
+        ValueError: for rows of anything but an embedding that is one torch parameter.
     """
     table = {}
     for form, slots in adapters:
@@ -36,7 +36,7 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
     """The key and the method of each embedding whose rows were trained; shapes are checked.
 
     Raises:
-        ValueError: for rows that are not told, or of which there is no tensor.
+        ValueError: for a tensor whose rows the settings don't tell, or rows without a tensor.
     """
     table = _table(settings, contents)
     found = {}
@@ -66,7 +66,7 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
 
 
 def _table(settings: Settings, contents: Contents) -> dict[str, Any]:
-    """The rows by module; a bare list is of the one embedding that reads tokens."""
+    """The trained rows by module; a bare list in the settings is for the embedding of tokens, the only one with a tensor."""
     bare = settings.bare_list("trainable_token_indices")
     if bare is None:
         return settings.table("trainable_token_indices")

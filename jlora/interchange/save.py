@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import ml_dtypes  # noqa: F401  (makes numpy know bfloat16)
 import numpy as np
 from safetensors import safe_open
 
@@ -65,7 +65,7 @@ def save_peft(
 ) -> PeftReport:
     """Writes adapters as PEFT does: `adapter_config.json`, `adapter_model.safetensors`, and a manifest of jlora's own.
 
-    Every trained array has its place in the folder, or it is an error. The folder appears whole or not at all.
+    A trained array that has no place in the folder is an error. The folder appears whole or not at all.
 
     Args:
         path: the folder; it must not exist, or be empty.
@@ -74,8 +74,8 @@ def save_peft(
             a function of the path; `jlora.models.peft_names(config)` for the models of this package.
         profile: "peft": all that PEFT reads back, bit for bit. "serving": what vLLM, SGLang and llama.cpp read alike: the
             scale folded into B, one rank, plain LoRA.
-        svd_rank: turns what the profile has no place for, and what has a higher rank, into LoRA of at most this rank by a
-            truncated SVD of its change of the weight; the report says how much is lost.
+        svd_rank: turns adapters that the profile has no place for, and those of a higher rank, into LoRA of at most this rank,
+            by a truncated SVD of their change of the weight; the report says how much is lost.
         dtype: dtype of the tensors, such as `"bfloat16"`; None keeps what is trained.
         base_model: name or directory of the base, for those who load the adapter.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
@@ -84,8 +84,8 @@ def save_peft(
         A report, which prints.
 
     Raises:
-        ValueError: for what can't be expressed, naming the leaf; nothing is written.
-        FileExistsError: where there is something already.
+        ValueError: for an adapter that the format can't express, naming the leaf; nothing is written.
+        FileExistsError: where `path` exists and is not empty.
         OSError: where the disk refuses; nothing is left behind.
 
     Example:
@@ -115,14 +115,14 @@ def save_peft(
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # refused with the leaf's path
+    with np.errstate(over="ignore"):  # _check_finite refuses it, naming the leaf
         return tensor if tensor.dtype.kind in "iu" else tensor.astype(dtype)
 
 
 def _forms(
     adapted: Adapted, slots: Mapping[Keys, list[Slot]], profile: str, svd_rank: int | None
 ) -> list[tuple[Form, list[Slot]]]:
-    """What each leaf becomes, in the order of the plan."""
+    """The form in which each leaf is written, with its slots, in the order of the plan."""
     if not adapted.plan.sites:
         raise ValueError("there is nothing to save: no leaf is adapted")
     adapters = [(weight, _slots_of(weight, slots)) for weight in adapted.weights()]
@@ -154,7 +154,7 @@ def _slots_of(weight: Weight, slots: Mapping[Keys, list[Slot]]) -> list[Slot]:
 
 
 def _check_attention(site: Site, slots: Mapping[Keys, list[Slot]]) -> None:
-    """PEFT never calls the adapter of a MultiheadAttention's `out_proj` alone."""
+    """Refuses an adapter of the `out_proj` alone of torch's MultiheadAttention, since PEFT never calls it."""
     known = {slot.name for each in slots.values() for slot in each}
     for slot in slots[site.keys] if site.method.matrix else ():
         if slot.name.endswith(".out_proj.weight") and slot.name.replace("out_proj.weight", "in_proj_weight") in known:
@@ -169,7 +169,7 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
     exact = form if form is not None and form.kind == "lora" else as_lora(weight)
     fits = exact is not None and (svd_rank is None or exact.rank <= svd_rank)
     if profile == "serving" and exact is not None and "m" in exact.arrays:
-        fits = svd_rank is None  # refused below, by name
+        fits = svd_rank is None  # then serving.check refuses DoRA
     if exact is not None and fits:
         form = exact
     elif svd_rank is not None:
@@ -189,7 +189,7 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
 def _written(
     adapted: Adapted, forms: list[tuple[Form, list[Slot]]], slots: Mapping[Keys, list[Slot]], profile: str
 ) -> Written:
-    """Tensors and settings."""
+    """The tensors and settings of the folder, but for those that the caller adds."""
     base = dict(paths.flatten_with_keys(adapted.base)[0])
     trained = {form.site.keys: form.arrays["w"] for form, _ in forms if form.kind == "whole"}
     parameters = Parameters(slots, base, trained)
@@ -203,7 +203,7 @@ def _written(
 
 
 def _check_accounts(adapted: Adapted, out: Written) -> None:
-    """Every trained array of every leaf is named by some tensor of the folder."""
+    """Refuses to leave out a trained array: each must be an origin of some tensor in the folder."""
     told = {(line["leaf"], name) for lines in out.origins.values() for line in lines for name in line["fields"]}
     for site in adapted.plan.sites:
         for name in paths.lookup(adapted.params, site.keys):
@@ -214,7 +214,7 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
 
 
 def _check_finite(out: Written, problem: str) -> None:
-    """No tensor holds NaN or infinity."""
+    """Refuses a tensor that holds NaN or infinity."""
     for key, tensor in out.tensors.items():
         if tensor.dtype.kind in "iu" or (finite := np.isfinite(tensor)).all():
             continue
@@ -223,7 +223,7 @@ def _check_finite(out: Written, problem: str) -> None:
 
 
 def _write(directory: Path, out: Written, forms: list[tuple[Form, list[Slot]]], profile: str) -> None:
-    # Here and not above: `import jlora` need not wait for the models.
+    # Imported here, so that `import jlora` doesn't import the models.
     from jlora.models.save import new_directory, write_json, write_safetensors
 
     with new_directory(directory) as place:
@@ -235,7 +235,7 @@ def _write(directory: Path, out: Written, forms: list[tuple[Form, list[Slot]]], 
 
 
 def _read_back(file: Path, out: Written) -> None:
-    """The file holds what was meant, bit for bit."""
+    """Refuses a file that does not read back as it was written, bit for bit."""
     with safe_open(file, framework="numpy") as handle:
         for key, tensor in out.tensors.items():
             if handle.get_tensor(key).tobytes() != tensor.tobytes():

@@ -1,4 +1,4 @@
-"""The profile `serving`: what vLLM, SGLang and llama.cpp read as it was meant, and nothing else."""
+"""The profile `serving`: only what vLLM, SGLang and llama.cpp all read correctly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check(form: Form, slots: list[Slot]) -> None:
     """Refuses what a server would ignore or reject.
 
     Raises:
-        ValueError: naming the leaf, what is the matter, and what to do.
+        ValueError: naming the leaf, the reason, and what to do.
     """
     path, method = form.site.path, form.site.method
     if form.kind != "lora":
@@ -38,7 +38,7 @@ def check(form: Form, slots: list[Slot]) -> None:
 
 
 def pad(pieces: list[Piece]) -> list[Piece]:
-    """The pieces with their scale in `b` and all of one rank.
+    """The pieces padded to one rank, with their scale in `b`.
 
     Raises:
         ValueError: where a rank is above what any server takes.

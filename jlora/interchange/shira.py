@@ -19,13 +19,13 @@ from jlora.methods.shira import SHiRA
 
 
 def _rank(form: Form) -> int:
-    """PEFT's `r`: it trains exactly `r * (in + out)` entries; 0 where that is another number."""
+    """PEFT's `r`, by which it trains `r * (in + out)` entries; 0 where the number of entries is no such multiple."""
     entries, sides = form.arrays["values"].shape[-1], form.site.in_size + form.site.out_size
     return entries // sides if entries % sides == 0 else 0
 
 
 def holds(adapters: list[tuple[Form | None, list[Slot]]]) -> bool:
-    """As many entries in each matrix as one `r` gives, on plain matrices."""
+    """Whether all are plain matrices with the number of entries that one `r` gives."""
     ranks = {_rank(form) for form, _ in adapters if form is not None}
     linear = all(slot.kind == "linear" for _, slots in adapters for slot in slots)
     return len(ranks) == 1 and 0 not in ranks and linear and all(single(slots) for _, slots in adapters)

@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts by the settings of a folder."""
+"""PEFT's rule for the modules that it adapts, by the settings of a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jlora.interchange.folder import brief
 
 
 def left_out(config: dict[str, Any], module: str) -> str | None:
-    """Why PEFT would not adapt a module, by its rule; None where it would.
+    """The reason for which PEFT would not adapt a module; None where it would.
 
     Args:
         config: content of `adapter_config.json`.
@@ -46,19 +46,19 @@ def _setting(config: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    """One value or several as a list; nothing, or an empty text, as none."""
+    """One value or several as a list, which is empty for None and an empty string."""
     return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
 def _names(setting: str, wanted: str | list[str], module: str) -> bool:
-    """Whether a pattern is of a module, or its name ends as one of several."""
+    """Whether a module is named: matched by a pattern, or ending in one of several names."""
     if isinstance(wanted, str):
         return _matched(setting, wanted, module, wanted)
     return any(f".{module}".endswith(f".{name}") for name in wanted)
 
 
 def _layer(behind: list[str], module: str) -> int | None:
-    """The number of the layer that a module is in: the first word of digits behind what a pattern matches."""
+    """The number of a module's layer: the first word of digits that follows a match of one of the patterns in `behind`."""
     words = module.split(".")
     numbers = [place for place, word in enumerate(words[:-1]) if word.isdecimal()]
     if not behind:
@@ -71,7 +71,11 @@ def _layer(behind: list[str], module: str) -> int | None:
 
 
 def _matched(setting: str, pattern: str, name: str, given: str) -> bool:
-    """Whether a pattern, made of a given one, is of a whole name."""
+    """Whether a pattern matches a whole name.
+
+    Raises:
+        ValueError: for a pattern that can't be read, naming the setting and the pattern `given` there.
+    """
     try:
         return patterns.fullmatch(pattern, name)
     except ValueError as error:

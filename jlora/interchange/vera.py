@@ -17,7 +17,7 @@ from jlora.methods.vera import VeRA
 
 
 def holds(adapters: list[tuple[Form | None, list[Slot]]]) -> bool:
-    """One method for all, so that there is one pair of projections, on plain matrices."""
+    """Whether all adapters have one method, and so one pair of projections, and are on plain matrices."""
     methods = {form.site.method for form, _ in adapters if form is not None}
     return len(methods) == 1 and all(single(slots) for _, slots in adapters)
 
@@ -51,7 +51,7 @@ def write(out: Written, adapters: list[tuple[Form, list[Slot]]], modules: set[st
 
 
 def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: Index) -> dict[str, dict[str, str]]:
-    """The keys of each torch parameter's vectors, with their shapes checked; the projections under an empty name.
+    """The keys of each torch parameter's vectors, with their shapes checked; those of the projections stand under the name "".
 
     Raises:
         ValueError: for a missing tensor, one of another shape, or projections too small for a matrix.
@@ -77,7 +77,7 @@ def find(folder: AdapterFolder, settings: Settings, contents: Contents, index: I
                 f"{folder.file}: {key!r} is missing, and torch's random numbers can't be drawn again here; save the adapter "
                 "with save_projection=True"
             )
-    # PEFT takes the first rows and columns; more of them do no harm.
+    # PEFT uses the first rows and columns, so larger projections are fine.
     wide, high = folder.shape(contents.shared["a"])[-1], folder.shape(contents.shared["b"])[0]
     folder.check(contents.shared["a"], (rank, max(rows, wide)), "the largest input")
     folder.check(contents.shared["b"], (max(columns, high), rank), "the largest output")

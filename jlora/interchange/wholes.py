@@ -1,4 +1,4 @@
-"""Leaves that are trained themselves: PEFT's `modules_to_save` and trained biases."""
+"""Writes leaves that are trained themselves: PEFT's `modules_to_save` and trained biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Keys = tuple[str, ...]
 
 
 class Parameters:
-    """Every torch parameter that the names know, with its value: trained where it is, else the base's.
+    """Every torch parameter that the names know, with its value: the trained one if it is trained, else the base's.
 
     Args:
         slots: the slots of every leaf.
@@ -61,7 +61,7 @@ class Parameters:
         return self.trained[keys] if keys in self.trained else np.asarray(self.base[keys])
 
     def origins(self, name: str) -> list[dict[str, Any]]:
-        """Lines of the manifest; a part that is not trained is a copy of the base."""
+        """The manifest's lines on a parameter, which mark a part that is not trained as a copy of the base."""
         return [
             origin(slot, ("w",) if slot.keys in self.trained else (), **self._copy(slot)) for slot in self.by_name[name]
         ]
@@ -75,12 +75,12 @@ def write(out: Written, parameters: Parameters, targets: set[str], only: str = "
 
     Args:
         out: gets the tensors, and the settings `bias` and `modules_to_save`.
-        parameters: all of them.
-        targets: modules that carry an adapter.
-        only: what PEFT calls training the biases of these alone; empty where it can't.
+        parameters: all parameters that the names know.
+        targets: modules that have an adapter.
+        only: PEFT's value of `bias` for training the biases of these modules alone; empty where the format has none.
 
     Raises:
-        ValueError: for what PEFT has no place for.
+        ValueError: for a trained leaf that PEFT has no place for.
     """
     saved: list[str] = []
     biases = {"own": 0, "other": 0}
@@ -127,7 +127,7 @@ def _add_tied(out: Written, parameters: Parameters, trained: list[str]) -> list[
 
 
 def _check_targets(saved: list[str], targets: set[str]) -> None:
-    """PEFT adapts nothing inside a module that it saves."""
+    """Refuses an adapter inside a module that is saved whole, since PEFT adapts nothing there."""
     for name in saved:
         for target in sorted(targets):
             if f".{name}." in f".{target}.":
@@ -138,7 +138,7 @@ def _check_targets(saved: list[str], targets: set[str]) -> None:
 
 
 def _check_suffixes(saved: list[str], modules: set[str]) -> None:
-    """PEFT takes every module whose name ends as an entry of `modules_to_save` does, dots or not."""
+    """Refuses names in `modules_to_save` with which other modules end too: PEFT would take these as well, dots or not."""
     for name in saved:
         for other in sorted(modules):
             if other.endswith(name) and other not in saved:

@@ -1,4 +1,4 @@
-"""What goes into an adapter folder: tensors, settings, and where each tensor comes from."""
+"""The content of an adapter folder while it is made: tensors, settings, and where each tensor comes from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PREFIX = "base_model.model."
 
 @dataclass
 class Written:
-    """An adapter folder in the making.
+    """The content of an adapter folder that is to be written.
 
     Attributes:
         tensors: by their key.
-        origins: for each key the pieces of leaves in it.
+        origins: for each key the pieces of leaves that the tensor is made of.
         config: what `adapter_config.json` will hold.
         notes: what a reader of the result should know.
     """
@@ -36,13 +36,13 @@ class Written:
         """
         if key in self.tensors:
             raise ValueError(f"{origins[0].get('leaf')} and {self.origins[key][0].get('leaf')} both lead to {key!r}")
-        # safetensors writes the memory of a strided array, not its values.
+        # Contiguous, since safetensors writes an array's memory and ignores strides.
         self.tensors[key] = np.ascontiguousarray(tensor)
         self.origins[key] = origins
 
 
 def origin(slot: Slot, fields: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """One line of the manifest: a leaf's fields, at a position of its stack."""
+    """One line of the manifest: fields of a leaf, and where they lie along its stacked axes and parts."""
     line: dict[str, Any] = {"leaf": slot.path, "fields": list(fields)}
     if slot.index:
         line["index"] = list(slot.index)

@@ -3,7 +3,7 @@
 1. Copy it to `jlora/methods/<name>.py`, rename the class, and add `from jlora.methods.<name> import <Name> as <Name>` to
    `jlora/methods/__init__.py`. Nothing else has to change.
 2. State the formula and the number of trained values in the docstring; the contract evaluates that number.
-3. Delete what the method does not need: only `axes`, `start`, `weight` and `CASES` are required.
+3. Delete what the method does not need: only `family`, `axes`, `start`, `weight` and `CASES` are required.
 4. Run `pytest tests/contract -k <Name> -m ""`.
 """
 
@@ -39,6 +39,8 @@ class Skeleton(Method):
     rank: int = 4
     strength: float = 1.0
 
+    # Where the pages list the method: one of jlora.disk.catalog.FAMILIES.
+    family: ClassVar[str] = "LoRA and its variants"
     # Roles along which a slice of the weight needs only the same slice of the fields (not so where a norm runs over it).
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
@@ -59,18 +61,18 @@ class Skeleton(Method):
             )
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """Each array in its drawer: trained first, constants second, an edited base third."""
+        """The arrays to begin with: trained ones in `params`, constants in `frozen`."""
         dtype = trained_dtype(w)
         a, b = kaiming(key, (w.shape[0], self.rank), dtype), jnp.zeros((self.rank, w.shape[1]), dtype)
         return Start(params={"b": b}, frozen={"a": a})
 
     def weight(self, view: View) -> jax.Array:
-        """The meaning: `w + strength * a @ b`. The cast keeps a 16-bit base from rounding the update."""
+        """`w + strength * a @ b`, which defines the method. The cast keeps a 16-bit base from rounding the update."""
         a, b = view.frozen["a"], view.params["b"]
         return view.w.astype(b.dtype) + self.strength * (a @ b)
 
     def factors(self, view: View) -> Factors:
-        """The fast path, for low-rank methods only; the contract proves it equal to `weight`."""
+        """The same for products that do not form the weight, for low-rank methods only; the contract compares both."""
         return Factors(view.frozen["a"], self.strength * view.params["b"])
 
     def labels(self, site: Site) -> dict[str, str]:

@@ -27,7 +27,8 @@ class AdaLoRA(Gated):
     changes. A penalty keeps `a` and `b` close to orthonormal; its gradient is added to yours. Trains `rank * (in + out + 1)`
     values a matrix.
 
-    Costs two averages of every trained value, and for the penalty products of `rank² * (in + out)` a matrix in every step.
+    Costs memory for two averages of every trained value, and in every step `rank² * (in + out)` multiply-adds a matrix for the
+    penalty.
 
     Worth trying where the total size of the adapters is tight: the ranks go where they matter.
 
@@ -67,6 +68,7 @@ class AdaLoRA(Gated):
     orthogonality: float = 0.5
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "e"
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class AdaLoRA(Gated):
 
     @property
     def optimizer_rule(self) -> AdaLoRARule:
-        """One budget for all sites that agree in everything but rank, alpha and dropout."""
+        """The pruning, by one budget for all sites that agree in everything but rank, alpha and dropout."""
         return AdaLoRARule(self.phases, self.beta1, self.beta2, self.orthogonality, self.target)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
@@ -89,13 +91,13 @@ class AdaLoRA(Gated):
         return Start(drawn(key, w, self.rank))
 
     def labels(self, site: Site) -> dict[str, str]:
-        """As the reference has it, `e` learns and decays as `a` does."""
+        """LoRA+'s groups; `e` learns and decays as `a` does, as in the reference code."""
         groups = super().labels(site)
         return {**groups, "e": groups["a"]}
 
 
 def drawn(key: jax.Array, w: jax.Array, rank: int) -> dict[str, jax.Array]:
-    """The reference's start."""
+    """The reference code's start: `a [in, rank]` and `b [rank, out]` normal with deviation 0.02, `e [rank]` zero."""
     key_a, key_b = jax.random.split(key)
     dtype = trained_dtype(w)
     a = 0.02 * jax.random.normal(key_a, (w.shape[0], rank), dtype)

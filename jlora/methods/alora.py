@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,15 @@ class ALoRA(Gated):
 
     Args:
         rank: ranks in use of every matrix at the start.
-        max_rank: most ranks of a matrix; room for them is kept from the start. Default: twice `rank`, or all that it has. (The
-            paper sets no bound.)
+        max_rank: most ranks of a matrix; room for them is kept from the start. Default: twice `rank`, or the
+            matrix's smaller side where that is less. (The paper sets no bound.)
         alpha: numerator of the scale.
         steps: optimizer steps of the whole run; the training job fills in its own.
         start_steps: steps before the first round, which comes right after them.
         final_steps: steps after the last round.
         interval: steps from one round to the next.
-        pruned: ranks that a round prunes; None for as many as there are matrices. (The paper's count of modules is that of one
-            block in its definition, and that of the whole model where it is used.)
+        pruned: ranks that a round prunes; None for as many as there are adapted matrices in the model. (The paper defines the
+            number as that of one block's modules, and then uses it for the whole model's.)
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 
     Raises:
@@ -48,8 +49,8 @@ class ALoRA(Gated):
         >>> jlora.ALoRA(rank=8, alpha=16, steps=1200, start_steps=400, final_steps=100, interval=100)
 
     Reference:
-        Liu et al. 2024, arXiv:2403.16187. The scale keeps the first rank, and new ranks start as LoRA's: neither is stated.
-        In the paper the total falls where every matrix loses a rank.
+        Liu et al. 2024, arXiv:2403.16187. The paper states neither the scale of a matrix whose rank has changed (here still
+        `alpha / rank`) nor how new ranks start (here as LoRA's). In the paper the total falls where every matrix loses a rank.
     """
 
     rank: int = 8
@@ -61,6 +62,8 @@ class ALoRA(Gated):
     interval: int = 100
     pruned: int | None = None
     dropout: float = 0.0
+
+    family: ClassVar[str] = "Rank allocation"
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "max_rank", "pruned"))
@@ -77,16 +80,16 @@ class ALoRA(Gated):
 
     @property
     def optimizer_rule(self) -> ALoRARule:
-        """The record of ranks, of all sites that agree in everything but rank, alpha and dropout."""
+        """Keeps a record of the ranks, one for all sites that agree in everything but rank, alpha and dropout."""
         return ALoRARule(self.phases, self.pruned)
 
     @property
     def event(self) -> Round:
-        """The rounds; one total for the same sites."""
+        """The rounds, in which the sites of one record share one total of ranks."""
         return Round(self.phases, self.pruned)
 
     def plain(self, rank: int) -> LoRA:
-        """What draws the factors of new ranks."""
+        """The LoRA from whose start new ranks take their factors."""
         return LoRA(rank)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:

@@ -22,12 +22,12 @@ class BeamLoRA(Gated):
     """Ranks as beams: `w + s * (a * e) @ b` with `e = rank * softmax(score / temperature)` and `s = alpha / rank`.
 
     `a [in, rank]`, `score [rank]` and `b [rank, out]` are trained. All scores start at zero, where `e` is one and this is
-    LoRA. The optimizer of `jlora.optimizer`
-    keeps a snapshot of `a`, `b` and their moments, taken at the middle of every interval. At the end of an interval all
-    ranks of all matrices that share these hyperparameters are ordered by `e`, and those beyond the part `p_t` of its sum are
-    dropped, of each matrix at most half. Their places get copies of the snapshot's columns of the best ranks of the same
-    matrix, one each, shuffled; both scores become their mean, and scores lose their moments. So the number of ranks stays, and
-    the loss may jump. `p_t` rises from `top_p` to 1 over the first `steps - final_steps` steps as half a cosine. Trains
+    LoRA. The optimizer of `jlora.optimizer` keeps a snapshot of `a`, `b` and their moments, taken at the middle of every
+    interval. At the end of an interval all ranks of all matrices that share these hyperparameters are ordered by `e`, largest
+    first; the first ones whose `e` add up to the part `p_t` of the sum of all stay, the others are dropped, of each matrix at
+    most half. A dropped rank is replaced by a copy, from the snapshot, of one of the best ranks of the same matrix; the
+    original and the copy both get the mean of the two scores, and scores lose their moments. So the number of ranks stays,
+    and the loss may jump. `p_t` rises from `top_p` to 1 over the first `steps - final_steps` steps as half a cosine. Trains
     `rank * (in + out + 1)` values a matrix.
 
     Costs a copy of the factors and their moments, and at the end of an interval one sort of all ranks.
@@ -38,11 +38,11 @@ class BeamLoRA(Gated):
         rank: ranks of every matrix; stays.
         alpha: numerator of the scale.
         temperature: of the softmax; the reference has 0.03 at learning rates below 1e-4.
-        top_p: the part of the weight that is kept at first.
+        top_p: `p_t` at the first choice.
         steps: optimizer steps of the whole run; the training job fills in its own.
         final_steps: steps in which all ranks are kept; a third of the run in the reference.
         interval: steps from one choice to the next.
-        seed: of the shuffling.
+        seed: of the shuffling that says which best rank replaces which dropped one.
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 
     Raises:
@@ -67,6 +67,7 @@ class BeamLoRA(Gated):
     seed: int = 0
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "score"
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class BeamLoRA(Gated):
 
     @property
     def optimizer_rule(self) -> BeamLoRARule:
-        """One order for all sites that agree in everything but rank, alpha and dropout."""
+        """The choices, by one order of the ranks of all sites that agree in everything but rank, alpha and dropout."""
         return BeamLoRARule(self.phases, self.temperature, self.top_p, self.seed)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
@@ -99,7 +100,7 @@ class BeamLoRA(Gated):
         return Start({"a": a, "score": jnp.zeros(self.rank, dtype), "b": jnp.zeros((self.rank, w.shape[1]), dtype)})
 
     def gates(self, fields: Arrays) -> jax.Array:
-        """`e`."""
+        """`e = rank * softmax(score / temperature)`, `[rank]`."""
         score = fields["score"]
         return beamlora.gates(score, self.temperature).astype(score.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ class Chain(Around):
     and `past_b [(links - 1) * r, out]`, constants that start as zeros, and draws a new one. So a sequence of small adapters
     becomes an update of rank `links * r`, the base's bits never change, and no link is rounded away, whatever the base's
     dtype. Trains `count(inner)` values a matrix. Costs memory and products for `links * r` ranks from the first step, since
-    shapes are fixed, and no optimizer memory for finished links. It is saved as it is, and ships as plain LoRA of the links
-    that it has by then (`compact`, `save_peft`).
+    shapes are fixed, and no optimizer memory for finished links. It is saved as it is, and exported as plain LoRA of the
+    links that it has by then (`compact`, `save_peft`).
 
     COLA is `Chain(LoRA(...))`, RAC-LoRA `Chain(RACLoRA(...))`, boosting `Chain(XGBLoRA(...))`, and ReLoRA
     `Chain(LoRA(...), prune=0.99)` with `jlora.restart_schedule`. Without Chain, `restart` adds each link to the base.
@@ -36,7 +36,8 @@ class Chain(Around):
         steps: optimizer steps of the whole run, cut into links of one length by `jlora.run_events`; the training job fills
             in its own. None: you call `jlora.restart` yourself.
         prune: share of the optimizer's moments that a restart sets to zero; 1 also starts its step count anew.
-        by: which of them, if not all: "random", or the smallest by "magnitude" of the first moment.
+        by: which moments become zero where `prune` is below 1: "random" ones, or those where the first moment is smallest in
+            "magnitude".
         ranks: the rank of each link, at most the inner method's, for chains whose links become smaller; by default all of
             them. What a link does not use gets no gradient from the loss and is not kept, so the finished links take
             `sum(ranks[:-1])` columns. The scale stays the inner method's.
@@ -62,6 +63,8 @@ class Chain(Around):
     prune: float = 1.0
     by: str = "random"
     ranks: tuple[int, ...] | None = None
+
+    family: ClassVar[str] = "Chains of adapters"
 
     def __post_init__(self) -> None:
         inner = self.inner
@@ -99,19 +102,18 @@ class Chain(Around):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """The inner method's, and those of the finished links."""
+        """The inner method's, and those of the finished links; `link`, the number of the present one from 0, has none."""
         past = {"past_a": ("in", "rank"), "past_b": ("rank", "out"), "link": ()}
         return {**self.inner.axes, **(past if self.links > 1 else {})}
 
     @property
     def kept_fields(self) -> tuple[str, ...]:
-        """The finished links."""
         return ("past_a", "past_b", "link")
 
     @property
     def event(self) -> Event | None:
         """The ends of the links, where the number of steps is known."""
-        from jlora.optimize.restart import LinkEnds  # which adapts, and so knows the methods
+        from jlora.optimize.restart import LinkEnds  # not at the top: jlora.optimize.restart imports this module
 
         if self.steps is None or self.links == 1:
             return None
@@ -138,12 +140,13 @@ class Chain(Around):
         return Start(inner.params, {**inner.frozen, **past})
 
     def finished(self, view: View) -> Arrays:
-        """The constants with the present link among the finished ones."""
+        """The constants after a restart, with the present link written among the finished ones."""
         link, found = view.frozen["link"], self._link(view)
         rank = found.a.shape[1]
         used = self._used(link, rank)
         starts = np.cumsum([0, *(self.ranks or (rank,) * self.links)])
-        # Columns out of use go nowhere: those behind the last are dropped, the others are those of later links.
+        # All `rank` columns are written, with zeros for the ranks that the link does not use. A column too many lies where a
+        # later link will be written, or behind the end of the array, where mode="drop" leaves it out.
         columns = jnp.asarray(starts, jnp.int32)[link] + jnp.arange(rank)
         return {
             "past_a": view.frozen["past_a"].at[:, columns].set(found.a * used.astype(found.a.dtype), mode="drop"),
@@ -160,12 +163,17 @@ class Chain(Around):
         assert found is not None
         if self.ranks is None:
             return found
-        # On one factor is enough: then neither gets a gradient there.
+        # One factor is enough: where `b` is zero, `a` has no gradient either.
         used = self._used(view.frozen.get("link", 0), found.b.shape[0])
         return replace(found, b=found.b * used.astype(found.b.dtype)[:, None])
 
     def in_use(self, link: int, width: int) -> np.ndarray:
-        """Which of the `width` columns of the factors hold something in a link, the first being 0."""
+        """Numbers of the columns of `factors` that hold something: those of the present link, then of the finished ones.
+
+        Args:
+            link: number of the present link, from 0.
+            width: columns that `factors` has in all.
+        """
         ranks = self.ranks or (width // self.links,) * self.links
         present = width - sum(ranks[:-1])
         return np.concatenate([np.arange(ranks[link]), present + np.arange(sum(ranks[:link]))])
@@ -180,7 +188,7 @@ class Chain(Around):
         return v if self.links == 1 else v + view.frozen["past_a"] @ view.frozen["past_b"]
 
     def factors(self, view: View) -> Factors:
-        """The present link beside the finished ones."""
+        """`[a | past_a]` and `[b ; past_b]`, with `a @ b` the present link."""
         found = self._link(view)
         if self.links == 1:
             return found

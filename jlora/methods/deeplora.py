@@ -29,7 +29,7 @@ class DeepLoRA(Method):
     Compressed: `w + left @ m3 @ m2 @ m1 @ right.T` with `left [in, rank]`, `right [out, rank]`, and `depth` matrices
     `m1 .. [rank, rank]` that start at `eps` times the identity. It follows the training of the *wide* product, whose inner
     width is `max(in, out)`, and which is never formed. All that training moves in the wide product lies in a space that the
-    first gradient names: its first `rank / 2` left and right singular vectors, and their images under the wide start.
+    first gradient determines: its first `rank / 2` left and right singular vectors, and their images under the wide start.
     `left` and `right` span it. So it starts from a gradient, `jlora.prepare(params, spec, loss_fn, batches[:1])`, of the
     first training batch. `left` and `right` learn at `gamma` times the learning rate, and with `gamma=0` they are
     constants; where the loss sees only a part of the weight, as in matrix completion, they have to move.
@@ -46,8 +46,8 @@ class DeepLoRA(Method):
         depth: number of factors; at least 3 for the compressed form. Depth 2 is the authors' "vanilla LoRA": `f1` standard
             normal, `f2` zero, no scale, as `LoRA(rank, alpha=rank, init="embedding")`.
         eps: size of the factors at the start.
-        compressed: which form.
-        gamma: the learning rate of `left` and `right` in parts of the others'.
+        compressed: whether the form is the compressed one; else it is the narrow one.
+        gamma: the learning rate of `left` and `right` as a fraction of that of the others.
         iterations: 0 for an exact SVD of the gradient; k > 0 for a randomised one with k subspace iterations, which forms
             nothing of the gradient's size.
 
@@ -71,6 +71,7 @@ class DeepLoRA(Method):
     gamma: float = 1e-2
     iterations: int = 0
 
+    family: ClassVar[str] = "LoRA and its variants"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
@@ -101,7 +102,6 @@ class DeepLoRA(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
         if self.compressed:
             return {"left": ("in", "rank"), "right": ("out", "rank"), **dict.fromkeys(self._square, ("rank", "rank"))}
         middle = dict.fromkeys(self._square, ("rank", "rank"))
@@ -139,7 +139,7 @@ class DeepLoRA(Method):
             )
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
-        """Draws the factors, or finds them in the gradient."""
+        """The narrow form's factors drawn, or the compressed form's found by the gradient."""
         dtype = trained_dtype(w)
         if not self.compressed:
             return Start(self._narrow(key, w.shape, dtype))
@@ -163,7 +163,7 @@ class DeepLoRA(Method):
         return view.w.astype(f.a.dtype) + f.a @ f.b
 
     def factors(self, view: View) -> Factors:
-        """The factor on the input's side, and the product of all the others, which is as cheap as a factor."""
+        """The factor on the input's side, and the product of all the others, `[rank, out]`, which costs little to form."""
         fields = {**view.frozen, **view.params}
         names = reversed(self._square)
         if self.compressed:
@@ -175,7 +175,7 @@ class DeepLoRA(Method):
         return Factors(fields[f"f{self.depth}"], b)
 
     def labels(self, site: Site) -> dict[str, str]:
-        """The factor on the output's side is in LoRA+'s group of `b`."""
+        """LoRA+'s groups: the factor on the output's side is a `b`, all others are `a`s."""
         trained = set(self.axes) - ({"left", "right"} if self.compressed and not self.gamma else set())
         if site.kind == "gather":
             return dict.fromkeys(trained, "embedding")
@@ -214,7 +214,8 @@ def bases(key: jax.Array, gradient: jax.Array, half: int, iterations: int = 0) -
 def _top(key: jax.Array, gradient: jax.Array, half: int, iterations: int) -> tuple[jax.Array, jax.Array]:
     """The first left and right singular vectors, `[in, half]` and `[out, half]`; of a stack one matrix at a time."""
 
-    # Mapped in turn and cut at once, so that a stack of many layers holds the dense vectors of one only.
+    # One matrix after the other, cut to `half` at once, so that a stack of many layers never holds all singular vectors of
+    # more than one matrix.
     @jax.custom_batching.sequential_vmap
     def one(key: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         if iterations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ class DoRA(Around):
 
     `m [out]` is trained and starts as the column norms of `w`; `n [out]` are the column norms of `v`, a constant for the
     gradient. So the output starts at the base's, and a column's length is always `m`. Trains `count(inner) + out` values a
-    matrix. The norm of a low-rank weight is found without forming it. A column of zeros keeps `n` at 1.
+    matrix. The norm of a low-rank weight is found without forming it. For a column of zeros `n` is 1.
 
     Worth trying where LoRA at a small rank falls short of full fine-tuning.
 
@@ -27,7 +28,7 @@ class DoRA(Around):
         inner: any method with an effective weight: `LoRA(...)`, ...
 
     Raises:
-        TypeError: for an inner method that is none, has no matrix of its own, or is a chain.
+        TypeError: for an inner method that adapts no matrix (such as `Full`), is DoRA itself, or is a chain.
 
     Example:
         >>> jlora.DoRA(jlora.LoRA(rank=8, alpha=16))
@@ -37,6 +38,8 @@ class DoRA(Around):
     """
 
     inner: Method = field(default_factory=LoRA)
+
+    family: ClassVar[str] = "Weight decomposition"
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):
@@ -54,17 +57,14 @@ class DoRA(Around):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """The inner method's, and `m`'s."""
         return {**self.inner.axes, "m": ("out",)}
 
     @property
     def low_rank(self) -> bool:
-        """As the inner method."""
         return super().low_rank and self.inner.low_rank
 
     @property
     def is_sparse(self) -> bool:
-        """As the inner method."""
         return super().is_sparse and self.inner.is_sparse
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:

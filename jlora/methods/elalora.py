@@ -21,11 +21,11 @@ class ElaLoRA(Gated):
     """Rank allocation by pruning and growing: `w + s * (a * e) @ b`, `a [in, r]`, `e [r]`, `b [r, out]`, `s = alpha / rank`.
 
     Every matrix starts with `rank` ranks in use of `r`, its `max_rank`. The optimizer of `jlora.optimizer` scores them as
-    AdaLoRA does. In each round the `per_module` weakest of every matrix, but never its last, make a pool; the `moved`
-    weakest of the pool are pruned, and the matrices of the pool's strongest grow as many, so that the total stays exactly
-    what it was. A new rank points at right angles to those there are and starts at `e = 1e-13`, so growing changes nothing
-    yet. Pruned and new ranks have no optimizer moments. Trains `min(max_rank or 2 * rank, in, out) * (in + out + 1)` values a
-    matrix, of which `rank * (in + out + 1)` are in use on average.
+    AdaLoRA does. In each round the `per_module` weakest of every matrix, but never its last, make a pool. The `moved`
+    weakest of the pool are pruned, and for each of the `moved` strongest its matrix gets a new rank, so that the total stays
+    exactly what it was. A new rank points at right angles to those there are and starts at `e = 1e-13`, so growing changes
+    nothing yet. Pruned and new ranks have no optimizer moments. Trains `min(max_rank or 2 * rank, in, out) * (in + out + 1)`
+    values a matrix, of which `rank * (in + out + 1)` are in use on average.
 
     Costs what AdaLoRA does for all `r` ranks, and in a round a Gram-Schmidt of all factors.
 
@@ -76,6 +76,7 @@ class ElaLoRA(Gated):
     seed: int = 0
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "e"
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class ElaLoRA(Gated):
 
     @property
     def optimizer_rule(self) -> ElaLoRARule:
-        """One total for all sites that agree in everything but ranks, alpha and dropout."""
+        """The rounds, with one total of ranks for all sites that agree in everything but ranks, alpha and dropout."""
         averages = (self.beta1, self.beta2, self.orthogonality)
         return ElaLoRARule(self.phases, *averages, self.moved, self.per_module, self.anneal, self.seed)
 
@@ -101,12 +102,13 @@ class ElaLoRA(Gated):
         return Start({"a": a, "e": params["e"], "b": b})
 
     def labels(self, site: Site) -> dict[str, str]:
-        """As the reference has it, `e` learns and decays as `a` does."""
+        """LoRA+'s groups; `e` learns and decays as `a` does, as in the reference code."""
         groups = super().labels(site)
         return {**groups, "e": groups["a"]}
 
 
-# With room to grow, spare ranks stay zero, and a teacher of all ranks can't be learned: tests/allocate grows ranks.
+# No room to grow: ranks out of use stay zero between rounds, so the contract's target, which uses all ranks, could not be
+# learned. Growth is tested in tests/allocate.
 ElaLoRA.CASES = (
     ElaLoRA(rank=4, max_rank=4, steps=2000, interval=50),
     ElaLoRA(rank=3, max_rank=3, alpha=5, steps=500, orthogonality=0.0, dropout=0.25),

@@ -24,12 +24,13 @@ class Full(Method):
         Ordinary fine-tuning, of some leaves.
     """
 
+    family: ClassVar[str] = "Trained leaves and rows"
     matrix: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """The leaf's own axes; they follow the base's sharding as they are."""
+        """No roles: `w` has the leaf's own axes, and is sharded as the leaf is."""
         return {"w": ()}
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
@@ -37,11 +38,10 @@ class Full(Method):
         return Start({"w": w.astype(trained_dtype(w))})
 
     def weight(self, view: View) -> jax.Array:
-        """The trained leaf."""
         return view.params["w"]
 
     def labels(self, site: Site) -> dict[str, str]:
-        """As LoRA+ treats what is no factor: by the leaf's number of axes."""
+        """LoRA+'s group of an array that is no factor, which depends on its number of axes."""
         return {"w": default_label(len(site.shape) - len(site.batch_axes))}
 
 

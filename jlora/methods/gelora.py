@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ class GeLoRA(Gated):
     """LoRA with a rank for each layer: `w + s * (a * gate) @ b`, with `a [in, rank]`, `b [rank, out]`.
 
     `s = alpha / mean of ranks`, the same in all layers, and `gate` is 1 for the ranks of the matrix's layer. In a stack of
-    layers every matrix has the arrays of the largest rank among them; `gate` is 0 for what is too much, which starts at zero
-    and has no gradient, so that nothing moves it. A leaf that is not stacked has its own rank alone. Trains
+    layers every matrix has the arrays of the largest rank among them; beyond its own rank `gate` is 0, and the factors start
+    at zero and have no gradient, so that nothing moves them. A leaf that is not stacked has arrays of its own rank. Trains
     `ranks * (in + out)` values a matrix, with the rank of its layer.
 
     The paper takes the ranks from the intrinsic dimensions of hidden states (`jlora.intrinsic_dimensions` and
-    `jlora.gelora_ranks`): where a layer raises the dimension, it needs as many directions at least. Any others may be given.
+    `jlora.gelora_ranks`): a layer that raises the dimension by some number needs at least so many directions. Other
+    ranks may be given.
 
     Costs forward passes over some rows of data before training, and in a step what LoRA of the largest rank costs.
 
@@ -51,6 +53,8 @@ class GeLoRA(Gated):
     alpha: float = 8.0
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
+
     def __post_init__(self) -> None:
         given = () if self.ranks is None else self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
         if (given == () and self.ranks is not None) or any(type(rank) is not int or rank < 1 for rank in given):
@@ -61,7 +65,7 @@ class GeLoRA(Gated):
 
     @property
     def scale(self) -> float:
-        """`s`."""
+        """`s = alpha / mean of ranks`; the mean counts as 1 while the ranks are still to be found."""
         ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks or 1,)
         return self.alpha * len(ranks) / sum(ranks)
 
@@ -76,7 +80,7 @@ class GeLoRA(Gated):
             LoRA(self.ranks).check(site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """LoRA's factors of the largest rank; `together` cuts them."""
+        """LoRA's factors of the largest rank, which `together` cuts."""
         assert self.ranks is not None
         return LoRA(max(self.ranks) if isinstance(self.ranks, tuple) else self.ranks).start(key, w, site)
 

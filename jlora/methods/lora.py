@@ -38,14 +38,14 @@ class LoRA(Method):
             "orthogonal": both factors are nonzero, and `a @ b` is zero, because they lie in orthogonal halves of the rank
             (PEFT's "orthogonal"); needs an even rank.
             "embedding": `a` zero, `b` standard normal (loralib's and PEFT's embeddings).
-            "random": both factors kaiming, so that the start differs from the base; for tests of plumbing.
+            "random": both factors kaiming, so that the start differs from the base; for tests.
             "olora": `b` orthonormal rows, the first `rank` of the QR factorisation of `w.T`, and `a = w @ b.T` (OLoRA).
             "pissa": the top singular triplets of `w`, `a = u sqrt(S / s)`, `b = sqrt(S / s) v.T` (PiSSA).
             "pissa_niter_<k>": the same by a randomised SVD with k subspace iterations, for wide matrices.
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given; an
             embedding's lookup has no such input, and no dropout.
 
-    The last three start at factors `a0`, `b0` taken from the weight, and the weight is `w + s * (a @ b - a0 @ b0)`. The
+    "olora" and "pissa" start at factors `a0`, `b0` taken from the weight, and the weight is `w + s * (a @ b - a0 @ b0)`. The
     papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for bit, whatever its dtype; the
     start is exact, and so is taking the adapter away. `a0` and `b0` are constants, kept and saved with the adapter, and
     the update is the plain LoRA `[a - a0 | a0] @ [b; b - b0]` of twice the rank, which is how it runs and ships. Under
@@ -69,6 +69,7 @@ class LoRA(Method):
     init: str = "default"
     dropout: float = 0.0
 
+    family: ClassVar[str] = "LoRA and its variants"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class LoRA(Method):
 
     @property
     def from_weight(self) -> bool:
-        """Whether the factors start as a part of the weight, which the update leaves out again."""
+        """Whether the factors start as a part of the weight, `a0 @ b0`, which is subtracted again."""
         return self.init == "olora" or self.init.startswith("pissa")
 
     @property
@@ -102,13 +103,11 @@ class LoRA(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
         roles = {"a": ("in", "rank"), "b": ("rank", "out")}
         return {**roles, "a0": roles["a"], "b0": roles["b"]} if self.from_weight else roles
 
     @property
     def uses_key(self) -> bool:
-        """Dropout draws."""
         return self.dropout > 0
 
     def check(self, site: Site) -> None:
@@ -126,7 +125,7 @@ class LoRA(Method):
         return "embedding" if site.kind == "gather" else "kaiming"
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """Draws the factors."""
+        """The factors by `init`; those taken from the weight are constants as well, `a0` and `b0`."""
         key_a, key_b = jax.random.split(key)
         a, b = (w.shape[0], self.rank), (self.rank, w.shape[1])
         name, dtype = self.init_name(site), trained_dtype(w)
@@ -142,7 +141,7 @@ class LoRA(Method):
         return Start({"a": draw(key_a, a, dtype), "b": start_b})
 
     def _of_weight(self, key: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The factors of "olora" and "pissa"."""
+        """`a0` and `b0` of "olora" and "pissa"."""
         if self.init == "olora":
             # Columns of the unpivoted QR's Q depend only on the columns before them, so a thin QR is enough.
             q = jnp.linalg.qr(w[: self.rank].T)[0]
@@ -166,13 +165,14 @@ class LoRA(Method):
         """`a` and `s * b`: scaling the smaller of the two costs least."""
         a, b = view.params["a"], view.params["b"]
         if self.from_weight:
-            # In differences, so that nothing is lost where large parts would cancel, in 16 bits above all.
+            # As `(a - a0) @ b + a0 @ (b - b0)`: `a @ b - a0 @ b0` would be a small difference of large parts, of which 16 bits
+            # keep nothing.
             a0, b0 = view.frozen["a0"], view.frozen["b0"]
             a, b = jnp.concatenate([a - a0, a0], axis=1), jnp.concatenate([b, b - b0])
         return Factors(a, self.scale * b, dropout=self.dropout)
 
     def labels(self, site: Site) -> dict[str, str]:
-        """LoRA+'s groups."""
+        """LoRA+'s groups; with the start of an embedding both factors are in "embedding"."""
         if self.init_name(site) == "embedding":
             return {"a": "embedding", "b": "embedding"}
         return {"a": "a", "b": "b"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ class PRILoRA(Gated):
 
     A layer's rank is `first + layer * (last - first) / (layers - 1)`, rounded so that layers at equal distances from both
     ends add up to `first + last`; a model of one layer has the mean. In a stack of layers every matrix has the arrays of the
-    largest rank among them; `gate` is 0 for what is too much, which starts at zero and has no gradient.
+    largest rank among them; beyond its own rank `gate` is 0, and the factors start at zero and have
+    no gradient.
 
     Every `every` steps the optimizer prunes `a`: of each `group` entries that follow each other in a column, the `pruned`
     with the smallest `|a| * x` become zero, and so do their moments. `x [in]` is the moving average of the norms of the
@@ -32,7 +34,7 @@ class PRILoRA(Gated):
     Worth trying where later layers matter more, as they mostly do in classification.
 
     Args:
-        first: rank of the first layer. The paper's, like all defaults here as far as is known: only its abstract was read.
+        first: rank of the first layer.
         last: rank of the last layer.
         alpha: numerator of the scale; each layer divides it by its own rank.
         every: steps from one pruning to the next.
@@ -49,7 +51,8 @@ class PRILoRA(Gated):
         >>> jlora.adapterize(params, {r".*/q_proj/kernel": jlora.PRILoRA(first=2, last=6, alpha=8)})
 
     Reference:
-        Benedek & Wolf 2024, arXiv:2401.11316.
+        Benedek & Wolf 2024, arXiv:2401.11316, of which only the abstract was read: the defaults are the paper's as far as that
+        tells them.
     """
 
     first: int = 4
@@ -62,6 +65,8 @@ class PRILoRA(Gated):
     mode: str = "zero"
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
+
     def __post_init__(self) -> None:
         pruned = (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0")
         check_hyperparameters(self, ("first", "last", "every", "group"), {"pruned": pruned})
@@ -72,16 +77,16 @@ class PRILoRA(Gated):
 
     @property
     def scale(self) -> float:
-        """The factor of the gated update."""
+        """`alpha` alone: each layer's gate divides by the layer's rank."""
         return self.alpha
 
     @property
     def optimizer_rule(self) -> PRILoRARule | None:
-        """The pruning."""
+        """The pruning of `a`; None where nothing is pruned."""
         return PRILoRARule(self.every, self.pruned, self.group, self.beta, self.mode) if self.pruned else None
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """LoRA's factors of the largest rank; `together` cuts them."""
+        """LoRA's factors of the largest rank, which `together` cuts."""
         return LoRA(max(self.first, self.last)).start(key, w, site)
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:

@@ -52,6 +52,7 @@ class RACLoRA(Method):
     draw: str = "gaussian"
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Chains of adapters"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
@@ -68,12 +69,10 @@ class RACLoRA(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the factors' axes."""
         return {"a": ("in", "rank"), "b": ("rank", "out")}
 
     @property
     def uses_key(self) -> bool:
-        """Dropout draws."""
         return self.dropout > 0
 
     def check(self, site: Site) -> None:
@@ -107,7 +106,7 @@ class RACLoRA(Method):
         return both["a"], both["b"]
 
     def labels(self, site: Site) -> dict[str, str]:
-        """The trained factor's own group."""
+        """LoRA+'s group of the trained factor."""
         return {"b": "b"} if self.frozen == "in" else {"a": "a"}
 
 

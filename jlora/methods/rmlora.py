@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.methods.lora import LoRA
@@ -19,7 +20,7 @@ class RMLoRA(LoRA):
     decay move them on, unless `freeze`. With Adam the mean step shrinks by about `sqrt(updated / rank)`. All else is LoRA;
     with `updated = rank` and `orthogonality = 0` every bit is LoRA's. Trains `rank * (in + out)` values a matrix.
 
-    Costs products of `rank² * (in + out)` a matrix for the penalty in every step, and the masks' random numbers.
+    Costs in every step `rank² * (in + out)` multiply-adds a matrix for the penalty, and the random numbers of the masks.
 
     Worth trying where LoRA overfits, or where its ranks are nearly dependent.
 
@@ -52,6 +53,8 @@ class RMLoRA(LoRA):
     orthogonality: float = 0.1
     freeze: bool = False
     seed: int = 0
+
+    family: ClassVar[str] = "LoRA and its variants"
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "updated"))

@@ -35,6 +35,7 @@ class Rows(Method):
 
     indices: tuple[int, ...] = (0,)
 
+    family: ClassVar[str] = "Trained leaves and rows"
     local: ClassVar[frozenset[str]] = frozenset({"out"})
     restarts: ClassVar[bool] = False
 
@@ -45,11 +46,10 @@ class Rows(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the rows' axes."""
         return {"rows": ("", "out")}
 
     def check(self, site: Site) -> None:
-        """Refuses a row that the matrix has not."""
+        """Refuses a row number beyond the matrix's rows."""
         if max(self.indices) >= site.in_size:
             raise ValueError(f"row {max(self.indices)} is not one of the matrix's {site.in_size} rows")
 
@@ -63,7 +63,7 @@ class Rows(Method):
         return view.w.astype(rows.dtype).at[jnp.array(self.indices)].set(rows)
 
     def factors(self, view: View) -> Factors:
-        """The change of the rows, which a one-hot matrix puts at their places."""
+        """`a [in, rows]` one-hot and `b [rows, out]` the change: their product is the change at the rows' places."""
         rows, at = view.params["rows"], jnp.array(self.indices)
         places = (
             jnp.zeros((view.w.shape[0], len(self.indices)), rows.dtype).at[at, jnp.arange(len(self.indices))].set(1)

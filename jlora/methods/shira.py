@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,13 @@ class SHiRA(Method):
     several are added to one base, since sparse updates disturb each other little. The update's rank is not bounded.
 
     Args:
-        mask: which entries.
+        mask: which entries; of entries that rank equal, the first count as larger.
             "random": drawn without replacement.
-            "struct": the diagonal, then whole lines at equal distances as far as `k` goes, the rest in the order of the
-            matrix; `k = out * in / f + min(in, out) * (f - 1) / f` gives every f-th row of a square matrix.
+            "struct": the diagonal, then as many whole lines at equal distances as `k` allows, then single entries in the order
+            of the matrix; `k = out * in / f + min(in, out) * (f - 1) / f` gives every f-th row of a square matrix.
             "weight": the largest of `|w|`.
             "gradient": the largest mean over the batches of `|gradient|`; needs `jlora.prepare`.
             "snip": the largest `|w * gradient|` with the mean gradient of all batches; needs `jlora.prepare`.
-            Of equal entries the first counts as the larger one.
         density: share of the entries, where neither of the next two is given.
         entries: `k` itself; 0 means that it is not given.
         rank: the rank of the LoRA with as many values (PEFT's `r`); 0 means that it is not given.
@@ -43,11 +43,12 @@ class SHiRA(Method):
             are disjoint (for "random" with the same key).
         lines: the lines of "struct": "rows" of `w [in, out]`, or "columns".
 
-    Neither the paper's form nor this one decays the base: the values belong to the group "vector", which has no decay. With
-    LoRA+ they have the rate of `b`, since they start at zero as `b` does.
+    There is no weight decay, as in the paper: the values belong to the group "vector". With LoRA+ they have the rate of `b`,
+    since they start at zero as `b` does.
 
     Raises:
-        ValueError: for a number or name out of range, more entries than the matrix has, or a matrix of more than 2**31.
+        ValueError: for a number or name out of range, more entries than the matrix has, or a matrix of more than 2**31
+            entries.
 
     Example:
         >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.SHiRA("weight", density=0.01)})
@@ -65,6 +66,8 @@ class SHiRA(Method):
     scale: float = 1.0
     offset: int = 0
     lines: str = "rows"
+
+    family: ClassVar[str] = "Sparse updates"
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
@@ -84,12 +87,12 @@ class SHiRA(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Both are packed, and lie whole on every device."""
+        """Neither axis is one of the matrix's: both arrays lie whole on every device of a mesh."""
         return {"values": ("",), "index": ("",)}
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistic that the mask ranks."""
+        """The gradient by which the masks "gradient" and "snip" rank entries."""
         return frozenset(MASKS[self.mask])
 
     @property
@@ -127,7 +130,7 @@ class SHiRA(Method):
         return Start({"values": jnp.zeros(k, trained_dtype(w))}, {"index": index.astype(jnp.int32)})
 
     def _score(self, w: jax.Array, statistics: dict[str, jax.Array]) -> jax.Array:
-        """What "weight", "gradient" and "snip" rank."""
+        """`[in, out]`, whose largest entries "weight", "gradient" and "snip" take."""
         if self.mask == "gradient":
             return statistics["absolute_gradient"]
         w = w.astype(trained_dtype(w))
@@ -149,9 +152,9 @@ class SHiRA(Method):
 
 
 def struct_index(rows: int, columns: int, k: int, lines: str, offset: int = 0) -> np.ndarray:
-    """The flat positions `[k]` of SHiRA's "struct" mask; see there. Each offset has its own, disjoint from all before.
+    """The flat positions `[k]` of SHiRA's "struct" mask, in rising order.
 
-    The diagonal and the lines of an offset are shifted by it.
+    With an offset the diagonal and the lines are shifted by it, and leave out what smaller offsets take.
     """
     if lines == "columns":
         across = struct_index(columns, rows, k, "rows", offset)

@@ -31,7 +31,7 @@ class SoRA(Gated):
     (jlora's addition, for comparisons at equal budgets): at step `steps - final_steps` the `target` largest `|g|` a matrix, on
     average over all that share these hyperparameters, are kept for good, and the thresholds end; the others stay zero.
 
-    Costs nothing to speak of: a comparison for every gate.
+    Costs next to nothing: a comparison for every gate.
 
     Worth trying where the number of ranks should follow from the task rather than from a budget.
 
@@ -56,9 +56,9 @@ class SoRA(Gated):
         >>> jlora.SoRA(rank=8, alpha=16, threshold=7e-4, first_threshold=0.0, stages=7, l1=1e-3, steps=1000)
 
     Reference:
-        Ding et al. 2023, arXiv:2311.11696. The formula is the paper's (from memory of it, with the threshold a number of its
-        own, as in the reference code): the code's three masked assignments in a row set all gates up to twice the threshold
-        to zero. Defaults, start and the L1 term are the code's.
+        Ding et al. 2023, arXiv:2311.11696. The formula is the paper's, written down from memory, with the threshold a number of
+        its own, as in the reference code. The code itself does otherwise: its three masked assignments in a row set all gates
+        up to twice the threshold to zero. Defaults, start and the L1 term are the code's.
     """
 
     rank: int = 8
@@ -74,6 +74,7 @@ class SoRA(Gated):
     final_steps: int = 0
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "g"
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class SoRA(Gated):
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Of every stage."""
+        """The threshold of every stage."""
         first = self.threshold if self.first_threshold is None else self.first_threshold
         if self.spacing == "linear" or first == 0:
             return tuple(np.linspace(first, self.threshold, self.stages).tolist())
@@ -112,7 +113,7 @@ class SoRA(Gated):
 
     @property
     def optimizer_rule(self) -> SoRARule:
-        """One L1 term and one target for all sites that agree in everything but rank, alpha and dropout."""
+        """The thresholds; one L1 term and one target for all sites that agree in everything but rank, alpha and dropout."""
         return SoRARule(self.phases, self.thresholds, self.l1, self.target)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:

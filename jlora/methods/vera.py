@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class VeRA(Method):
     projection_key: int = 0
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Shared random projections"
+
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("projection_key", 0)):
             value = getattr(self, name)
@@ -60,12 +63,11 @@ class VeRA(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the vectors' axes; the shared pair belongs to no leaf."""
+        """Those of the two vectors; the shared pair belongs to no leaf and has no roles."""
         return {"d": ("rank",), "b": ("out",)}
 
     @property
     def uses_key(self) -> bool:
-        """Dropout draws."""
         return self.dropout > 0
 
     @property
@@ -75,7 +77,8 @@ class VeRA(Method):
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
         """Draws the projections for the largest input and the largest output, which may belong to different leaves."""
-        # Named, so that a user's choice of generator does not change the projections; the key of the tree does not either.
+        # By a named generator, so that a user's default one changes nothing, and without `key`, which differs between adapters
+        # that were trained apart and must share the projections.
         key_a, key_b = jax.random.split(jax.random.key(self.projection_key, impl="threefry2x32"))
         rows, columns = max(site.in_size for site in sites), max(site.out_size for site in sites)
         dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
@@ -85,7 +88,7 @@ class VeRA(Method):
         }
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """Constants: the projections hold all that is random."""
+        """`d` filled with `d_initial`, `b` zero; nothing is drawn here."""
         dtype = trained_dtype(w)
         return Start({"d": jnp.full(self.rank, self.d_initial, dtype), "b": jnp.zeros(w.shape[1], dtype)})
 

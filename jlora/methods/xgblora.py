@@ -20,8 +20,8 @@ class XGBLoRA(Method):
     `s = alpha / rank`. `mask` is 1 for a random part of the layers, drawn for all leaves of the method together: layers, not
     leaves, so that the query and the value of a layer are drawn as one. The first stacked axis counts layers, or the first
     number in a leaf's path says its layer; a leaf with neither is a layer of its own. Where `mask` is 0, gradients and
-    update are exactly zero. Trains `rank * (in + out)` values a matrix, of which those of the drawn layers count. Costs
-    arrays and products for all layers, drawn or not, so that every link has the same shapes.
+    update are exactly zero. Trains `rank * (in + out)` values a matrix, of which only the drawn layers' change the output.
+    Costs arrays and products for all layers, drawn or not, so that every link has the same shapes.
 
     Meant for a chain: `jlora.restart` (or `Chain(XGBLoRA(...))`) ends a round of boosting, and draws other layers. The
     penalty on the factors' size that the paper adds is the optimizer's weight decay here.
@@ -29,8 +29,8 @@ class XGBLoRA(Method):
     Args:
         rank: columns of `a`.
         alpha: numerator of the scale.
-        layers: how many layers a link has: a number, or a share of all (0 to 1; at least one layer). The default is what
-            the paper found best for a model of 32 layers, 11, as a review tells it.
+        layers: how many layers a link has: a number, or a share of all (0 to 1; at least one layer). The default, a
+            third, stands for 11 of 32 layers, which the paper found best according to a review of it.
         init: how `a` is drawn, as in LoRA: "kaiming", "gaussian" or "orthonormal"; `b` is zero.
         dropout: as for LoRA.
 
@@ -50,6 +50,7 @@ class XGBLoRA(Method):
     init: str = "kaiming"
     dropout: float = 0.0
 
+    family: ClassVar[str] = "Chains of adapters"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
@@ -73,7 +74,6 @@ class XGBLoRA(Method):
 
     @property
     def uses_key(self) -> bool:
-        """Dropout draws."""
         return self.dropout > 0
 
     def check(self, site: Site) -> None:
@@ -110,7 +110,6 @@ class XGBLoRA(Method):
         return Factors(view.params["a"], b, dropout=self.dropout)
 
     def labels(self, site: Site) -> dict[str, str]:
-        """As LoRA."""
         return self._plain.labels(site)
 
 

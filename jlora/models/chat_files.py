@@ -73,16 +73,16 @@ def _configured(path: Path) -> dict[str, ChatSource]:
 
 
 def _listed(found: Any) -> dict[Any, Any]:
-    """A list of `{name, template}` as a dict; anything else as what no check lets pass."""
+    """A list of `{name, template}` as a dict; anything else as `{None: None}`, which the caller refuses."""
     whole = isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found)
     return {entry.get("name"): entry.get("template") for entry in found} if whole else {None: None}
 
 
 def write_chat_templates(directory: str | os.PathLike, templates: Mapping[str, str]) -> None:
-    """Writes templates by name as transformers does; whoever reads the directory finds these and no others.
+    """Writes templates by name as transformers does, in place of all that the directory holds.
 
     Raises:
-        ValueError: a name is no file's name.
+        ValueError: a name can't be a file's name.
     """
     root = Path(directory)
     for path in (root / FILE, *(root / FOLDER).glob("*.jinja")):
@@ -92,13 +92,13 @@ def write_chat_templates(directory: str | os.PathLike, templates: Mapping[str, s
         if name != os.path.basename(name) or not name:
             raise ValueError(f"{directory}: a chat template is called {name!r}, which can't be a file's name.")
         path.parent.mkdir(exist_ok=True)
-        # Without the system's own line ends: they are part of what the model was trained on.
+        # As bytes, so that no system changes the line ends: the model was trained on them as they are.
         path.write_bytes(text.encode("utf-8"))
     _tell_older_readers(root / CONFIG, templates)
 
 
 def _tell_older_readers(path: Path, templates: Mapping[str, str]) -> None:
-    """Who reads the configuration alone finds the same templates there, if it holds any."""
+    """Updates the templates in `tokenizer_config.json`, if it holds any: older readers look for them nowhere else."""
     held = {name: source.text for name, source in _configured(path).items()}
     if held and held != templates:
         listed = [{"name": name, "template": text} for name, text in templates.items()]
@@ -111,8 +111,8 @@ def _tell_older_readers(path: Path, templates: Mapping[str, str]) -> None:
 def special_tokens(directory: str | os.PathLike) -> dict[str, str]:
     """The special tokens that templates see as `bos_token`, `eos_token` and so on; what is not set is left out.
 
-    Beside the usual names these are a model's own, `image_token` for one. `special_tokens_map.json` is read where
-    `tokenizer_config.json` is from the time in which it counted.
+    They are those of the usual names and a model's own, such as `image_token`. `special_tokens_map.json` is read only beside a
+    `tokenizer_config.json` of the older releases of transformers, which read it too.
 
     Raises:
         ValueError: a file is damaged.

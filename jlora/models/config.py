@@ -16,7 +16,7 @@ from jlora.disk.json_files import shown
 
 # Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
-# One slash is what pathlib leaves of two.
+# One slash after "https:" is enough: pathlib makes one of two.
 _HUB_ID = re.compile(r"(https?://?(www\.)?huggingface\.co/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)/?")
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,7 +61,7 @@ def _instead(directory: str) -> str:
 
 @contextlib.contextmanager
 def of_file(directory: str | os.PathLike) -> Iterator[None]:
-    """Errors within name the whole path of `config.json`, which the readers below don't know."""
+    """A context in which errors name the whole path of `config.json`, which the readers below don't know."""
     try:
         yield
     except ValueError as error:

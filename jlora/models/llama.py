@@ -17,7 +17,7 @@ from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
 from jlora.models.rope import RopeConfig, rotate, rotation
 
-# Wider than any text, so that a layer without a window can stand in one stack with those that have one.
+# The window of a layer that has none, beside layers that have one: wider than any text.
 NO_WINDOW = np.iinfo(np.int32).max
 
 
@@ -126,7 +126,7 @@ class LlamaConfig:
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
-# The frequencies of a head's planes are constants of the program.
+# A bound, since the frequencies of a head's planes are constants in the compiled program.
 _WIDEST_HEAD = 2**16
 # Kinds of `layer_types`, and whether they have a window.
 _KINDS = {"full_attention": False, "sliding_attention": True}

@@ -175,7 +175,7 @@ def load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the model that a Hugging Face directory describes and reads its weights.
 
-    Every tensor in the files is used and every leaf of the params is filled, or it is an error. Weights are read one
+    A tensor in the files that is not used, and a leaf of the params that is not filled, are errors. Weights are read one
     tensor at a time: beside the params no more than one leaf is in memory.
 
     Args:
@@ -259,7 +259,7 @@ def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool
 
 
 def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, prefix: str) -> None:
-    """There are tensors of as many layers as the config says: a model of too many would be built for hours."""
+    """Refuses a config with more layers than the files have: building such a model could take hours before it fails."""
     with of_file(checkpoint.directory):
         layers = whole(hf, "num_hidden_layers")
         named = (re.fullmatch(re.escape(prefix) + family.layer, name) for name in checkpoint.names)
@@ -316,7 +316,7 @@ def _read(
             f"{checkpoint.file(made_of.names[0])}: the layers of {made_of.names[0]!r} have different dtypes "
             f"({', '.join(sorted(map(str, kinds)))}) and can't be stacked; give param_dtype."
         )
-    # As JAX will have it: 64 bits become 32 unless they are switched on.
+    # In the dtype that JAX will give it: 64 bits become 32 unless JAX was told to keep them.
     leaf = np.empty(shape, jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype))
     for layer, name in enumerate(made_of.names):
         tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]

@@ -14,7 +14,7 @@ class MergedLeaf:
 
     Args:
         weight: the leaf with its adapter.
-        last: the leaf that was formed last and its values, for all leaves of a tree; the one before is let go.
+        last: holds the leaf that was formed last, with its values; shared by all leaves of a tree, so that one is in memory.
     """
 
     def __init__(self, weight: Weight, last: dict["MergedLeaf", np.ndarray]):
@@ -22,7 +22,7 @@ class MergedLeaf:
         self.shape, self.dtype, self.size = weight.leaf_shape, weight.array.dtype, weight.array.size
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The values."""
+        """The values: formed now, unless this leaf was the last one formed."""
         if self not in self._last:
             self._last.clear()
             self._last[self] = np.asarray(weights.effective(self._weight))

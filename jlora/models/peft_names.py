@@ -14,8 +14,8 @@ _WEIGHT_ENDS = {"kernel": "in out", "scale": "out", "bias": "out"}
 def peft_names(model: Any) -> dict[str, TorchParameter]:
     """Which torch parameter of the Hugging Face model each leaf is.
 
-    The torch model is the one that transformers builds from the checkpoint: `LlamaForCausalLM` and its kin for a model with
-    a language head, else the backbone (`AutoModel`), and the backbone too for a classifier, whose head is `classifier`.
+    The torch model is the one that transformers builds from the checkpoint: `LlamaForCausalLM` and the like for a model
+    with a language head, else the backbone (`AutoModel`). A classifier is the backbone with a head named `classifier`.
 
     Args:
         model: a model of this package, or its config (`LlamaConfig` or `BertConfig`).

@@ -22,7 +22,7 @@ from jlora.models.config import read_config
 from jlora.models.llama import Llama
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 
-# Files of the source that go along as they are.
+# Files of the source that are copied.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -201,7 +201,7 @@ def _shards(sources: dict, leaves: dict, max_shard_bytes: int) -> list[list[tupl
 
 def _tensor(leaf: Any, made_of: Any, layer: int) -> np.ndarray:
     tensor = np.asarray(leaf[layer] if made_of.stacked else leaf)
-    # safetensors writes the memory of a strided array, not its values.
+    # Contiguous, since safetensors writes an array's memory and ignores strides.
     return np.ascontiguousarray(tensor.T if made_of.transposed else tensor)
 
 

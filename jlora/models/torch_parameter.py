@@ -65,5 +65,5 @@ class TorchParameter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names, however many."""
+        """The names as a tuple."""
         return (self.name,) if isinstance(self.name, str) else tuple(self.name)

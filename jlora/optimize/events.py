@@ -22,7 +22,7 @@ Loss = Callable[["Adapted", Any], jax.Array]
 
 
 def silent(text: str) -> None:
-    """Says nothing."""
+    """Drops the text: the default of `say`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run_events(
     Args:
         adapted: as the step left it.
         opt_state: the optimizer's state.
-        tx: the optimizer that made it.
+        tx: the optimizer, the one that made `opt_state`.
         key: the run's random key; it is folded with the step.
         step: steps done, the first update being step 1.
         loss: `loss(adapted, batch) -> scalar` on held-out data, for methods that ask for it.

@@ -21,8 +21,8 @@ class Renewal:
     """How moments are renewed.
 
     Attributes:
-        prune: share of the entries that become zero; 1 makes everything as `tx.init` does.
-        by: "random" or "magnitude".
+        prune: share of the entries of each moment that become zero; 1 makes everything as `tx.init` does.
+        by: which entries: "random" ones, or those where the first moment is smallest in "magnitude".
     """
 
     prune: float = 1.0
@@ -31,10 +31,11 @@ class Renewal:
 
 @dataclass(frozen=True)
 class _Mark:
-    """What an array of the optimizer's state belongs to.
+    """Says of an array of the optimizer's state what becomes of it.
 
     Attributes:
-        number: of the trained array, if it begins anew; -1 for one that stays, -2 for what is no moment.
+        number: for a moment of a trained array that begins anew, that array's number among all trained arrays; -1 for a
+            moment of one that stays, -2 for what is no moment.
         batch: number of stacked axes of the trained array.
     """
 
@@ -43,8 +44,9 @@ class _Mark:
 
 
 _STAYS, _OTHER = _Mark(-1), _Mark(-2)
+# A step count that begins anew: any number that is not negative says so.
 _COUNT = _Mark(0)
-# What optax calls a step count that corrects averages.
+# The names that optax gives to a step count by which a state corrects its averages.
 _COUNTS = ("count", "t")
 
 
@@ -80,11 +82,13 @@ def renewed(
     """The optimizer's state with the moments of some sites renewed.
 
     A moment is what the optimizer keeps for each trained array (`optax.tree_map_params`). With `prune=1` it becomes what
-    `tx.init` makes of the new arrays, and so does the step count beside it (`count` or `t`, the names that optax gives it),
-    by which Adam corrects its averages; a count without moments, a schedule's, goes on. Where moments that stay share the
-    count, it starts anew too, and their next steps are of the wrong length: up to twice as long in the first hundred steps of
-    a run, where the averages are still filling up, shorter later. `jlora.optimizer` keeps apart what begins anew at
-    different times.
+    `tx.init` makes of the new arrays.
+
+    So does the step count in the same optax state (`count` or `t`), by which Adam corrects its averages for having started at
+    zero. A state with a count and no moments, such as a schedule's, goes on. One count may serve moments that begin anew and
+    moments that stay. For the latter the correction is then wrong: their steps are up to twice as long after a restart in the
+    first hundred steps of a run, when averages are still small, and shorter after a later one. `jlora.optimizer` avoids this
+    by a state of its own for everything that begins anew at a time of its own.
 
     Args:
         tx: the optimizer.
@@ -110,7 +114,8 @@ def renewed(
     def pruned(mark: _Mark, moment: jax.Array) -> jax.Array:
         if mark.number < 0:
             return moment
-        # The first moment of an array decides for all: a mean that is kept without its square makes a step without bound.
+        # All moments of an array share one mask, made from the first: Adam divides the mean gradient by the root of the mean
+        # square, so a mean kept without its square would be divided by nearly zero.
         place = (mark.number, moment.shape)
         if place not in masks:
             masks[place] = _kept(mark, moment, renewal, key)
@@ -120,7 +125,7 @@ def renewed(
 
 
 def _marks(params: Any, sites: tuple[Site, ...]) -> Any:
-    """A mark for every trained array."""
+    """A mark for every trained array, in a tree like `params`."""
     batches = {site.keys: len(site.batch_axes) for site in sites}
     leaves, treedef = paths.flatten_with_keys(params)
     return jax.tree.unflatten(
@@ -130,7 +135,7 @@ def _marks(params: Any, sites: tuple[Site, ...]) -> Any:
 
 
 def _counted(marks: Any) -> Any:
-    """The marks, with the counts beside moments that begin anew marked as such."""
+    """The marks, with `_COUNT` for the step count of every optax state that has a moment which begins anew."""
     if isinstance(marks, dict):
         return {name: _counted(each) for name, each in marks.items()}
     if not isinstance(marks, tuple | list):
@@ -146,10 +151,10 @@ def _counted(marks: Any) -> Any:
 
 
 def _kept(mark: _Mark, moment: jax.Array, renewal: Renewal, key: jax.Array) -> jax.Array:
-    """A mask of the entries of a moment that are kept, matrix by matrix."""
+    """A mask of the entries of a moment that are kept; by "magnitude" the same number in each matrix of a stack."""
     if renewal.by == "random":
         return jax.random.bernoulli(jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)
     rows = jnp.abs(moment).reshape(*moment.shape[: mark.batch], -1)
-    # By places, not by a threshold: of equal entries the first are kept, and the number is exact.
+    # By rank order and not by a threshold: then exactly so many are kept, of equal entries the first.
     place = jnp.argsort(jnp.argsort(-rows, axis=-1, stable=True), axis=-1)
     return (place < round((1 - renewal.prune) * rows.shape[-1])).reshape(moment.shape)

@@ -33,7 +33,7 @@ from jlora.optimize.renewal import Renewal, check_state, renewed
 
 @dataclass(frozen=True)
 class _Link:
-    """What a restart does; static.
+    """What a restart does: static, a part of the compiled program's key.
 
     Attributes:
         sites: the leaves that begin anew.
@@ -61,12 +61,12 @@ def restart(
 
     1. Each adapted leaf of the base becomes its effective weight. For `Chain` the base stays as it is, to the bit, and the
        link's factors go among the finished ones.
-    2. The method's arrays are drawn anew from `key`, frozen ones too but for those that leaves share, so the output stays
-       what it was.
-    3. The optimizer's moments of these arrays become what they were at the start, and so does the step count that corrects
-       them (`jlora.optimizer` has one for each chain, and another one for what never begins anew). The count of a schedule of
-       the learning rate goes on. With `prune` below 1, as in ReLoRA, that share of each
-       moment becomes zero, and the counts go on.
+    2. The method's arrays are drawn anew from `key`, the constants too, except those that leaves share. The new adapter starts
+       at the base's output, so the output stays what it was.
+    3. The optimizer's moments of these arrays become what they were at the start, and so does the step count by which Adam
+       corrects them (`jlora.optimizer` has one count for each chain, and another for what never begins anew). A learning-rate
+       schedule's count goes on. With `prune` below 1, as in ReLoRA, only that share of each moment becomes zero, and all
+       counts go on.
 
     Leaves whose methods train values of the weight itself (`Full`, `Rows`) keep them, and their moments. All is one
     compiled program that serves every link; shapes, dtypes and shardings stay.
@@ -74,23 +74,23 @@ def restart(
     Args:
         adapted: what is trained.
         opt_state: the optimizer's state.
-        tx: the optimizer; the same object every time, since another one is compiled for anew.
+        tx: the optimizer; pass the same object every time, since a restart is compiled once for each.
         key: random key of the new link: fold the number of the link into one of your own.
         prune: share of the moments that become zero; by default what a `Chain` says, else all.
-        by: which of them: at "random", or the smallest of each matrix by "magnitude" of the array's first moment (Adam's mean).
-            One choice serves all moments of an array. By default what a `Chain` says, else "random".
+        by: which of them: "random" ones, or those where the first moment (Adam's mean) is smallest in "magnitude", matrix by
+            matrix. One choice serves all moments of an array. By default what a `Chain` says, else "random".
         donate: whether the memory of `opt_state` and of the folded leaves of the base may be used for the results. Then
-            those arrays are gone, also for the `params` that `adapterize` was given: it copies nothing.
+            those arrays are deleted, also in the `params` that `adapterize` was given, since it copies nothing.
         sites: the leaves that begin anew; by default all whose methods can.
 
     Returns:
         The new `Adapted` and the new optimizer state.
 
     Raises:
-        ValueError: for a base of 16 bits, to which a small link would be lost; a chain that is full; a method that starts
+        ValueError: for a base of 16 bits, in which a small link would be rounded away; a full chain; a method that starts
             elsewhere than at the base, from data, or follows a schedule of its own; a share or choice out of range, or
             chains that disagree about them; an optimizer that accumulates gradients, in the middle of that.
-        TypeError: for a `Chain` under `jit`, where nobody could see that it is full.
+        TypeError: for a `Chain` under `jit`, where the number of finished links can't be read.
 
     Example:
         >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.Chain(jlora.LoRA(rank=2), links=3)})
@@ -108,7 +108,7 @@ def restart(
     _check(adapted, renewing)
     shared = Counter(map(id, leaves.values()))
     folded = {site.path: leaves[site.keys] for site in renewing if not site.method.kept_fields}
-    # An array that is also another leaf of the base must outlive the program.
+    # A donated array is deleted; one that is also another leaf of the base must not be.
     folded = {path: jnp.copy(leaf) if shared[id(leaf)] > 1 else leaf for path, leaf in folded.items()}
     kept = {site.path: leaves[site.keys] for site in renewing if site.method.kept_fields}
     link = _Link(renewing, tx, renewal)
@@ -123,7 +123,7 @@ def restart(
 
 
 def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Renewal:
-    """What becomes of the moments: as asked for, or as the chains have it.
+    """What becomes of the moments: as asked for, else as the chains say.
 
     Raises:
         ValueError: for a share or choice out of range, or sites that disagree.
@@ -141,7 +141,7 @@ def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Re
 
 
 def _place(leaf: Any) -> NamedSharding | None:
-    """Where an array of the result must lie: where it lay, if it is on a mesh."""
+    """The sharding of an array on a mesh, which its successor gets too; None for any other."""
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
     return leaf.sharding if concrete and isinstance(leaf.sharding, NamedSharding) else None
 
@@ -221,7 +221,7 @@ def unchained(adapted: Adapted) -> Adapted:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(link: _Link, plan: Any, places: tuple[Any, ...], form: Any, donate: bool) -> Any:
-    """The jitted restart; its results lie where what they replace lay."""
+    """The jitted restart; each result is sharded as what it replaces."""
     return jax.jit(
         partial(_restarted, link, plan),
         out_shardings=jax.tree.unflatten(form, places),
@@ -285,7 +285,7 @@ class LinkEnds:
     by: str
 
     def due(self, step: int) -> bool:
-        """At equal shares of the run."""
+        """Whether a link other than the last ends after this many steps."""
         return step in link_ends(self.links, self.steps)
 
     def happen(self, moment: Moment) -> tuple[Adapted, Any]:

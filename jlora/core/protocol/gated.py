@@ -1,4 +1,4 @@
-"""Methods whose ranks have a gate each."""
+"""What methods with a gate on every rank have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, Vie
 class Gated(Method):
     """Base of methods with the weight `w + scale * (a * gates) @ b`, with `a [in, r]`, `gates [r]`, `b [r, out]`.
 
-    A subclass has hyperparameters `alpha`, `dropout` and mostly `rank`.
+    A subclass has the hyperparameters `alpha` and `dropout`, and `rank` unless it overrides `scale`.
 
     Class attributes:
         gate: name of the field that the gates come from, trained or constant.
@@ -29,17 +29,15 @@ class Gated(Method):
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, by the rank at the start."""
+        """`alpha / rank`, with the rank at the start, however many ranks are in use later."""
         return self.alpha / self.rank  # type: ignore[attr-defined]
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """The factors' and the gate's."""
         return {"a": ("in", "rank"), self.gate: ("rank",), "b": ("rank", "out")}
 
     @property
     def uses_key(self) -> bool:
-        """Dropout draws."""
         return self.dropout > 0  # type: ignore[attr-defined]
 
     def check(self, site: Site) -> None:
@@ -47,7 +45,11 @@ class Gated(Method):
         check_rank(self, site)
 
     def gates(self, fields: Arrays) -> jax.Array:
-        """The gates of all ranks, zero for those out of use; by them goes `jlora.compact`."""
+        """The gates `[r]`, zero for ranks that are out of use: `jlora.compact` drops these ranks, whatever their factors hold.
+
+        Args:
+            fields: the method's arrays by name, trained and constant.
+        """
         return fields[self.gate]
 
     def weight(self, view: View) -> jax.Array:
@@ -56,7 +58,7 @@ class Gated(Method):
         return view.w.astype(a.dtype) + self.scale * ((a * gates[None, :]) @ b)
 
     def factors(self, view: View) -> Factors:
-        """Two factors, with `scale * gates` in the smaller one."""
+        """`a` and `b`, of which the one with fewer values takes `scale * gates`."""
         a, gates, b = self._parts(view)
         gates, dropout = self.scale * gates, self.dropout  # type: ignore[attr-defined]
         if a.shape[0] <= b.shape[1]:
@@ -74,7 +76,16 @@ class Gated(Method):
 def ranked(
     starts: list[Start], sites: tuple[Site, ...], ranks: list[np.ndarray], value: Callable[[np.ndarray], Any]
 ) -> list[Start]:
-    """Starts with constant gates: factors cut to the ranks `[*batch]` of their matrices, gates `value(rank)`, 0 out of use.
+    """Gives every matrix a rank of its own: of starts with factors of a larger rank makes such with constant gates.
+
+    Matrices of a stack keep arrays of one shape, so a leaf's factors are cut to the largest rank among its matrices. For the
+    ranks beyond a matrix's own the factors and the gate are zero.
+
+    Args:
+        starts: of all leaves, with factors `a [*batch, in, r]`, `b [*batch, r, out]`.
+        sites: the leaves.
+        ranks: for each leaf `[*batch]`, the rank of every matrix.
+        value: gives the gate of a rank in use, from the matrix's rank.
 
     Raises:
         ValueError: for a rank above a matrix's sides.

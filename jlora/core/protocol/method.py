@@ -161,6 +161,8 @@ class Method:
     """Base of all methods. A subclass is a frozen dataclass and overrides what it needs.
 
     Class attributes:
+        family: where the pages list the method: a key of `jlora.disk.catalog.FAMILIES`. Each method that comes with jlora states
+            its own.
         matrix: False for methods that take the leaf in its own shape (any number of axes, biases too).
         exact_start: False for methods whose start is not exactly the base's output.
         local: roles ("in", "out") along which the method may be cut: the effective weight of a slice is what the
@@ -171,6 +173,7 @@ class Method:
         CASES: examples of the method for the contract test; every method has some.
     """
 
+    family: ClassVar[str] = ""
     matrix: ClassVar[bool] = True
     exact_start: ClassVar[bool] = True
     local: ClassVar[frozenset[str]] = frozenset()

@@ -49,8 +49,8 @@ class Leaf:
         keys: the keys that lead to it.
         shape: its shape.
         readings: every way in which it is read, in program order.
-        head: whether its last product is the function's output, with no other weight after it.
-        entered: whether what is made of it, and of other leaves, but not of data, meets an activation in a product.
+        head: whether it is a head of the function: its product is an output, with no other weight's product after it.
+        entered: whether it, or something made of it without data, meets an activation in a product.
     """
 
     keys: Keys
@@ -77,11 +77,15 @@ class Leaf:
 
     @property
     def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-        """(in, out, batch) axes; None where products disagree (a tied head's does not), or contract a part of an axis."""
+        """(in, out, batch) axes; None where products disagree, or contract a part of an axis.
+
+        In and out may be exchanged, as in a head that is tied to an embedding: then those of the lookup count.
+        """
         products = sorted(self.products, key=lambda reading: reading.primitive != "gather")
         if not products:
             return None
-        # Matrices that share their input somewhere are a stack all the same.
+        # A product of one input with all matrices of a stack reads like a product with more out axes; where another product
+        # shows which of them is the stack's, it is so here too.
         stacks = {reading.batch_axes for reading in products if reading.batch_axes}
         products = [_as_stack(reading, *stacks) if len(stacks) == 1 else reading for reading in products]
         first = products[0]
@@ -93,7 +97,7 @@ class Leaf:
 
 
 def _as_stack(reading: Reading, batch: tuple[int, ...]) -> Reading:
-    """A reading with those of its out axes that are a stack's called so."""
+    """The reading with the axes `batch`, which it has among its out axes, as batch axes."""
     out = tuple(axis for axis in reading.out_axes if axis not in batch)
     is_one = not reading.batch_axes and out and set(batch) <= set(reading.out_axes)
     return replace(reading, out_axes=out, batch_axes=batch) if is_one else reading
@@ -144,7 +148,7 @@ class Sites:
 
 
 def _prefixes(arrays: dict[Keys, Any], traced: dict[Keys, Leaf]) -> list[Keys]:
-    """Where a params tree may sit in the argument that was traced, from the first of its leaves that is found there."""
+    """The keys below which a params tree may sit in the argument that was traced: those before the first leaf found there."""
     ends = ({found[: len(found) - len(keys)] for found in traced if found[-len(keys) :] == keys} for keys in arrays)
     return sorted(next(filter(None, ends), set()), key=len)
 

@@ -1,4 +1,4 @@
-"""A method around another one: what it does not change is the inner method's."""
+"""Methods that go around another method, such as DoRA, and access to the one inside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from jlora.core.protocol.method import Arrays, Method, OptimizerRule, Site, Star
 class Around(Method):
     """Base of methods that go around another method and change its weight.
 
+    Everything that a subclass does not override is the inner method's.
+
     Args:
         inner: the method inside.
     """
@@ -23,59 +25,47 @@ class Around(Method):
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
-        """As the inner method."""
         return self.inner.exact_start
 
     @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
-        """As the inner method."""
         return self.inner.local
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """As the inner method."""
         return self.inner.axes
 
     @property
     def alike(self) -> frozenset[str]:
-        """As the inner method."""
         return self.inner.alike
 
     @property
     def uses_key(self) -> bool:
-        """As the inner method."""
         return self.inner.uses_key
 
     @property
     def shared_fields(self) -> tuple[str, ...]:
-        """As the inner method."""
         return self.inner.shared_fields
 
     @property
     def needs(self) -> frozenset[str]:
-        """As the inner method."""
         return self.inner.needs
 
     @property
     def optimizer_rule(self) -> OptimizerRule | None:
-        """As the inner method."""
         return self.inner.optimizer_rule
 
     @property
     def event(self) -> Event | None:
-        """As the inner method."""
         return self.inner.event
 
     def check(self, site: Site) -> None:
-        """As the inner method."""
         self.inner.check(site)
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
-        """As the inner method."""
         return self.inner.shared(key, self._inside(sites))
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """As the inner method."""
         return self.inner.together(key, starts, self._inside(sites))
 
     def _inside(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -83,19 +73,17 @@ class Around(Method):
         return tuple(replace(site, method=self.inner) for site in sites)
 
     def labels(self, site: Site) -> dict[str, str]:
-        """As the inner method."""
         return self.inner.labels(site)
 
     def rates(self, site: Site) -> dict[str, float]:
-        """As the inner method."""
         return self.inner.rates(site)
 
 
 def innermost(method: Method) -> Any:
-    """The method inside all those that are around it, or itself."""
+    """The method inside all the methods around it: `LoRA(8)` of `DoRA(LoRA(8))`; a method that is around none is its own."""
     return innermost(method.inner) if isinstance(method, Around) else method
 
 
 def with_innermost(method: Method, new: Method) -> Method:
-    """The same methods around another innermost one."""
+    """A copy of `method` with `new` in place of its innermost method."""
     return replace(method, inner=with_innermost(method.inner, new)) if isinstance(method, Around) else new

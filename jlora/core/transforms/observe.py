@@ -35,18 +35,18 @@ _NUMBERS = "~numbers"
 
 
 def _same(sums: Any) -> Any:
-    """The total itself."""
+    """Its argument: the default of `Statistic.finish`."""
     return sums
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is taken of a weight's input: sums, which are added over all uses of a matrix, and what becomes of them.
+    """What is taken of a weight's input: sums, which are added over all uses of a matrix, and what is made of their total.
 
     Attributes:
         measure: `measure(x)` of one product's input `x [*leading, in]`, where `in` is the matrix's and the leading axes are
             the activation's own (rows, tokens); arrays of shapes that don't depend on values.
-        finish: of the total of a matrix over its uses.
+        finish: `finish(sums)`: the statistic of one matrix, from its sums over all uses.
 
     Example:
         >>> mean = jlora.Statistic(lambda x: (x.sum(tuple(range(x.ndim - 1))), x.size / x.shape[-1]), lambda t: t[0] / t[1])
@@ -83,9 +83,9 @@ def observe(
     and meshes with automatic or explicit axes. Outputs and their gradients are those of `lift`; no gradient flows through
     what was seen. Statistics are taken of the input before dropout, of padding too.
 
-    A matrix that is used several times (tied, or in every pass of a loop) has the sum over its uses: `finish` is applied to
-    the total. A lookup has no input, and the transposed use of a tied weight another one, so both are refused; so are
-    products inside `cond`, `while` and `shard_map`, and weights that go whole into other primitives.
+    For a matrix that is used several times (tied, or in every pass of a loop) sums are added over its uses, and `finish` is
+    applied to the total. Refused are a lookup, which has no input; the transposed use of a tied weight, whose input has another
+    size; products inside `cond`, `while` and `shard_map`; and weights that go whole into other primitives.
 
     Args:
         fn: any JAX function; one of its arguments holds an `Adapted`, or plain params by `jlora.watch`.
@@ -129,15 +129,12 @@ class Watched(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """It has no fields."""
         return {}
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """Nothing."""
         return Start({})
 
     def weight(self, view: View) -> jax.Array:
-        """The base's."""
         return view.w
 
 
@@ -193,11 +190,12 @@ class Tap:
 
 @dataclass
 class Observer:
-    """Takes taps on a walk.
+    """Takes the taps while a walk goes through a function.
 
     Attributes:
         measure: see `Statistic`.
         refuses: whether a use that can't be observed is an error; else it is passed over.
+        _tapped: the equation that was tapped last.
     """
 
     measure: Callable[[jax.Array], Any]
@@ -228,7 +226,7 @@ class Observer:
         walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
 
     def check_formed(self, weight: Weight, eqn: Any, where: str) -> None:
-        """Refuses an observed weight that something other than a product takes whole."""
+        """Refuses an observed weight that is formed for something other than the product that was just tapped."""
         if self.refuses and _NUMBERS in weight.frozen and (eqn is None or eqn is not self._tapped):
             raise ValueError(f"observe: {weight.name} is taken whole by {where}, where it has no input; {_ADVICE}")
 
@@ -304,8 +302,8 @@ class Asked:
     """What the optimizer rules of an `Adapted` want as `tx.update(..., inputs=...)`.
 
     Attributes:
-        statistic: taken of the inputs.
-        sites: whose.
+        statistic: what is taken of the inputs.
+        sites: the leaves whose rules want it.
     """
 
     statistic: Statistic
@@ -317,7 +315,7 @@ class Asked:
         return "|".join(re.escape(site.path) for site in self.sites)
 
     def finished(self, sums: Any) -> dict[str, Any]:
-        """The inputs from what was measured of them, added up over the parts of a batch."""
+        """What goes into `inputs=`, from sums that were measured on the parts of a batch and added up."""
         seen: dict[str, Any] = {}
         for site in self.sites:
             finish = self.statistic.finish

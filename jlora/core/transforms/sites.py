@@ -20,7 +20,7 @@ def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
 
     Nothing is computed: the arguments may be arrays or `jax.ShapeDtypeStruct`s. A weight is followed to its product through
     casts, transposes, reshapes, slices, and also through masks, scales, joins and permutations, which don't change what its
-    axes mean. Pass the data as arguments: what the function closes over counts as constant, such as a mask.
+    axes mean. Pass the data as arguments: what the function closes over counts as a constant such as a mask.
 
     Args:
         fn: any JAX function whose first argument holds the params, such as a Flax model's `apply`.

@@ -1,7 +1,8 @@
 """Where the values of a traced function come from: from its data, from leaves of its params alone, or from neither.
 
-`sites` asks this: a weight that is multiplied by a mask is still a weight, and a product of a weight's derivative with an
-activation is where it enters; a table of positions that is added to an activation is none.
+`jlora.sites` needs this to tell weights from activations. A weight that is multiplied by a mask is still a weight, and it
+enters the model where it, or what is made of it, meets an activation in a product. A table of positions that is added to an
+activation enters in no product.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax.core import Tracer
 from jlora import _compat
 
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
-#: The parameters in which equations hold the program that they run on their own operands, one to one.
+#: The parameters of equations that hold a program to be run on the equation's operands, in the same order.
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -35,7 +36,7 @@ class Origin:
     leaves: frozenset[str] = frozenset()
 
     def __or__(self, other: Origin) -> Origin:
-        """Of a value made of both."""
+        """The origin of a value that is made of two others."""
         if self.data or other.data:
             return DATA
         return Origin(False, self.leaves | other.leaves)
@@ -49,10 +50,10 @@ class Origins:
     """The origins of all values of a jaxpr and of the programs in it.
 
     Attributes:
-        of_variable: by variable; of a program that runs at several places, those of all together.
-        entered: the leaves from which alone one operand of a product is made, whose other operand is data.
-        of_leaves_alone: whether the function has no data but what it closes over or makes; then all that is made of no leaf is
-            data, and a mask can't be told from an activation.
+        of_variable: the origin of each variable; for a program that runs at several places, that of all runs together.
+        entered: the leaves of which, without data, one operand of a product is made while the other operand is data.
+        of_leaves_alone: whether the function has no arguments but leaves. Its data is then what it closes over or makes, so
+            every value that is made of no leaf counts as data, and a mask can't be told from an activation.
     """
 
     of_variable: dict[Any, Origin] = field(default_factory=dict)
@@ -60,11 +61,11 @@ class Origins:
     of_leaves_alone: bool = False
 
     def of(self, atom: Any) -> Origin:
-        """The origin of a variable; a literal comes from nowhere."""
+        """The origin of a variable, or of a literal, which is a constant."""
         return CONSTANT if hasattr(atom, "val") else self.of_variable.get(atom, CONSTANT)
 
     def is_data(self, atom: Any) -> bool:
-        """Whether data is in a value. A single number counts as none: it scales a weight, whatever it is made of."""
+        """Whether data is in an array. A scalar counts as no data: it scales a weight, whatever it is made of."""
         return atom.aval.ndim > 0 and self.of(atom).data
 
     def run(self, jaxpr: Any, consts: Sequence[Origin], args: Sequence[Origin]) -> list[Origin]:
@@ -89,7 +90,7 @@ class Origins:
         body = next((eqn.params[key] for key in _BODIES if key in eqn.params), None)
         if body is not None and len(_compat.open_jaxpr(body)[0].invars) == len(values):
             return self.inside(body, values)
-        if body is not None or "jaxprs" in eqn.params:  # operands go into programs in another order
+        if body is not None or "jaxprs" in eqn.params:  # which operand becomes which input is unknown
             data = any(value.data for value in values)
             self.entered |= _all(value for value in values if not value.data).leaves if data else frozenset()
         arrays = [value for atom, value in zip(eqn.invars, values) if atom.aval.ndim]
@@ -114,7 +115,7 @@ def _product(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
 
 
 def _lookup(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
-    """Rows of a table are an activation; a matrix out of a stack is still a weight, whatever chose it."""
+    """Rows of a table are an activation; a matrix out of a stack is still a weight, even if data chose it."""
     matrix = eqn.outvars[0].aval.ndim >= 2 and eqn.invars[0].aval.ndim >= 3
     return [values[0] if matrix and values[0].leaves else _all(values)]
 
@@ -124,7 +125,7 @@ def _slice(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
 
 
 def _select(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
-    """One weight or another is a weight, whatever chose it: so `vmap` runs a `switch` over experts."""
+    """One weight or another is a weight, even if data chooses: `vmap` turns a `switch` over experts into such a selection."""
     cases = values[1:]
     return [_all(cases if all(case.leaves for case in cases) else values)]
 
@@ -142,7 +143,7 @@ def _while(origins: Origins, eqn: Any, values: list[Origin]) -> list[Origin]:
 
 
 def _until_stable(carry: list[Origin], step: Callable[[list[Origin]], list[Origin]]) -> list[Origin]:
-    """The outputs of a loop's step once what it carries has no origin that it had not before."""
+    """The outputs of a loop's step, which is repeated until the origins of what it carries no longer grow."""
     while True:
         outputs = step(carry)
         after = [before | now for before, now in zip(carry, outputs)]
@@ -168,15 +169,16 @@ _SPECIAL = {
 
 
 def find(jaxpr: Any, consts: Sequence[Any], names: Sequence[str]) -> Origins:
-    """The origins in a function of leaves.
+    """The origins in a function whose inputs are leaves of the params.
 
-    Data are its other arrays, which a trace of `sites` sees as constants that are traced themselves; random keys are not.
-    What the function closes over is a constant (a mask, a permutation), unless it has no other data.
+    `jlora.sites` traces the other arguments outside of this function, so they are constants of its jaxpr that are tracers
+    themselves: these are the data, but for random keys. What the function closes over is concrete, and counts as a constant
+    such as a mask or a permutation, unless there is no other data.
 
     Args:
         jaxpr: of the function of the leaves.
         consts: the values of its constants.
-        names: of the leaves, its inputs.
+        names: the names of the leaves.
     """
     traced = [isinstance(value, Tracer) and not _is_key(value) for value in consts]
     origins = Origins(of_leaves_alone=not any(traced))

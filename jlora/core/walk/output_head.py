@@ -31,11 +31,11 @@ class _Value:
     """What is known of a value.
 
     Attributes:
-        leaves: the leaves that it is made of alone.
+        leaves: the leaves that it is made of, if of nothing else; for rows that were looked up in a table, the table.
         activation: whether data went into it.
         products: the products with weights that it comes from, with no other such product between.
-        stream: the points of the program that it continues: inputs, lookups, products, and values that were repeated. None
-            for integers, booleans and what is made of them: a mask is no stream, though the product was computed from it.
+        stream: the points of the program (inputs, lookups, products, broadcasts) that it continues, as the residual stream of
+            a model does. Empty for integers, booleans and what is made of them: a mask continues nothing.
     """
 
     leaves: tuple[str, ...] = ()
@@ -46,9 +46,14 @@ class _Value:
 
 @dataclass
 class _Search:
-    """One pass over a program. Points are numbered; `before` has those that each one was computed from.
+    """One pass over a program.
 
-    What the function closes over, or makes, is a constant, such as a mask, unless it has no other data (`closed_over`).
+    Attributes:
+        closed_over: whether the function has no arguments but leaves. Then what it closes over or makes is its data; else that
+            is constant, such as a mask.
+        names: the leaves of each product, by the number of its point.
+        before: for each point the points that it was computed from.
+        struck: the products that are no heads.
     """
 
     closed_over: bool
@@ -57,13 +62,13 @@ class _Search:
     struck: set[int] = field(default_factory=set)
 
     def point(self, values: list[_Value]) -> int:
-        """A new point, computed from values."""
+        """Adds a point that is computed from values, and returns its number."""
         sources = _NONE.union(*(value.stream for value in values))
         self.before.append(sources.union(*(self.before[n] for n in sources)))
         return len(self.before) - 1
 
     def data(self, var: Any) -> _Value:
-        """An input of the function."""
+        """What is known of an input of the function that is data."""
         return _Value(activation=True, stream=frozenset({self.point([])}) if _is_float(var) else _NONE)
 
     def evaluate(self, jaxpr: Any, values: list[_Value]) -> list[_Value]:
@@ -121,7 +126,7 @@ class _Search:
 
 
 def _weights(name: str, values: list[_Value]) -> tuple[str, ...]:
-    """The leaves that an equation uses as its weights: those that are no activation, else those that were looked up."""
+    """The leaves that an equation uses as weights: those without data in them; in a product else those that were looked up."""
     whole = tuple(leaf for value in values if not value.activation for leaf in value.leaves)
     looked_up = tuple(leaf for value in values for leaf in value.leaves) if name in _PRODUCTS else ()
     return whole or looked_up

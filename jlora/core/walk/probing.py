@@ -1,7 +1,8 @@
-"""How a leaf whose roles are being found out (see `jlora.sites`) gets from the params to its products.
+"""Follows a leaf from the params to its products, to find the roles of its axes (see `jlora.sites`).
 
-A lift forms a weight that is masked, joined with others or permuted. Its roles are known all the same, so here the leaf is
-followed through whatever leaves each of its axes an axis. Where several leaves are joined, each is followed by itself.
+A lift gives up on a weight that is masked, joined with others or permuted, and forms it. The roles of its axes can still be
+found. So here a leaf is followed through every operation that keeps its axes apart; where several leaves are joined, each is
+followed by itself. A function returns None where the leaf can't be followed further.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _SEVERAL = "add add_any sub mul div rem max min pow atan2 select_n and or xor ne
 def elementwise(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     """Masks, scales, rounding: the axes stay, unless data is mixed in, which makes it an activation."""
     at, value = _probe(values)
-    # One weight or another is a weight, whatever chose it.
+    # One weight or another is a weight, even if data chooses.
     chosen = eqn.primitive.name == "select_n" and all(walk.origins.of(atom).leaves for atom in eqn.invars[1:])
     mixed = _mixed(walk, eqn, at) and not chosen
     if mixed and walk.origins.of_leaves_alone and eqn.primitive.name in ("mul", "div", "select_n"):
-        # A mask or an activation: a matrix that is multiplied entry by entry is more likely masked.
+        # Nothing tells whether the other operand is a mask or an activation. A matrix is rarely multiplied with an activation
+        # entry by entry, so it counts as masked.
         walk.origins.entered |= {value.name} if _is_matrix(value) else set()
     if eqn.outvars[0].aval.shape != value.array.shape or mixed:
         return None
@@ -67,7 +69,7 @@ def pad(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
 @probes("slice", "dynamic_slice")
 def slice_(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
-    """A part of a leaf, along any of its axes; one entry that data chose is looked up (see `gather`)."""
+    """A part of a leaf, along any of its axes. One entry, at a place that data gives, is a lookup: see `gather`."""
     at, value = _probe(values)
     array = _plain(eqn, values)[0]
     cut = {axis for axis, size in enumerate(value.array.shape) if array.shape[axis] != size}
@@ -84,7 +86,7 @@ def slice_(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
 @probes("split")
 def split(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
-    """Parts of a leaf."""
+    """The parts into which a leaf is split along one axis, each followed by itself."""
     parts = [_resized(value, array, {eqn.params["axis"]}) for array in _plain(eqn, [value])]
     return None if any(part is None for part in parts) else [part[0] for part in parts if part]
 
@@ -101,7 +103,7 @@ def broadcast_in_dim(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list
 
 @probes("gather")
 def gather(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
-    """A table's rows, matrices of a stack or a permutation: what is done with them tells which (see `product`)."""
+    """Rows of a table, matrices of a stack, or a permutation; the later use of the result tells which: see `product`."""
     at, value = _probe(values)
     found = lookup.lookup_of(eqn)
     if at != 0 or found is None:
@@ -120,7 +122,7 @@ def gather(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 
 
 def _table(value: Weight, found: lookup.Lookup) -> Reading:
-    """The reading that a lookup is of a table; without roles where it indexes several axes, or leaves none."""
+    """The reading of a lookup in a table; without roles where it indexes several axes, or leaves no other axis."""
     indexed = _leaf_axes(value, found.axes)
     paired = _leaf_axes(value, (axis for axis, _ in found.paired))
     others = _leaf_axes(value, set(range(value.array.ndim)) - {*found.axes, *(axis for axis, _ in found.paired)})
@@ -141,7 +143,7 @@ def reduce_(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
 
 @probes("dot_general")
 def dot_general(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """A contraction."""
+    """A matrix product or einsum: see `product`."""
     at, _ = _probe(values)
     contract, batch = (pair[at] for pair in eqn.params["dimension_numbers"])
     return product(walk, eqn, values, contract, batch)
@@ -172,8 +174,16 @@ def convolution(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
 def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, grouped: bool = False) -> list[Any]:
     """Notes how a leaf is contracted; what comes out is an activation.
 
-    What was looked up is a weight where an activation meets one of its own axes and leaves another: experts by `w[index]`,
-    layers by `take(stack, layer)`, permuted columns. Else it is rows of a table, as noted at the lookup.
+    What was looked up is a weight if an activation contracts one of its axes and another one is left: experts by `w[index]`,
+    layers by `take(stack, layer)`, permuted columns. Else it is rows of a table, as was noted at the lookup.
+
+    Args:
+        walk: takes the note.
+        eqn: the product.
+        values: its operands, one of them the leaf.
+        contract: the leaf's contracted axes, as axes of the operand.
+        batch: likewise its batch axes.
+        grouped: whether it is a convolution in feature groups.
     """
     at, value = _probe(values)
     contracted, batched = (_leaf_axes(value, axes) for axes in (contract, batch))
@@ -185,7 +195,7 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
             return _plain(eqn, values)
         for reading in value.lookups:
             walk.forget(reading)
-    elif not free:  # an out axis of size 1 that was squeezed away
+    elif not free:  # the out axis has size 1 and was squeezed away
         free, hidden = {axis for axis in hidden if value.leaf_shape[axis] == 1}, set()
     walk.note(_reading(value, eqn.primitive.name, contracted, free, batched | hidden, grouped))
     return _plain(eqn, values)
@@ -194,7 +204,7 @@ def product(walk: Walk, eqn: Any, values: Any, contract: Any, batch: Any, groupe
 def _reading(
     value: Weight, primitive: str, ins: set[int], outs: set[int], stacked: set[int], grouped: bool = False
 ) -> Reading:
-    """A reading with the roles of the leaf's axes; without them where parts of one axis have several."""
+    """A reading with the roles of the leaf's axes; without them where parts of one axis have different roles."""
     if ins & outs or (ins | outs) & stacked:
         return Reading(value.name, primitive, grouped=grouped)
     return Reading(value.name, primitive, *(tuple(sorted(axes)) for axes in (ins, outs, stacked)), grouped=grouped)
@@ -219,23 +229,23 @@ def _leaf_axes(value: Weight, axes: Any) -> set[int]:
 
 
 def _hidden(value: Weight) -> set[int]:
-    """The leaf's axes along which one entry was taken."""
+    """The leaf's axes that the array no longer has, since one entry along them was taken."""
     return set(range(len(value.leaf_shape))) - _leaf_axes(value, range(value.array.ndim))
 
 
 def _is_matrix(value: Weight) -> bool:
-    """Whether at least two of the array's axes are the leaf's, and none is another's."""
+    """Whether at least two of the array's axes come from the leaf, and none from elsewhere; sizes of 1 don't count."""
     own = [piece.axis >= 0 for group in value.axes for piece in group if piece.size > 1]
     return len(own) > 1 and all(own)
 
 
 def _foreign(number: int, size: int) -> tuple[Piece, ...]:
-    """An axis that the leaf does not have."""
+    """An axis that does not come from the leaf; `number` tells it from other such axes."""
     return (Piece((-1, number), size),)
 
 
 def _resized(value: Weight, array: jax.Array, changed: set[int]) -> list[Any] | None:
-    """The leaf as `array`, which has other sizes along some axes; None where such an axis is several of the leaf's."""
+    """The leaf as `array`, with other sizes along `changed` axes; None where one of these joins several axes of the leaf."""
     axes: list[Any] = list(value.axes)
     for axis in changed:
         group = [piece for piece in axes[axis] if piece.size > 1] or list(axes[axis])

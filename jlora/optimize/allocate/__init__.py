@@ -1,4 +1,6 @@
 """Rank allocation: optax transformations that decide, while training, which ranks of which matrix are worth keeping.
 
-A rule (`adalora`, `elalora`) decides; `transform` puts it around the optimizer; the other modules are what rules share.
+A method's rule (`adalora`, `alora`, `beamlora`, `elalora`, `sora`) decides, and `transform` puts it around the optimizer.
+`prilora` and `rmlora` are rules that allocate no ranks. The other modules are what rules share, and what reads their results.
+A *module* is here one adapted matrix: a leaf, or a matrix of a stacked leaf.
 """

@@ -19,9 +19,9 @@ from jlora.optimize.allocate.triplets import NOTHING, Triplet
 class AdaLoRARule(ScoredAllocation):
     """Keeps the ranks with the best scores, as many as the budget of the step; sets `e` to zero at all others.
 
-    Gradients still reach them, and until the last allocation they may come back. From then on the choice is final: `e` is
-    zero at every later step. Moments are the optimizer's own throughout, since the penalty goes on moving `a` and `b` of what
-    was taken away, and through them those of the ranks that are left.
+    Gradients still reach the ranks that were taken away, and until the last allocation they may come back. From then on the
+    choice is final: their `e` is zero at every later step. Their moments are never cleared, since the penalty goes on moving
+    their `a` and `b`, and through them those of the ranks that are left.
 
     Attributes:
         target: ranks a module, on average, in the end.
@@ -32,7 +32,7 @@ class AdaLoRARule(ScoredAllocation):
     name: ClassVar[str] = "AdaLoRA"
 
     def choose(self, step: Step, score: Callable[[], list[jax.Array]]) -> list[Edit]:
-        """A new choice at every interval and at the last allocation; none later."""
+        """A new choice at every interval and at the last allocation, and that one for good after it."""
         phases, t = self.phases, step.number
         now = (t > phases.start_steps) & (t <= phases.last) & ((t % phases.interval == 0) | (t == phases.last))
         count = self._budget(step.active, t)
@@ -41,7 +41,7 @@ class AdaLoRARule(ScoredAllocation):
         return [_edit(mask, factor, now | settled) for mask, factor in zip(active, step.factors)]
 
     def constrained(self, active: list[jax.Array]) -> list[jax.Array]:
-        """All, as in the reference: any rank may come back."""
+        """All ranks, since any may come back, as in the reference code."""
         return [jnp.ones_like(mask) for mask in active]
 
     def _budget(self, active: list[jax.Array], step: jax.Array) -> jax.Array:

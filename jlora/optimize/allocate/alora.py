@@ -31,7 +31,7 @@ _FIELDS: Fields = ("a", None, "b")
 
 @dataclass(frozen=True)
 class ALoRARule(Allocation):
-    """Keeps the record of ranks; the rounds are made between steps (`Round`).
+    """Keeps a record of the ranks in the optimizer's state. The ranks themselves change between steps, in a `Round`.
 
     Attributes:
         pruned: ranks that a round prunes; None for as many as there are modules.
@@ -43,11 +43,11 @@ class ALoRARule(Allocation):
     fields: ClassVar[Fields] = _FIELDS
 
     def begin(self, factors: list[Triplet]) -> list[jax.Array]:
-        """Those of which a factor is not zero."""
+        """The masks of the ranks in use at the start: those with a factor that is not zero."""
         return [jnp.any(factor.a != 0, axis=-2) | jnp.any(factor.b != 0, axis=-1) for factor in factors]
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Any]:
-        """Nothing changes in a step."""
+        """Nothing: in a step no rank changes."""
         return [Edit(active, NOTHING, NOTHING, NOTHING) for active in step.active], ()
 
 
@@ -70,7 +70,7 @@ class Round:
         return (step - phases.start_steps) % phases.interval == 0
 
     def happen(self, moment: Moment) -> tuple[Adapted, Any]:
-        """Scores on the middle one of the held-out batches, the same in every round; the first may hold short rows alone.
+        """Makes the round, with scores on the middle one of the held-out batches: the first one may have short rows only.
 
         Raises:
             ValueError: where the loop gives no loss or no held-out batch.
@@ -118,7 +118,7 @@ def reallocate(
         tx: the optimizer.
         loss: `loss(adapted, batch) -> scalar`, traceable, such as the mean loss of `jlora.lift(model.apply)`.
         batch: held-out data, the same in every round.
-        key: of the new ranks.
+        key: random key for the factors of new ranks.
         pruned: ranks to prune; by default what the method of the first leaf says.
 
     Returns:
@@ -144,8 +144,8 @@ def reallocate(
 def _reallocated(
     adapted: Adapted, opt_state: Any, tx: Any, loss: Loss, batch: Any, key: Any, pruned: int | None, sites: Sites
 ) -> tuple[Adapted, Any, jax.Array, jax.Array]:
-    """The round, and the modules' numbers of ranks before and after."""
-    # A method may start from the base's own array, as Full does, and the base must outlive the round.
+    """`adapted` and `opt_state` after the round, and the modules' numbers of ranks before and after it."""
+    # `_round` donates the trained arrays. One of them may be the base's own array (`Full` starts so), which must not be lost.
     lent = {id(leaf) for leaf in jax.tree.leaves(adapted.base)}
     given = (jax.tree.map(lambda x: jnp.copy(x) if id(x) in lent else x, adapted.params), opt_state)
     places = jax.tree.map(lambda x: None if isinstance(x, Tracer) else getattr(x, "sharding", None), given)
@@ -160,7 +160,7 @@ def _reallocated(
 
 
 def _placed(array: Any, place: Any) -> Any:
-    """An array where it lay before: the compiler may have put the result elsewhere."""
+    """An array with the sharding that it had before the round, for which the compiler may have chosen another."""
     return array if place is None or array.sharding == place else jax.device_put(array, place)
 
 
@@ -189,7 +189,7 @@ def _in_use(gate: jax.Array) -> jax.Array:
 
 
 def _most(sites: Sites) -> int:
-    """The ranks at the start of a run, of which there are never more."""
+    """The number of ranks in use at the start of a run, which later numbers never exceed."""
     return sum(innermost(site.method).rank * math.prod(site.batch_shape) for site in sites)
 
 
@@ -218,7 +218,7 @@ def _scores(score: Callable[[jax.Array], jax.Array], active: jax.Array, most: in
 
     both = jax.lax.map(one, (jnp.tile(first, 2), jnp.arange(2 * len(first)) < len(first)))
     found = both[: len(first)] - both[len(first) :]
-    # What has no number is the worst.
+    # A loss that is no number makes the score the worst.
     found = jnp.nan_to_num(found, nan=jnp.finfo(found.dtype).min)
     return jnp.where(active, jnp.zeros(active.size, found.dtype).at[first].set(found).reshape(active.shape), 0)
 
@@ -232,13 +232,14 @@ def chosen(
         scores: finite, of the ranks in use.
         active: mask of the ranks in use.
         slots: mask of the ranks that a module has room for.
-        count: ranks to prune; fewer where those that lose none have no room for so many.
+        count: ranks to prune; fewer where the modules that lose none have no room for so many.
     """
     gone = budget.largest(-scores, _affordable(scores, active, slots, count), active)
     whole = ~jnp.any(gone, axis=1)
     number = jnp.sum(active, axis=1)
     mean = jnp.where(number > 0, jnp.sum(jnp.where(active, scores, 0), axis=1) / jnp.maximum(number, 1), -jnp.inf)
-    # One rank each in turn, the module with the highest mean first: so the split is even, and the remainder goes there.
+    # The modules get one rank each in turn, the one with the highest mean first. So the split is even, and what is left over
+    # goes to the highest means.
     place = budget.positions(-mean)
     free = slots & ~active & whole[:, None]
     turn = (jnp.cumsum(free, axis=1) - 1) * len(mean) + place[:, None]

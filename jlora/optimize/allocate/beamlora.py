@@ -20,7 +20,7 @@ _COPIED: Fields = ("a", None, "b")
 
 
 class Snapshot(NamedTuple):
-    """What ranks were half an interval ago.
+    """The factors and their moments as they were at the middle of the interval.
 
     Attributes:
         values: `a` and `b`, laid out as the params.
@@ -49,7 +49,7 @@ class BeamLoRARule(Allocation):
 
     Attributes:
         temperature: of the softmax of the scores.
-        top_p: part of all weight that is kept at first; it rises to 1 as half a cosine.
+        top_p: the part of the sum of all gates that is kept at first; it rises to 1 as half a cosine.
         seed: of the shuffling.
     """
 
@@ -61,12 +61,12 @@ class BeamLoRARule(Allocation):
     fields: ClassVar[Fields] = ("a", "score", "b")
 
     def remember(self, params: Any, moments: list[Any], sites: Sites) -> Snapshot:
-        """A snapshot of the start."""
+        """A snapshot of the factors and moments at the start."""
         copies = [triplets.only(jnp.copy, tree, sites, _COPIED) for tree in (params, *moments)]
         return Snapshot(copies[0], tuple(copies[1:]))
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Snapshot]:
-        """A snapshot at the odd halves of intervals, pruning and expansion at whole ones but for the last."""
+        """A snapshot in the middle of each interval; pruning and expansion at the end of each, where another one follows."""
         interval, t = self.phases.interval, step.number
         assert self.phases.steps is not None
         memory = _renewed(step, sites, t % interval == interval // 2)
@@ -84,7 +84,7 @@ class BeamLoRARule(Allocation):
         return edits, memory
 
     def kept_weight(self) -> np.ndarray:
-        """The part of all weight that is kept at every whole interval, counted from 0 on the host; infinite for all of it."""
+        """The part of the sum of all gates that is kept, at step 0 and at the end of every interval; infinite for all of it."""
         phases = self.phases
         assert phases.steps is not None
         steps = range(0, phases.steps + 1, phases.interval)
@@ -118,11 +118,12 @@ def gates(score: jax.Array, temperature: float) -> jax.Array:
 def outside_top_p(weights: list[jax.Array], kept: jax.Array | float) -> list[jax.Array]:
     """Masks of the ranks from the first on at which the sum of weights, largest first, exceeds `kept`.
 
-    Of all modules together; of equal weights the first come first. An infinite `kept` drops nothing, however sums round.
+    The ranks of all modules are ordered together, equal weights by place. An infinite `kept` drops nothing, however sums are
+    rounded.
 
     Args:
-        weights: of every site, `[*batch, r]`.
-        kept: the part of the weight that is kept, times the number of ranks.
+        weights: the gates of every site, `[*batch, r]`; they sum to the number of ranks.
+        kept: the part of the sum that is kept, times the number of ranks.
     """
     exists = triplets.table([jnp.ones(weight.shape, bool) for weight in weights], False)
     whole = jnp.where(exists, jnp.nan_to_num(triplets.table(weights, 0)), -1).ravel()
@@ -133,7 +134,7 @@ def outside_top_p(weights: list[jax.Array], kept: jax.Array | float) -> list[jax
 
 
 def pairing(weights: jax.Array, drop: jax.Array, noise: jax.Array) -> Pairing:
-    """For every dropped rank of a leaf a source: as many of the best ranks of the same matrix, shuffled.
+    """Gives every dropped rank of a leaf one of the best ranks of the same matrix to copy, each to one, in random order.
 
     At most half of a matrix's ranks are dropped, the weakest, so that no source is dropped itself.
 
@@ -163,7 +164,7 @@ def shared_scores(score: jax.Array, pair: Pairing) -> jax.Array:
 
 
 def _renewed(step: Step, sites: Sites, now: jax.Array) -> Snapshot:
-    """The snapshot, taken anew if it is time."""
+    """The snapshot: a new one where `now` is true."""
 
     def one(old: Any, new: list[Triplet]) -> Any:
         before = triplets.read(old, sites, _COPIED)
@@ -179,7 +180,10 @@ def _renewed(step: Step, sites: Sites, now: jax.Array) -> Snapshot:
 
 
 def _copied(pair: Pairing, old: Triplet, new: Triplet) -> Triplet:
-    """Columns of `a` and rows of `b` of a snapshot where ranks were dropped; what has other shapes is as it was."""
+    """`new` with columns of `a` and rows of `b` from the snapshot `old` at dropped ranks.
+
+    A moment in another shape than its factor, such as Adafactor's sums, stays as it is.
+    """
 
     def one(old: Any, new: Any, axis: int, mask: jax.Array, index: jax.Array) -> Any:
         ranks = pair.origin.shape

@@ -56,7 +56,7 @@ class Phases:
         return self.steps - self.final_steps
 
     def done(self, step: int) -> float:
-        """The part of the allocation that is over at a step, 0 to 1, in the host's float64."""
+        """The part of the allocation phase that is over at a step, from 0 to 1."""
         part = (step - self.start_steps) / (self.last - self.start_steps)
         return min(max(part, 0.0), 1.0)
 
@@ -65,7 +65,7 @@ def cubic_budget(phases: Phases, first: int, last: int) -> Callable[[int], int]:
     """AdaLoRA's number of ranks at a step: from `first` to `last` by `last + (first - last) (1 - done)³`, rounded down."""
 
     def budget(step: int) -> int:
-        # The order of the operations is PEFT's, since rounding decides where the number is nearly whole.
+        # In PEFT's order of operations: rounding errors decide where the number is nearly whole.
         left = 1 - (step - phases.start_steps) / (phases.last - phases.start_steps)
         return first if step <= phases.start_steps else int((first - last) * max(left, 0.0) ** 3 + last)
 
@@ -80,8 +80,8 @@ def cubic_moves(phases: Phases, first: int) -> Callable[[int], int]:
 def falls(budget: Callable[[int], int], start: int, end: int) -> np.ndarray:
     """The steps in (start, end] at which a falling whole number falls by one; a step comes twice where it falls by two.
 
-    The exact schedule as little data: the number at step `t` is `budget(start)` less the number of falls up to `t`
-    (`after`). Counted on the host in float64, because float32 rounds some steps' number to the wrong side.
+    A compact form of the schedule for traced programs: the number at step `t` is `budget(start)` less the number of falls up
+    to `t` (see `after`). It is found on the host, in float64: float32 would round the number of some steps to the wrong side.
     """
     steps, first = range(start, end + 1), budget(start)
     amounts = range(1, first - budget(end) + 1)
@@ -89,7 +89,7 @@ def falls(budget: Callable[[int], int], start: int, end: int) -> np.ndarray:
 
 
 def after(first: int, falls: np.ndarray, step: jax.Array) -> jax.Array:
-    """The number at a (traced) step."""
+    """The number at a step, which may be traced, from its value `first` at the start and its `falls`."""
     return jnp.asarray(first, jnp.int32) - jnp.sum(jnp.asarray(falls) <= step, dtype=jnp.int32)
 
 
@@ -101,8 +101,8 @@ def positions(values: jax.Array) -> jax.Array:
 def largest(values: jax.Array, count: jax.Array | int, among: jax.Array) -> jax.Array:
     """A mask of exactly `count` entries, the largest of those in `among`; of equal ones the first.
 
-    No threshold: entries that are equal to it would all pass, or none. `count` may be traced, so that one compiled
-    program serves a whole schedule.
+    The number is exact, which a threshold would miss where entries are equal to it. `count` may be traced, so that one
+    compiled program serves a whole schedule.
 
     Args:
         values: finite numbers of any shape.

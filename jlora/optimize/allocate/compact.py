@@ -24,10 +24,11 @@ from jlora.optimize.restart import unchained
 def compact(adapted: Adapted) -> Adapted:
     """The same adapters as plain `LoRA`: ranks whose gate is 0 are dropped, the gates go into `a`, the scale stays.
 
-    For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
-    of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
-    becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves of methods without gates or links
-    stay as they are; so do those of a class of your own whose weight is not that of `Gated`, or that is around.
+    For use after training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf gets the
+    largest rank that any of its matrices has left, with zeros in the others. Inside another method, as in
+    `DoRA(AdaLoRA(...))`, the inner one becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves
+    of methods without gates or links stay as they are. So do leaves of your own classes that change the weight of
+    `Gated`, or go around another method.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -54,7 +55,7 @@ def compact(adapted: Adapted) -> Adapted:
 
 
 def _is_gated(method: Method) -> bool:
-    """Whether the weight is that of LoRA with the gates in `a`, inside methods to which a weight is all that matters."""
+    """Whether the innermost method's weight is LoRA's with gates, so that LoRA can take its place in what is around it."""
     if isinstance(method, Around):
         return is_own(type(method)) and _is_gated(method.inner)
     changed = [
@@ -82,7 +83,7 @@ def _others(fields: Arrays, inner: Gated) -> Arrays:
 
 
 def _fields(a: jax.Array, gates: jax.Array, b: jax.Array) -> tuple[dict[str, jax.Array], int]:
-    """LoRA's factors of the ranks in use, those first."""
+    """LoRA's factors with the ranks in use moved to the front and the others cut off, and the largest number of them."""
     if isinstance(gates, Tracer):
         raise TypeError("jlora.compact makes arrays whose shapes depend on values: call it outside of jit")
     used = np.asarray(jax.device_get(gates)) != 0

@@ -16,7 +16,8 @@ from jlora.optimize.allocate.scored import ScoredAllocation
 from jlora.optimize.allocate.transform import Edit, Step
 from jlora.optimize.allocate.triplets import Triplet
 
-# The paper's code: a new rank starts at this, so that it changes nothing and yet has a gradient in every factor.
+# The gate that a new rank starts with, as in the paper's code: the rank changes next to nothing, and yet every factor has a
+# gradient.
 _START = 1e-13
 
 
@@ -41,11 +42,11 @@ class ElaLoRARule(ScoredAllocation):
     name: ClassVar[str] = "ElaLoRA"
 
     def begin(self, factors: list[Triplet]) -> list[jax.Array]:
-        """Those whose column of `a` is not zero."""
+        """The masks of the ranks in use at the start: those whose column of `a` is not zero."""
         return [jnp.any(factor.a != 0, axis=-2) for factor in factors]
 
     def choose(self, step: Step, score: Callable[[], list[jax.Array]]) -> list[Edit]:
-        """A round at every interval before the last allocation."""
+        """A round at the end of every interval, before `phases.last`."""
         phases, t = self.phases, step.number
         count = self._count(t)
         due = (t - phases.start_steps) % phases.interval == 0
@@ -87,13 +88,14 @@ def exchange(
     Args:
         scores: finite, `[modules, r]`.
         active: mask of the ranks in use.
-        slots: mask of the ranks that a module has at all.
+        slots: mask of the ranks that a module has room for.
         count: ranks to move, at most.
-        per_module: see above.
+        per_module: most ranks that one module loses or gets.
     """
     held, room = jnp.sum(active, axis=-1), jnp.sum(slots & ~active, axis=-1)
     pool = active & (budget.positions(jnp.where(active, scores, jnp.inf)) < jnp.minimum(per_module, held - 1)[:, None])
-    # A module's strongest pooled rank stands for its first new one, and so on: as many may stand as there is room.
+    # A module gets one new rank for each of its ranks that is among the strongest of the pool, so no more of its ranks may
+    # take part in that choice than it has room for.
     standing = pool & (budget.positions(jnp.where(pool, -scores, jnp.inf)) < room[:, None])
     count = jnp.minimum(count, jnp.sum(standing))
     grows = jnp.sum(budget.largest(scores, count, standing), axis=-1)
@@ -123,7 +125,8 @@ def _with_new_columns(
         count = sum(math.prod(m.shape[:-2]) for m in like)
         draw = jax.random.normal(jax.random.fold_in(key, number), (count, *like[0].shape[-2:]), like[0].dtype)
         noise = dict(zip(members, triplets.split(draw, like, 2)))
-        # What is cut differently over a mesh with explicit axes can't be put together. The random numbers are the same.
+        # Arrays that are cut differently over a mesh with explicit axes can't be joined. The random numbers were drawn for all
+        # of them before, so they don't depend on the mesh.
         for group in _alike(like, _cut):
             chosen = [members[n] for n in group]
             parts = [columns[n] for n in chosen]
@@ -136,7 +139,7 @@ def _with_new_columns(
 
 
 def _alike(values: list[jax.Array], kind: Callable[[jax.Array], Any]) -> list[list[int]]:
-    """The places of the values, those of one kind together."""
+    """The places of the values in groups of one kind."""
     groups: dict[Any, list[int]] = {}
     for place, value in enumerate(values):
         groups.setdefault(kind(value), []).append(place)
@@ -153,7 +156,7 @@ def _together(matrices: list[jax.Array]) -> jax.Array:
 
 
 def _edit(active: jax.Array, grown: jax.Array, factor: Triplet) -> Edit:
-    """What is not in use is zero at every step, whatever the optimizer does; new ranks get their start."""
+    """Sets ranks out of use to zero, in every step, since the optimizer may move them, and new ranks to their start."""
     changed, new = triplets.along_rank(~active | grown), triplets.along_rank(grown)
     value = Triplet(*(jnp.where(mask, x, jnp.zeros_like(x)) for mask, x in zip(new, factor)))
     return Edit(active, changed, value, changed)

@@ -1,4 +1,4 @@
-"""What ranks a run gave to each module: kept in the optimizer's state, read and plotted here."""
+"""The number of ranks of each module over a run: how the optimizer's state holds it, and its plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class History(NamedTuple):
 
 
 def empty(steps: int, modules: int) -> History:
-    """A history of a run of `steps` steps, before its start."""
+    """The history of a run of `steps` steps before it starts."""
     rows = np.unique(np.round(np.linspace(0, steps, min(ROWS, steps + 1))))
     return History(jnp.asarray(rows, jnp.int32), jnp.zeros((len(rows), modules), jnp.int32))
 

@@ -1,4 +1,4 @@
-"""What a rule can't have inside it: optimizers that don't step at every update, hold a second copy, or leave arrays out."""
+"""Refuses optimizers that a rule can't go around: those that skip updates, keep a copy of the arrays, or leave some out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WHY = {
 
 
 def around(tx: optax.GradientTransformation, adapted: Adapted, site: Site) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, checked: at once where it can be, and when it begins.
+    """The optimizer, which is checked at once if its state can be traced, and in `init` and `update` in any case.
 
     Raises:
         ValueError: for one with which the site's rule would do something else than it says.
@@ -38,7 +38,7 @@ def around(tx: optax.GradientTransformation, adapted: Adapted, site: Site) -> op
 
     try:
         state = jax.eval_shape(inner.init, adapted.params)
-    except Exception:  # it is for other arrays too; `init` will see
+    except Exception:  # an optimizer for more arrays than these: `init` checks it
         state = None
     _check(state, site)
     return optax.GradientTransformationExtraArgs(init, partial(_whole, inner))
@@ -55,9 +55,12 @@ def _check(state: Any, site: Site) -> None:
 def _whole(
     inner: optax.GradientTransformationExtraArgs, updates: Any, state: Any, params: Any = None, **extra: Any
 ) -> tuple[Any, Any]:
-    """A step, which refuses to leave some arrays their raw gradients, as `optax.masked` does with what it is not about.
+    """An update that refuses an optimizer which gives the gradients of some arrays back unchanged, as `optax.masked` does.
 
-    An optimizer that changes no array at all is none of its own, and passes.
+    One that gives all of them back (`optax.identity`) passes: then the user has left the step to something outside.
+
+    Raises:
+        ValueError: naming the first such array.
     """
     new, state = inner.update(updates, state, params, **extra)
     before, after = paths.flatten_with_keys(updates)[0], jax.tree.leaves(new)

@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec
 from jlora import _compat
 from jlora.optimize.allocate.triplets import Triplet
 
-# A TPU multiplies float32 matrices in bfloat16 unless told otherwise; distances from orthogonality would be noise.
+# By default a TPU multiplies float32 matrices in bfloat16, whose rounding error would hide small departures from
+# orthogonality.
 _EXACT = jax.lax.Precision.HIGHEST
-# ‖M‖ has no gradient at 0; the root of (‖M‖² + this) has.
+# Added to ‖M‖² under the root, so that the gradient exists at 0.
 _TINY = 1e-12
-#: A column adds no direction if less than this part of it is left outside the span of the others.
+#: A column counts as dependent if less than this part of its length lies outside the span of the others.
 _DEPENDENT = 5e-7
 
 
@@ -26,8 +27,8 @@ def penalty(factors: list[Triplet], active: list[jax.Array], weight: float) -> j
 
     Args:
         factors: of every site.
-        active: mask of the ranks in use, `[*batch, r]`; of the others nothing is asked.
-        weight: of the mean.
+        active: mask of the ranks in use, `[*batch, r]`; the penalty ignores the others, which must be zero.
+        weight: factor of the mean.
     """
     norms = [
         excess_norms(m, on)

@@ -27,7 +27,7 @@ class PruningState(NamedTuple):
         inner: the state of the optimizer inside.
         step: int32, updates made.
         norms: moving average of the norms of every site's inputs, `[*batch, in]`. It starts at zero and is not corrected for
-            that: the factor is the same for all entries of a column, whose order alone counts.
+            that: the correction would be one factor for all, and only the order of the entries counts.
         kept: for mode "freeze", masks of the entries of `a` that learn; else nothing.
         skipped: int32, updates whose gradients or norms were not finite, which changed no average.
     """
@@ -52,7 +52,7 @@ class PRILoRARule:
     beta: float
     mode: str
 
-    #: What its optimizer takes as `inputs`.
+    #: What `update` takes as `inputs`; `jlora.observe` measures it.
     statistic: ClassVar[Statistic] = input_norms
 
     def wrap(self, tx: optax.GradientTransformation, sites: Sites) -> optax.GradientTransformation:
@@ -84,7 +84,7 @@ class PRILoRARule:
     def _init(self, tx: optax.GradientTransformation, params: Any, sites: Sites) -> PruningState:
         norms: dict[str, Any] = {}
         kept: dict[str, Any] = {}
-        # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
+        # `optax.tree_map_params` calls `init` with a placeholder for the params, which has no leaves.
         for site, factor in zip(sites, triplets.read(params, sites, _FIELDS)) if jax.tree.leaves(params) else ():
             paths.insert(norms, site.keys, jnp.zeros(factor.a.shape[:-1], factor.a.dtype))
             if self.mode == "freeze":
@@ -118,7 +118,7 @@ class PRILoRARule:
         )
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
-        """The entries that are zero after this step, which lie as `a` does."""
+        """A mask of the entries that are zero after this step, sharded as `a` is."""
         sharding = _compat.explicit_sharding(jax.typeof(a))
         if sharding is None:
             return self._now_zero(step, a, norms, kept)
@@ -131,7 +131,7 @@ class PRILoRARule:
         return jax.lax.cond(now, lambda: frozen | ~self._kept(a, norms, frozen), lambda: frozen)
 
     def _kept(self, a: jax.Array, norms: jax.Array, frozen: jax.Array) -> jax.Array:
-        # Below all others, so that what is frozen counts as pruned.
+        # Frozen entries get the lowest importance, so that they are among the pruned ones of their group.
         importance = jnp.where(frozen, -1, jnp.abs(a) * norms[..., None])
         return ~least(importance, self.pruned, self.group)
 

@@ -1,4 +1,4 @@
-"""What an optimizer's state tells of its rules: ranks now and over the run, and steps that were skipped."""
+"""Reads from an optimizer's state what its rules did: ranks now and over the run, and steps that were skipped."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _faithful(adapted: Adapted, opt_state: Any) -> list[AllocationState]:
     """The allocations in an optimizer's state.
 
     Raises:
-        ValueError: where there are none, or what they took away came back.
+        ValueError: where there are none, or where ranks that they set to zero were not zero at the next update.
     """
     states = _states(opt_state)
     for state in states:

@@ -1,4 +1,4 @@
-"""RM-LoRA's rule: every step trains a few ranks of each module, drawn at random, and pulls the factors to orthonormal ones."""
+"""RM-LoRA's rule: each step trains a few random ranks of every module, with a penalty towards orthonormal factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS: Fields = ("a", None, "b")
 
 
 class MaskedState(NamedTuple):
-    """The optimizer's state, and what the masks follow from.
+    """The optimizer's state, and the number of the step, on which the masks depend.
 
     Attributes:
         inner: the state of the optimizer inside.
@@ -30,14 +30,14 @@ class MaskedState(NamedTuple):
 
 @dataclass(frozen=True)
 class RMLoRARule:
-    """Adds the penalty's gradient, then masks gradients; the first step is whole.
+    """Adds the penalty's gradient, then masks the gradients, in every step but the first, which trains all ranks.
 
     Attributes:
         updated: ranks of each module with a gradient in a step.
         independent: whether `a` and `b` have masks of their own.
         orthogonality: weight of the penalty on factors that are not orthonormal.
         freeze: whether the other ranks stay exactly what they were.
-        seed: of the masks, which follow from it and the number of the step, and so are equal on all devices.
+        seed: of the masks, which depend on it and on the number of the step alone, and so are equal on all devices.
     """
 
     updated: int

@@ -28,7 +28,7 @@ class Averages(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredAllocation(Allocation):
-    """Base of the rules that choose by `scores.of_ranks`. A subclass says `choose`.
+    """Base of the rules that choose by `scores.of_ranks`; a subclass overrides `choose`.
 
     Attributes:
         beta1, beta2: memory of the averages of sensitivity and of uncertainty.
@@ -40,7 +40,12 @@ class ScoredAllocation(Allocation):
     orthogonality: float
 
     def choose(self, step: Step, score: Callable[[], list[jax.Array]]) -> list[Edit]:
-        """What happens after a step, from every rank's score; what forgets its moments loses its averages too."""
+        """The edits after a step. Entries whose moments an edit clears lose their averages too.
+
+        Args:
+            step: what there is to decide from.
+            score: gives the scores of all ranks, `[*batch, r]` for each site; called only where a choice is made.
+        """
         raise NotImplementedError
 
     def constrained(self, active: list[jax.Array]) -> list[jax.Array]:
@@ -48,17 +53,15 @@ class ScoredAllocation(Allocation):
         return active
 
     def remember(self, params: Any, moments: list[Any], sites: Sites) -> Averages:
-        """Averages of zero."""
         return Averages(*(triplets.only(jnp.zeros_like, params, sites) for _ in range(2)))
 
     def pull(self, factors: list[Triplet], active: list[jax.Array]) -> list[Triplet] | None:
-        """The gradient of the penalty."""
         if not self.orthogonality:
             return None
         return orthogonality.penalty_gradient(factors, self.constrained(active), self.orthogonality)
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Averages]:
-        """A choice by the averages with this step; they stand still where it is not sound, and from the last allocation on."""
+        """Updates the averages, then chooses; averages stay where a gradient is not finite, and from the last allocation on."""
         learning = step.sound & (step.number < self.phases.last)
         old = [triplets.read(tree, sites) for tree in step.memory]
         new = [

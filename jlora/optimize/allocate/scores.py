@@ -35,7 +35,7 @@ def smoothed(
 def of_ranks(sensitivity: Triplet, uncertainty: Triplet) -> jax.Array:
     """The score of every rank of a leaf, `[*batch, r]`: that of `e`, plus the means over `a`'s column and `b`'s row.
 
-    Finite whatever the averages are, so that a rank is never lost to a NaN when they are ordered.
+    Always finite: a NaN would make the order of the ranks meaningless.
     """
     a, e, b = (mean * spread for mean, spread in zip(sensitivity, uncertainty))
     return jnp.nan_to_num(e + jnp.mean(a, axis=-2) + jnp.mean(b, axis=-1))

@@ -24,7 +24,7 @@ class SoRARule(Allocation):
     Where the threshold is zero, the step is the optimizer's own, bit for bit.
 
     Attributes:
-        thresholds: of the stages, each as long as the others; the first also holds before `phases.start_steps`.
+        thresholds: one for each stage; stages are equally long, and the first threshold also holds before them.
         l1: weight of the mean of `|g|` over all gates, which is added to the loss.
         target: None, or ranks a module, on average, in the end.
     """
@@ -37,18 +37,18 @@ class SoRARule(Allocation):
     fields: ClassVar[Fields] = ("a", "g", "b")
 
     def begin(self, factors: list[Triplet]) -> list[jax.Array]:
-        """Those whose gate is open."""
+        """The masks of the ranks in use at the start: those whose gate is not zero."""
         return [factor.e != 0 for factor in factors]
 
     def pull(self, factors: list[Triplet], active: list[jax.Array]) -> list[Triplet] | None:
-        """The gradient of `l1 * mean |g|`, 0 where a gate is closed."""
+        """The gradient of `l1 * mean |g|`, which is 0 where a gate is zero."""
         if not self.l1:
             return None
         share = self.l1 / sum(factor.e.size for factor in factors)
         return [Triplet(None, share * jnp.sign(factor.e), None) for factor in factors]
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], tuple[()]]:
-        """The threshold; with a target at the last allocation the choice of the gates that stay, for good."""
+        """Applies the threshold; with a target also chooses, at the last allocation and for good, the gates that stay."""
         settled = (step.number >= self.phases.last) & (self.target is not None)
         threshold = jnp.where((step.number > self.phases.last) & settled, 0, self._threshold(step.number))
         gates = [soft_threshold(factor.e, threshold) for factor in step.factors]
@@ -84,7 +84,7 @@ def largest_gates(gates: Sequence[jax.Array], count: int) -> list[jax.Array]:
 
 
 def stage_starts(phases: Phases, stages: int) -> np.ndarray:
-    """The first step of every stage; the first of them is 0, and the others share the steps between the phases."""
+    """The first step of every stage, int32 `[stages]`: 0 for the first, then equal shares of the steps between the phases."""
     length = phases.last - phases.start_steps
     later = [phases.start_steps + 1 - (-number * length // stages) for number in range(1, stages)]
     return np.array([0, *later], np.int32)

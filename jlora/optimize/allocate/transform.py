@@ -1,4 +1,4 @@
-"""What every allocation rule shares: an optax transformation around the optimizer, and its state."""
+"""What allocation rules share: an optax transformation around the optimizer, and its state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AllocationState(NamedTuple):
         history: the number of ranks in use over the run.
         skipped: int32, updates whose gradients were not finite, which changed no score.
         closed: mask of the ranks whose gate the last update set to zero, laid out as `active`.
-        reopened: int32 `[modules]`, updates that found such a gate open: something changed what `update` had returned.
+        reopened: int32 `[modules]`, updates that found such a gate not zero: what `update` returned was not applied as it was.
     """
 
     inner: Any
@@ -52,7 +52,7 @@ class Edit(NamedTuple):
         where: for each factor a mask of the entries that are set, or None.
         value: for each factor what they are set to, or None.
         forget: for each factor a mask of the entries whose optimizer moments start anew, or None.
-        moments: for each of the optimizer's trees of moments what they start with; None for zero.
+        moments: for each of the optimizer's trees of moments what those entries start with; None for zero.
     """
 
     active: jax.Array
@@ -68,11 +68,11 @@ class Step(NamedTuple):
     Attributes:
         number: int32, of this update, from 1.
         factors: as the optimizer's step left them.
-        gradients: with which the step was made.
+        gradients: those that the step was made with.
         active: masks of the ranks in use so far.
         memory: what the rule remembered so far.
         moments: the optimizer's trees of moments after the step (`moments.trees`).
-        sound: bool, whether all gradients are finite. A rule that learns from them takes nothing from a step that is not.
+        sound: bool, whether all gradients are finite. A rule that learns from gradients skips a step that is not.
     """
 
     number: jax.Array
@@ -86,10 +86,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """Base of the rules: what `Method.optimizer_rule` returns. A subclass says `name` and `decide`, and what else it needs.
+    """Base of the rules that `Method.optimizer_rule` returns. A subclass gives `name` and `decide`.
 
     Attributes:
         phases: when ranks are allocated.
+        name: of the method, for error messages.
+        fields: names of the method's `a`, gate and `b`.
     """
 
     phases: Phases
@@ -102,22 +104,28 @@ class Allocation:
         return [jnp.ones(factor.e.shape, bool) for factor in factors]
 
     def remember(self, params: Any, moments: list[Any], sites: Sites) -> Any:
-        """The memory at the start; built of trees laid out as the params, which may be optax's stand-in for one."""
+        """The memory before the first step.
+
+        Args:
+            params: the trained arrays, or a placeholder without leaves, by which `optax.tree_map_params` asks for the form.
+            moments: the optimizer's trees of moments.
+            sites: the sites that share the rule.
+        """
         return ()
 
     def pull(self, factors: list[Triplet], active: list[jax.Array]) -> list[Triplet] | None:
-        """The gradient of what the method adds to the loss, None for fields without; computed before the step."""
+        """The gradient of a term that the method adds to the loss, None for factors that it leaves out."""
         return None
 
     def decide(self, step: Step, sites: Sites) -> tuple[list[Edit], Any]:
-        """What happens after a step, and the new memory, in traced arrays of fixed shapes."""
+        """The edits after a step, one a site, and the new memory; traced, so of fixed shapes."""
         raise NotImplementedError
 
     def wrap(self, tx: optax.GradientTransformation, sites: Sites) -> optax.GradientTransformation:
         """The optimizer with the rule around it.
 
-        Its `update` needs the params. Nothing may rescale what it returns: a rank is taken away by the update `-value`. The
-        next update sees if that did not happen, and `ranks` and `rank_history` refuse such a state.
+        Its `update` needs the params. Its updates must be applied unchanged, since a rank is set to zero by the update
+        `-value`. The next update checks this, and `ranks` and `rank_history` refuse a state for which it was not so.
 
         Raises:
             ValueError: if the number of steps is not known.
@@ -144,14 +152,14 @@ class Allocation:
         assert steps is not None
         modules = len(triplets.names(sites))
         record = history.empty(steps, modules)
-        # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
+        # `optax.tree_map_params` calls `init` with a placeholder for the params, which has no leaves.
         active = [jnp.zeros((), bool)] * len(sites)
         if jax.tree.leaves(params):
             active = self.begin(triplets.read(params, sites, self.fields))
             record = history.recorded(record, 0, counts(active))
         inner = tx.init(params)
         memory = self.remember(params, moments.trees(tx, inner), sites)
-        # Each an array of its own, since the whole state may be donated.
+        # Three arrays, not one three times: the state may be donated, and an array can be donated once.
         step, skipped, reopened = (jnp.zeros(shape, jnp.int32) for shape in ((), (), modules))
         closed = _tree([jnp.zeros_like(mask) for mask in active], sites)
         return AllocationState(inner, step, memory, _tree(active, sites), record, skipped, closed, reopened)
@@ -198,7 +206,7 @@ class Allocation:
 
 
 def added(gradients: Any, pull: list[Triplet] | None, sites: Sites, fields: Fields) -> Any:
-    """The gradients with those of a term, as if it were part of the loss."""
+    """The gradients plus those of a further term of the loss, `pull`."""
     if pull is None:
         return gradients
     sums = [
@@ -220,7 +228,7 @@ def _closed(edit: Edit) -> jax.Array:
 
 
 def _reopened(factors: list[Triplet], closed: list[jax.Array]) -> jax.Array:
-    """By module, 1 where a gate is open that was closed, int32."""
+    """For each module 1 if a gate that was set to zero is not zero, int32 `[modules]`."""
     gates = [jnp.zeros(mask.shape) if factor.e is None else factor.e for factor, mask in zip(factors, closed)]
     return jnp.minimum(counts([(gate != 0) & mask for gate, mask in zip(gates, closed)]), 1)
 
@@ -230,7 +238,7 @@ def _sum(value: Triplet, move: Triplet) -> Triplet:
 
 
 def _edited(move: Triplet, before: Triplet, edit: Edit) -> Triplet:
-    """The updates, changed so that the edit's values come out; where the value is 0, exactly."""
+    """The updates, changed so that adding them gives the edit's values, up to rounding, and exactly where the value is 0."""
 
     def one(move: jax.Array, old: jax.Array, where: Any, value: Any) -> jax.Array:
         return move if where is None else jnp.where(where, (value - old).astype(move.dtype), move)
@@ -251,7 +259,11 @@ def counts(active: list[jax.Array]) -> jax.Array:
 
 
 def _states(opt_state: Any, kinds: tuple[type, ...] = (AllocationState,)) -> list[Any]:
-    """The states of rules in an optimizer's state, however deep, one inside the other too."""
+    """The states of rules in an optimizer's state, at any depth and inside one another.
+
+    Raises:
+        ValueError: where there is none.
+    """
     found, waiting = [], [opt_state]
     while waiting:
         leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, kinds))
@@ -267,5 +279,5 @@ def _states(opt_state: Any, kinds: tuple[type, ...] = (AllocationState,)) -> lis
 
 
 def allocated(adapted: Adapted, state: AllocationState) -> Sites:
-    """The sites that an allocation is about."""
+    """The sites whose ranks an allocation's state holds."""
     return tuple(site for site in adapted.plan.sites if not isinstance(paths.lookup(state.active, site.keys), dict))

@@ -34,7 +34,7 @@ class Triplet(NamedTuple):
     b: Any
 
 
-#: For no factor.
+#: Nothing for any of the three.
 NOTHING = Triplet(None, None, None)
 
 
@@ -44,7 +44,7 @@ def read(tree: Any, sites: Sites, fields: Fields = FIELDS) -> list[Triplet]:
 
 
 def write(tree: Any, sites: Sites, triplets: Sequence[Triplet], fields: Fields = FIELDS) -> Any:
-    """The tree with the factors of every site replaced; None leaves one as it is."""
+    """The tree with the factors of every site replaced; one that is None, or has no name, stays as it is."""
     for site, triplet in zip(sites, triplets, strict=True):
         for name, value in zip(fields, triplet):
             if name and value is not None:
@@ -62,7 +62,7 @@ def put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
 def only(function: Callable[[Any], Any], tree: Any, sites: Sites, fields: Fields = FIELDS) -> Any:
     """The tree with a function applied to the sites' factors, and `optax.MaskedNode` in place of all else.
 
-    So the tree follows the params for optax (`optax.tree_map_params`), and holds nothing for what is not a site's.
+    `optax.tree_map_params` takes such a tree for one laid out like the params, and it holds no array for what is not a site's.
     """
     wanted = {(*site.keys, name) for site in sites for name in fields if name}
     leaves, treedef = paths.flatten_with_keys(tree)
@@ -91,7 +91,13 @@ def table(values: Sequence[jax.Array], fill: Any) -> jax.Array:
 
 
 def split(whole: jax.Array, like: Sequence[jax.Array], own_axes: int = 1) -> list[jax.Array]:
-    """The inverse of `table`; with two axes of a module's own, of matrices of one shape that were put together likewise."""
+    """The inverse of `table`.
+
+    Args:
+        whole: `[modules, ...]`.
+        like: arrays of the shapes that the parts get.
+        own_axes: how many of their last axes belong to one module: 1 for ranks `[*batch, r]`, 2 for matrices of one shape.
+    """
     batches = [x.shape[: x.ndim - own_axes] for x in like]
     starts = np.cumsum([0, *(math.prod(batch) for batch in batches)])
     parts = [whole[start:end, ..., : x.shape[-1]] for start, end, x in zip(starts, starts[1:], like)]
