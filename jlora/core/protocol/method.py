@@ -161,7 +161,7 @@ class Method:
     """Base of all methods. A subclass is a frozen dataclass and overrides what it needs.
 
     Class attributes:
-        family: where the pages list the method: a key of `jlora.disk.catalog.FAMILIES`. Each method that comes with jlora states
+        family: where the pages list the method: a key of `catalog.FAMILIES`. Each method that comes with jlora states
             its own.
         matrix: False for methods that take the leaf in its own shape (any number of axes, biases too).
         exact_start: False for methods whose start is not exactly the base's output.
