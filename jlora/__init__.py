@@ -6,6 +6,7 @@ from jlora.analysis.explain import explain as explain
 from jlora.analysis.intrinsic import gelora_ranks as gelora_ranks
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
+from jlora.compose.plain import compact as compact
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse
 from jlora.compose.switch import interference as interference
@@ -45,8 +46,7 @@ from jlora.interchange import TorchParameter as TorchParameter
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
-from jlora.optimize.allocate.alora import reallocate as reallocate
-from jlora.optimize.allocate.compact import compact as compact
+from jlora.methods.alora.rule import reallocate as reallocate
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history
 from jlora.optimize.allocate.reading import ranks as ranks

@@ -12,7 +12,7 @@ from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.prilora import PRILoRARule
+from jlora.methods.prilora.rule import PRILoRARule
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import optax
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
 from jlora.core.transforms.observe import Statistic, input_norms
-from jlora.optimize.allocate import budget, moments, scores, triplets
+from jlora.optimize import moments
+from jlora.optimize.allocate import budget, scores, triplets
 from jlora.optimize.allocate.triplets import Fields, Triplet
 
 Sites = tuple[Site, ...]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.rmlora import RMLoRARule
+from jlora.methods.rmlora.rule import RMLoRARule
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, check_hyperparameters
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
+from jlora.methods.sora.rule import SoRARule
 from jlora.optimize.allocate.budget import Phases
-from jlora.optimize.allocate.sora import SoRARule
 
 
 @dataclass(frozen=True)

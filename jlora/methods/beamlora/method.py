@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters
 from jlora.core.protocol.method import Arrays, Site, Start
+from jlora.methods.beamlora import rule
+from jlora.methods.beamlora.rule import BeamLoRARule
 from jlora.methods.lora import kaiming, trained_dtype
-from jlora.optimize.allocate import beamlora
-from jlora.optimize.allocate.beamlora import BeamLoRARule
 from jlora.optimize.allocate.budget import Phases
 
 
@@ -101,7 +101,7 @@ class BeamLoRA(Gated):
     def gates(self, fields: Arrays) -> jax.Array:
         """`e`."""
         score = fields["score"]
-        return beamlora.gates(score, self.temperature).astype(score.dtype)
+        return rule.gates(score, self.temperature).astype(score.dtype)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; scores are vectors, which never decay."""

@@ -18,7 +18,8 @@ from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted, start_of
-from jlora.optimize.allocate import budget, history, moments, triplets
+from jlora.optimize import moments
+from jlora.optimize.allocate import budget, history, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
 from jlora.optimize.allocate.triplets import NOTHING, Fields, Triplet
@@ -263,8 +264,8 @@ def _edited(
     factors = triplets.read(adapted.params, sites, _FIELDS)
     news, forget = [], []
     for site, factor, keep, new in zip(sites, factors, kept, grown, strict=True):
-        plain = dataclasses.replace(site, method=innermost(site.method).plain(new.shape[-1]))
-        fresh = start_of(plain, leaves[site.keys], key).params
+        drawn = dataclasses.replace(site, method=innermost(site.method).drawn(new.shape[-1]))
+        fresh = start_of(drawn, leaves[site.keys], key).params
         along, used = triplets.along_rank(new), triplets.along_rank(keep)
         a = jnp.where(along.a, fresh["a"], jnp.where(used.a, factor.a, 0))
         b = jnp.where(along.b, fresh["b"], jnp.where(used.b, factor.b, 0))
