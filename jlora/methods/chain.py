@@ -11,9 +11,12 @@ import numpy as np
 
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.plain import PlainLoRA
+from jlora.core.protocol.renewal import Renewal
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.lora import LoRA
 from jlora.optimize.events import Event
+from jlora.optimize.restart import LinkEnds
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Chain(Around):
             self._check_ranks(self.ranks)
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < self.links):
             raise ValueError(f"Chain's steps must be at least its {self.links} links, got {self.steps!r}")
-        check_pruning(self.prune, self.by)
+        self.renewal  # noqa: B018  (says what is wrong with prune and by)
 
     def _check_ranks(self, ranks: Any) -> None:
         most = getattr(self.inner, "rank", None)
@@ -109,10 +112,13 @@ class Chain(Around):
         return ("past_a", "past_b", "link")
 
     @property
+    def renewal(self) -> Renewal:
+        """As `prune` and `by` say."""
+        return Renewal(self.prune, self.by)
+
+    @property
     def event(self) -> Event | None:
         """The ends of the links, where the number of steps is known."""
-        from jlora.optimize.restart import LinkEnds  # which adapts, and so knows the methods
-
         if self.steps is None or self.links == 1:
             return None
         return LinkEnds(self.links, self.steps, self.prune, self.by)
@@ -142,9 +148,8 @@ class Chain(Around):
         link, found = view.frozen["link"], self._link(view)
         rank = found.a.shape[1]
         used = self._used(link, rank)
-        starts = np.cumsum([0, *(self.ranks or (rank,) * self.links)])
         # Columns out of use go nowhere: those behind the last are dropped, the others are those of later links.
-        columns = jnp.asarray(starts, jnp.int32)[link] + jnp.arange(rank)
+        columns = self._finished_ranks(link, rank) + jnp.arange(rank)
         return {
             "past_a": view.frozen["past_a"].at[:, columns].set(found.a * used.astype(found.a.dtype), mode="drop"),
             "past_b": view.frozen["past_b"].at[columns].set(found.b, mode="drop"),
@@ -155,6 +160,10 @@ class Chain(Around):
         """1 for the ranks of a link and 0 for the others, `[rank]`."""
         return (jnp.arange(rank) < jnp.asarray(self.ranks or (rank,) * self.links)[link]).astype(jnp.float32)
 
+    def _finished_ranks(self, link: jax.Array | int, rank: int) -> jax.Array:
+        """The ranks of all links before one, whose columns those of the finished links are."""
+        return jnp.asarray(np.cumsum([0, *(self.ranks or (rank,) * self.links)]), jnp.int32)[link]
+
     def _link(self, view: View) -> Factors:
         found = self.inner.factors(view)
         assert found is not None
@@ -163,12 +172,6 @@ class Chain(Around):
         # On one factor is enough: then neither gets a gradient there.
         used = self._used(view.frozen.get("link", 0), found.b.shape[0])
         return replace(found, b=found.b * used.astype(found.b.dtype)[:, None])
-
-    def in_use(self, link: int, width: int) -> np.ndarray:
-        """Which of the `width` columns of the factors hold something in a link, the first being 0."""
-        ranks = self.ranks or (width // self.links,) * self.links
-        present = width - sum(ranks[:-1])
-        return np.concatenate([np.arange(ranks[link]), present + np.arange(sum(ranks[:link]))])
 
     def weight(self, view: View) -> jax.Array:
         """`v + past_a @ past_b`."""
@@ -187,17 +190,14 @@ class Chain(Around):
         a = jnp.concatenate([found.a, view.frozen["past_a"]], axis=1)
         return replace(found, a=a, b=jnp.concatenate([found.b, view.frozen["past_b"]]))
 
-
-def check_pruning(prune: float, by: str) -> None:
-    """Refuses a share of moments or a choice that makes no sense.
-
-    Raises:
-        ValueError: for a share outside of 0 to 1, or an unknown choice.
-    """
-    if not isinstance(prune, int | float) or not 0 <= prune <= 1:
-        raise ValueError(f"prune is the share of the moments that become zero, from 0 to 1; got {prune!r}")
-    if by not in ("random", "magnitude"):
-        raise ValueError(f'moments are pruned by "random" or by "magnitude", got {by!r}')
+    def plain(self, view: View) -> PlainLoRA:
+        """The links so far, with gates of 1; those of the links to come are 0."""
+        found, link = self.factors(view), view.frozen.get("link", 0)
+        room = view.frozen["past_a"].shape[1] if self.links > 1 else 0
+        rank = found.a.shape[1] - room
+        finished = jnp.arange(room) < self._finished_ranks(link, rank)
+        gates = jnp.concatenate([self._used(link, rank), finished])
+        return PlainLoRA(found.a, gates.astype(found.a.dtype), found.b, dropout=found.dropout)
 
 
 Chain.CASES = (
