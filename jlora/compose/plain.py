@@ -19,7 +19,7 @@ from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 from jlora.disk.serialize import is_own
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.triplets import put
+from jlora.optimize.allocate import triplets
 
 
 def compact(adapted: Adapted) -> Adapted:
@@ -120,7 +120,7 @@ def _compacted(adapted: Adapted, wanted: Callable[[Method], bool]) -> Adapted:
     for site, method, weight in zip(adapted.plan.sites, methods, adapted.weights(), strict=True):
         if method is not None:
             weight = _of_used_ranks(weight, method)
-            params = put(params, site.keys, weight.params)
+            params = triplets.put(params, site.keys, weight.params)
         sites.append(weight.site)
         if weight.frozen:
             paths.insert(frozen, site.keys, weight.frozen)
@@ -135,8 +135,8 @@ def _of_used_ranks(weight: Weight, method: Method) -> Weight:
     used = np.asarray(jax.device_get(mesh.complete(found.gates))) != 0
     rank = max(1, int(used.sum(-1).max()))
     order = np.argsort(~used, axis=-1, kind="stable")[..., :rank]
-    a = jnp.take_along_axis(found.a * found.gates[..., None, :], order[..., None, :], axis=-1)
-    b = jnp.take_along_axis(found.b, order[..., :, None], axis=-2)
+    a = triplets.taken(found.a * found.gates[..., None, :], order[..., None, :], -1)
+    b = triplets.taken(found.b, order[..., :, None], -2)
     return _with_lora(weight, method, LoRA(rank, found.scale * rank, dropout=found.dropout), a, b)
 
 

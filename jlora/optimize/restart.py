@@ -226,16 +226,14 @@ def _weights(link: _Link, plan: Any, leaves: dict[Any, Any], params: Any, frozen
 
 def _finished(weight: Weight) -> Arrays:
     """The constants of a method that keeps what was learned in them."""
-    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
+
+    def cut(sharding: Any) -> Any:
+        assert weight.site is not None
+        specs = mesh.field_specs(weight.site, sharding.spec)
+        return {name: specs[name] for name in weight.method.kept_fields}
+
     finish = partial(weights.over_batch, weight.method.finished)
-    if sharding is None:
-        return finish(weight)
-    assert weight.site is not None
-    specs = mesh.field_specs(weight.site, sharding.spec)
-    automatic: Any = jax.sharding.auto_axes(
-        finish, out_sharding={name: specs[name] for name in weight.method.kept_fields}
-    )
-    return automatic(weight)
+    return _compat.automatic(finish, jax.typeof(weight.array), cut)(weight)
 
 
 @dataclass(frozen=True)

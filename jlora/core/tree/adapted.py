@@ -215,16 +215,15 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
         )
     leaf = jnp.asarray(leaf)  # numpy's arrays can't all that jax.numpy's can
     key = jax.random.fold_in(key, _number(site.path))
-    sharding = _compat.explicit_sharding(jax.typeof(leaf))
-    if sharding is None:
-        return _start(site, leaf, key, statistics)
-    # With explicit axes a method would have to say how its sorts and factorisations are cut; automatic ones find out.
-    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
-    specs = mesh.field_specs(site, sharding.spec)
-    placed: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
-    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=Start(*placed))
-    return automatic(leaf, key, statistics)
+
+    def placed(sharding: Any) -> Any:
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
+        specs = mesh.field_specs(site, sharding.spec)
+        drawers: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
+        return Start(*drawers)
+
+    return _compat.automatic(partial(_start, site), jax.typeof(leaf), placed)(leaf, key, statistics)
 
 
 def _start(site: Site, leaf: jax.Array, key: jax.Array, statistics: Arrays) -> Start:
@@ -257,11 +256,7 @@ def merge(adapted: Adapted) -> Any:
 
 def effective_leaf(weight: Weight) -> jax.Array:
     """The effective weight of a leaf, in its form and dtype, on meshes with explicit axes too."""
-    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
-    if sharding is None:
-        return weights.effective(weight)
-    automatic: Any = jax.sharding.auto_axes(weights.effective, out_sharding=sharding.spec)
-    return automatic(weight)
+    return _compat.automatic(weights.effective, jax.typeof(weight.array))(weight)
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:

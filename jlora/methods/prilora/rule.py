@@ -120,11 +120,7 @@ class PRILoRARule:
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
         """The entries that are zero after this step, which lie as `a` does."""
-        sharding = _compat.explicit_sharding(jax.typeof(a))
-        if sharding is None:
-            return self._now_zero(step, a, norms, kept)
-        automatic: Any = jax.sharding.auto_axes(self._now_zero, out_sharding=sharding.spec)
-        return automatic(step, a, norms, kept)
+        return _compat.automatic(self._now_zero, jax.typeof(a))(step, a, norms, kept)
 
     def _now_zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
         now = step % self.every == 0
