@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
-from jlora import mesh, paths
+from jlora import _compat, mesh, paths
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, View
+from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.wrapping import Around
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.core.walk import weight as weights
@@ -129,7 +132,7 @@ def _compacted(adapted: Adapted, wanted: Callable[[Method], bool]) -> Adapted:
 
 def _of_used_ranks(weight: Weight, method: Method) -> Weight:
     """The leaf with LoRA of the ranks whose gate is open, those first."""
-    found = weights.over_batch(method.plain, weight)
+    found = _plain(weight, method)
     if isinstance(found.gates, Tracer):
         raise TypeError("jlora.compact makes arrays whose shapes depend on values: call it outside of jit")
     used = np.asarray(jax.device_get(mesh.complete(found.gates))) != 0
@@ -138,6 +141,20 @@ def _of_used_ranks(weight: Weight, method: Method) -> Weight:
     a = triplets.taken(found.a * found.gates[..., None, :], order[..., None, :], -1)
     b = triplets.taken(found.b, order[..., :, None], -2)
     return _with_lora(weight, method, LoRA(rank, found.scale * rank, dropout=found.dropout), a, b)
+
+
+def _plain(weight: Weight, method: Method) -> PlainLoRA:
+    """What a method says it is, with the batch axes in front; factors are cut as LoRA's would be."""
+
+    def cut(sharding: Any) -> Any:
+        assert weight.site is not None
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weight)
+        specs = mesh.field_specs(replace(weight.site, method=LoRA()), sharding.spec)
+        gates = PartitionSpec(*specs["a"][:-2], None)
+        return replace(jax.eval_shape(found, shapes), a=specs["a"], gates=gates, b=specs["b"])
+
+    found = partial(weights.over_batch, method.plain)
+    return _compat.automatic(found, jax.typeof(weight.array), cut)(weight)
 
 
 def _with_lora(weight: Weight, old: Method, lora: LoRA, a: jax.Array, b: jax.Array) -> Weight:

@@ -27,8 +27,8 @@ def silent(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What an event sees of the run.
+class EventContext:
+    """What an event sees of the run; `jlora.Moment` is its former name.
 
     Attributes:
         adapted: as the last step left it.
@@ -60,7 +60,7 @@ class Event(Protocol):
         """Whether it happens after this many steps."""
         ...
 
-    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
+    def happen(self, context: EventContext) -> tuple[Adapted, Any]:
         """The new `Adapted` and optimizer state, of the same structure, shapes and shardings; the old ones may be donated."""
         ...
 
@@ -112,5 +112,5 @@ def run_events(
     due = [(event, sites) for event, sites in events_of(adapted).items() if event.due(step)]
     for number, (event, sites) in enumerate(due):
         own = jax.random.fold_in(jax.random.fold_in(key, step), number)
-        adapted, opt_state = event.happen(Moment(adapted, opt_state, tx, own, step, sites, loss, batches, say))
+        adapted, opt_state = event.happen(EventContext(adapted, opt_state, tx, own, step, sites, loss, batches, say))
     return adapted, opt_state

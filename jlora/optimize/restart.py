@@ -23,7 +23,7 @@ from jlora.core.tree.adapted import Adapted, effective_leaf, starts_of
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 from jlora.optimize.allocate.triplets import put
-from jlora.optimize.events import Moment
+from jlora.optimize.events import EventContext
 from jlora.optimize.moments import check_state, renewed
 
 
@@ -255,11 +255,11 @@ class LinkEnds:
         """At equal shares of the run."""
         return step in link_ends(self.links, self.steps)
 
-    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
+    def happen(self, context: EventContext) -> tuple[Adapted, Any]:
         """Restarts the leaves that share the event."""
-        options: Any = {"prune": self.prune, "by": self.by, "sites": moment.sites}
-        found = restart(moment.adapted, moment.opt_state, moment.tx, moment.key, **options)
-        moment.say(f"link {link_ends(self.links, self.steps).index(moment.step) + 2} of {self.links} begins")
+        options: Any = {"prune": self.prune, "by": self.by, "sites": context.sites}
+        found = restart(context.adapted, context.opt_state, context.tx, context.key, **options)
+        context.say(f"link {link_ends(self.links, self.steps).index(context.step) + 2} of {self.links} begins")
         return found
 
 
