@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
@@ -80,8 +81,7 @@ class Chain(Around):
         if inner.needs or not inner.exact_start:
             what = "from data" if inner.needs else "elsewhere than at the base"
             raise TypeError(f"Chain can't begin {inner} anew: it starts {what}")
-        if not isinstance(self.links, int) or isinstance(self.links, bool) or self.links < 1:
-            raise ValueError(f"Chain's links must be a positive integer, got {self.links!r}")
+        check_hyperparameters(self, bounds={"links": integer(1, "a positive integer")}, of=Chain)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < self.links):

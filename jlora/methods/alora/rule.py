@@ -23,7 +23,7 @@ from jlora.optimize.allocate import budget, history, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
 from jlora.optimize.allocate.triplets import NOTHING, Fields, Triplet
-from jlora.optimize.events import Loss, EventContext
+from jlora.optimize.events import EventContext, Loss
 
 Sites = tuple[Site, ...]
 _FIELDS: Fields = ("a", None, "b")

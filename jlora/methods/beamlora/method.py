@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
-from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters
+from jlora.core.protocol.hyperparameters import ABOVE_ZERO_TO_ONE, POSITIVE, check_hyperparameters
 from jlora.core.protocol.method import Arrays, Site, Start
 from jlora.methods.beamlora import rule
 from jlora.methods.beamlora.rule import BeamLoRARule
@@ -70,7 +70,7 @@ class BeamLoRA(Gated):
     gate: ClassVar[str] = "score"
 
     def __post_init__(self) -> None:
-        bounds = {"temperature": POSITIVE, "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1")}
+        bounds = {"temperature": POSITIVE, "top_p": ABOVE_ZERO_TO_ONE}
         check_hyperparameters(self, ("rank",), bounds)
         if self.interval < 2:
             raise ValueError(
