@@ -75,7 +75,7 @@ def along_rank(mask: jax.Array) -> Triplet:
     return Triplet(mask[..., None, :], mask, mask[..., :, None])
 
 
-def taken(array: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+def taken(array: jax.Array, index: jax.Array | np.ndarray, axis: int) -> jax.Array:
     """`take_along_axis`, also where the other axes are cut over a mesh with explicit axes."""
     return _compat.automatic(partial(jnp.take_along_axis, axis=axis), jax.typeof(array))(array, index)
 
