@@ -8,6 +8,7 @@ from jlora.analysis.explain import explain as explain
 from jlora.analysis.intrinsic import gelora_ranks as gelora_ranks
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
+from jlora.compose.plain import compact as compact
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse
 from jlora.compose.switch import interference as interference
@@ -47,14 +48,14 @@ from jlora.interchange import PeftReport as PeftReport
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
+from jlora.methods.alora.rule import reallocate as reallocate
 from jlora.models.torch_parameter import TorchParameter as TorchParameter
-from jlora.optimize.allocate.alora import reallocate as reallocate
-from jlora.optimize.allocate.compact import compact as compact
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history
 from jlora.optimize.allocate.reading import ranks as ranks
 from jlora.optimize.allocate.reading import skipped_steps as skipped_steps
-from jlora.optimize.events import Moment as Moment
+from jlora.optimize.events import EventContext as EventContext
+from jlora.optimize.events import EventContext as Moment  # noqa: F401  (its former name)
 from jlora.optimize.events import run_events as run_events
 from jlora.optimize.optimizer import optimizer as optimizer
 from jlora.optimize.optimizer import with_rules as with_rules
@@ -65,5 +66,5 @@ from jlora.optimize.restart import restart_schedule as restart_schedule
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name
     for name, value in globals().items()
-    if not name.startswith("_") and (value in (losses, mesh) or not isinstance(value, _ModuleType))
+    if not name.startswith("_") and (value is losses or value is mesh or not isinstance(value, _ModuleType))
 ]

@@ -8,6 +8,7 @@ Everything that touches the inside of a jaxpr goes through here, so a new JAX re
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,3 +97,21 @@ def explicit_sharding(aval: Any) -> Any:
         return None
     explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
     return sharding if explicit else None
+
+
+def automatic(function: Callable[..., Any], aval: Any, out: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """A function as it is called where `aval` lies on a mesh with explicit axes: with automatic ones; elsewhere itself.
+
+    What it computes then need not say how it is cut; only its results do.
+
+    Needed in every release: a program with explicit axes must say how each sort, factorisation or product is cut.
+
+    Args:
+        function: of arrays.
+        aval: the abstract value by which the mesh is known.
+        out: from the sharding of `aval`, the partition specs of the results; by default they are cut as `aval` is.
+    """
+    sharding = explicit_sharding(aval)
+    if sharding is None:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=sharding.spec if out is None else out(sharding))

@@ -216,8 +216,8 @@ def _after(text: str, shape: Any, params: dict[str, Any]) -> Any:
 def methods() -> list[Method]:
     """Every case of every method that needs no data."""
     found = []
-    for info in pkgutil.iter_modules(jlora.methods.__path__):
-        module = importlib.import_module(f"jlora.methods.{info.name}")
+    for info in pkgutil.walk_packages(jlora.methods.__path__, "jlora.methods."):
+        module = importlib.import_module(info.name)
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
         found += [case for c in classes if c.__module__ == module.__name__ for case in c.CASES if not case.needs]
     return found

@@ -7,15 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.protocol.method import Factors, Method, Site, View
+from jlora.compose import plain
+from jlora.core.protocol.method import Method, Site
 from jlora.core.tree import placement
-from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
-from jlora.disk.serialize import is_own
-from jlora.interchange import svd
 from jlora.interchange.names import Slot
 from jlora.methods import AdaLoRA, DoRA, Full, LoRA, RMLoRA, Rows, SHiRA, VeRA
 
@@ -88,7 +85,7 @@ def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
 
 
 def _dora(site: Site, method: Any, arrays: dict[str, Any]) -> Form | None:
-    if type(method.inner) not in LORAS:
+    if not plain.is_lora(method.inner):
         return None
     inner = _lora(site, method.inner, arrays)
     return Form(
@@ -127,11 +124,9 @@ def _rows(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
     return Form(site, "rows", {"rows": arrays["params"]["rows"]}, {"rows": ("rows",)})
 
 
-#: The classes whose weight is LoRA's.
-LORAS: tuple[type[Method], ...] = (LoRA, RMLoRA)
-
 NATIVE: dict[type[Method], Callable[[Site, Any, dict[str, Any]], Form | None]] = {
-    **dict.fromkeys(LORAS, _lora),
+    LoRA: _lora,
+    RMLoRA: _lora,
     DoRA: _dora,
     Full: _whole,
     AdaLoRA: _adalora,
@@ -142,34 +137,17 @@ NATIVE: dict[type[Method], Callable[[Site, Any, dict[str, Any]], Form | None]] =
 
 
 def as_lora(weight: Weight) -> Form | None:
-    """The exact LoRA form of a method whose weight is `w + a @ b`, with the scale in `b`; None for any other method.
-
-    For DoRA that of the method inside, with DoRA's magnitude.
-    """
-    site = weight.site
-    assert site is not None
-    around = type(site.method) is DoRA
-    method = site.method.inner if around else site.method  # type: ignore[attr-defined]
-    if not method.matrix or not method.low_rank:
+    """The exact LoRA form, scale in `b`, of a method whose weight is `w + a @ b`; None for any other."""
+    found = plain.exact(weight)
+    form = None if found is None else native(found)
+    if form is None:
         return None
-    found: Factors | None = weights.over_batch(method.factors, weight)
-    if found is None or found.scale is not None or not (is_own(type(method)) or _agrees(method, found, weight)):
-        return None
-    arrays = {"a": np.asarray(found.a), "b": np.asarray(found.b)}
-    names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
-    fields = {"a": names, "b": names}
-    if around:
-        arrays["m"], fields["m"] = np.asarray(weight.params["m"]), ("m",)
-        fields = {name: tuple(f for f in held if f != "m") if name != "m" else held for name, held in fields.items()}
-    return Form(site, "lora", arrays, fields, float(arrays["a"].shape[-1]), dropout=found.dropout)
-
-
-def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
-    """Whether a method's factors give its weight: a user's class may change `weight` and inherit `factors`."""
-    told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
-    # The second term is the rounding error of the weights, of which `wanted` is a difference.
-    size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps
-    return bool(jnp.max(jnp.abs(told - wanted)) <= size)
+    # The factors stand for all fields that are not another role's own, such as DoRA's `m`.
+    others = {name for role, held in form.fields.items() if role not in ("a", "b") for name in held}
+    names = tuple(
+        name for fields in (weight.params, weight.frozen, weight.shared) for name in fields if name not in others
+    )
+    return replace(form, site=weight.site, fields={**form.fields, "a": names, "b": names})
 
 
 def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
@@ -180,15 +158,8 @@ def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
     """
     site = weight.site
     assert site is not None
-    if site.method.matrix:
-        delta = np.asarray(weights.over_batch(_delta(site.method), weight))
-    else:
-        site = _with_roles(site, slots[0])
-        whole = site.method.weight(View(weight.array, weight.params, weight.frozen, site, weight.shared))
-        delta = np.asarray(site.fold(whole) - site.fold(weight.array).astype(whole.dtype))
-    if not np.all(np.isfinite(delta)):
-        raise ValueError(f"{site.path}: its adapter holds values that are not finite")
-    a, b, residual = svd.truncate(delta, min(rank, *delta.shape[-2:]))
+    site = site if site.method.matrix else _with_roles(site, slots[0])
+    a, b, residual = plain.nearest(weight, site, rank)
     names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
     return Form(
         site, "lora", {"a": a, "b": b}, {"a": names, "b": names}, float(a.shape[-1]), residual=np.asarray(residual)
@@ -206,11 +177,3 @@ def _with_roles(site: Site, slot: Slot) -> Site:
     roles = {"in_axes": slot.axes("in"), "out_axes": slot.axes("out", "part")}
     batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))
     return replace(site, **roles, batch_axes=batch, kind="gather" if slot.kind == "embedding" else "dot")
-
-
-def _delta(method: Method) -> Callable[[View], jax.Array]:
-    def delta(view: View) -> jax.Array:
-        weight = method.weight(view)
-        return weight - view.w.astype(weight.dtype)
-
-    return delta

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from jlora import paths
+from jlora.compose.plain import unchained
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk.weight import Weight
@@ -23,7 +24,6 @@ from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
-from jlora.optimize.restart import unchained
 
 PROFILES = ("peft", "serving")
 

@@ -1,4 +1,4 @@
-"""The methods: one file each, one line here."""
+"""The methods: one file each, or one folder where a method allocates ranks; one line here."""
 
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA

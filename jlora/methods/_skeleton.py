@@ -15,6 +15,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, check_rank
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.methods.lora import kaiming, trained_dtype
 
@@ -30,7 +31,7 @@ class Skeleton(Method):
         strength: factor of `a @ b`.
 
     Raises:
-        ValueError: for a rank that is no positive integer.
+        ValueError: for a rank that is no positive whole number, or a strength of 0.
 
     Reference:
         Author et al. 2000, arXiv:0000.00000.
@@ -45,8 +46,7 @@ class Skeleton(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"Skeleton's rank must be a positive integer, got {self.rank!r}")
+        check_hyperparameters(self, ("rank",), {"strength": NOT_ZERO})
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -55,10 +55,7 @@ class Skeleton(Method):
 
     def check(self, site: Site) -> None:
         """Refuses a matrix that is too small; the core adds the path and the shape."""
-        if self.rank > min(site.in_size, site.out_size):
-            raise ValueError(
-                f"rank {self.rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix"
-            )
+        check_rank(self, site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """The arrays to begin with: trained ones in `params`, constants in `frozen`."""

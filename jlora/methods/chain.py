@@ -11,9 +11,13 @@ import numpy as np
 
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.plain import PlainLoRA
+from jlora.core.protocol.renewal import Renewal
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.lora import LoRA
+from jlora.optimize.restart import LinkEnds
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,12 @@ class Chain(Around):
         if inner.needs or not inner.exact_start:
             what = "from data" if inner.needs else "elsewhere than at the base"
             raise TypeError(f"Chain can't begin {inner} anew: it starts {what}")
-        if not isinstance(self.links, int) or isinstance(self.links, bool) or self.links < 1:
-            raise ValueError(f"Chain's links must be a positive integer, got {self.links!r}")
+        check_hyperparameters(self, bounds={"links": integer(1, "a positive integer")}, of=Chain)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < self.links):
             raise ValueError(f"Chain's steps must be at least its {self.links} links, got {self.steps!r}")
-        check_pruning(self.prune, self.by)
+        self.renewal  # noqa: B018  (says what is wrong with prune and by)
 
     def _check_ranks(self, ranks: Any) -> None:
         most = getattr(self.inner, "rank", None)
@@ -111,10 +114,13 @@ class Chain(Around):
         return ("past_a", "past_b", "link")
 
     @property
+    def renewal(self) -> Renewal:
+        """As `prune` and `by` say."""
+        return Renewal(self.prune, self.by)
+
+    @property
     def event(self) -> Event | None:
         """The ends of the links, where the number of steps is known."""
-        from jlora.optimize.restart import LinkEnds  # not at the top: jlora.optimize.restart imports this module
-
         if self.steps is None or self.links == 1:
             return None
         return LinkEnds(self.links, self.steps, self.prune, self.by)
@@ -144,10 +150,8 @@ class Chain(Around):
         link, found = view.frozen["link"], self._link(view)
         rank = found.a.shape[1]
         used = self._used(link, rank)
-        starts = np.cumsum([0, *(self.ranks or (rank,) * self.links)])
-        # All `rank` columns are written, with zeros for the ranks that the link does not use. A column too many lies where a
-        # later link will be written, or behind the end of the array, where mode="drop" leaves it out.
-        columns = jnp.asarray(starts, jnp.int32)[link] + jnp.arange(rank)
+        # Columns out of use go nowhere: those behind the last are dropped, the others are those of later links.
+        columns = self._finished_ranks(link, rank) + jnp.arange(rank)
         return {
             "past_a": view.frozen["past_a"].at[:, columns].set(found.a * used.astype(found.a.dtype), mode="drop"),
             "past_b": view.frozen["past_b"].at[columns].set(found.b, mode="drop"),
@@ -158,6 +162,10 @@ class Chain(Around):
         """1 for the ranks of a link and 0 for the others, `[rank]`."""
         return (jnp.arange(rank) < jnp.asarray(self.ranks or (rank,) * self.links)[link]).astype(jnp.float32)
 
+    def _finished_ranks(self, link: jax.Array | int, rank: int) -> jax.Array:
+        """The ranks of all links before one, whose columns those of the finished links are."""
+        return jnp.asarray(np.cumsum([0, *(self.ranks or (rank,) * self.links)]), jnp.int32)[link]
+
     def _link(self, view: View) -> Factors:
         found = self.inner.factors(view)
         assert found is not None
@@ -166,17 +174,6 @@ class Chain(Around):
         # One factor is enough: where `b` is zero, `a` has no gradient either.
         used = self._used(view.frozen.get("link", 0), found.b.shape[0])
         return replace(found, b=found.b * used.astype(found.b.dtype)[:, None])
-
-    def in_use(self, link: int, width: int) -> np.ndarray:
-        """Numbers of the columns of `factors` that hold something: those of the present link, then of the finished ones.
-
-        Args:
-            link: number of the present link, from 0.
-            width: columns that `factors` has in all.
-        """
-        ranks = self.ranks or (width // self.links,) * self.links
-        present = width - sum(ranks[:-1])
-        return np.concatenate([np.arange(ranks[link]), present + np.arange(sum(ranks[:link]))])
 
     def weight(self, view: View) -> jax.Array:
         """`v + past_a @ past_b`."""
@@ -195,17 +192,14 @@ class Chain(Around):
         a = jnp.concatenate([found.a, view.frozen["past_a"]], axis=1)
         return replace(found, a=a, b=jnp.concatenate([found.b, view.frozen["past_b"]]))
 
-
-def check_pruning(prune: float, by: str) -> None:
-    """Refuses a share of moments or a choice that makes no sense.
-
-    Raises:
-        ValueError: for a share outside of 0 to 1, or an unknown choice.
-    """
-    if not isinstance(prune, int | float) or not 0 <= prune <= 1:
-        raise ValueError(f"prune is the share of the moments that become zero, from 0 to 1; got {prune!r}")
-    if by not in ("random", "magnitude"):
-        raise ValueError(f'moments are pruned by "random" or by "magnitude", got {by!r}')
+    def plain(self, view: View) -> PlainLoRA:
+        """The links so far, with gates of 1; those of the links to come are 0."""
+        found, link = self.factors(view), view.frozen.get("link", 0)
+        room = view.frozen["past_a"].shape[1] if self.links > 1 else 0
+        rank = found.a.shape[1] - room
+        finished = jnp.arange(room) < self._finished_ranks(link, rank)
+        gates = jnp.concatenate([self._used(link, rank), finished])
+        return PlainLoRA(found.a, gates.astype(found.a.dtype), found.b, dropout=found.dropout)
 
 
 Chain.CASES = (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import randomised_svd, trained_dtype
 
@@ -75,20 +75,13 @@ class DeepLoRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        least = {"rank": 1, "depth": 3 if self.compressed else 2, "iterations": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                form = "compressed " if name == "depth" and self.compressed else ""
-                raise ValueError(f"{form}DeepLoRA's {name} must be an integer of at least {smallest}, got {value!r}")
-        if not isinstance(self.compressed, bool):
-            raise ValueError(f"DeepLoRA's compressed must be True or False, got {self.compressed!r}")
+        counts = {"rank": integer(1), "depth": integer(2), "iterations": integer(0)}
+        gamma = (NOT_NEGATIVE[0], "finite and not negative")
+        check_hyperparameters(self, bounds={**counts, "eps": POSITIVE, "gamma": gamma}, of=DeepLoRA)
+        if self.compressed and self.depth < 3:
+            raise ValueError(f"compressed DeepLoRA's depth must be an integer of at least 3, got {self.depth}")
         if self.compressed and self.rank % 2:
             raise ValueError(f"compressed DeepLoRA needs an even rank, got {self.rank}")
-        if not isinstance(self.eps, int | float) or not 0 < self.eps < math.inf:
-            raise ValueError(f"DeepLoRA's eps must be positive and finite, got {self.eps!r}")
-        if not isinstance(self.gamma, int | float) or not 0 <= self.gamma < math.inf:
-            raise ValueError(f"DeepLoRA's gamma must be finite and not negative, got {self.gamma!r}")
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]

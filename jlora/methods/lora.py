@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 
 SCALINGS = ("standard", "rslora")
@@ -73,18 +74,11 @@ class LoRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"LoRA's rank must be a positive integer, got {self.rank!r}")
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA's alpha must be positive and finite, got {self.alpha!r}")
-        if self.scaling not in SCALINGS:
-            raise ValueError(f"LoRA's scaling must be one of {SCALINGS}, got {self.scaling!r}")
-        if self.init not in INITS and not _FAST_PISSA.fullmatch(str(self.init)):
-            raise ValueError(f"LoRA's init must be one of {(*INITS, 'pissa_niter_<k>')}, got {self.init!r}")
+        init = (lambda v: v in INITS or bool(_FAST_PISSA.fullmatch(str(v))), f"one of {(*INITS, 'pissa_niter_<k>')}")
+        bounds = {"rank": integer(1, "a positive integer"), "scaling": one_of(SCALINGS), "init": init}
+        check_hyperparameters(self, bounds=bounds, of=LoRA)
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f'LoRA\'s init "orthogonal" needs an even rank, got {self.rank}; "orthonormal" takes any')
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA's dropout must be at least 0 and below 1, got {self.dropout!r}")
 
     @property
     def scale(self) -> float:

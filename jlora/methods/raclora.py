@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.methods.lora import LoRA, trained_dtype
 
@@ -56,11 +57,8 @@ class RACLoRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        LoRA(self.rank, self.alpha, dropout=self.dropout)  # says what is wrong with them
-        if self.frozen not in ("in", "out"):
-            raise ValueError(f'RACLoRA\'s frozen must be "in" (a is random) or "out" (b is), got {self.frozen!r}')
-        if self.draw not in DRAWS:
-            raise ValueError(f"RACLoRA's draw must be one of {DRAWS}, got {self.draw!r}")
+        sides = one_of(("in", "out"), '"in" (a is random) or "out" (b is)')
+        check_hyperparameters(self, ("rank",), {"frozen": sides, "draw": one_of(DRAWS)}, RACLoRA)
 
     @property
     def scale(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core.protocol.hyperparameters import ABOVE_ZERO_TO_ONE, NOT_ZERO, check_hyperparameters, integer, one_of
 from jlora.core.protocol.method import Method, Site, Sparse, Start, View
 from jlora.methods.lora import trained_dtype
 
@@ -70,20 +70,12 @@ class SHiRA(Method):
     family: ClassVar[str] = "Sparse updates"
 
     def __post_init__(self) -> None:
-        if self.mask not in MASKS:
-            raise ValueError(f"SHiRA's mask must be one of {tuple(MASKS)}, got {self.mask!r}")
-        if not isinstance(self.density, int | float) or not 0 < self.density <= 1:
-            raise ValueError(f"SHiRA's density must be above 0 and at most 1, got {self.density!r}")
-        for name in ("entries", "rank", "offset"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"SHiRA's {name} must be an integer of at least 0, got {value!r}")
+        bounds = {"mask": one_of(MASKS), "density": ABOVE_ZERO_TO_ONE, "scale": NOT_ZERO}
+        bounds |= dict.fromkeys(("entries", "rank", "offset"), integer(0))
+        bounds["lines"] = one_of(("rows", "columns"), '"rows" or "columns"')
+        check_hyperparameters(self, bounds=bounds, of=SHiRA)
         if self.entries and self.rank:
             raise ValueError(f"SHiRA takes entries or rank, not both; got entries={self.entries}, rank={self.rank}")
-        if not isinstance(self.scale, int | float) or not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"SHiRA's scale must be finite and not 0, got {self.scale!r}")
-        if self.lines not in ("rows", "columns"):
-            raise ValueError(f'SHiRA\'s lines must be "rows" or "columns", got {self.lines!r}')
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import trained_dtype
 
@@ -52,14 +53,9 @@ class VeRA(Method):
     family: ClassVar[str] = "Shared random projections"
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("projection_key", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"VeRA's {name} must be an integer of at least {least}, got {value!r}")
-        if not isinstance(self.d_initial, int | float) or not 0 < abs(self.d_initial) < math.inf:
-            raise ValueError(f"VeRA's d_initial must be finite and not zero, got {self.d_initial!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"VeRA's dropout must be at least 0 and below 1, got {self.dropout!r}")
+        d_initial = (NOT_ZERO[0], "finite and not zero")
+        bounds = {"rank": integer(1), "projection_key": integer(0), "d_initial": d_initial}
+        check_hyperparameters(self, bounds=bounds, of=VeRA)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:

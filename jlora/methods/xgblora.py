@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.hyperparameters import check_hyperparameters, number, one_of
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.methods.lora import LoRA
@@ -54,14 +55,12 @@ class XGBLoRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
     def __post_init__(self) -> None:
-        if self.init not in ("kaiming", "gaussian", "orthonormal"):
-            raise ValueError(f'XGBLoRA\'s init must be "kaiming", "gaussian" or "orthonormal", got {self.init!r}')
-        self._plain  # noqa: B018  (says what is wrong with the others)
-        number = isinstance(self.layers, int | float) and not isinstance(self.layers, bool)
-        if not number or not self.layers > 0 or (isinstance(self.layers, float) and self.layers > 1):
-            raise ValueError(
-                f"XGBLoRA's layers must be a number of layers (1, 2, ..) or a share (above 0.0, up to 1.0), got {self.layers!r}"
-            )
+        init = one_of(("kaiming", "gaussian", "orthonormal"), '"kaiming", "gaussian" or "orthonormal"')
+        layers = number(
+            lambda v: v > 0 and (isinstance(v, int) or v <= 1),
+            "a number of layers (1, 2, ..) or a share (above 0.0, up to 1.0)",
+        )
+        check_hyperparameters(self, ("rank",), {"init": init, "layers": layers}, XGBLoRA)
 
     @property
     def _plain(self) -> LoRA:

@@ -26,8 +26,8 @@ def silent(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What an event sees of the run.
+class EventContext:
+    """What an event sees of the run; `jlora.Moment` is its former name.
 
     Attributes:
         adapted: as the last step left it.
@@ -99,5 +99,5 @@ def run_events(
     due = [(event, sites) for event, sites in events_of(adapted).items() if event.due(step)]
     for number, (event, sites) in enumerate(due):
         own = jax.random.fold_in(jax.random.fold_in(key, step), number)
-        adapted, opt_state = event.happen(Moment(adapted, opt_state, tx, own, step, sites, loss, batches, say))
+        adapted, opt_state = event.happen(EventContext(adapted, opt_state, tx, own, step, sites, loss, batches, say))
     return adapted, opt_state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,16 @@ from jax.sharding import NamedSharding
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site
+from jlora.core.protocol.renewal import Renewal
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.merge import effective_leaf
 from jlora.core.tree.starts import starts_of
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
-from jlora.methods.chain import Chain, check_pruning
-from jlora.methods.lora import LoRA
 from jlora.optimize.allocate.triplets import put
-from jlora.optimize.events import Moment
-from jlora.optimize.renewal import Renewal, check_state, renewed
+from jlora.optimize.events import EventContext
+from jlora.optimize.moments import check_state, renewed
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,14 @@ def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Re
     Raises:
         ValueError: for a share or choice out of range, or sites that disagree.
     """
-    own = {(m.prune, m.by) if isinstance(m := site.method, Chain) else (1.0, "random") for site in sites}
+    own = {(wanted.prune, wanted.by) for wanted in (site.method.renewal for site in sites)}
     if len(own) > 1 and (prune is None or by is None):
         raise ValueError(
             f"the methods that begin anew prune moments in different ways, {sorted(own)}: say prune and by, or restart them "
             "apart by sites"
         )
     wanted = next(iter(own), (1.0, "random"))
-    prune, by = wanted[0] if prune is None else prune, wanted[1] if by is None else by
-    check_pruning(prune, by)
-    return Renewal(float(prune), by)
+    return Renewal(wanted[0] if prune is None else prune, wanted[1] if by is None else by)
 
 
 def _place(leaf: Any) -> NamedSharding | None:
@@ -177,7 +174,7 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
 
 
 def _check_room(site: Site, frozen: Arrays) -> None:
-    done, links = _done(site, frozen), getattr(site.method, "links", None)
+    done, links = _done(site, frozen), site.method.links
     if links is not None and done + 1 >= links:
         raise ValueError(
             f"{site.path}: link {done + 1} of {site.method} is the last; give it more links at the start, or go on from "
@@ -192,31 +189,6 @@ def _done(site: Site, frozen: Arrays) -> int:
     if isinstance(frozen["link"], Tracer):
         raise TypeError(f"{site.path}: call this outside of jit, where it sees how many links {site.method} has done")
     return int(np.max(np.asarray(placement.complete(frozen["link"]))))
-
-
-def unchained(adapted: Adapted) -> Adapted:
-    """The adapters with every `Chain` as plain `LoRA` of all links so far, the present one included; the same weight.
-
-    A class derived from `Chain` stays, since its weight may be another.
-
-    Raises:
-        TypeError: under `jit`, since the number of links decides the shapes.
-    """
-    chains = {site.keys: site.method for site in adapted.plan.sites if type(site.method) is Chain}
-    if not chains:
-        return adapted
-    params, frozen, sites = adapted.params, {}, []
-    for keys, leaf in paths.flatten_with_keys(adapted.frozen)[0]:
-        if keys[:-1] not in chains:
-            paths.insert(frozen, keys, leaf)
-    for site, weight in zip(adapted.plan.sites, adapted.weights()):
-        if site.keys in chains:
-            found = weights.factors(weight)
-            used = chains[site.keys].in_use(_done(site, weight.frozen), found.a.shape[-1])
-            params = put(params, site.keys, {"a": found.a[..., used], "b": found.b[..., used, :]})
-            site = replace(site, method=LoRA(len(used), float(len(used)), dropout=found.dropout))
-        sites.append(site)
-    return adapted.replace(params=params, frozen=frozen, plan=type(adapted.plan)(tuple(sites)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -257,16 +229,14 @@ def _weights(link: _Link, plan: Any, leaves: dict[Any, Any], params: Any, frozen
 
 def _finished(weight: Weight) -> Arrays:
     """The constants of a method that keeps what was learned in them."""
-    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
+
+    def cut(sharding: Any) -> Any:
+        assert weight.site is not None
+        specs = placement.field_specs(weight.site, sharding.spec)
+        return {name: specs[name] for name in weight.method.kept_fields}
+
     finish = partial(weights.over_batch, weight.method.finished)
-    if sharding is None:
-        return finish(weight)
-    assert weight.site is not None
-    specs = placement.field_specs(weight.site, sharding.spec)
-    automatic: Any = jax.sharding.auto_axes(
-        finish, out_sharding={name: specs[name] for name in weight.method.kept_fields}
-    )
-    return automatic(weight)
+    return _compat.automatic(finish, jax.typeof(weight.array), cut)(weight)
 
 
 @dataclass(frozen=True)
@@ -288,11 +258,11 @@ class LinkEnds:
         """Whether a link other than the last ends after this many steps."""
         return step in link_ends(self.links, self.steps)
 
-    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
+    def happen(self, context: EventContext) -> tuple[Adapted, Any]:
         """Restarts the leaves that share the event."""
-        options: Any = {"prune": self.prune, "by": self.by, "sites": moment.sites}
-        found = restart(moment.adapted, moment.opt_state, moment.tx, moment.key, **options)
-        moment.say(f"link {link_ends(self.links, self.steps).index(moment.step) + 2} of {self.links} begins")
+        options: Any = {"prune": self.prune, "by": self.by, "sites": context.sites}
+        found = restart(context.adapted, context.opt_state, context.tx, context.key, **options)
+        context.say(f"link {link_ends(self.links, self.steps).index(context.step) + 2} of {self.links} begins")
         return found
 
 

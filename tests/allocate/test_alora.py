@@ -8,8 +8,8 @@ import pytest
 from contract.problems import jit, normal, perturbed, weight
 
 import jlora
-from jlora.optimize.allocate import alora
-from jlora.optimize.allocate.alora import chosen
+from jlora.methods.alora import rule
+from jlora.methods.alora.rule import chosen
 
 PHASES = {"steps": 12, "start_steps": 4, "final_steps": 2, "interval": 3}
 BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 6), "stack": weight(2, 2, 8, 8), "rest": weight(3, 6, 4)}
@@ -101,7 +101,7 @@ def test_a_round_leaves_the_base_to_its_owner():
 def test_a_rank_whose_score_is_no_number_is_the_worst():
     active = jnp.ones((2, 2), bool)
     alone = lambda table: jnp.where(jnp.array_equal(table, jnp.eye(4, dtype=bool)[2].reshape(2, 2)), jnp.nan, -1.0)
-    found = alora._scores(alone, active, 4)
+    found = rule._scores(alone, active, 4)
     assert np.isfinite(found).all() and int(jnp.argmin(found)) == 2 and int(jnp.sum(found < 0)) == 1
 
 
@@ -135,13 +135,13 @@ def rounds():
         return adapted.replace(params=optax.apply_updates(adapted.params, updates)), state
 
     course = [(adapted, tx.init(adapted.params))]
-    before = alora._round._cache_size()
+    before = rule._round._cache_size()
     for number in range(2):
         course.append(step(*course[-1]))
         given = jax.tree.map(jnp.copy, course[-1])
         course.append(jlora.reallocate(*given, tx, loss, (X, Y), jax.random.key(number)))
     course.append(step(*course[-1]))
-    assert step._cache_size() == 1 and alora._round._cache_size() == before + 1
+    assert step._cache_size() == 1 and rule._round._cache_size() == before + 1
     return tx, course
 
 
@@ -184,8 +184,8 @@ def test_scores_are_losses_with_weights_written_out_and_decide_the_round(rounds)
             one = np.zeros((4, 6))
             one[m, r] = 1
             scores[m, r] = loss_of(before, active - one) - loss_of(before, one)
-        got = alora._scores(
-            alora._switched(
+        got = rule._scores(
+            rule._switched(
                 before, loss, (X, Y), sites(before), [before.frozen[n]["gate"] for n in ("p", "q", "stack")]
             ),
             jnp.asarray(active),

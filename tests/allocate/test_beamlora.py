@@ -11,7 +11,7 @@ from contract.problems import jit, normal
 
 import jlora
 from jlora import paths
-from jlora.optimize.allocate import beamlora
+from jlora.methods.beamlora import rule
 
 RATE, MOMENTUM, RANK, STEPS, FINAL, INTERVAL, TOP_P, TEMPERATURE = 0.1, 0.5, 5, 24, 4, 4, 0.55, 0.8
 METHOD = jlora.BeamLoRA(RANK, 10, TEMPERATURE, TOP_P, STEPS, FINAL, INTERVAL)
@@ -147,21 +147,21 @@ def test_top_p_is_that_of_a_sorted_list_and_ties_go_to_the_first():
         beyond = np.cumsum(flat[order]) > kept * flat.sum()
         wanted = np.zeros(len(flat), bool)
         wanted[[n for n, out in zip(order, beyond) if out]] = True
-        got = beamlora.outside_top_p([jnp.asarray(w, jnp.float32) for w in weights], kept * flat.sum())
+        got = rule.outside_top_p([jnp.asarray(w, jnp.float32) for w in weights], kept * flat.sum())
         assert np.concatenate([np.asarray(m).ravel() for m in got]).tolist() == wanted.tolist()
         assert wanted.any()
 
 
 def test_where_all_weight_is_kept_nothing_is_dropped_however_sums_round():
-    weights = beamlora.gates(normal(0, 64, 64), 0.05)
+    weights = rule.gates(normal(0, 64, 64), 0.05)
     total = np.cumsum(np.sort(np.asarray(weights).ravel())[::-1], dtype=np.float32)[-1]
     assert total != 64 * 64, "this sum is exact: it shows nothing"
-    assert not beamlora.outside_top_p([weights], math.inf)[0].any()
+    assert not rule.outside_top_p([weights], math.inf)[0].any()
 
 
 def test_gates_sum_to_the_rank_also_where_they_are_nearly_one_hot():
     for score in (jnp.zeros(8), 3 * normal(1, 8), normal(2, 3, 8).astype(jnp.bfloat16)):
-        gates = beamlora.gates(score, 0.05)
+        gates = rule.gates(score, 0.05)
         assert gates.dtype == jnp.float32
         np.testing.assert_allclose(jnp.sum(gates, axis=-1), 8, rtol=1e-5)
 
@@ -171,7 +171,7 @@ def test_at_most_half_of_a_matrix_gives_way_to_as_many_of_its_best_in_a_shuffled
     drop = jnp.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], bool)
     origins = set()
     for seed in range(12):
-        pair = beamlora.pairing(weights, drop, jax.random.uniform(jax.random.key(seed), weights.shape))
+        pair = rule.pairing(weights, drop, jax.random.uniform(jax.random.key(seed), weights.shape))
         assert pair.dropped.tolist() == [
             [False, True, False, True, False], [False, False, False, True, True], [True, False, False, False, False],
         ]  # fmt: skip
@@ -181,8 +181,8 @@ def test_at_most_half_of_a_matrix_gives_way_to_as_many_of_its_best_in_a_shuffled
         assert np.array_equal(origin[kept], np.broadcast_to(np.arange(5), (3, 5))[kept])
         origins.add(tuple(origin[0]))
     assert len(origins) == 2
-    scores = beamlora.shared_scores(
-        jnp.asarray([8.0, 4, 2, 0, 1]), beamlora.Pairing(pair.dropped[0], jnp.asarray([0, 2, 2, 0, 4]))
+    scores = rule.shared_scores(
+        jnp.asarray([8.0, 4, 2, 0, 1]), rule.Pairing(pair.dropped[0], jnp.asarray([0, 2, 2, 0, 4]))
     )
     assert scores.tolist() == [4, 3, 3, 4, 1]
 

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import discovery
 from contract.problems import perturbed, weight
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jlora
 
@@ -80,3 +83,26 @@ def test_derived_classes_keep_their_weight(method):
     small = jlora.compact(adapted)
     assert type(small.plan.sites[0].method) is (jlora.LoRA if type(method) is HalfAda else type(method))
     np.testing.assert_allclose(jlora.merge(small)["p"], jlora.merge(adapted)["p"], rtol=1e-5, atol=1e-6)
+
+
+CLASSES = [cls for module in discovery.modules() for cls in discovery.methods_of(module)]
+SAID = [cls.CASES[-1] for cls in CLASSES if cls.plain is not jlora.Method.plain]
+
+
+@pytest.mark.parametrize("method", SAID, ids=lambda method: type(method).__name__)
+def test_what_a_method_says_it_is_as_plain_lora_has_its_weight(method):
+    base = {"stack": BASE["stack"][:2]}
+    adapted = perturbed(jlora.adapterize(base, {"stack": jlora.Axes("batch in out", method)}))
+    small = jlora.compact(adapted)
+    assert type(small.plan.sites[0].method) is jlora.LoRA and not small.frozen
+    np.testing.assert_allclose(jlora.merge(small)["stack"], jlora.merge(adapted)["stack"], rtol=1e-5, atol=1e-6)
+
+
+def test_compact_factors_lie_as_their_base_also_where_an_inner_one_of_folded_axes_is_cut():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        leaf = jax.device_put(weight(5, 8, 2, 4), NamedSharding(mesh, P("fsdp", None, "tensor")))
+        chain = jlora.Axes("in out out", jlora.Chain(jlora.LoRA(2)))
+        fields = jlora.compact(jlora.adapterize({"heads": leaf}, {"heads": chain})).params["heads"]
+    assert fields["a"].shape == (8, 2) and fields["a"].sharding.spec == P("fsdp", None)
+    assert fields["b"].shape == (2, 8) and fields["b"].sharding.spec == P(None, None)

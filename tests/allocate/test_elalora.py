@@ -9,7 +9,8 @@ from contract.problems import jit
 
 import jlora
 from jlora import paths
-from jlora.optimize.allocate import budget, elalora, orthogonality
+from jlora.methods.elalora import rule
+from jlora.optimize.allocate import budget, orthogonality
 from jlora.optimize.allocate.budget import Phases
 
 RATE, MOMENTUM, RANK, ROOM, STEPS, START, FINAL, INTERVAL, MOVED, EACH = 0.1, 0.5, 2, 4, 33, 3, 5, 4, 3, 2
@@ -198,21 +199,21 @@ def test_fewer_ranks_move_as_the_run_goes_on():
 def test_a_round_with_equal_scores_moves_exactly_what_it_should():
     active = jnp.arange(4) < jnp.array([[2], [3], [1]])
     slots = jnp.ones((3, 4), bool).at[0, 3].set(False)
-    kept, grows = elalora.exchange(jnp.ones((3, 4)), active, slots, 2, 2)
+    kept, grows = rule.exchange(jnp.ones((3, 4)), active, slots, 2, 2)
     assert grows.tolist() == [1, 1, 0], "of equal scores the first; the last module's only rank is in no pool"
     assert kept.tolist() == [[False, True, False, False], [False, True, True, False], [True, False, False, False]]
 
 
 def test_where_there_is_no_room_nothing_moves():
     active = jnp.ones((3, 2), bool)
-    kept, grows = elalora.exchange(jnp.arange(6.0).reshape(3, 2), active, active, 4, 1)
+    kept, grows = rule.exchange(jnp.arange(6.0).reshape(3, 2), active, active, 4, 1)
     assert kept.all() and not grows.any()
 
 
 def test_a_full_module_passes_its_turn_to_the_next():
     active = jnp.array([[True, True], [True, True], [True, False]]).repeat(2, axis=1)
     scores = jnp.array([[9.0] * 4, [1.0] * 4, [5.0] * 4])
-    kept, grows = elalora.exchange(scores, active, jnp.ones((3, 4), bool), 3, 2)
+    kept, grows = rule.exchange(scores, active, jnp.ones((3, 4), bool), 3, 2)
     assert grows.tolist() == [0, 0, 1], "one place: the third module's only pooled rank stands for one"
     assert (active & ~kept).sum(-1).tolist() == [0, 1, 0]
 

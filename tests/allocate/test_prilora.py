@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.core.protocol.layers import layer_numbers
-from jlora.methods.prilora import linear_ranks
-from jlora.optimize.allocate.prilora import least
+from jlora.methods.prilora.method import linear_ranks
+from jlora.methods.prilora.rule import least
 
 RATE, MOMENTUM, DECAY, STEPS = 0.1, 0.5, 0.01, 9
 OPTIONS = {"first": 2, "last": 5, "alpha": 6, "every": 4, "pruned": 2, "group": 3, "beta": 0.8}

@@ -9,7 +9,7 @@ from contract.problems import jit
 
 import jlora
 from jlora import paths
-from jlora.optimize.allocate import sora
+from jlora.methods.sora import rule
 from jlora.optimize.allocate.budget import Phases
 
 RATE, DECAY, RANK, TARGET, STEPS, START, FINAL, L1 = 0.05, 0.3, 4, 2, 16, 3, 4, 3.0
@@ -180,16 +180,16 @@ def test_without_a_threshold_every_bit_is_that_of_adamw():
 
 def test_the_threshold_is_the_proximal_step_and_closes_more_gates_the_larger_it_is():
     g = jnp.asarray([-2.0, -0.5, -0.3, 0.0, 0.2, 0.3, 0.7])
-    np.testing.assert_allclose(sora.soft_threshold(g, 0.3), [-1.7, -0.2, 0, 0, 0, 0, 0.4], rtol=1e-6)
-    assert np.all(np.asarray(sora.soft_threshold(g, 0.3))[2:6] == 0)
-    open_gates = [int(jnp.sum(sora.soft_threshold(g, t) != 0)) for t in (0.0, 0.1, 0.25, 0.4, 1.0, 3.0)]
+    np.testing.assert_allclose(rule.soft_threshold(g, 0.3), [-1.7, -0.2, 0, 0, 0, 0, 0.4], rtol=1e-6)
+    assert np.all(np.asarray(rule.soft_threshold(g, 0.3))[2:6] == 0)
+    open_gates = [int(jnp.sum(rule.soft_threshold(g, t) != 0)) for t in (0.0, 0.1, 0.25, 0.4, 1.0, 3.0)]
     assert open_gates == [6, 6, 5, 3, 1, 0]
-    assert np.array_equal(sora.soft_threshold(g, 0.0), g)
+    assert np.array_equal(rule.soft_threshold(g, 0.0), g)
 
 
 @pytest.mark.parametrize(("start", "last", "stages"), [(0, 12, 3), (3, 10, 4), (2, 9, 1), (0, 3, 7)])
 def test_stages_share_the_steps_between_the_phases(start, last, stages):
-    starts = sora.stage_starts(Phases(last + 2, start, 2, 1), stages)
+    starts = rule.stage_starts(Phases(last + 2, start, 2, 1), stages)
     for step in range(1, last + 3):
         wanted = 0 if step <= start else min((step - 1 - start) * stages // (last - start), stages - 1)
         assert np.sum(starts <= step) - 1 == wanted, f"step {step}"

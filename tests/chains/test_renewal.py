@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import jlora
-from jlora.optimize.renewal import Renewal, renewed
+from jlora.core.protocol.renewal import Renewal
+from jlora.optimize.moments import renewed
 
 PARAMS = {"stack": jnp.ones((3, 4, 5)), "head": jnp.ones((4, 4))}
 

@@ -9,15 +9,20 @@ from jlora.core.protocol.method import Method
 
 
 def modules():
-    """Every module of `jlora.methods`, the contributors' skeleton included."""
+    """Every file and folder of `jlora.methods`, the contributors' skeleton included."""
     names = [info.name for info in pkgutil.iter_modules(jlora.methods.__path__)]
     return [importlib.import_module(f"jlora.methods.{name}") for name in names]
 
 
 def methods_of(module):
-    """The Method subclasses that a module defines."""
-    classes = inspect.getmembers(module, inspect.isclass)
-    return [cls for _, cls in classes if issubclass(cls, Method) and cls.__module__ == module.__name__]
+    """The Method subclasses that a module defines, or the files of a folder."""
+    files = [module, *(importlib.import_module(f"{module.__name__}.{info.name}") for info in _inside(module))]
+    classes = [(file, cls) for file in files for _, cls in inspect.getmembers(file, inspect.isclass)]
+    return [cls for file, cls in classes if issubclass(cls, Method) and cls.__module__ == file.__name__]
+
+
+def _inside(module):
+    return pkgutil.iter_modules(getattr(module, "__path__", ()))
 
 
 def is_public(module):

@@ -12,8 +12,8 @@ class Event(Protocol):
         """Whether it happens after this many steps."""
         ...
 
-    def happen(self, moment: Any) -> tuple[Any, Any]:
-        """What becomes of the run: of a `jlora.Moment` the new `Adapted` and optimizer state.
+    def happen(self, context: Any) -> tuple[Any, Any]:
+        """What becomes of the run: of a `jlora.EventContext` the new `Adapted` and optimizer state.
 
         Both have the structure, shapes and shardings of before; the old ones may be donated.
         """

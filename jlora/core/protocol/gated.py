@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_rank
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.plain import PlainLoRA
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Gated(Method):
         if a.shape[0] <= b.shape[1]:
             return Factors(a * gates[None, :], b, dropout=dropout)
         return Factors(a, gates[:, None] * b, dropout=dropout)
+
+    def plain(self, view: View) -> PlainLoRA:
+        """The same, with the gates apart."""
+        a, gates, b = self._parts(view)
+        return PlainLoRA(a, gates, b, self.scale, self.dropout)  # type: ignore[attr-defined]
 
     def _parts(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
         return view.params["a"], self.gates({**view.frozen, **view.params}), view.params["b"]

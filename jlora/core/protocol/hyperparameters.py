@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
 from jlora.core.protocol.method import Site
 
-#: What a number must be: a test, and the words for it.
-POSITIVE = (lambda v: 0 < v < math.inf, "positive and finite")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "0 or more, and finite")
-BELOW_ONE = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+#: What a value must be: a test, and the words for it.
+Bound = tuple[Callable[[Any], bool], str]
+
+
+def number(holds: Callable[[Any], bool], words: str) -> Bound:
+    """A number of which something holds; True and False are none."""
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and holds(v), words
+
+
+def integer(least: int, words: str | None = None) -> Bound:
+    """A whole number of at least `least`."""
+    return number(lambda v: isinstance(v, int) and v >= least, words or f"an integer of at least {least}")
+
+
+def one_of(names: Collection[str], words: str | None = None) -> Bound:
+    """One of some names."""
+    return lambda v: v in tuple(names), words or f"one of {tuple(names)}"
+
+
+POSITIVE = number(lambda v: 0 < v < math.inf, "positive and finite")
+NOT_NEGATIVE = number(lambda v: 0 <= v < math.inf, "0 or more, and finite")
+NOT_ZERO = number(lambda v: 0 < abs(v) < math.inf, "finite and not 0")
+ABOVE_ZERO_TO_ONE = number(lambda v: 0 < v <= 1, "above 0 and at most 1")
+BELOW_ONE = number(lambda v: 0 <= v < 1, "at least 0 and below 1")
+_COUNT = integer(1, "a positive whole number")
 _BOUNDS = {
     "alpha": POSITIVE,
     "beta": BELOW_ONE,
@@ -19,37 +41,35 @@ _BOUNDS = {
     "beta2": BELOW_ONE,
     "orthogonality": NOT_NEGATIVE,
     "dropout": BELOW_ONE,
+    "seed": integer(0, "a whole number of at least 0"),
 }
 
 
-def check_hyperparameters(method: Any, counts: tuple[str, ...] = (), bounds: dict[str, Any] | None = None) -> None:
+def check_hyperparameters(
+    method: Any, counts: tuple[str, ...] = (), bounds: dict[str, Bound] | None = None, of: type | None = None
+) -> None:
     """Refuses values out of range: those that methods have in common, and the given.
 
     Args:
         method: with `phases`, if it has a schedule.
         counts: fields that are positive whole numbers, or None where that is their default.
-        bounds: for other fields that are numbers, or None likewise, a test and the words for it.
+        bounds: for other fields, or None likewise, a test and the words for it.
+        of: the class whose fields these are, where users derive classes from it with fields of their own; by default the
+            method's.
 
     Raises:
         ValueError: naming the method and the hyperparameter.
     """
-    name, defaults = type(method).__name__, {field.name: field.default for field in fields(method)}
+    name, defaults = type(method).__name__, {field.name: field.default for field in fields(of or method)}
     given = {field: getattr(method, field) for field in defaults}
     given = {field: value for field, value in given.items() if value is not None or defaults[field] is not None}
-    for field in counts:
-        value = given.get(field, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}'s {field} must be a positive whole number, got {value!r}")
-    for field, (holds, wanted) in {**_BOUNDS, **(bounds or {})}.items():
-        value = given.get(field, 0.5)  # in all ranges
-        if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
-            raise ValueError(f"{name}'s {field} must be {wanted}, got {value!r}")
+    for field, (holds, wanted) in {**dict.fromkeys(counts, _COUNT), **_BOUNDS, **(bounds or {})}.items():
+        if field in given and not holds(given[field]):
+            raise ValueError(f"{name}'s {field} must be {wanted}, got {given[field]!r}")
     for field, value in given.items():
         if isinstance(defaults[field], bool) and not isinstance(value, bool):
             raise ValueError(f"{name}'s {field} must be True or False, got {value!r}")
-    seed, most = given.get("seed", 0), given.get("max_rank")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"{name}'s seed must be a whole number of at least 0, got {seed!r}")
+    most = given.get("max_rank")
     if most is not None and most < method.rank:
         raise ValueError(f"{name}'s max_rank ({most}) is below the rank that it starts with ({method.rank})")
     if hasattr(method, "phases"):

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from jlora.core.protocol.event import Event
+from jlora.core.protocol.plain import PlainLoRA
+from jlora.core.protocol.renewal import Renewal
 
 Arrays = dict[str, jax.Array]
 
@@ -201,6 +203,16 @@ class Method:
         return ()
 
     @property
+    def links(self) -> int | None:
+        """The links that there is room for, where a restart keeps them in constants, of which `link` counts the finished."""
+        return None
+
+    @property
+    def renewal(self) -> Renewal:
+        """What `jlora.restart` makes of the optimizer's moments where its caller does not say it."""
+        return Renewal()
+
+    @property
     def alike(self) -> frozenset[str]:
         """Names of the fields that start the same at all matrices of a shape; all others are drawn for each, or zero."""
         return frozenset()
@@ -268,6 +280,10 @@ class Method:
 
     def sparse(self, view: View) -> Sparse | None:
         """The effective weight as the base and a few entries, for methods that change no others. None where it is not."""
+        return None
+
+    def plain(self, view: View) -> PlainLoRA | None:
+        """The effective weight as plain LoRA, for methods of which some ranks may be out of use: see `jlora.compact`."""
         return None
 
     def labels(self, site: Site) -> dict[str, str]:

@@ -221,8 +221,7 @@ class Observer:
         for piece in reversed(weight.batch):
             measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0))
         numbers = weight.frozen[_NUMBERS]
-        if _compat.explicit_sharding(eqn.outvars[0].aval) is not None:
-            measure = _replicated(measure, x, numbers)
+        measure = _replicated(measure, eqn.outvars[0].aval, x, numbers)
         walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
 
     def check_formed(self, weight: Weight, eqn: Any, where: str) -> None:
@@ -255,10 +254,14 @@ def _measured(measure: Callable[[jax.Array], Any], x: jax.Array, number: jax.Arr
     return jax.tree.map(jnp.asarray, measure(jax.lax.stop_gradient(x)))
 
 
-def _replicated(measure: Any, *args: jax.Array) -> Any:
-    """The statistic whole on every device of a mesh with explicit axes."""
-    shapes = jax.eval_shape(jax.sharding.auto_axes(measure, out_sharding=PartitionSpec()), *args)
-    return jax.sharding.auto_axes(measure, out_sharding=jax.tree.map(lambda _: PartitionSpec(), shapes))
+def _replicated(measure: Any, aval: Any, *args: jax.Array) -> Any:
+    """The statistic whole on every device, where the product lies on a mesh with explicit axes."""
+
+    def whole(_: Any) -> Any:
+        shapes = jax.eval_shape(_compat.automatic(measure, aval, lambda _: PartitionSpec()), *args)
+        return jax.tree.map(lambda _: PartitionSpec(), shapes)
+
+    return _compat.automatic(measure, aval, whole)
 
 
 def tapped(

@@ -30,11 +30,7 @@ def merge(adapted: Adapted) -> Any:
 
 def effective_leaf(weight: Weight) -> jax.Array:
     """The effective weight of a leaf, in its form and dtype, on meshes with explicit axes too."""
-    sharding = _compat.explicit_sharding(jax.typeof(weight.array))
-    if sharding is None:
-        return weights.effective(weight)
-    automatic: Any = jax.sharding.auto_axes(weights.effective, out_sharding=sharding.spec)
-    return automatic(weight)
+    return _compat.automatic(weights.effective, jax.typeof(weight.array))(weight)
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:

@@ -73,16 +73,16 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
         )
     leaf = jnp.asarray(leaf)  # numpy's arrays can't all that jax.numpy's can
     key = jax.random.fold_in(key, paths.number(site.path))
-    sharding = _compat.explicit_sharding(jax.typeof(leaf))
-    if sharding is None:
-        return _start(site, leaf, key, statistics)
-    # With explicit axes a method would have to say how its sorts and factorisations are cut; automatic ones find out.
-    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
-    specs = placement.field_specs(site, sharding.spec)
-    placed: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
-    automatic: Any = jax.sharding.auto_axes(partial(_start, site), out_sharding=Start(*placed))
-    return automatic(leaf, key, statistics)
+
+    def placed(sharding: Any) -> Start:
+        """Where the start lies: its arrays cut as the leaf is."""
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
+        specs = placement.field_specs(site, sharding.spec)
+        drawers: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
+        return Start(*drawers)
+
+    return _compat.automatic(partial(_start, site), jax.typeof(leaf), placed)(leaf, key, statistics)
 
 
 def _start(site: Site, leaf: jax.Array, key: jax.Array, statistics: Arrays) -> Start:

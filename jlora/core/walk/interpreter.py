@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -198,12 +199,9 @@ class Walk:
             return None
         if eqn.primitive.name not in PRODUCTS:
             return handler(self, eqn, *values)
-        sharding = _compat.explicit_sharding(eqn.outvars[0].aval)
-        if sharding is None:
-            return handler(self, eqn, *values)
-        # Where the mesh's axes are explicit, the product's own shardings are the compiler's choice; the result's is kept.
-        automatic: Any = jax.sharding.auto_axes(lambda *values: handler(self, eqn, *values), out_sharding=sharding)
-        return automatic(*values)
+        # The product's own shardings are the compiler's choice; the result's is kept.
+        product = partial(handler, self, eqn)
+        return _compat.automatic(product, eqn.outvars[0].aval, lambda sharding: sharding)(*values)
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
         """`materialise` over a list."""

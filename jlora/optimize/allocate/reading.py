@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from jlora import paths
+from jlora.core.protocol.gated import Gated
+from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
 from jlora.optimize.allocate import history, triplets
-from jlora.optimize.allocate.compact import open_gates
 from jlora.optimize.allocate.history import RankHistory
-from jlora.optimize.allocate.prilora import PruningState
-from jlora.optimize.allocate.transform import AllocationState, _states, allocated
+from jlora.optimize.allocate.transform import AllocationState, LearningState, _states, allocated
 
 
 def ranks(adapted: Adapted, opt_state: Any = None) -> dict[str, int]:
@@ -28,7 +28,7 @@ def ranks(adapted: Adapted, opt_state: Any = None) -> dict[str, int]:
         ValueError: for a state without rank allocation, or one whose updates were changed before they were applied.
     """
     if opt_state is None:
-        return open_gates(adapted)
+        return _open_gates(adapted)
     found: dict[str, int] = {}
     for state in _faithful(adapted, opt_state):
         sites = allocated(adapted, state)
@@ -84,7 +84,18 @@ def skipped_steps(opt_state: Any) -> int:
         >>> jlora.skipped_steps(jlora.optimizer(adapted, optax.adamw, learning_rate=1e-3).init(adapted.params))
         0
     """
-    return max(int(jax.device_get(state.skipped)) for state in _states(opt_state, (AllocationState, PruningState)))
+    return max(int(jax.device_get(state.skipped)) for state in _states(opt_state, LearningState))
+
+
+def _open_gates(adapted: Adapted) -> dict[str, int]:
+    """The number of gates that are not zero, by module, of the methods that have gates."""
+    found: dict[str, int] = {}
+    for site in adapted.plan.sites:
+        if isinstance(inner := innermost(site.method), Gated):
+            fields = {**paths.lookup(adapted.frozen, site.keys), **paths.lookup(adapted.params, site.keys)}
+            numbers = (np.asarray(jax.device_get(inner.gates(fields))) != 0).sum(-1)
+            found |= dict(zip(triplets.names([site]), map(int, numbers.ravel()), strict=True))
+    return found
 
 
 def _faithful(adapted: Adapted, opt_state: Any) -> list[AllocationState]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,26 @@ import optax
 from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
-from jlora.optimize.allocate import history, moments, scores, triplets
+from jlora.optimize import moments
+from jlora.optimize.allocate import history, scores, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.history import History
 from jlora.optimize.allocate.triplets import FIELDS, Fields, Triplet
 
 Sites = tuple[Site, ...]
+
+
+@runtime_checkable
+class LearningState(Protocol):
+    """The state of a rule that learns from every sound step, found in an optimizer's state by these two names.
+
+    Attributes:
+        inner: the state of the optimizer inside.
+        skipped: int32, updates from which it learned nothing, since something was not finite.
+    """
+
+    inner: Any
+    skipped: Any
 
 
 class AllocationState(NamedTuple):
@@ -258,16 +272,12 @@ def counts(active: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.sum(mask, axis=-1, dtype=jnp.int32).ravel() for mask in active])
 
 
-def _states(opt_state: Any, kinds: tuple[type, ...] = (AllocationState,)) -> list[Any]:
-    """The states of rules in an optimizer's state, at any depth and inside one another.
-
-    Raises:
-        ValueError: where there is none.
-    """
+def _states(opt_state: Any, kind: type = AllocationState) -> list[Any]:
+    """The states of rules in an optimizer's state, however deep, one inside the other too."""
     found, waiting = [], [opt_state]
     while waiting:
-        leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, kinds))
-        states = [leaf for leaf in leaves if isinstance(leaf, kinds)]
+        leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, kind))
+        states = [leaf for leaf in leaves if isinstance(leaf, kind)]
         found += states
         waiting += [state.inner for state in states]
     if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import paths
+from jlora import _compat, paths
 from jlora.core.protocol.method import Site
 
 Sites = Sequence[Site]
@@ -72,6 +73,11 @@ def only(function: Callable[[Any], Any], tree: Any, sites: Sites, fields: Fields
 def along_rank(mask: jax.Array) -> Triplet:
     """A mask of ranks `[*batch, r]`, for each factor in a shape that broadcasts to it."""
     return Triplet(mask[..., None, :], mask, mask[..., :, None])
+
+
+def taken(array: jax.Array, index: jax.Array | np.ndarray, axis: int) -> jax.Array:
+    """`take_along_axis`, also where the other axes are cut over a mesh with explicit axes."""
+    return _compat.automatic(partial(jnp.take_along_axis, axis=axis), jax.typeof(array))(array, index)
 
 
 def names(sites: Sites) -> list[str]:

@@ -13,7 +13,8 @@ import optax
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
 from jlora.core.transforms.observe import Statistic, input_norms
-from jlora.optimize.allocate import budget, moments, scores, triplets
+from jlora.optimize import moments
+from jlora.optimize.allocate import budget, scores, triplets
 from jlora.optimize.allocate.triplets import Fields, Triplet
 
 Sites = tuple[Site, ...]
@@ -118,12 +119,8 @@ class PRILoRARule:
         )
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
-        """A mask of the entries that are zero after this step, sharded as `a` is."""
-        sharding = _compat.explicit_sharding(jax.typeof(a))
-        if sharding is None:
-            return self._now_zero(step, a, norms, kept)
-        automatic: Any = jax.sharding.auto_axes(self._now_zero, out_sharding=sharding.spec)
-        return automatic(step, a, norms, kept)
+        """The entries that are zero after this step, which lie as `a` does."""
+        return _compat.automatic(self._now_zero, jax.typeof(a))(step, a, norms, kept)
 
     def _now_zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
         now = step % self.every == 0

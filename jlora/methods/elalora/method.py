@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.method import Site, Start
-from jlora.methods.adalora import drawn
+from jlora.methods.adalora.method import drawn
+from jlora.methods.elalora.rule import ElaLoRARule
 from jlora.optimize.allocate.budget import Phases
-from jlora.optimize.allocate.elalora import ElaLoRARule
 
 
 @dataclass(frozen=True)

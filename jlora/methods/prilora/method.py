@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from jlora.core.protocol.gated import Gated, ranked
-from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.prilora import PRILoRARule
+from jlora.methods.prilora.rule import PRILoRARule
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,11 @@ class PRILoRA(Gated):
     family: ClassVar[str] = "Rank allocation"
 
     def __post_init__(self) -> None:
-        pruned = (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0")
-        check_hyperparameters(self, ("first", "last", "every", "group"), {"pruned": pruned})
+        modes = one_of(("zero", "freeze"), '"zero" or "freeze"')
+        bounds = {"pruned": integer(0, "a whole number of at least 0"), "mode": modes}
+        check_hyperparameters(self, ("first", "last", "every", "group"), bounds)
         if self.pruned >= self.group:
             raise ValueError(f"PRILoRA's pruned ({self.pruned}) must be below its group ({self.group})")
-        if self.mode not in ("zero", "freeze"):
-            raise ValueError(f'PRILoRA\'s mode must be "zero" or "freeze", got {self.mode!r}')
 
     @property
     def scale(self) -> float:

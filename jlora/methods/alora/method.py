@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.method import Site, Start
+from jlora.methods.alora.rule import ALoRARule, Round
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.alora import ALoRARule, Round
 from jlora.optimize.allocate.budget import Phases
 
 
@@ -88,15 +88,15 @@ class ALoRA(Gated):
         """The rounds, in which the sites of one record share one total of ranks."""
         return Round(self.phases, self.pruned)
 
-    def plain(self, rank: int) -> LoRA:
-        """The LoRA from whose start new ranks take their factors."""
+    def drawn(self, rank: int) -> LoRA:
+        """What draws the factors of new ranks."""
         return LoRA(rank)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """LoRA's factors where a rank is in use, all else zero."""
         room = min(self.max_rank or 2 * self.rank, *w.shape)
         in_use = jnp.arange(room) < self.rank
-        a, b = (self.plain(room).start(key, w, site).params[name] for name in "ab")
+        a, b = (self.drawn(room).start(key, w, site).params[name] for name in "ab")
         fields = {"a": jnp.where(in_use[None, :], a, 0), "b": jnp.where(in_use[:, None], b, 0)}
         return Start(fields, {"gate": in_use.astype(a.dtype)})
 

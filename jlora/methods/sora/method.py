@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.gated import Gated
-from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, check_hyperparameters
+from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, check_hyperparameters, one_of
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import kaiming, trained_dtype
+from jlora.methods.sora.rule import SoRARule
 from jlora.optimize.allocate.budget import Phases
-from jlora.optimize.allocate.sora import SoRARule
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,14 @@ class SoRA(Gated):
     gate: ClassVar[str] = "g"
 
     def __post_init__(self) -> None:
-        numbers: dict[str, Any] = dict.fromkeys(("threshold", "first_threshold", "l1"), NOT_NEGATIVE)
-        check_hyperparameters(self, ("rank", "stages", "target"), numbers)
+        bounds = dict.fromkeys(("threshold", "first_threshold", "l1"), NOT_NEGATIVE)
+        bounds |= {"spacing": one_of(("linear", "log"), "'linear' or 'log'")}
+        check_hyperparameters(self, ("rank", "stages", "target"), bounds)
         if self.target is not None and self.target > self.rank:
             raise ValueError(f"SoRA's target ({self.target}) is above the rank that it starts with ({self.rank})")
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
-        if self.spacing not in ("linear", "log"):
-            raise ValueError(f"SoRA's spacing must be 'linear' or 'log', got {self.spacing!r}")
         if self.first_threshold is not None and self.first_threshold > self.threshold:
             raise ValueError(
                 f"SoRA's first_threshold ({self.first_threshold}) is above its threshold ({self.threshold}): they rise"

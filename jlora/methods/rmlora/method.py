@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.methods.lora import LoRA
-from jlora.optimize.allocate.rmlora import RMLoRARule
+from jlora.methods.rmlora.rule import RMLoRARule
 
 
 @dataclass(frozen=True)

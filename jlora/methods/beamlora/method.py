@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
-from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters
+from jlora.core.protocol.hyperparameters import ABOVE_ZERO_TO_ONE, POSITIVE, check_hyperparameters
 from jlora.core.protocol.method import Arrays, Site, Start
+from jlora.methods.beamlora import rule
+from jlora.methods.beamlora.rule import BeamLoRARule
 from jlora.methods.lora import kaiming, trained_dtype
-from jlora.optimize.allocate import beamlora
-from jlora.optimize.allocate.beamlora import BeamLoRARule
 from jlora.optimize.allocate.budget import Phases
 
 
@@ -71,7 +71,7 @@ class BeamLoRA(Gated):
     gate: ClassVar[str] = "score"
 
     def __post_init__(self) -> None:
-        bounds = {"temperature": POSITIVE, "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1")}
+        bounds = {"temperature": POSITIVE, "top_p": ABOVE_ZERO_TO_ONE}
         check_hyperparameters(self, ("rank",), bounds)
         if self.interval < 2:
             raise ValueError(
@@ -102,7 +102,7 @@ class BeamLoRA(Gated):
     def gates(self, fields: Arrays) -> jax.Array:
         """`e = rank * softmax(score / temperature)`, `[rank]`."""
         score = fields["score"]
-        return beamlora.gates(score, self.temperature).astype(score.dtype)
+        return rule.gates(score, self.temperature).astype(score.dtype)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; scores are vectors, which never decay."""

@@ -189,21 +189,10 @@ def _copied(pair: Pairing, old: Triplet, new: Triplet) -> Triplet:
         ranks = pair.origin.shape
         if not _is_array(new) or new.shape[: len(ranks) - 1] + new.shape[axis:][:1] != ranks or new.ndim != mask.ndim:
             return new
-        return jnp.where(mask, _taken(old, index, axis), new)
+        return jnp.where(mask, triplets.taken(old, index, axis), new)
 
     columns = one(old.a, new.a, -1, pair.dropped[..., None, :], pair.origin[..., None, :])
     return Triplet(columns, None, one(old.b, new.b, -2, pair.dropped[..., :, None], pair.origin[..., :, None]))
-
-
-def _taken(array: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """`take_along_axis`, also where the other axes are cut over a mesh with explicit axes."""
-    sharding = _compat.explicit_sharding(jax.typeof(array))
-    if sharding is None:
-        return jnp.take_along_axis(array, index, axis=axis)
-    automatic: Any = jax.sharding.auto_axes(
-        lambda x, i: jnp.take_along_axis(x, i, axis=axis), out_sharding=sharding.spec
-    )
-    return automatic(array, index)
 
 
 def _is_array(value: Any) -> bool:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.method import Site, Start
+from jlora.methods.adalora.rule import AdaLoRARule
 from jlora.methods.lora import trained_dtype
-from jlora.optimize.allocate.adalora import AdaLoRARule
 from jlora.optimize.allocate.budget import Phases
 
 

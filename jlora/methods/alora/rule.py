@@ -19,11 +19,12 @@ from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.starts import start_of
-from jlora.optimize.allocate import budget, history, moments, triplets
+from jlora.optimize import moments
+from jlora.optimize.allocate import budget, history, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
 from jlora.optimize.allocate.triplets import NOTHING, Fields, Triplet
-from jlora.optimize.events import Loss, Moment
+from jlora.optimize.events import EventContext, Loss
 
 Sites = tuple[Site, ...]
 _FIELDS: Fields = ("a", None, "b")
@@ -69,21 +70,21 @@ class Round:
             return False
         return (step - phases.start_steps) % phases.interval == 0
 
-    def happen(self, moment: Moment) -> tuple[Adapted, Any]:
-        """Makes the round, with scores on the middle one of the held-out batches: the first one may have short rows only.
+    def happen(self, context: EventContext) -> tuple[Adapted, Any]:
+        """Scores on the middle one of the held-out batches, the same in every round; the first may hold short rows alone.
 
         Raises:
             ValueError: where the loop gives no loss or no held-out batch.
         """
-        if moment.loss is None or not moment.batches:
+        if context.loss is None or not context.batches:
             raise ValueError(
-                f"{moment.sites[0].path}: ALoRA scores ranks by a loss on held-out data: give the loop's events a loss "
+                f"{context.sites[0].path}: ALoRA scores ranks by a loss on held-out data: give the loop's events a loss "
                 "and batches, as in jlora.run_events(adapted, opt_state, tx, key, step, loss, batches)"
             )
-        batch = moment.batches[len(moment.batches) // 2]
-        whole = (moment.adapted, moment.opt_state, moment.tx, moment.loss, batch, moment.key, self.pruned)
-        adapted, opt_state, before, after = _reallocated(*whole, moment.sites)
-        moment.say(f"ALoRA: {_moved(before, after)} ranks moved, {int(after.sum())} in use")
+        batch = context.batches[len(context.batches) // 2]
+        whole = (context.adapted, context.opt_state, context.tx, context.loss, batch, context.key, self.pruned)
+        adapted, opt_state, before, after = _reallocated(*whole, context.sites)
+        context.say(f"ALoRA: {_moved(before, after)} ranks moved, {int(after.sum())} in use")
         return adapted, opt_state
 
 
@@ -265,8 +266,8 @@ def _edited(
     factors = triplets.read(adapted.params, sites, _FIELDS)
     news, forget = [], []
     for site, factor, keep, new in zip(sites, factors, kept, grown, strict=True):
-        plain = dataclasses.replace(site, method=innermost(site.method).plain(new.shape[-1]))
-        fresh = start_of(plain, leaves[site.keys], key).params
+        drawn = dataclasses.replace(site, method=innermost(site.method).drawn(new.shape[-1]))
+        fresh = start_of(drawn, leaves[site.keys], key).params
         along, used = triplets.along_rank(new), triplets.along_rank(keep)
         a = jnp.where(along.a, fresh["a"], jnp.where(used.a, factor.a, 0))
         b = jnp.where(along.b, fresh["b"], jnp.where(used.b, factor.b, 0))

@@ -1,0 +1,3 @@
+"""ALoRA, and its rule."""
+
+from jlora.methods.alora.method import ALoRA as ALoRA

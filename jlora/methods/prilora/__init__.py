@@ -1,0 +1,3 @@
+"""PRILoRA, and its rule."""
+
+from jlora.methods.prilora.method import PRILoRA as PRILoRA

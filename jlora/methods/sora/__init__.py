@@ -1,0 +1,3 @@
+"""SoRA, and its rule."""
+
+from jlora.methods.sora.method import SoRA as SoRA
