@@ -147,9 +147,9 @@ def as_lora(weight: Weight) -> Form | None:
     assert site is not None
     around = type(site.method) is DoRA
     method = site.method.inner if around else site.method  # type: ignore[attr-defined]
-    if not method.matrix or not method.low_rank:
+    if not method.matrix or method.form is not Factors:
         return None
-    found: Factors | None = weights.over_batch(method.factors, weight)
+    found: Factors | None = weights.over_batch(method.update, weight)
     if found is None or found.scale is not None or not (is_own(type(method)) or _agrees(method, found, weight)):
         return None
     arrays = {"a": np.asarray(found.a), "b": np.asarray(found.b)}

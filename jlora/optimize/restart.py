@@ -208,7 +208,7 @@ def unchained(adapted: Adapted) -> Adapted:
             paths.insert(frozen, keys, leaf)
     for site, weight in zip(adapted.plan.sites, adapted.weights()):
         if site.keys in chains:
-            found = weights.factors(weight)
+            found: Any = weights.update(weight)
             used = chains[site.keys].in_use(_done(site, weight.frozen), found.a.shape[-1])
             params = put(params, site.keys, {"a": found.a[..., used], "b": found.b[..., used, :]})
             site = replace(site, method=LoRA(len(used), float(len(used)), dropout=found.dropout))
