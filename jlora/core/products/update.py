@@ -64,15 +64,22 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
-        """`x [..., in] @ v`."""
+        """`x [..., in] @ v`.
+
+        Args:
+            x: the activation.
+            w: the base's matrix `[in, out]`, as the function has it.
+            key: dropout key.
+            options: dtype of the result, precision, and the plan that `lift` was asked for.
+        """
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
-        """`x [..., out] @ v.T`: the use of a tied embedding as the head."""
+        """`x [..., out] @ v.T`: the use of a tied embedding as the head. `w`, `key` and `options` as for `dense`."""
         raise NotImplementedError
 
     @staticmethod
     def together(x: jax.Array, members: Sequence[tuple[jax.Array, Any]], options: Options) -> list[jax.Array]:
-        """`x [..., in] @ v` for several pairs `(w, update)` of this form (q, k and v), without dropout."""
+        """`x [..., in] @ v` for several members `(w, update)` of this form (q, k and v), without dropout."""
         raise NotImplementedError
 
     def lookup(self, base: jax.Array, w: jax.Array, take: Callable[[jax.Array], jax.Array], side: str) -> jax.Array:
@@ -87,11 +94,25 @@ class Update(abc.ABC):
         raise NotImplementedError
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
-        """A convolution with `v`; for one in feature groups the matrices are those of one group."""
+        """A convolution of `x` with `v`.
+
+        Args:
+            x: the activation, in the function's axis order.
+            w: the base's matrix, the kernel's taps among its rows; in feature groups the rows of one group.
+            key: dropout key.
+            linear: the convolution, as a map that is linear in its kernel.
+        """
         raise NotImplementedError
 
     def experts(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
-        """The rows of `x` in groups, each with its expert's matrix; matrices and fields have the experts' axis in front."""
+        """The rows of `x` in groups, each with its expert's `v`.
+
+        Args:
+            x: `[rows, in]`.
+            w: `[experts, in, out]`; the fields too have that axis in front.
+            key: dropout key.
+            linear: the grouped product, of matrices `[experts, in, k]`.
+        """
         raise NotImplementedError
 
     def norms(self, w: jax.Array) -> jax.Array:
