@@ -27,12 +27,11 @@ class Reflection(Update):
         return replace(self, scale=scale if self.scale is None else scale * self.scale)
 
     def cost(self, rows, columns, lookup):
-        return columns if lookup else 2 * rows
+        return (columns if lookup else 2 * rows) + (0 if self.scale is None else columns)
 
     def dense(self, x, w, key, options):
-        return self._rescaled(
-            matmul(self._reflected(x), w, accumulation_dtype(options.out_dtype), options.precision), x
-        )
+        y = matmul(self._reflected(x), w, accumulation_dtype(options.out_dtype), options.precision)
+        return self._rescaled(y).astype(options.out_dtype)
 
     def transposed(self, x, w, key, options):
         scaled = x if self.scale is None else x * self.scale.astype(x.dtype)
@@ -43,7 +42,7 @@ class Reflection(Update):
             y = self._reflected(base)
             return y if self.scale is None else y * take(self.scale[:, None]).astype(y.dtype)
         u = self.u.astype(w.dtype)
-        return self._rescaled(base - 2 * take(u[:, None]) * (u @ w), base)
+        return self._rescaled(base - 2 * take(u[:, None]) * (u @ w))
 
     def convolve(self, x, w, key, linear):
         u = self.u.astype(x.dtype)[..., None]
@@ -61,8 +60,8 @@ class Reflection(Update):
         u = self.u.astype(x.dtype)
         return x - 2 * (x @ u)[..., None] * u
 
-    def _rescaled(self, y, x):
-        return (y if self.scale is None else y * self.scale.astype(y.dtype)).astype(x.dtype)
+    def _rescaled(self, y):
+        return y if self.scale is None else y * self.scale.astype(y.dtype)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Method:
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Finds the class's form.
+        """Finds the class's form, by the last class in the order of inheritance that says anything of its weight.
 
         Raises:
             TypeError: for an `update` whose form the class does not name, or the reverse.
@@ -165,8 +165,8 @@ class Method:
             raise TypeError(
                 f"{cls.__name__} must state both or neither: update(view), and form, the class that it returns"
             )
-        inherited = Factors if "factors" in last else Sparse if "sparse" in last else None
-        cls.form, cls.update = last.get("form", inherited), last.get("update", Method.update)
+        given = Factors if "factors" in last else Sparse if "sparse" in last else None
+        cls.form, cls.update = last.get("form", given), last.get("update", Method.update)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -264,7 +264,7 @@ class Method:
         return {}
 
 
-#: By what a class says which form its weight has.
+#: What a class says its weight by.
 _WEIGHT = {"weight", "factors", "sparse", "update", "form"}
 
 
