@@ -15,12 +15,13 @@ from jlora.compose.switch import interference as interference
 from jlora.compose.switch import pack as pack
 from jlora.compose.switch import restore as restore
 from jlora.compose.switch import switch as switch
+from jlora.core.products.low_rank import Factors as Factors
+from jlora.core.products.sparse import Sparse as Sparse
+from jlora.core.products.update import Update as Update
 from jlora.core.protocol.event import Event as Event
-from jlora.core.protocol.method import Factors as Factors
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
 from jlora.core.protocol.method import Site as Site
-from jlora.core.protocol.method import Sparse as Sparse
 from jlora.core.protocol.method import Start as Start
 from jlora.core.protocol.method import View as View
 from jlora.core.protocol.readings import Sites as Sites

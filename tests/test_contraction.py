@@ -10,8 +10,8 @@ import pytest
 
 import jlora
 from jlora.core.products import contraction
-from jlora.core.products.contraction import Options, Plan
-from jlora.core.protocol.method import Factors
+from jlora.core.products.contraction import LowRankPlan, Options
+from jlora.core.products.low_rank import Factors
 
 PLANS = ["factored", "merged"]
 
@@ -30,7 +30,7 @@ def test_a_plan_equals_the_closed_form_in_value_and_every_gradient(plan):
     x, w, f = problem()
     g = normal(4, *x.shape[:-1], w.shape[1])
     y, pull = jax.vjp(
-        lambda x, w, a, b: contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan)),
+        lambda x, w, a, b: Factors(a, b).dense(x, w, None, Options(jnp.float32, None, plan)),
         x,
         w,
         f.a,
@@ -52,7 +52,7 @@ def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
     def loss(product, a):
         return jnp.sum(jnp.sin(product(a)))
 
-    ours = lambda a: contraction.dense(x, w, Factors(a, f.b), None, options)
+    ours = lambda a: Factors(a, f.b).dense(x, w, None, options)
     plain = lambda a: x @ (w + a @ f.b)
     direction = normal(5, *f.a.shape)
     for derivative in (
@@ -67,7 +67,7 @@ def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
 def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
     """Kept: the input, `x a`, and the base and factors themselves; no product, no formed weight."""
     x, w, f = problem(tokens=48, rows=16, columns=64)
-    forward = lambda x, a, b: contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan))
+    forward = lambda x, a, b: Factors(a, b).dense(x, w, None, Options(jnp.float32, None, plan))
     _, pull = jax.vjp(forward, x, f.a, f.b)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(pull) if leaf.size > 1)
     known = [x.size, w.size, f.a.size, f.b.size, x.size // 16 * 2]
@@ -78,7 +78,7 @@ def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_dense_weight_gradient_is_computed(plan):
     x, w, f = problem(tokens=96, rows=32, columns=32)
-    loss = lambda a, b, x: jnp.sum(contraction.dense(x, w, Factors(a, b), None, Options(jnp.float32, None, plan)))
+    loss = lambda a, b, x: jnp.sum(Factors(a, b).dense(x, w, None, Options(jnp.float32, None, plan)))
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(f.a, f.b, x).compile()
     dense_gradient = 2 * 96 * 32 * 32
     thin = 2 * 96 * 32 * 2
@@ -94,24 +94,26 @@ def test_a_bfloat16_base_loses_no_update_to_rounding():
     assert float(jnp.linalg.norm(f.a @ f.b) / jnp.linalg.norm(w)) < 2e-4
     x16, w16 = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     none = Factors(f.a, jnp.zeros_like(f.b))
-    moved = [contraction.dense(x16, w16, each, None, Options(jnp.float32)) for each in (f, none)]
+    moved = [each.dense(x16, w16, None, Options(jnp.float32)) for each in (f, none)]
     wanted = x16.astype(jnp.float32) @ (f.a @ f.b)
     error = jnp.linalg.norm(moved[0] - moved[1] - wanted) / jnp.linalg.norm(wanted)
     assert error < 2e-2
-    assert contraction.choose("auto", 10**6, [w16.shape], w16.dtype) == Plan((False,), False)
+    assert contraction.choose("auto", 10**6, [w16.shape], w16.dtype) == LowRankPlan((False,), False)
 
 
 def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases():
     choose = lambda plan, tokens, shapes, dtype=jnp.float32: contraction.choose(plan, tokens, shapes, dtype)
     up, down = (512, 1408), (1408, 512)
-    assert choose("auto", 64, [up]) == Plan((False,), False)
-    assert choose("auto", 4096, [up]) == Plan((True,), True)
-    assert choose("auto", 256, [up]) == Plan((True,), False)  # cheap to form for 512 inputs, not for 1408 gradients
-    assert choose("auto", 256, [down]) == Plan((False,), True)
-    assert choose("auto", 512, [up, up]) == Plan((True, True), False)  # the two share the factored form's cost
-    assert choose("auto", 4096, [up], jnp.bfloat16) == Plan((False,), False)
-    assert choose("factored", 4096, [up, up]) == Plan((False, False), False)
-    assert choose("merged", 1, [up, up], jnp.bfloat16) == Plan((True, True), True)
+    assert choose("auto", 64, [up]) == LowRankPlan((False,), False)
+    assert choose("auto", 4096, [up]) == LowRankPlan((True,), True)
+    assert choose("auto", 256, [up]) == LowRankPlan(
+        (True,), False
+    )  # cheap to form for 512 inputs, not for 1408 gradients
+    assert choose("auto", 256, [down]) == LowRankPlan((False,), True)
+    assert choose("auto", 512, [up, up]) == LowRankPlan((True, True), False)  # the two share the factored form's cost
+    assert choose("auto", 4096, [up], jnp.bfloat16) == LowRankPlan((False,), False)
+    assert choose("factored", 4096, [up, up]) == LowRankPlan((False, False), False)
+    assert choose("merged", 1, [up, up], jnp.bfloat16) == LowRankPlan((True, True), True)
 
 
 @pytest.mark.parametrize("plan", ["auto", *PLANS])

@@ -57,9 +57,9 @@ def functions():
 
 
 def described(function):
-    """The docstring, and that of the method protocol where the function belongs to it."""
-    protocol = getattr(jlora.Method, function.__name__, None)
-    return f"{inspect.getdoc(function)}\n{inspect.getdoc(protocol) if callable(protocol) else ''}"
+    """The docstring, and that of the protocol of methods or of updates where the function belongs to it."""
+    protocols = [getattr(base, function.__name__, None) for base in (jlora.Method, jlora.Update)]
+    return "\n".join([inspect.getdoc(each) or "" for each in (function, *protocols) if callable(each)])
 
 
 def arguments_not_named(function):

@@ -12,8 +12,8 @@ PACKAGE = Path(jlora.__file__).parent
 ROOMS = (
     "_compat",
     "paths",
-    "core.protocol",
     "core.products",
+    "core.protocol",
     "core.walk",
     "core.tree",
     "core.transforms",

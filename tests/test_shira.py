@@ -134,19 +134,21 @@ def test_values_never_decay_and_the_optimizer_keeps_k_entries_a_moment():
     np.testing.assert_array_equal(updates["w"]["values"], 0)
 
 
-PLANS = [entries.Plan(f, b, g) for f, b, g in (("entries", "formed", "entries"), ("apart", "entries", "dense"))]
+PLANS = [entries.SparsePlan(f, b, g) for f, b, g in (("entries", "formed", "entries"), ("apart", "entries", "dense"))]
 
 
 @pytest.mark.parametrize("plan", [*PLANS, "factored", "merged"])
 def test_every_plan_gives_the_dense_products_values_and_gradients(plan, monkeypatch):
-    if isinstance(plan, entries.Plan):
+    if isinstance(plan, entries.SparsePlan):
         monkeypatch.setattr(entries, "choose", lambda *_: plan)
     monkeypatch.setattr(entries, "IN_CACHE", 1)  # several blocks of entries in the gradient
     adapted, x = adapted_with(jlora.SHiRA("random", density=0.5, scale=2.0)), normal(2, 3, 5, 12)
 
     def lifted(values, w, x):
         there = adapted.replace(base={"w": w}, params={"w": {"values": values}})
-        lift = jlora.lift(lambda p, x: (x @ p["w"]) @ p["w"].T, plan="auto" if isinstance(plan, entries.Plan) else plan)
+        lift = jlora.lift(
+            lambda p, x: (x @ p["w"]) @ p["w"].T, plan="auto" if isinstance(plan, entries.SparsePlan) else plan
+        )
         return jnp.sum(jnp.sin(lift(there, x)))
 
     def written(values, w, x):
@@ -165,11 +167,11 @@ def test_plans_follow_the_cost_model(monkeypatch):
     def chosen(tokens, density, dtype=jnp.float32):
         return entries.choose("auto", tokens, (1000, 1000), int(density * 1e6), dtype)
 
-    assert chosen(8, 0.01) == entries.Plan("entries", "entries", "entries")
-    assert chosen(4096, 0.01) == entries.Plan("formed", "formed", "entries")
-    assert chosen(4096, 0.1) == entries.Plan("formed", "formed", "dense")
-    assert chosen(4096, 0.01, jnp.bfloat16) == entries.Plan("entries", "entries", "entries")
-    assert chosen(4096, 0.1, jnp.bfloat16) == entries.Plan("apart", "apart", "dense")
+    assert chosen(8, 0.01) == entries.SparsePlan("entries", "entries", "entries")
+    assert chosen(4096, 0.01) == entries.SparsePlan("formed", "formed", "entries")
+    assert chosen(4096, 0.1) == entries.SparsePlan("formed", "formed", "dense")
+    assert chosen(4096, 0.01, jnp.bfloat16) == entries.SparsePlan("entries", "entries", "entries")
+    assert chosen(4096, 0.1, jnp.bfloat16) == entries.SparsePlan("apart", "apart", "dense")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert chosen(4096, 0.01).gradient == "dense"
 

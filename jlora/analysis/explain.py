@@ -11,7 +11,7 @@ import optax
 
 from jlora import paths
 from jlora.core.protocol import docstrings
-from jlora.core.protocol.method import Factors, Method, Site, Sparse, View
+from jlora.core.protocol.method import Method, Site, View
 from jlora.core.tree.adapted import SHARED, Adapted, count
 
 _WIDTH = 120
@@ -63,14 +63,16 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     if not any(site.method.matrix for site in sites):
         return "A forward pass as the base's, and the gradient of the leaf itself."
     found = [(site, _of_one_matrix(adapted, site)) for site in sites]
-    formed = [site for site, data in found if data is None]
+    formed = [site for site, update in found if update is None]
     if formed:
         values = sum(_matrices(site) * site.in_size * site.out_size for site in formed)
         return f"Each forward pass forms the weights anew: {values:,} values."
     own = sum(
         _matrices(site) * (site.out_size if site.kind == "gather" else site.in_size * site.out_size) for site in sites
     )
-    more = sum(_matrices(site) * _products(site, data) for site, data in found)
+    more = sum(
+        _matrices(site) * update.cost(site.in_size, site.out_size, site.kind == "gather") for site, update in found
+    )
     part = float(f"{100 * more / max(own, 1):.2g}")
     return (
         f"Forward pass: {more:,} multiply-adds more for each row of input ({part:g} % of the {own:,} of these matrices); "
@@ -79,7 +81,7 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
 
 
 def _of_one_matrix(adapted: Adapted, site: Site) -> Any:
-    """The shapes of a site's `Factors` or `Sparse` for one matrix; None where its method gives neither."""
+    """The shapes of a site's `Update` for one matrix; None where its method has no form."""
     depth, names = len(site.batch_axes), adapted.plan.shared_names()
 
     def one(leaf: Any) -> Any:
@@ -89,17 +91,7 @@ def _of_one_matrix(adapted: Adapted, site: Site) -> Any:
     params, frozen = (jax.tree.map(one, paths.lookup(tree, site.keys)) for tree in (adapted.params, adapted.frozen))
     shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method, "")))
     shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
-    give = site.method.factors if site.method.low_rank else site.method.sparse
-    return jax.eval_shape(give, View(w, params, frozen, site, shapes))
-
-
-def _products(site: Site, data: Factors | Sparse) -> int:
-    """Multiply-adds of the adapter's path for one row of input."""
-    scale = 0 if data.scale is None else site.out_size
-    if isinstance(data, Sparse):
-        return data.values.shape[0] + scale
-    rank = data.a.shape[1]
-    return rank * (site.out_size if site.kind == "gather" else site.in_size + site.out_size) + scale
+    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes))
 
 
 def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:

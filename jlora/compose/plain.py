@@ -14,7 +14,8 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jlora import _compat, paths
-from jlora.core.protocol.method import Arrays, Factors, Method, Site, View
+from jlora.core.products.low_rank import Factors
+from jlora.core.protocol.method import Arrays, Method, Site, View
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.wrapping import Around
 from jlora.core.tree import placement
@@ -173,7 +174,7 @@ def _with_lora(weight: Weight, old: Method, lora: LoRA, a: jax.Array, b: jax.Arr
 
 
 def _factors(method: Method, weight: Weight) -> Factors | None:
-    return weights.over_batch(method.factors, weight) if method.matrix and method.low_rank else None
+    return weights.over_batch(method.factors, weight) if method.matrix and method.form is Factors else None
 
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:

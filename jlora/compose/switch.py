@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import paths
+from jlora.core.products.sparse import Sparse
 from jlora.core.protocol.method import Method, Site
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
@@ -96,8 +97,8 @@ def _bare(weight: weights.Weight) -> Site:
 
 def _check_member(weight: weights.Weight, before: list[weights.Weight]) -> None:
     """Refuses what can't be packed, alone or with the members before."""
-    few = weight.method.matrix and weight.method.is_sparse
-    if not few or jax.eval_shape(weights.sparse, weight).scale is not None:
+    few: Any = weight.method.form is Sparse and jax.eval_shape(weights.update, weight)
+    if not few or few.scale is not None:
         raise ValueError(
             f"{weight.name}: {weight.method} changes more than a few entries; pack adapters of SHiRA alone, or merge"
         )
@@ -111,7 +112,7 @@ def _sums(members: list[weights.Weight], strengths: list[float]) -> tuple[jax.Ar
 
     A position that several updates change comes several times, each time with the sum of all.
     """
-    updates = [weights.sparse(weight) for weight in members]
+    updates: list[Any] = [weights.update(weight) for weight in members]
     index = jnp.concatenate([update.index for update in updates], axis=-1)
     values = jnp.concatenate([update.values * s for update, s in zip(updates, strengths, strict=True)], axis=-1)
 

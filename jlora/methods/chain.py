@@ -72,7 +72,12 @@ class Chain(Around):
 
     def __post_init__(self) -> None:
         inner = self.inner
-        if not isinstance(inner, Method) or not inner.low_rank or isinstance(inner, Chain) or inner.shared_fields:
+        if (
+            not isinstance(inner, Method)
+            or inner.form is not Factors
+            or isinstance(inner, Chain)
+            or inner.shared_fields
+        ):
             raise TypeError(
                 "Chain goes around a method whose weight is w + a @ b with factors of its own, such as LoRA(8); got "
                 f"{inner!r}. jlora.restart adds links of any method to a float32 base"
@@ -132,7 +137,7 @@ class Chain(Around):
             TypeError: for an inner method whose weight is not `w + a @ b`.
         """
         inner = self.inner.start(key, w, site, **statistics)
-        found = jax.eval_shape(self.inner.factors, View(w, inner.params, inner.frozen, site))
+        found: Any = jax.eval_shape(self.inner.update, View(w, inner.params, inner.frozen, site))
         if found is None or found.scale is not None:
             raise TypeError(f"Chain goes around a method whose weight is w + a @ b; that of {self.inner} is another")
         if self.links == 1:
@@ -167,8 +172,8 @@ class Chain(Around):
         return jnp.asarray(np.cumsum([0, *(self.ranks or (rank,) * self.links)]), jnp.int32)[link]
 
     def _link(self, view: View) -> Factors:
-        found = self.inner.factors(view)
-        assert found is not None
+        found = self.inner.update(view)
+        assert isinstance(found, Factors)
         if self.ranks is None:
             return found
         # One factor is enough: where `b` is zero, `a` has no gradient either.

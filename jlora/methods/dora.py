@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jlora.core.protocol.method import Factors, Method, Site, Sparse, Start, View
+from jlora.core.products.update import Update
+from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
@@ -60,12 +61,10 @@ class DoRA(Around):
         return {**self.inner.axes, "m": ("out",)}
 
     @property
-    def low_rank(self) -> bool:
-        return super().low_rank and self.inner.low_rank
-
-    @property
-    def is_sparse(self) -> bool:
-        return super().is_sparse and self.inner.is_sparse
+    def form(self) -> type[Update] | None:  # type: ignore[override]
+        """The inner method's, where that finds column norms and takes a scale."""
+        form = self.inner.form
+        return form if form is not None and form.owns("norms") and form.owns("scaled") else None
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The inner start, and the column norms of the matrix."""
@@ -78,21 +77,13 @@ class DoRA(Around):
         v = self.inner.weight(view)
         return v * _ratio(view.params["m"], column_norms(v)).astype(v.dtype)
 
-    def factors(self, view: View) -> Factors | None:
-        """The inner factors with `m / n` as the scale."""
-        inner = self.inner.factors(view)
+    def update(self, view: View) -> Update | None:
+        """The inner update with `m / n` as the scale."""
+        inner = self.inner.update(view)
         if inner is None:
             return None
-        c = _ratio(view.params["m"], _low_rank_norms(view.w, inner))
-        return replace(inner, scale=c if inner.scale is None else c * inner.scale)
-
-    def sparse(self, view: View) -> Sparse | None:
-        """The inner entries with `m / n` as the scale."""
-        inner = self.inner.sparse(view)
-        if inner is None:
-            return None
-        c = _ratio(view.params["m"], _sparse_norms(view.w, inner))
-        return replace(inner, scale=c if inner.scale is None else c * inner.scale)
+        norms = jax.lax.stop_gradient(inner).norms(jax.lax.stop_gradient(view.w))
+        return inner.scaled(_ratio(view.params["m"], norms))
 
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""
@@ -103,23 +94,6 @@ def column_norms(w: jax.Array) -> jax.Array:
     """`sqrt(sum over in of w²)`, `[out]`, in float32 at least."""
     w = w.astype(trained_dtype(w))
     return jnp.sqrt(jnp.sum(w * w, axis=0))
-
-
-def _low_rank_norms(w: jax.Array, f: Factors) -> jax.Array:
-    """Column norms of `(w + a @ b) * scale` from `|w|² + 2 b·(aᵀw) + b·((aᵀa) b)`, with no `[in, out]` array formed."""
-    w, a, b = jax.lax.stop_gradient((w.astype(f.a.dtype), f.a, f.b))
-    square = jnp.sum(w * w, axis=0) + jnp.sum(b * (2 * (a.T @ w) + (a.T @ a) @ b), axis=0)
-    norms = jnp.sqrt(jnp.maximum(square, 0))
-    return norms if f.scale is None else norms * jnp.abs(jax.lax.stop_gradient(f.scale))
-
-
-def _sparse_norms(w: jax.Array, s: Sparse) -> jax.Array:
-    """Column norms of `(w + scatter(values)) * scale` from `|w|² + sum of (2 w + value) value`, with no sum formed."""
-    w, values = jax.lax.stop_gradient((w.astype(s.values.dtype), s.values))
-    rows, columns = jnp.divmod(s.index, jnp.int32(w.shape[1]))
-    change = (2 * w[rows, columns] + values) * values
-    norms = jnp.sqrt(jnp.maximum(jnp.sum(w * w, axis=0).at[columns].add(change), 0))
-    return norms if s.scale is None else norms * jnp.abs(jax.lax.stop_gradient(s.scale))
 
 
 def _ratio(m: jax.Array, norms: jax.Array) -> jax.Array:

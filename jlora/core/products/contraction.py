@@ -1,7 +1,5 @@
-"""The adapted product: `y = x @ ((w + a @ b) * scale)` without forming the sum.
+"""The low-rank product, `y = x @ (w + a @ b)` by a plan, and what all products have in common.
 
-Every use of a weight is a map that is linear in the matrix: a product, a convolution, a lookup. Each is given here as
-`product(x, m)` for a matrix `m [in, k]` of any width, and the adapter's path is that same map with `a`, followed by `b`.
 Products accumulate in float32 where the result is a 16-bit float, and the adapter's part is added before rounding, so an
 update far below the weight's own resolution still moves the output.
 """
@@ -18,12 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jlora.core.protocol.method import Factors
-
 PLANS = ("auto", "factored", "merged")
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
 FORWARD, BACKWARD = 3, 3
-Product = Callable[..., jax.Array]  # (x, matrix, out_dtype) -> y
+Matrices = list[jax.Array]
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -40,46 +36,6 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def forward(
-    product: Product,
-    mix: Product,
-    x: jax.Array,
-    w: jax.Array,
-    f: Factors,
-    key: jax.Array | None,
-    out_dtype: Any,
-    rescale: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """`product(x, (w + a @ b) * scale)` in factored form.
-
-    Args:
-        product: the map that is linear in its matrix.
-        mix: multiplies the last (feature) axis of `product(x, a)` by `b`.
-        x: what is multiplied, any shape that `product` takes.
-        w: `[in, out]`.
-        f: the factors.
-        key: dropout key; None means no dropout.
-        out_dtype: dtype of the result.
-        rescale: multiplies a result by `scale [out]`; by default along the last axis.
-
-    Returns:
-        `product`'s result in `out_dtype`. With dropout, `x` is dropped wherever the adapter acts: in the low-rank path, and
-        in the part `scale - 1` of the base (as DoRA's reference does).
-    """
-    accumulate = accumulation_dtype(out_dtype)
-    dropped = drop(x, f.dropout, key)
-    base = product(x, w, accumulate)
-    low = mix(product(dropped, f.a.astype(x.dtype), x.dtype), f.b.astype(x.dtype), accumulate)
-    if f.scale is None:
-        return (base + low).astype(out_dtype)
-    rescale = rescale or jnp.multiply
-    scale = f.scale.astype(accumulate)
-    if dropped is x:
-        return rescale(base + low, scale).astype(out_dtype)
-    again = product(dropped, w, accumulate)
-    return (base + rescale(again, scale - 1) + rescale(low, scale)).astype(out_dtype)
 
 
 def matmul(x: jax.Array, m: jax.Array, out_dtype: Any, precision: Any = None) -> jax.Array:
@@ -127,7 +83,7 @@ def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LowRankPlan:
     """How the products of one input with some weights are computed; static.
 
     Attributes:
@@ -139,7 +95,7 @@ class Plan:
     backward: bool
 
 
-def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any) -> Plan:
+def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any) -> LowRankPlan:
     """The plan of the products `x [tokens, in] @ (w + a @ b)` for weights of the given shapes `[in, out]`.
 
     Forming `w + a @ b` costs `2 * rank * in * out` flops and moves about four arrays of `in * out` values. Adding
@@ -151,11 +107,13 @@ def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any
     symbolic (`jax.export`), it is formed if that is cheaper for every size.
     """
     if plan != "auto":
-        return Plan((plan == "merged",) * len(shapes), plan == "merged")
+        return LowRankPlan((plan == "merged",) * len(shapes), plan == "merged")
     if jnp.dtype(dtype).itemsize < 4:
-        return Plan((False,) * len(shapes), False)
+        return LowRankPlan((False,) * len(shapes), False)
     backward = sum(columns for _, columns in shapes)
-    return Plan(tuple(at_most(rows, FORWARD * tokens) for rows, _ in shapes), at_most(backward, BACKWARD * tokens))
+    return LowRankPlan(
+        tuple(at_most(rows, FORWARD * tokens) for rows, _ in shapes), at_most(backward, BACKWARD * tokens)
+    )
 
 
 def at_most(small: int, large: int) -> bool:
@@ -166,44 +124,15 @@ def at_most(small: int, large: int) -> bool:
         return False
 
 
-def dense(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
-    """`x [..., in] @ ((w + a @ b) * scale)`."""
-    if key is None or f.dropout == 0:
-        return dense_together(x, [(w, f)], options)[0]
+def products(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, options: Options) -> Matrices:
+    """`x [..., in] @ (w + a @ b)` for several weights, whose products with `a` and gradients of `a` are shared."""
 
-    def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
-        return matmul(x, m, dtype, options.precision)
+    def rows(x: jax.Array) -> Matrices:
+        shapes = [(w.shape[0], w.shape[1]) for w in weights]
+        plan = choose(options.plan, x.size // x.shape[-1], shapes, weights[0].dtype)
+        return _low_rank(x, weights, a, b, _Group(options.out_dtype, options.precision, plan, options.cut))
 
-    return in_rows(lambda x: forward(product, product, x, w, f, key, options.out_dtype), x)
-
-
-def dense_transposed(x: jax.Array, w: jax.Array, f: Factors, key: jax.Array | None, options: Options) -> jax.Array:
-    """`x [..., out] @ ((w + a @ b) * scale).T`: the use of a tied embedding as the head."""
-    scaled = x if f.scale is None else x * f.scale.astype(x.dtype)
-    return dense(scaled, w.T, Factors(f.b.T, f.a.T, None, f.dropout), key, options)
-
-
-def dense_together(x: jax.Array, members: list[tuple[jax.Array, Factors]], options: Options) -> list[jax.Array]:
-    """`x [..., in] @ ((w + a @ b) * scale)` for several weights: `x` meets all their `a` in one thin product.
-
-    The same holds in the backward pass, where one product gives the gradients of all `a`.
-    """
-    weights = [w for w, _ in members]
-    a, b = ([each.astype(x.dtype) for each in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
-    scaled = any(f.scale is not None for _, f in members)
-    out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
-
-    def rows(x: jax.Array) -> list[jax.Array]:
-        plan = choose(
-            options.plan, x.size // x.shape[-1], [(w.shape[0], w.shape[1]) for w in weights], weights[0].dtype
-        )
-        return _low_rank(x, weights, a, b, _Group(out_dtype, options.precision, plan, options.cut))
-
-    products = in_rows(rows, x)
-    return [
-        y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
-        for y, (_, f) in zip(products, members)
-    ]
+    return in_rows(rows, x)
 
 
 def in_rows(product: Callable[[jax.Array], Any], x: jax.Array) -> Any:
@@ -224,7 +153,7 @@ class _Group:
 
     out_dtype: Any
     precision: Any
-    plan: Plan
+    plan: LowRankPlan
     cut: int = 1
 
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
@@ -251,9 +180,6 @@ def _split(together: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
     """The parts of `x @ [a_1, a_2, ..]` that belong to each."""
     ends = list(itertools.accumulate(a.shape[1] for a in factors))
     return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
-
-
-Matrices = list[jax.Array]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jlora.core.products.contraction import Options, accumulation_dtype, at_most, in_rows, matmul
-from jlora.core.protocol.method import Sparse
 
 #: Entries of a dense product that take as long as one entry by itself. Measured on two CPU cores, where a gradient by
 #: entries takes as long as the dense one at 3 to 4 % (docs/switching.md). Elsewhere an estimate: an accelerator's dense
@@ -29,7 +28,7 @@ IN_CACHE = 2**17
 
 
 @dataclass(frozen=True)
-class Plan:
+class SparsePlan:
     """How one product and its gradients are computed; static.
 
     Attributes:
@@ -43,7 +42,7 @@ class Plan:
     gradient: str
 
 
-def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: Any) -> Plan:
+def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: Any) -> SparsePlan:
     """The plan of a product `x [tokens, in] @ (w + scatter(values))`.
 
     A copy of `w` moves about as many values as it has, entries move `tokens * entries`. The update by itself as a dense
@@ -58,28 +57,18 @@ def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: 
         dtype: of `w`.
     """
     if plan != "auto":
-        return Plan("entries", "entries", "entries") if plan == "factored" else Plan("formed", "formed", "dense")
+        return (
+            SparsePlan("entries", "entries", "entries")
+            if plan == "factored"
+            else SparsePlan("formed", "formed", "dense")
+        )
     size = shape[0] * shape[1]
     few = entries * ENTRY_COST.get(jax.default_backend(), ENTRY_COST_ELSEWHERE) < size
     if jnp.dtype(dtype).itemsize < 4:
         product = "entries" if few else "apart"
     else:
         product = "entries" if at_most(entries * tokens + 1, size) else "formed"
-    return Plan(product, product, "entries" if few else "dense")
-
-
-def dense(x: jax.Array, w: jax.Array, f: Sparse, key: jax.Array | None, options: Options) -> jax.Array:
-    """`x [..., in] @ ((w + scatter(values)) * scale)`; there is no dropout, and the key is not used."""
-    out_dtype = options.out_dtype if f.scale is None else accumulation_dtype(options.out_dtype)
-    y = _on_rows(x, w, Entries(*_positions(f, w.shape[1]), f.values), out_dtype, options)
-    return y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
-
-
-def dense_transposed(x: jax.Array, w: jax.Array, f: Sparse, key: jax.Array | None, options: Options) -> jax.Array:
-    """`x [..., out] @ ((w + scatter(values)) * scale).T`: the use of a tied embedding as the head."""
-    scaled = x if f.scale is None else x * f.scale.astype(x.dtype)
-    rows, columns = _positions(f, w.shape[1])
-    return _on_rows(scaled, w.T, Entries(columns, rows, f.values), options.out_dtype, options)
+    return SparsePlan(product, product, "entries" if few else "dense")
 
 
 @jax.tree_util.register_dataclass
@@ -105,15 +94,12 @@ class Entries:
         return jnp.zeros(shape, dtype).at[self.rows, self.columns].add(self.values.astype(dtype), unique_indices=True)
 
 
-def _positions(f: Sparse, columns: int) -> tuple[jax.Array, jax.Array]:
-    row, column = jnp.divmod(f.index, jnp.asarray(columns, f.index.dtype))
-    return row, column
+def product(x: jax.Array, w: jax.Array, entries: Entries, options: Options) -> jax.Array:
+    """`x [..., in] @ (w + update)`."""
 
-
-def _on_rows(x: jax.Array, w: jax.Array, entries: Entries, out_dtype: Any, options: Options) -> jax.Array:
     def rows(x: jax.Array) -> jax.Array:
         plan = choose(options.plan, x.size // x.shape[-1], w.shape, entries.values.size, w.dtype)
-        return _product(x, w, entries, _Static(out_dtype, options.precision, plan))
+        return _product(x, w, entries, _Static(options.out_dtype, options.precision, plan))
 
     return in_rows(rows, x)
 
@@ -124,7 +110,7 @@ class _Static:
 
     out_dtype: Any
     precision: Any
-    plan: Plan
+    plan: SparsePlan
 
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any = None) -> jax.Array:
         return matmul(x, m, dtype or accumulation_dtype(self.out_dtype), self.precision)

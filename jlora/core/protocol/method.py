@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.core.products.low_rank import Factors
+from jlora.core.products.sparse import Sparse
+from jlora.core.products.update import Update
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
@@ -104,40 +107,6 @@ class View:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Factors:
-    """The effective weight as data: `(w + a @ b) * scale`.
-
-    Attributes:
-        a: `[in, r]`.
-        b: `[r, out]`.
-        scale: `[out]`, or None for one.
-        dropout: probability with which an entry of the adapter path's input is dropped; static.
-    """
-
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array | None = None
-    dropout: float = field(default=0.0, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sparse:
-    """The effective weight as data: `(w + scatter(index, values)) * scale`.
-
-    Attributes:
-        index: `[k]`, int32: distinct flat positions `row * out + column`.
-        values: `[k]`, what is added there.
-        scale: `[out]`, or None for one.
-    """
-
-    index: jax.Array
-    values: jax.Array
-    scale: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Start:
     """What a method starts from.
 
@@ -172,6 +141,10 @@ class Method:
         restarts: False for methods that train values of the weight itself, such as `Full`: a new link of a chain
             (`jlora.restart`) leaves them, and their moments, as they are.
         axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
+        form: the form of update in which the method gives its weight, known before there are arrays; None where the weight
+            is always formed. It follows from what the class says of its weight last: `Factors` where that is `factors`,
+            `Sparse` where it is `sparse`, None where it is `weight` alone, whatever the class inherits. A class that has an
+            `update` of its own names it.
         CASES: examples of the method for the contract test; every method has some.
     """
 
@@ -180,22 +153,28 @@ class Method:
     exact_start: ClassVar[bool] = True
     local: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = True
+    form: ClassVar[type[Update] | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Finds the class's form, by the last class in the order of inheritance that says anything of its weight.
+
+        Raises:
+            TypeError: for an `update` whose form the class does not name, or the reverse.
+        """
+        super().__init_subclass__(**kwargs)
+        last = vars(next(each for each in cls.__mro__ if vars(each).keys() & _WEIGHT))
+        if ("update" in last) != ("form" in last):
+            raise TypeError(
+                f"{cls.__name__} must state both or neither: update(view), and form, the class that it returns"
+            )
+        given = Factors if "factors" in last else Sparse if "sparse" in last else None
+        cls.form, cls.update = last.get("form", given), last.get("update", Method.update)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The role of each axis of each field, trained and frozen."""
         raise NotImplementedError(f"{type(self).__name__} must state the axes of its fields")
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether the method gives factors, so that its weight need not be formed."""
-        return _gives(type(self), "factors")
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the method gives entries, so that its weight need not be formed for a product."""
-        return _gives(type(self), "sparse")
 
     @property
     def kept_fields(self) -> tuple[str, ...]:
@@ -274,8 +253,15 @@ class Method:
         """The effective weight `[in, out]`: the method's meaning."""
         raise NotImplementedError(f"{type(self).__name__} has no effective weight")
 
+    def update(self, view: View) -> Update | None:
+        """The effective weight as a value of `form`, which owns how it is used: the fast path. None where there is none.
+
+        By default what `factors` or `sparse` gives; a method whose form is another one gives that here.
+        """
+        return self.factors(view) if self.form is Factors else self.sparse(view) if self.form is Sparse else None
+
     def factors(self, view: View) -> Factors | None:
-        """The effective weight as factors, for methods that are low-rank: the fast path. None where there is none."""
+        """The effective weight as factors, for methods that are low-rank. None where there are none."""
         return None
 
     def sparse(self, view: View) -> Sparse | None:
@@ -295,10 +281,8 @@ class Method:
         return {}
 
 
-def _gives(cls: type[Method], form: str) -> bool:
-    """Whether a class gives its weight in a form: one that it inherits is not, if it has a `weight` of its own."""
-    form_at, weight_at = (next(n for n, c in enumerate(cls.__mro__) if name in vars(c)) for name in (form, "weight"))
-    return cls.__mro__[form_at] is not Method and form_at <= weight_at
+#: What a class says its weight by.
+_WEIGHT = {"weight", "factors", "sparse", "update", "form"}
 
 
 def default_label(ndim: int) -> str:

@@ -13,9 +13,12 @@ from jlora.core.products.contraction import PLANS
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk import (
+    convolution,  # noqa: F401  (registers its rules)
     dot,  # noqa: F401  (registers its rules)
     entering,  # noqa: F401  (registers its rules)
+    experts,  # noqa: F401  (registers its rules)
     grouping,
+    lookup,  # noqa: F401  (registers its rules)
     origins,
     passthrough,  # noqa: F401  (registers its rules)
     probing,  # noqa: F401  (registers its rules)
@@ -41,7 +44,8 @@ def lift(
     Args:
         fn: any JAX function. Its arguments may hold an `Adapted` wherever they would hold the params tree (for Flax:
             `apply({"params": adapted}, x)`).
-        strict: refuse with an error where an effective weight would have to be formed although its method is low-rank.
+        strict: refuse with an error where an effective weight would have to be formed although its method is low-rank (or has
+            another form of update that refuses it).
         unread: "error" refuses an adapted leaf that `fn` never reads; "allow" is for functions that use part of a model.
         plan: how products with low-rank methods are computed: "factored" as `x @ w + (x @ a) @ b`, "merged" by forming
             `w + a @ b` in every pass, or "auto", by a cost model of each product's shape.

@@ -26,7 +26,7 @@ from jlora.core.transforms.lift import call, check_options
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.adapterize import adapterize
 from jlora.core.tree.spec import ALL_LINEAR, Axes
-from jlora.core.walk import dot, grouping, lookup
+from jlora.core.walk import convolution, dot, grouping, lookup
 from jlora.core.walk.interpreter import Walk
 from jlora.core.walk.weight import Weight
 
@@ -237,15 +237,14 @@ def _input(eqn: Any, values: list[Any]) -> tuple[jax.Array, list[Any]]:
     """A product's activation `[*shared batch, *leading, in]`, and the batch pieces that it shares with the weight."""
     name = eqn.primitive.name
     if name == "conv_general_dilated" and not isinstance(values[0], Weight):
-        return dot.patches(eqn, values[0], values[1]), []
+        return convolution.patches(eqn, values[0], values[1]), []
     if name == "gather":
         raise ValueError("a lookup multiplies nothing")
     if name != "dot_general" or all(isinstance(value, Weight) for value in values):
         raise ValueError("it has no single input")
     use = dot.use_of(eqn, *values)
-    form = dot.form_of(use)
-    if form != "in":
-        raise ValueError("it is transposed there" if form == "out" else "its axes are not contracted as a matrix's")
+    if use.side != "in":
+        raise ValueError("it is transposed there" if use.side == "out" else "its axes are not contracted as a matrix's")
     x, shared_pieces, _ = dot.folded_input(use, "in")
     return x, shared_pieces
 

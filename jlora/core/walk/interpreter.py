@@ -71,7 +71,7 @@ class Walk:
     """One pass over a function: what was asked of it, and what it saw.
 
     Attributes:
-        strict: refuse to form an effective weight where its method is low-rank.
+        strict: refuse to form an effective weight where its form of update is made to avoid that.
         plan: how dense products are computed (see `jlora.core.products.contraction.choose`).
         cuts: into how many pieces a mesh cuts the input of a leaf's product (see `jlora.lift`).
         seen: names of the leaves that were read.
@@ -137,7 +137,7 @@ class Walk:
                 f"{value.name}: the effective weight has to be formed for {_where(eqn)}, and dropout can't act there. "
                 "Set dropout=0 for this leaf, or give no dropout key"
             )
-        if self.strict and value.method.low_rank:
+        if self.strict and value.method.form is not None and value.method.form.refuses_forming:
             raise ValueError(
                 f"strict: the effective weight of {value.name}, shape {value.array.shape}, would have to be formed for "
                 f"{_where(eqn)}. Use the weight in a product there, leave it out of the spec, or lift without strict"

@@ -1,4 +1,4 @@
-"""Lookups (`gather`): which axes they index, what they do beyond the last row, and matrices taken out of a stack."""
+"""Lookups (`gather`): rows of a weight by its own update, matrices out of a stack, and what is beyond the last row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from jlora.core.walk import weight as weights
-from jlora.core.walk.interpreter import bind
+from jlora.core.walk.folding import arrange, big, regroup, side_of, single_matrix, sized
+from jlora.core.walk.interpreter import Walk, bind, rule
 from jlora.core.walk.weight import Piece, Weight
 
 #: Ways to treat an index beyond the last row that are known here.
@@ -157,3 +158,43 @@ def _fills_nan(eqn: Any) -> bool:
     """Whether an index beyond the stack gives NaN, as it does by default, whatever is added to it."""
     fill = eqn.params["fill_value"]
     return eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP or fill is None or math.isnan(fill)
+
+
+@rule("gather")
+def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
+    """Matrices out of a stack, which go on as a stack, or the rows of an embedding."""
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
+        return None
+    matrices = select(eqn, weight, indices)
+    if matrices is not None:
+        return [matrices]
+    found = lookup_of(eqn)
+    if found is None or len(found.axes) != 1 or found.paired or eqn.params["mode"] not in MODES:
+        return None
+    side = side_of(weight, found.axes, ())
+    if side is None or not weight.owns("lookup") or big(weight.batch):
+        return None
+    walk.seen.add(weight.name)
+    return [_looked_up(eqn, weight, indices, side, found)]
+
+
+def _looked_up(eqn: Any, weight: Weight, indices: jax.Array, side: str, found: Lookup) -> jax.Array:
+    """Rows or columns of a weight by its update, in the axis order that the function wants. Dropout does not act on them."""
+    base = bind(eqn, [weight.array, indices])[0]
+    indices = found.indices(indices)
+    w, update = single_matrix(weight)
+    positions = [("x", n) for n in range(indices.ndim - 1)]
+    remaining = weight.with_role("out" if side == "in" else "in")
+    order = interleaved(eqn, found, [(label,) for label in positions], weight.axes)
+
+    def folded(base: jax.Array) -> jax.Array:
+        have = [group if group[:1] and group[0] in positions else sized(group) for group in order]
+        want = [*((label,) for label in positions), sized(remaining)]
+        return regroup(base, have, want, dict(zip(positions, indices.shape)))
+
+    def adapted(base: jax.Array) -> jax.Array:
+        y = update.lookup(folded(base), w, lambda table: rows(eqn, table, indices), side)
+        y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
+        return arrange(y, [*positions, *remaining], order, base.shape)
+
+    return in_bounds(eqn, indices, weight.array.shape[found.axes[0]], base, adapted)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora.core.protocol.method import Arrays, Factors, Method, Site, Sparse, View
+from jlora.core.products.update import Update
+from jlora.core.protocol.method import Arrays, Method, Site, View
 
 
 @dataclass(frozen=True, order=True)
@@ -78,6 +79,10 @@ class Weight:
         """The method of the site."""
         assert self.site is not None
         return self.site.method
+
+    def owns(self, use: str) -> bool:
+        """Whether the method's form has a use of its own by that name (see `jlora.core.products.update`)."""
+        return self.method.form is not None and self.method.form.owns(use)
 
     def role(self, piece: Piece) -> str:
         """ "in", "out" or "batch"."""
@@ -193,18 +198,19 @@ def over_batch(function: Any, weight: Weight) -> Any:
     return one(rearrange(_stored(weight), weight.axes, canonical_axes(weight)), weight.params, weight.frozen)
 
 
-def factors(weight: Weight) -> Factors:
-    """The factors of a low-rank method beside `matrix(weight)`, with the batch axes in front."""
-    found = over_batch(weight.method.factors, weight)
-    return found if weight.factor is None else replace(found, b=found.b * weight.factor.astype(found.b.dtype))
+def update(weight: Weight) -> Update:
+    """The update of a method that has a form, beside `matrix(weight)`, with the batch axes in front.
 
-
-def sparse(weight: Weight) -> Sparse:
-    """The entries of a sparse method beside `matrix(weight)`, with the batch axes in front."""
-    found = over_batch(weight.method.sparse, weight)
-    if weight.factor is None:
-        return found
-    return replace(found, values=found.values * weight.factor.astype(found.values.dtype))
+    Raises:
+        TypeError: where the method gives it in another form than it says.
+    """
+    found, form = over_batch(weight.method.update, weight), weight.method.form
+    if form is None or not isinstance(found, form):
+        raise TypeError(
+            f"{weight.name}: {weight.method} has the form {getattr(form, '__name__', form)}, but its update is of the form "
+            f"{type(found).__name__}; let form name the class that update returns"
+        )
+    return found if weight.factor is None else found.times(weight.factor)
 
 
 def effective(weight: Weight) -> jax.Array:
