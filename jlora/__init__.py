@@ -3,7 +3,6 @@
 from jlora import losses as losses
 from jlora import mesh as mesh
 from jlora.analysis.explain import explain as explain
-from jlora.analysis.intrinsic import gelora_ranks as gelora_ranks
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
 from jlora.compose.switch import Pack as Pack
@@ -45,6 +44,7 @@ from jlora.interchange import TorchParameter as TorchParameter
 from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
+from jlora.methods.gelora import gelora_ranks as gelora_ranks
 from jlora.optimize.allocate.alora import reallocate as reallocate
 from jlora.optimize.allocate.compact import compact as compact
 from jlora.optimize.allocate.history import RankHistory as RankHistory

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jlora.methods
+from jlora.core.protocol.job import Recipe, hyperparameters
 from jlora.core.protocol.method import Method
+from jlora.core.protocol.wrapping import parts
 
 
 def methods() -> dict[str, type[Method]]:
@@ -13,3 +17,26 @@ def methods() -> dict[str, type[Method]]:
     """
     found = {name: value for name, value in vars(jlora.methods).items() if isinstance(value, type)}
     return {name: found[name] for name in sorted(found) if issubclass(found[name], Method)}
+
+
+def recipes() -> dict[str, Recipe]:
+    """What `jlora finetune --method` takes, by name: the recipes of all methods.
+
+    Raises:
+        ValueError: for a name that two methods have.
+    """
+    found: dict[str, Recipe] = {}
+    for cls in methods().values():
+        own = cls.recipes()
+        if twice := set(own) & set(found):
+            raise ValueError(f"the training job's name {min(twice)!r} is that of {cls.__name__} and of another method")
+        found |= own
+    return {name: replace(found[name], takes=_takes(found[name])) for name in sorted(found)}
+
+
+def _takes(recipe: Recipe) -> frozenset[str]:
+    """The settings that what a recipe makes has as fields, outside or inside, where it does not say."""
+    if recipe.takes is not None:
+        return recipe.takes
+    has = {name for part in parts(recipe.make(recipe.rank or 8, None)) for name in hyperparameters(type(part))}
+    return frozenset(has & {"rank", "alpha", "dropout", "links"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jlora.core.protocol.method import Method
-from jlora.interchange.forms import LORAS
+from jlora.interchange.forms import is_lora
 from jlora.interchange.names import Slot
 from jlora.methods import DoRA
 
@@ -56,7 +56,7 @@ class Recorded:
         for leaf in self._methods.get(name, ()):
             inner: Any = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
             # A class of somebody's own may have gone out by its weight, in other factors.
-            if type(inner) not in LORAS or leaf["form"] != "lora" or "residual" in leaf:
+            if not is_lora(inner) or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale
             if told[0] != rank or abs(told[1] - scale) > 1e-9 * abs(told[1]):
@@ -97,7 +97,7 @@ class Recorded:
         around = type(method) is DoRA
         inner: Any = method.inner if around else method  # type: ignore[union-attr]
         plain: Any = found.inner if isinstance(found, DoRA) else found
-        if type(inner) not in LORAS or type(plain) not in LORAS or around != isinstance(found, DoRA):
+        if not is_lora(inner) or not is_lora(plain) or around != isinstance(found, DoRA):
             return None
         rank = inner.rank * (2 if inner.from_weight else 1)
         same = rank == plain.rank and abs(inner.scale - plain.scale) <= 1e-9 * abs(inner.scale)

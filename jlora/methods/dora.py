@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora.core.protocol.method import Factors, Method, Site, Sparse, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Sparse, Start, View, states_peft
+from jlora.core.protocol.peft import Peft
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
@@ -93,6 +95,13 @@ class DoRA(Around):
             return None
         c = _ratio(view.params["m"], _sparse_norms(view.w, inner))
         return replace(inner, scale=c if inner.scale is None else c * inner.scale)
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:
+        """PEFT's `use_dora`, around what is PEFT's LoRA."""
+        inner = self.inner.peft(params, frozen, shared) if states_peft(self.inner) else None
+        if inner is None or inner.kind != "lora":
+            return None
+        return replace(inner, arrays={**inner.arrays, "m": params["m"]})
 
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""

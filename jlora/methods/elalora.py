@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe, allocating
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.adalora import drawn
 from jlora.optimize.allocate.budget import Phases
@@ -77,9 +78,15 @@ class ElaLoRA(Gated):
     dropout: float = 0.0
 
     gate: ClassVar[str] = "e"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # as AdaLoRA's, for the same reason
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "moved", "per_module", "max_rank"))
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> ElaLoRA:
+        """Phases as AdaLoRA's."""
+        return cls(rank=rank, **allocating(steps), **options)
 
     @property
     def phases(self) -> Phases:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from jlora.core.protocol.gated import Gated, ranked
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
@@ -62,6 +64,8 @@ class PRILoRA(Gated):
     mode: str = "zero"
     dropout: float = 0.0
 
+    recipe: ClassVar[Recipe] = Recipe(takes=frozenset({"rank", "alpha", "dropout"}), rank_means="mean rank")
+
     def __post_init__(self) -> None:
         pruned = (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0")
         check_hyperparameters(self, ("first", "last", "every", "group"), {"pruned": pruned})
@@ -69,6 +73,12 @@ class PRILoRA(Gated):
             raise ValueError(f"PRILoRA's pruned ({self.pruned}) must be below its group ({self.group})")
         if self.mode not in ("zero", "freeze"):
             raise ValueError(f'PRILoRA\'s mode must be "zero" or "freeze", got {self.mode!r}')
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> PRILoRA:
+        """From half the rank to one and a half, as in the paper's 4 to 12; pruned ten times at least."""
+        first, every = max(1, rank // 2), 40 if steps is None else max(1, min(40, steps // 10))
+        return cls(first, 2 * rank - first, every=every, **options)
 
     @property
     def scale(self) -> float:

@@ -9,7 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.methods.chain import chained
 from jlora.methods.lora import LoRA, trained_dtype
 
 DRAWS = ("gaussian", "orthonormal")
@@ -60,6 +62,11 @@ class RACLoRA(Method):
             raise ValueError(f'RACLoRA\'s frozen must be "in" (a is random) or "out" (b is), got {self.frozen!r}')
         if self.draw not in DRAWS:
             raise ValueError(f"RACLoRA's draw must be one of {DRAWS}, got {self.draw!r}")
+
+    @classmethod
+    def recipes(cls) -> dict[str, Recipe]:
+        """In a chain, for which it is meant."""
+        return chained("raclora", cls)
 
     @property
     def scale(self) -> float:

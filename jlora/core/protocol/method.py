@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jlora.core.protocol.job import KnownToTheJob
+from jlora.core.protocol.peft import Peft
 
 if TYPE_CHECKING:
     from jlora.optimize.events import Event
@@ -158,7 +161,7 @@ class OptimizerRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(KnownToTheJob):
     """Base of all methods. A subclass is a frozen dataclass and overrides what it needs.
 
     Class attributes:
@@ -276,11 +279,28 @@ class Method:
         """Factors of the group's learning rate for fields that learn slower or faster than their group."""
         return {}
 
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:
+        """The adapter as PEFT has it, from numpy arrays `[*batch, ...]`; None where PEFT has no such thing.
+
+        Asked of a class that defines it, not of those derived from it (see `states_peft`). Without one, a weight `w + a @ b`
+        goes out as plain LoRA by `factors`.
+        """
+        return None
+
 
 def _gives(cls: type[Method], form: str) -> bool:
     """Whether a class gives its weight in a form: one that it inherits is not, if it has a `weight` of its own."""
     form_at, weight_at = (next(n for n, c in enumerate(cls.__mro__) if name in vars(c)) for name in (form, "weight"))
     return cls.__mro__[form_at] is not Method and form_at <= weight_at
+
+
+def states_peft(method: Method) -> bool:
+    """Whether a method's own class gives its form of PEFT.
+
+    An inherited one is not used: the class may have another weight than its parent, by whatever it overrides. A class whose
+    weight is its parent's says so: `peft = LoRA.peft`.
+    """
+    return "peft" in vars(type(method))
 
 
 def default_label(ndim: int) -> str:

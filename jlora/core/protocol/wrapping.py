@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -89,6 +89,17 @@ class Around(Method):
     def rates(self, site: Site) -> dict[str, float]:
         """As the inner method."""
         return self.inner.rates(site)
+
+    @classmethod
+    def job(cls, rank: int | None, steps: int | None, **options: Any) -> Method:
+        """Around what the training job makes of the default inner method."""
+        made: Any = next(each for each in fields(cls) if each.name == "inner").default_factory
+        return cls(inner=type(made()).job(rank, steps, **options))
+
+
+def parts(method: Method) -> list[Method]:
+    """The method, the one that it is around, and so on."""
+    return [method, *parts(method.inner)] if isinstance(method, Around) else [method]
 
 
 def innermost(method: Method) -> Any:
