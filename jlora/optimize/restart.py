@@ -281,9 +281,14 @@ class LinkEnds:
     prune: float
     by: str
 
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """The steps after which the training job's learning rate rises anew: equal shares of the run."""
+        return tuple(link_ends(self.links, self.steps))
+
     def due(self, step: int) -> bool:
         """At equal shares of the run."""
-        return step in link_ends(self.links, self.steps)
+        return step in self.restarts
 
     def happen(self, moment: Moment) -> tuple[Adapted, Any]:
         """Restarts the leaves that share the event."""

@@ -42,6 +42,7 @@ class _Pairs(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         name, equals, value = values.partition("=")
+        name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier():
             raise argparse.ArgumentError(self, f"must be NAME=VALUE, such as target=4, got {values!r}")
         found = getattr(namespace, self.dest, None) or {}

@@ -40,15 +40,15 @@ def checked(method: jlora.Method, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"its hyperparameters are {', '.join(known) or 'none'}"
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
             about = " around ".join(type(part).__name__ for part in reversed(parts(method)))
             raise SettingError("set", f"{name}: {about} has no hyperparameter {name}; {hint}")
         found[name] = _typed(known[name], name, value)
     return found
 
 
-# Hyperparameters that are settings of their own.
-_SETTINGS = ("alpha", "dropout", "links", "steps", "init")
+#: Hyperparameters that are settings of their own.
+OWN_FLAGS = ("alpha", "dropout", "links", "steps", "init")
 
 
 def check_names(method: jlora.Method, given: Mapping[str, Any], init: str | None, rank: int) -> None:
@@ -69,7 +69,7 @@ def check_names(method: jlora.Method, given: Mapping[str, Any], init: str | None
     for name in checked(method, given):
         # Some make of --rank another rank, to start with.
         same = name == "rank" and any(getattr(part, "rank", None) == rank for part in parts(method))
-        if name in _SETTINGS or same:
+        if name in OWN_FLAGS or same:
             raise SettingError("set", f"{name}: is a setting of its own: give --{name}")
 
 

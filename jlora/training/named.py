@@ -7,7 +7,8 @@ from typing import Any
 import jlora
 from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
-from jlora.training.errors import SettingError
+from jlora.methods.lora import INITS
+from jlora.training.errors import SettingError, nearest
 from jlora.training.hyperparameters import checked, replaced
 from jlora.training.settings import Settings
 from jlora.training.told import PROBE
@@ -29,7 +30,10 @@ def named(settings: Settings) -> jlora.Method:
     try:
         return replaced(method, own)
     except ValueError as error:
-        raise SettingError("set" if given else "init", f"{_told(own)}: {error}") from error
+        if given:
+            raise SettingError("set", f"{_told(own)}: {error}") from error
+        near = nearest(str(settings.init), INITS)
+        raise SettingError("init", f"{settings.init}: {error}" + (f"; did you mean {near}?" if near else "")) from error
 
 
 def _told(given: dict[str, Any]) -> str:

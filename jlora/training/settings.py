@@ -261,6 +261,8 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError(
             "accumulate", f"must divide batch, but {settings.batch} / {settings.accumulate} is not whole"
         )
+    if settings.links is not None and settings.steps is not None and settings.links > settings.steps:
+        raise SettingError("links", f"must be at most the {settings.steps} steps, got {settings.links}")
     if settings.steps is not None and settings.warmup is not None and settings.warmup >= settings.steps:
         raise SettingError("warmup", f"must be less than the {settings.steps} steps, got {settings.warmup}")
 
