@@ -109,12 +109,7 @@ class Settings:
     )
     dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
     init: str | None = _setting(None, told.init_help, group="method")
-    targets: str | None = _setting(
-        None,
-        "regex that matches whole weight paths, all-linear, or embedding, the matrix of token embeddings (all-linear; rows: "
-        "embedding)",
-        group="method",
-    )
+    targets: str | None = _setting(None, told.targets_help, group="method")
     links: int | None = _setting(None, told.links_help, group="method")
     set: dict[str, Any] = _setting(  # noqa: RUF009  (a field)
         {},

@@ -37,6 +37,14 @@ def rank_help() -> str:
     return "; ".join([f"rank of the adapters ({defaults})", *means]).replace("%", "%%")
 
 
+def targets_help() -> str:
+    """What `--targets` may be, and its defaults."""
+    usual = Recipe.targets
+    other = _grouped(lambda recipe: recipe.targets if recipe.targets not in (usual, "all") else None)
+    defaults = "; ".join([usual, *(f"{', '.join(who)}: {targets}" for targets, who in other.items())])
+    return f"regex that matches whole weight paths, or all-linear, or embedding: the token embeddings ({defaults})"
+
+
 def links_help() -> str:
     """What `--links` is for, and its defaults."""
     chains = names(lambda recipe: "links" in recipe.takes)
