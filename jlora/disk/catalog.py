@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jlora.methods
@@ -25,8 +26,13 @@ def recipes() -> dict[str, Recipe]:
     Raises:
         ValueError: for a name that two methods have.
     """
+    return dict(_recipes(tuple(methods().values())))
+
+
+@functools.lru_cache(maxsize=4)
+def _recipes(classes: tuple[type[Method], ...]) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    for cls in methods().values():
+    for cls in classes:
         own = cls.recipes()
         if twice := set(own) & set(found):
             raise ValueError(f"the training job's name {min(twice)!r} is that of {cls.__name__} and of another method")

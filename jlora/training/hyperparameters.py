@@ -41,7 +41,7 @@ def checked(method: jlora.Method, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
-            about = " around ".join(type(part).__name__ for part in reversed(parts(method)))
+            about = " around ".join(type(part).__name__ for part in parts(method))
             raise SettingError("set", f"{name}: {about} has no hyperparameter {name}; {hint}")
         found[name] = _typed(known[name], name, value)
     return found
@@ -105,11 +105,13 @@ def _is_method(kinds: tuple[Any, ...]) -> bool:
 def _typed(cls: type, name: str, value: Any) -> Any:
     """The value as the field's type; a text is read as one."""
     kinds = _kinds(cls, name)
+    if types.NoneType in kinds and value in (None, "none"):
+        return None
     for kind in _WORDS:
         # A float may be a whole number too: some methods tell the two apart.
         if kind in kinds or (kind is int and float in kinds):
             found = _read(kind, value) if isinstance(value, str) else _taken(kind, value)
-            if found is not None or (kind is types.NoneType and value == "none"):
+            if found is not None:
                 return found
     wanted = " or ".join(words for kind, words in _WORDS.items() if kind in kinds)
     raise SettingError("set", f"{name}: {cls.__name__}'s {name} must be {wanted}, got {value!r}")

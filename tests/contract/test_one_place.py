@@ -135,8 +135,11 @@ def test_the_command_line_trains_it(tmp_path, capsys):
 
 
 def test_two_methods_of_one_name_are_an_error(monkeypatch):
-    monkeypatch.setattr(Rehearsal, "recipes", classmethod(lambda cls: jlora.LoRA.recipes()))
-    with pytest.raises(ValueError, match="name 'lora' is that of Rehearsal and of another method"):
+    class Other(Rehearsal):
+        recipes = jlora.LoRA.recipes
+
+    monkeypatch.setattr(jlora.methods, "Rehearsal", Other)
+    with pytest.raises(ValueError, match="name 'lora' is that of Other and of another method"):
         catalog.recipes()
 
 
