@@ -131,10 +131,11 @@ def job_methods() -> str:
     ]
     recipes = catalog.recipes()
     for name in told.names():
-        asked = {each: [0] for each in recipes[name].asks}  # Rows: the first token
+        asked = {each: [0] for each in recipes[name].asks}
         method = named(resolve(Settings(model="DIR", data="FILE", method=name, steps=2000, set=asked)))
         does = docstrings.first_sentence(type(method)).partition(": `")[0].rstrip(".")
-        rows.append(f"| `{name}` | {does} | `{method}` |")
+        needs = "".join(f", asks for `--set {each}=...`" for each in asked)
+        rows.append(f"| `{name}` | {does}{needs} | `{method}` |")
     return "\n".join(rows)
 
 

@@ -71,7 +71,7 @@ class SHiRA(Method):
 
     # At LoRA's rate: experiments/shira found both best within 1e-3 to 1e-2. Masks by gradients want the mean of a few batches.
     recipe: ClassVar[Recipe] = Recipe(
-        rank=0, rank_means="that of a LoRA with as many values (1% of the values)", batches=8
+        rank=0, rank_means="that of a LoRA with as many values, instead of a density", batches=8
     )
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -91,9 +92,13 @@ def _as_field(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# Of a class: what it finds is compiled anew each time.
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _kinds(cls: type, name: str) -> tuple[Any, ...]:
     """The types that a field may have: those of a union, or its one."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,)))
 

@@ -34,7 +34,7 @@ def rank_help() -> str:
     own = _grouped(lambda recipe: recipe.rank or None)
     means = [f"{', '.join(who)}: {text}" for text, who in _grouped(lambda recipe: recipe.rank_means or None).items()]
     defaults = "; ".join(["8", "shipped model: 16", *(f"{', '.join(who)}: {rank}" for rank, who in own.items())])
-    return "; ".join([f"rank of the adapters ({defaults})", *means]).replace("%", "%%")
+    return "; ".join([f"rank of the adapters ({defaults})", *means])
 
 
 def targets_help() -> str:
