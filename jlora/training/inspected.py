@@ -43,12 +43,18 @@ def _shown(value: Any) -> str:
         return "-"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if value in (True, None) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _told(cls: type, name: str) -> str:
     """The first sentence that the docstring says of it."""
-    return re.split(r"(?<=[.;]) ", docstrings.arguments(cls).get(name, ""))[0].rstrip(".;")
+    return re.split(r"(?<=\.) ", docstrings.arguments(cls).get(name, ""))[0].rstrip(".")
 
 
 def _wrapped(row: tuple[str, ...], widths: list[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
@@ -37,6 +38,20 @@ def prepared(
         parts = _parts(settings, data, mesh, number)
         starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites).starts
     return jlora.Prepared(starts) if starts else None
+
+
+def adapted_shapes(params: Any, spec: dict[Any, Any], sites: jlora.Sites) -> jlora.Adapted:
+    """What `adapterize` gives, in shapes alone, whatever its methods take from data."""
+
+    def total(params: Any, batch: Any) -> jax.Array:
+        return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(())).astype(jnp.float32)
+
+    def make(params: Any) -> jlora.Adapted:
+        needs = any(method is not None and method.needs for method in spec.values())
+        starts = jlora.prepare(params, spec, total, [jnp.zeros(())], sites=sites) if needs else None
+        return jlora.adapterize(params, spec, sites=sites, prepared=starts)
+
+    return jax.eval_shape(make, params)
 
 
 def _batches_of(method: jlora.Method) -> int:
