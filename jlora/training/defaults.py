@@ -47,7 +47,7 @@ def resolve(settings: Settings) -> Settings:
     settings = dataclasses.replace(settings, **left_open)
     if recipe is None or settings.spec:
         return settings
-    if settings.alpha is None and settings.rank is not None and "alpha" in (recipe.takes or ()):
+    if settings.alpha is None and settings.rank is not None and recipe.has("alpha"):
         settings = dataclasses.replace(settings, alpha=2.0 * settings.rank)
     # As the types that they have, so that settings from a flag and from a file are the same.
     settings = dataclasses.replace(settings, set=checked(chosen(settings), settings.set))
@@ -58,13 +58,12 @@ def resolve(settings: Settings) -> Settings:
 def _of_method(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     """What a method's recipe leaves to the job, or says itself."""
     values: dict[str, Any] = {} if recipe.targets == "all" else {"targets": recipe.targets}
-    takes = recipe.takes or frozenset()
-    if "rank" in takes and recipe.rank != 0:
+    if recipe.has("rank") and recipe.rank != 0:
         usual = 8 if settings.model is not None else _SHIPPED_MODEL["rank"]
         values["rank"] = recipe.rank or usual
-    if "dropout" in takes:
+    if recipe.has("dropout"):
         values["dropout"] = 0.0
-    if "links" in takes:
+    if recipe.has("links"):
         values["links"] = min(recipe.links, settings.steps or recipe.links)
     return values
 

@@ -64,7 +64,8 @@ def with_measured(
             def look(own: Any = own) -> Sequence[float]:
                 batches = _batches(data, settings, mesh)
                 options: Any = {"pooling": _mean_of_tokens, "count": _ROWS}
-                return jlora.intrinsic_dimensions(subject.forward, subject.params, own, batches, sites, **options)
+                found = jlora.intrinsic_dimensions(subject.forward, subject.params, own, batches, sites, **options)
+                return found.tolist()
 
             inner = inner.found(_Found(None if settings.spec else settings.rank, watched, look))
         new = with_innermost(method, inner)

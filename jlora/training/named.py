@@ -43,8 +43,8 @@ def _told(given: dict[str, Any]) -> str:
 def chosen(settings: Settings) -> jlora.Method:
     """The method as the job chooses it, without `--set` and `--init`."""
     recipe = recipe_of(settings)
-    assert recipe is not None and recipe.takes is not None
-    options: dict[str, Any] = {name: getattr(settings, name) for name in ("alpha", "links") if name in recipe.takes}
-    if "dropout" in recipe.takes:
+    assert recipe is not None
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("alpha", "links") if recipe.has(name)}
+    if recipe.has("dropout"):
         options["dropout"] = settings.dropout or 0.0
     return recipe.make(settings.rank, settings.steps, **{n: v for n, v in options.items() if v is not None})

@@ -303,8 +303,8 @@ def _check_recipe(settings: Settings, recipe: Recipe) -> None:
     """The method takes what is given, and is given what it asks for."""
     method = settings.method
     for name in ("rank", "alpha", "dropout", "links"):
-        if getattr(settings, name) is not None and name not in (recipe.takes or ()):
-            own = told.names(lambda other, name=name: name in other.takes)
+        if getattr(settings, name) is not None and not recipe.has(name):
+            own = told.names(lambda other, name=name: other.has(name))
             hint = f"; it is for {', '.join(own)}" if len(own) < 6 else ""
             raise SettingError(name, f"has no meaning with method {method}, which has none{hint}")
     for name in ("targets", "lora_plus_ratio") if recipe.targets == "all" else ():

@@ -47,9 +47,9 @@ def targets_help() -> str:
 
 def links_help() -> str:
     """What `--links` is for, and its defaults."""
-    chains = names(lambda recipe: "links" in recipe.takes)
+    chains = names(lambda recipe: recipe.has("links"))
     usual = Recipe.links
-    other = _grouped(lambda r: r.links if "links" in r.takes and r.links != usual else None)
+    other = _grouped(lambda r: r.links if r.has("links") and r.links != usual else None)
     defaults = "; ".join([str(usual), *(f"{', '.join(who)}: {links}" for links, who in other.items())])
     return f"{', '.join(chains)}: adapters trained one after another, in equal shares of the run ({defaults})"
 

@@ -57,7 +57,7 @@ def test_every_name_is_made_also_for_the_shortest_run():
     for name in catalog.recipes():
         for steps in (1, 2, None):
             given = {"steps": steps, "epochs": None if steps else 1.0}
-            rank = 2 if "rank" in catalog.recipes()[name].takes else None
+            rank = 2 if catalog.recipes()[name].has("rank") else None
             method = method_of(name, rank=rank, **given)
             rule = method.optimizer_rule
             if rule is not None and steps is not None:

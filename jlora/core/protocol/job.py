@@ -40,6 +40,10 @@ class Recipe:
     asks: tuple[str, ...] = ()
     batches: int = 1
 
+    def has(self, name: str) -> bool:
+        """Whether it takes a setting, of a recipe of the catalogue."""
+        return self.takes is not None and name in self.takes
+
 
 class Calibration(Protocol):
     """What a job lets a method find in its training data before the run (see `Method.found`)."""
