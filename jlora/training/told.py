@@ -26,7 +26,9 @@ def method_names() -> tuple[str, ...]:
 
 def method_help() -> str:
     """What `--method` may be."""
-    return f"{', '.join(names())} (full: every weight) or {PROBE} (the head alone); `jlora inspect --method NAME` tells more"
+    whole = ", ".join(names(lambda recipe: recipe.targets == "all"))
+    told = f"{', '.join(names())} ({whole}: every weight) or {PROBE} (the head alone)"
+    return f"{told}; `jlora inspect --method NAME` tells more"
 
 
 def rank_help() -> str:
