@@ -107,7 +107,8 @@ def _add(section: Any, field: dataclasses.Field) -> None:
         section.add_argument(name, action=action, **options)
     else:
         choices = metadata_of(field, "choices") or None
-        metavar = None if choices else field.name.upper()
+        # Many choices are told by the help text.
+        metavar = None if choices and len(choices) < 6 else field.name.upper()
         section.add_argument(name, type=_PARSERS[annotation], choices=choices, metavar=metavar, **options)
 
 
