@@ -23,10 +23,13 @@ import peft_table
 import verdicts_table
 
 from jlora.core.protocol import docstrings
-from jlora.training import settings
+from jlora.disk import catalog
+from jlora.training import told
 from jlora.training.cli import build_parser
+from jlora.training.defaults import resolve
 from jlora.training.folder import CONTENT
 from jlora.training.named import named
+from jlora.training.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,13 +124,18 @@ def _argument(action: argparse.Action) -> str:
 
 
 def job_methods() -> str:
-    """The values of `--method` that train adapters: what each does, and what it stands for."""
-    rows = ["| `--method` | what it does | with `--rank 8 --steps 2000` |", "|---|---|---|"]
-    for name in settings.ADAPTERS:
-        links = 4 if name in settings.CHAINS else None
-        method = named(settings.Settings(method=name, rank=8, alpha=16.0, steps=2000, links=links))
+    """The values of `--method` of the catalogue: what each does, and what it stands for."""
+    rows = [
+        "| `--method` | what it does | in a run of 2,000 steps, of any model but the shipped one |",
+        "|---|---|---|",
+    ]
+    recipes = catalog.recipes()
+    for name in told.names():
+        asked = {each: [0] for each in recipes[name].asks}
+        method = named(resolve(Settings(model="DIR", data="FILE", method=name, steps=2000, set=asked)))
         does = docstrings.first_sentence(type(method)).partition(": `")[0].rstrip(".")
-        rows.append(f"| `{name}` | {does} | `{method}` |")
+        needs = "".join(f", asks for `--set {each}=...`" for each in asked)
+        rows.append(f"| `{name}` | {does}{needs} | `{method}` |")
     return "\n".join(rows)
 
 

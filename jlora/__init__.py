@@ -5,7 +5,6 @@ from types import ModuleType as _ModuleType
 from jlora import losses as losses
 from jlora import mesh as mesh
 from jlora.analysis.explain import explain as explain
-from jlora.analysis.intrinsic import gelora_ranks as gelora_ranks
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
 from jlora.compose.plain import compact as compact
@@ -50,6 +49,7 @@ from jlora.interchange import load_peft as load_peft
 from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
 from jlora.methods.alora.rule import reallocate as reallocate
+from jlora.methods.gelora import gelora_ranks as gelora_ranks
 from jlora.models.torch_parameter import TorchParameter as TorchParameter
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history

@@ -16,9 +16,9 @@ import pytest
 import jlora
 from jlora import method_from_dict
 from jlora.disk import catalog
+from jlora.training import told
 from jlora.training.cli import build_parser
 from jlora.training.configuration import gather
-from jlora.training.settings import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,7 +126,7 @@ def test_the_pages_show_every_method_and_flag_where_they_are_read():
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
     assert all(f"`{name}`" in readme and f"| `{name}` |" in page for name in catalog.methods())
     command_line = (ROOT / "docs" / "command-line.md").read_text()
-    assert all(f"| `{name}` |" in command_line for name in ADAPTERS)
+    assert all(f"| `{name}` |" in command_line for name in told.names())
     assert "| `--rank RANK` |" in command_line
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -148,53 +148,6 @@ def intrinsic_dimensions(
             state.append(found)
         batch = next(data, None)
     return np.array([intrinsic_dimension(np.concatenate(state)[:count], trim) for state in states])
-
-
-def gelora_ranks(
-    dimensions: Sequence[float] | np.ndarray, budget: int | None = None, most: int | None = None
-) -> tuple[int, ...]:
-    """GeLoRA's rank of every layer, `max(round(d[l + 1] - d[l]), 0) + 1`, from `intrinsic_dimensions`.
-
-    Args:
-        dimensions: before every layer, and after the last.
-        budget: mean rank of a layer. The ranks are then spread in proportion to the paper's, each at least 1, with exactly
-            `budget * layers` in all, by the largest remainder (of equal ones the first). This is jlora's addition, to compare
-            methods at equal sizes.
-        most: the largest rank of a layer, such as the smaller side of the smallest matrix.
-
-    Raises:
-        ValueError: for fewer than two dimensions, or a budget below 1 or above `most`.
-
-    Example:
-        >>> jlora.gelora_ranks([3.0, 5.2, 4.0, 7.1], budget=4)
-        (5, 1, 6)
-    """
-    dimensions = np.asarray(dimensions, np.float64)
-    if dimensions.ndim != 1 or len(dimensions) < 2 or not np.isfinite(dimensions).all():
-        raise ValueError(f"gelora_ranks needs the dimensions before and after every layer, got {dimensions!r}")
-    own = [max(round(step), 0) + 1 for step in np.diff(dimensions).tolist()]
-    bound = sum(own) * (budget or 1) if most is None else most
-    if budget is None:
-        return tuple(min(rank, bound) for rank in own)
-    if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= bound:
-        raise ValueError(
-            f"budget, the mean rank of a layer, must be a whole number from 1 to {most or 'any'}, got {budget!r}"
-        )
-    return tuple(_spread(own, budget * len(own), bound))
-
-
-def _spread(own: list[int], total: int, most: int) -> list[int]:
-    """Whole numbers from 1 to `most` with an exact total, in proportion to `own` by the largest remainder."""
-    # A layer's share is `total * rank / whole`. All is compared in whole numbers, times `whole`, so that ties are exact.
-    whole = sum(own)
-    ranks = [min(max(total * rank // whole, 1), most) for rank in own]
-    while sum(ranks) != total:
-        rest = [total * rank - given * whole for rank, given in zip(own, ranks)]
-        if sum(ranks) < total:
-            ranks[max((n for n in range(len(own)) if ranks[n] < most), key=lambda n: rest[n])] += 1
-        else:
-            ranks[min((n for n in range(len(own)) if ranks[n] > 1), key=lambda n: rest[n])] -= 1
-    return ranks
 
 
 def _pooling(pooling: str | Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import jlora.methods
+from jlora.core.protocol.job import Recipe, hyperparameters
 from jlora.core.protocol.method import Method
+from jlora.core.protocol.wrapping import parts
 
 #: The families that a method may state as its `family`, in the order of the pages, with what their methods do.
 FAMILIES = {
@@ -39,3 +44,31 @@ def family(method: type[Method]) -> str:
             f"got {stated!r}"
         )
     return stated
+
+
+def recipes() -> dict[str, Recipe]:
+    """What `jlora finetune --method` takes, by name: the recipes of all methods.
+
+    Raises:
+        ValueError: for a name that two methods have.
+    """
+    return dict(_recipes(tuple(methods().values())))
+
+
+@functools.lru_cache(maxsize=4)
+def _recipes(classes: tuple[type[Method], ...]) -> dict[str, Recipe]:
+    found: dict[str, Recipe] = {}
+    for cls in classes:
+        own = cls.recipes()
+        if twice := set(own) & set(found):
+            raise ValueError(f"the training job's name {min(twice)!r} is that of {cls.__name__} and of another method")
+        found |= own
+    return {name: replace(found[name], takes=_takes(found[name])) for name in sorted(found)}
+
+
+def _takes(recipe: Recipe) -> frozenset[str]:
+    """The settings that what a recipe makes has as fields, outside or inside, where it does not say."""
+    if recipe.takes is not None:
+        return recipe.takes
+    has = {name for part in parts(recipe.make(recipe.rank or 8, None)) for name in hyperparameters(type(part))}
+    return frozenset(has & {"rank", "alpha", "dropout", "links"})

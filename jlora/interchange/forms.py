@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,11 +9,10 @@ import jax
 import numpy as np
 
 from jlora.compose import plain
-from jlora.core.protocol.method import Method, Site
+from jlora.core.protocol.method import Site, states_peft
 from jlora.core.tree import placement
 from jlora.core.walk.weight import Weight
 from jlora.interchange.names import Slot
-from jlora.methods import AdaLoRA, DoRA, Full, LoRA, RMLoRA, Rows, SHiRA, VeRA
 
 
 @dataclass(frozen=True)
@@ -61,79 +59,18 @@ def native(weight: Weight) -> Form | None:
     """
     site = weight.site
     assert site is not None
-    form = NATIVE.get(type(site.method))
-    if form is None:
+    if not states_peft(site.method):
         return None
-    arrays = {"params": _numpy(weight.params), "frozen": _numpy(weight.frozen), "shared": _numpy(weight.shared)}
-    return form(site, site.method, arrays)
+    found = site.method.peft(*(_numpy(tree) for tree in (weight.params, weight.frozen, weight.shared)))
+    if found is None:
+        return None
+    held = {name: found.fields.get(name, (name,)) for name in found.arrays}
+    told: Any = {name: getattr(found, name) for name in ("alpha", "rslora", "dropout", "shared")}
+    return Form(site, found.kind, found.arrays, held, **told)
 
 
 def _numpy(tree: Any) -> Any:
     return jax.tree.map(np.asarray, placement.complete(tree) if jax.process_count() > 1 else tree)
-
-
-def _lora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    """LoRA; where it starts from a part of the weight, `[a | a0] @ [b; -b0]` of twice the rank."""
-    a, b = arrays["params"]["a"], arrays["params"]["b"]
-    fields, alpha = {"a": ("a",), "b": ("b",)}, method.alpha
-    if method.from_weight:
-        a = np.concatenate([a, arrays["frozen"]["a0"]], axis=-1)
-        b = np.concatenate([b, -arrays["frozen"]["b0"]], axis=-2)
-        fields = {"a": ("a", "a0"), "b": ("b", "b0")}
-        alpha = alpha * (2**0.5 if method.scaling == "rslora" else 2)
-    return Form(site, "lora", {"a": a, "b": b}, fields, alpha, method.scaling == "rslora", method.dropout)
-
-
-def _dora(site: Site, method: Any, arrays: dict[str, Any]) -> Form | None:
-    if not plain.is_lora(method.inner):
-        return None
-    inner = _lora(site, method.inner, arrays)
-    return Form(
-        site,
-        "lora",
-        {**inner.arrays, "m": arrays["params"]["m"]},
-        {**inner.fields, "m": ("m",)},
-        inner.alpha,
-        inner.rslora,
-        inner.dropout,
-    )
-
-
-def _whole(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    return Form(site, "whole", {"w": arrays["params"]["w"]}, {"w": ("w",)})
-
-
-def _adalora(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    held = {name: arrays["params"][name] for name in ("a", "e", "b")}
-    return Form(site, "adalora", held, {name: (name,) for name in held}, method.alpha, dropout=method.dropout)
-
-
-def _vera(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    held = {name: arrays["params"][name] for name in ("d", "b")}
-    return Form(site, "vera", held, {n: (n,) for n in held}, dropout=method.dropout, shared=arrays["shared"])
-
-
-def _shira(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    values = arrays["params"]["values"]
-    values = values if method.scale == 1 else values * values.dtype.type(method.scale)
-    held = {"values": values, "index": arrays["frozen"]["index"]}
-    return Form(site, "shira", held, {name: (name,) for name in held})
-
-
-def _rows(site: Site, method: Any, arrays: dict[str, Any]) -> Form:
-    return Form(site, "rows", {"rows": arrays["params"]["rows"]}, {"rows": ("rows",)})
-
-
-NATIVE: dict[type[Method], Callable[[Site, Any, dict[str, Any]], Form | None]] = {
-    LoRA: _lora,
-    RMLoRA: _lora,
-    DoRA: _dora,
-    Full: _whole,
-    AdaLoRA: _adalora,
-    VeRA: _vera,
-    SHiRA: _shira,
-    Rows: _rows,
-}
 
 
 def as_lora(weight: Weight) -> Form | None:

@@ -12,6 +12,7 @@ import numpy as np
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
@@ -107,6 +108,11 @@ class Chain(Around):
                 f"Chain's ranks {ranks!r} must be within the rank of an inner method whose factors have that many columns, "
                 f"one of them zero at the start (no PiSSA, OLoRA or orthogonal start); got {self.inner}"
             )
+
+    @classmethod
+    def recipes(cls) -> dict[str, Recipe]:
+        """COLA, and ReLoRA, whose paper prunes 99 of 100 moments by magnitude; the other chains clear them."""
+        return {**chained("cola", LoRA), **chained("relora", LoRA, prune=0.99, by="magnitude")}
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -205,6 +211,17 @@ class Chain(Around):
         finished = jnp.arange(room) < self._finished_ranks(link, rank)
         gates = jnp.concatenate([self._used(link, rank), finished])
         return PlainLoRA(found.a, gates.astype(found.a.dtype), found.b, dropout=found.dropout)
+
+
+def chained(
+    name: str, inner: type[Method], rank: int | None = None, links: int = 4, **pruning: Any
+) -> dict[str, Recipe]:
+    """A recipe of the training job that trains links of equal shares of the run, on a base that stays as it is."""
+
+    def make(rank: int, steps: int | None, links: int = links, **options: Any) -> Chain:
+        return Chain(inner.job(rank, steps, **options), links, steps, **pruning)
+
+    return {name: replace(inner.recipe, make=make, rank=rank, links=links)}
 
 
 Chain.CASES = (

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.products.update import Update
-from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.method import Method, Site, Start, View, states_peft
+from jlora.core.protocol.peft import Peft
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
@@ -84,6 +85,13 @@ class DoRA(Around):
             return None
         norms = jax.lax.stop_gradient(inner).norms(jax.lax.stop_gradient(view.w))
         return inner.scaled(_ratio(view.params["m"], norms))
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:
+        """PEFT's `use_dora`, around what is PEFT's LoRA."""
+        inner = self.inner.peft(params, frozen, shared) if states_peft(self.inner) else None
+        if inner is None or inner.kind != "lora":
+            return None
+        return replace(inner, arrays={**inner.arrays, "m": params["m"]})
 
     def labels(self, site: Site) -> dict[str, str]:
         """The magnitude learns as B does and never decays, since decay would shrink the base."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View, default_label
+from jlora.core.protocol.peft import Peft
 from jlora.methods.lora import trained_dtype
 
 
@@ -27,6 +29,8 @@ class Full(Method):
     family: ClassVar[str] = "Trained leaves and rows"
     matrix: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    # A tenth of the adapters': what is moved is the pretrained weights themselves.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-5, targets="all")
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -39,6 +43,10 @@ class Full(Method):
 
     def weight(self, view: View) -> jax.Array:
         return view.params["w"]
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """A trained module or bias of PEFT's."""
+        return Peft("whole", {"w": params["w"]})
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s group of an array that is no factor, which depends on its number of axes."""

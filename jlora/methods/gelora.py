@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from jlora.core.protocol.gated import Gated, ranked
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Calibration, Recipe
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
@@ -55,6 +57,9 @@ class GeLoRA(Gated):
 
     family: ClassVar[str] = "Rank allocation"
 
+    recipe: ClassVar[Recipe] = Recipe(takes=frozenset({"rank", "alpha", "dropout"}), rank_means="mean rank")
+    measured: ClassVar[str] = "ranks"
+
     def __post_init__(self) -> None:
         given = () if self.ranks is None else self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
         if (given == () and self.ranks is not None) or any(type(rank) is not int or rank < 1 for rank in given):
@@ -62,6 +67,16 @@ class GeLoRA(Gated):
                 f"GeLoRA's ranks must be a positive whole number, or a tuple of one a layer, got {self.ranks!r}"
             )
         check_hyperparameters(self)
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> GeLoRA:
+        """The mean rank everywhere, until `found`."""
+        return cls(rank, **options)
+
+    def found(self, data: Calibration) -> GeLoRA:
+        """With the ranks that the dimensions of hidden states ask for."""
+        most = min(min(site.in_size, site.out_size) for site in data.sites)
+        return replace(self, ranks=gelora_ranks(data.dimensions(), data.budget, most))
 
     @property
     def scale(self) -> float:
@@ -97,6 +112,53 @@ class GeLoRA(Gated):
                 f"GeLoRA has ranks for {len(ranks)} layers, but {sites[0].path} and the like are in {count}"
             )
         return ranked(starts, sites, [np.asarray(ranks)[layer] for layer in layers], np.ones_like)
+
+
+def gelora_ranks(
+    dimensions: Sequence[float] | np.ndarray, budget: int | None = None, most: int | None = None
+) -> tuple[int, ...]:
+    """GeLoRA's rank of every layer, `max(round(d[l + 1] - d[l]), 0) + 1`, from `intrinsic_dimensions`.
+
+    Args:
+        dimensions: before every layer, and after the last.
+        budget: mean rank of a layer. The ranks are then spread in proportion to the paper's, each at least 1, with exactly
+            `budget * layers` in all, by the largest remainder (of equal ones the first). This is jlora's addition, to compare
+            methods at equal sizes.
+        most: the largest rank of a layer, such as the smaller side of the smallest matrix.
+
+    Raises:
+        ValueError: for fewer than two dimensions, or a budget below 1 or above `most`.
+
+    Example:
+        >>> jlora.gelora_ranks([3.0, 5.2, 4.0, 7.1], budget=4)
+        (5, 1, 6)
+    """
+    dimensions = np.asarray(dimensions, np.float64)
+    if dimensions.ndim != 1 or len(dimensions) < 2 or not np.isfinite(dimensions).all():
+        raise ValueError(f"gelora_ranks needs the dimensions before and after every layer, got {dimensions!r}")
+    own = [max(round(step), 0) + 1 for step in np.diff(dimensions).tolist()]
+    bound = sum(own) * (budget or 1) if most is None else most
+    if budget is None:
+        return tuple(min(rank, bound) for rank in own)
+    if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= bound:
+        raise ValueError(
+            f"budget, the mean rank of a layer, must be a whole number from 1 to {most or 'any'}, got {budget!r}"
+        )
+    return tuple(_spread(own, budget * len(own), bound))
+
+
+def _spread(own: list[int], total: int, most: int) -> list[int]:
+    """Whole numbers from 1 to `most` with an exact total, in proportion to `own` by the largest remainder."""
+    # In whole numbers: `total * rank / whole` is a layer's share, and what is left of it its remainder.
+    whole = sum(own)
+    ranks = [min(max(total * rank // whole, 1), most) for rank in own]
+    while sum(ranks) != total:
+        rest = [total * rank - given * whole for rank, given in zip(own, ranks)]
+        if sum(ranks) < total:
+            ranks[max((n for n in range(len(own)) if ranks[n] < most), key=lambda n: rest[n])] += 1
+        else:
+            ranks[min((n for n in range(len(own)) if ranks[n] > 1), key=lambda n: rest[n])] -= 1
+    return ranks
 
 
 GeLoRA.CASES = (GeLoRA(ranks=4), GeLoRA(ranks=2, alpha=3, dropout=0.25))

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import Peft
 
 SCALINGS = ("standard", "rslora")
 INITS = ("default", "kaiming", "gaussian", "orthonormal", "orthogonal", "embedding", "random", "olora", "pissa")
@@ -164,6 +166,14 @@ class LoRA(Method):
             a0, b0 = view.frozen["a0"], view.frozen["b0"]
             a, b = jnp.concatenate([a - a0, a0], axis=1), jnp.concatenate([b, b - b0])
         return Factors(a, self.scale * b, dropout=self.dropout)
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """PEFT's LoRA; where it starts from a part of the weight, `[a | a0] @ [b; -b0]` of twice the rank."""
+        a, b, fields, alpha, root = params["a"], params["b"], {}, self.alpha, self.scaling == "rslora"
+        if self.from_weight:
+            a, b = np.concatenate([a, frozen["a0"]], axis=-1), np.concatenate([b, -frozen["b0"]], axis=-2)
+            fields, alpha = {"a": ("a", "a0"), "b": ("b", "b0")}, alpha * (2**0.5 if root else 2)
+        return Peft("lora", {"a": a, "b": b}, fields, alpha, root, self.dropout)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; with the start of an embedding both factors are in "embedding"."""

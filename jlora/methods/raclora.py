@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.methods.chain import chained
 from jlora.methods.lora import LoRA, trained_dtype
 
 DRAWS = ("gaussian", "orthonormal")
@@ -59,6 +61,11 @@ class RACLoRA(Method):
     def __post_init__(self) -> None:
         sides = one_of(("in", "out"), '"in" (a is random) or "out" (b is)')
         check_hyperparameters(self, ("rank",), {"frozen": sides, "draw": one_of(DRAWS)}, RACLoRA)
+
+    @classmethod
+    def recipes(cls) -> dict[str, Recipe]:
+        """In a chain, for which it is meant."""
+        return chained("raclora", cls)
 
     @property
     def scale(self) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import Peft
 from jlora.methods.lora import trained_dtype
 
 
@@ -38,6 +40,7 @@ class Rows(Method):
     family: ClassVar[str] = "Trained leaves and rows"
     local: ClassVar[frozenset[str]] = frozenset({"out"})
     restarts: ClassVar[bool] = False
+    recipe: ClassVar[Recipe] = Recipe(targets="embedding", asks=("indices",))
 
     def __post_init__(self) -> None:
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.indices)
@@ -69,6 +72,10 @@ class Rows(Method):
             jnp.zeros((view.w.shape[0], len(self.indices)), rows.dtype).at[at, jnp.arange(len(self.indices))].set(1)
         )
         return Factors(places, rows - view.w[at].astype(rows.dtype))
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """PEFT's trainable tokens."""
+        return Peft("rows", {"rows": params["rows"]})
 
 
 Rows.CASES = (Rows((0, 3)),)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.hyperparameters import ABOVE_ZERO_TO_ONE, NOT_ZERO, check_hyperparameters, integer, one_of
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Sparse, Start, View
+from jlora.core.protocol.peft import Peft
 from jlora.methods.lora import trained_dtype
 
 #: For each kind of mask what it needs from `jlora.prepare`.
@@ -68,6 +70,11 @@ class SHiRA(Method):
     lines: str = "rows"
 
     family: ClassVar[str] = "Sparse updates"
+
+    # At LoRA's rate: experiments/shira found both best within 1e-3 to 1e-2. Masks by gradients want the mean of a few batches.
+    recipe: ClassVar[Recipe] = Recipe(
+        rank=0, rank_means="that of a LoRA with as many values, instead of a density", batches=8
+    )
 
     def __post_init__(self) -> None:
         bounds = {"mask": one_of(MASKS), "density": ABOVE_ZERO_TO_ONE, "scale": NOT_ZERO}
@@ -137,6 +144,12 @@ class SHiRA(Method):
     def sparse(self, view: View) -> Sparse:
         """The entries; the scale is put into the values."""
         return Sparse(view.frozen["index"], self.scale * view.params["values"])
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """PEFT's SHiRA, with the scale in the values."""
+        values = params["values"]
+        values = values if self.scale == 1 else values * values.dtype.type(self.scale)
+        return Peft("shira", {"values": values, "index": frozen["index"]})
 
     def labels(self, site: Site) -> dict[str, str]:
         """No decay: it would pull the weight back to the base."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, integer
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import Peft
 from jlora.methods.lora import trained_dtype
 
 
@@ -51,6 +53,9 @@ class VeRA(Method):
     dropout: float = 0.0
 
     family: ClassVar[str] = "Shared random projections"
+
+    # Two vectors learn slowly: ten times LoRA's rate, about what the paper's tables have; no run here chose it.
+    recipe: ClassVar[Recipe] = Recipe(rank=256, learning_rate=5e-3)
 
     def __post_init__(self) -> None:
         d_initial = (NOT_ZERO[0], "finite and not zero")
@@ -99,6 +104,10 @@ class VeRA(Method):
         a, b = _slices(view)
         d, scale = view.params["d"], view.params["b"]
         return Factors(a, d[:, None] * b * scale, dropout=self.dropout)
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """PEFT's VeRA, with its projections."""
+        return Peft("vera", {name: params[name] for name in ("d", "b")}, dropout=self.dropout, shared=shared)
 
 
 def _slices(view: View) -> tuple[jax.Array, jax.Array]:

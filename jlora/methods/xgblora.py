@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, number, one_of
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.methods.chain import chained
 from jlora.methods.lora import LoRA
 
 
@@ -61,6 +63,11 @@ class XGBLoRA(Method):
             "a number of layers (1, 2, ..) or a share (above 0.0, up to 1.0)",
         )
         check_hyperparameters(self, ("rank",), {"init": init, "layers": layers}, XGBLoRA)
+
+    @classmethod
+    def recipes(cls) -> dict[str, Recipe]:
+        """In a chain: boosting has many weak links, where the others have a few long ones."""
+        return chained("xgblora", cls, rank=1, links=8)
 
     @property
     def _plain(self) -> LoRA:

@@ -254,9 +254,14 @@ class LinkEnds:
     prune: float
     by: str
 
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """The steps after which the training job's learning rate rises anew: equal shares of the run."""
+        return tuple(link_ends(self.links, self.steps))
+
     def due(self, step: int) -> bool:
-        """Whether a link other than the last ends after this many steps."""
-        return step in link_ends(self.links, self.steps)
+        """At equal shares of the run."""
+        return step in self.restarts
 
     def happen(self, context: EventContext) -> tuple[Adapted, Any]:
         """Restarts the leaves that share the event."""

@@ -19,8 +19,10 @@ from jlora.training.versions import installed
 _EXAMPLES = """examples:
   jlora finetune                                    the shipped model on Python's documentation
   jlora finetune --model DIR --data chat.jsonl --rank 16 --epochs 2 --out run
+  jlora finetune --method adalora --set target=4 --set orthogonality=0.1
   jlora finetune --model DIR --data train.tsv --task classify --text-column sentence --validation dev.tsv
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
+  jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
@@ -45,7 +47,7 @@ def build_parser() -> Parser:
     add_flags(finetune, everything)
     _add_processes(finetune.add_argument_group("several processes, one command for each"))
     inspect = commands.add_parser("inspect", help="show what would be adapted, without training")
-    add_flags(inspect, ("model", "data", "method"))
+    add_flags(inspect, ("model", "data", "method"), also=("steps",))
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))

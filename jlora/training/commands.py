@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from jlora.training.errors import SettingError
 from jlora.training.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.flags import given
 from jlora.training.folder import check_new
+from jlora.training.inspected import settings_table
 from jlora.training.job import SETTINGS, finetune, read_settings
+from jlora.training.prepared import adapted_shapes
 from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.selection import make_spec, trace_sites
@@ -32,15 +36,23 @@ def _finetune(arguments: argparse.Namespace) -> str | None:
     processes.join(arguments.distributed, arguments.coordinator, arguments.processes, arguments.process)
     settings = asked.settings(_stored(asked))
     try:
-        return finetune(settings).complaint
-    except SettingError as error:
-        raise error.renamed(asked.names.get(error.setting, "--" + error.setting.replace("_", "-"))) from error
+        with _as_written(asked):
+            return finetune(settings).complaint
     except Stopped:
         raise
     except KeyboardInterrupt as error:
         if (Path(settings.out) / SETTINGS).exists():
             raise Stopped(settings.out, None) from error
         raise
+
+
+@contextlib.contextmanager
+def _as_written(asked: Given) -> Iterator[None]:
+    """Errors about settings have the names that the user wrote."""
+    try:
+        yield
+    except SettingError as error:
+        raise error.renamed(asked.names.get(error.setting, "--" + error.setting.replace("_", "-"))) from error
 
 
 def _stored(asked: Given) -> dict[str, Any]:
@@ -55,7 +67,12 @@ def _stored(asked: Given) -> dict[str, Any]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     asked = given(arguments)
-    settings = resolve(asked.settings())
+    with _as_written(asked):
+        print(_inspected(resolve(asked.settings())))
+
+
+def _inspected(settings: Settings) -> str:
+    """How the model reads its weights, what would be trained, what the methods are, and what can be set."""
     codec, config = open_codec(settings)
     labels = ["0", "1"]
     if settings.task == "classify" and settings.data is not None:
@@ -65,9 +82,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
     subject = abstract_subject(settings, codec, config, labels)
     sites = trace_sites(subject, settings)
     spec = make_spec(subject, settings)
-    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), subject.params)
-    print(f"model {subject.directory}\n\nhow the model reads its weights:\n{sites}\n")
-    print(f"what would be trained:\n{jlora.summary(adapted)}\n\nwhat the methods are:\n{jlora.explain(adapted)}")
+    adapted = adapted_shapes(subject.params, spec, sites)
+    parts = {
+        "how the model reads its weights": sites,
+        "what would be trained": jlora.summary(adapted),
+        "what the methods are": jlora.explain(adapted),
+        "what --set can change": settings_table(settings),
+    }
+    told = [f"{title}:\n{text}" for title, text in parts.items() if str(text)]
+    return "\n\n".join([f"model {subject.directory}", *told])
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -42,13 +42,15 @@ def gather(flags: Mapping[str, Any], config: str | Path | None = None) -> Given:
     Args:
         flags: setting to value, for the flags that were given.
         config: path of a TOML file, whose keys are settings (dashes may stand for underscores), with a `[spec]` table
-            of regex to method table such as `{method = "LoRA", rank = 8}`.
+            of regex to method table such as `{method = "LoRA", rank = 8}`, or a `[set]` table of hyperparameters.
     """
     values, names = {}, {}
     if config is not None:
         for key, value in read_toml(config).items():
             values[key], names[key] = value, f"{key} in {config}"
     for key, value in flags.items():
+        if key == "set" and isinstance(values.get(key), dict):
+            value = {**values[key], **value}  # hyperparameter by hyperparameter
         values[key], names[key] = value, "--" + key.replace("_", "-")
     return Given(values, names)
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+from jlora.core.protocol.job import Recipe
 from jlora.training.errors import SettingError
-from jlora.training.settings import ADAPTERS, CHAINS, Settings
+from jlora.training.hyperparameters import checked
+from jlora.training.named import chosen, named, recipe_of
+from jlora.training.settings import Settings, trains_adapters
 
 # Measured with 150 steps of 16 x 128 tokens: validation loss 6.12 before; after, with rank 16, 2.67 at a learning rate of 3e-3,
 # 2.51 at 1e-2, 2.63 at 2e-2; with rank 32, 2.49 at 1e-2. Rows of 256 tokens cost 1.8 times as much a token, in attention.
 _SHIPPED_MODEL = {"rank": 16, "learning_rate": 1e-2}
 _DEFAULT_JOB = {"steps": 250, "batch": 16, "max_length": 128, "prompt": "If the function is called"}
-# The probe's: on 2,500 rows of SST-2 by MiniLM accuracy was 0.72 at 5e-4, 0.78 from 2e-3 to 1e-2, 0.76 at 3e-2.
-# Those of AdaLoRA, ElaLoRA, SoRA and RM-LoRA are from the middle of their papers' scripts, 5e-4 to 1.2e-3; no run here chose
-# them. All other adapters learn at LoRA's.
-_LEARNING_RATE = {
-    **dict.fromkeys(ADAPTERS, 5e-4),
-    **dict.fromkeys(("adalora", "elalora", "sora", "rmlora"), 1e-3),
-    "full": 5e-5,
-    "probe": 5e-3,
-}
-# ReLoRA and COLA have a few long links; boosting has many weak ones.
-_LINKS = {"xgblora": 8}
+# On 2,500 rows of SST-2 by MiniLM accuracy was 0.72 at 5e-4, 0.78 from 2e-3 to 1e-2, 0.76 at 3e-2.
+_RATE_OF_PROBE = 5e-3
 # Steps between two validations or checkpoints at least, where the user doesn't say: each costs as much as some steps.
 _INTERVAL = 10
 _TASK = {
@@ -33,30 +28,44 @@ _TASK = {
 
 def resolve(settings: Settings) -> Settings:
     """The settings with everything chosen that does not depend on the amount of data."""
-    values = dict(_TASK[settings.task])
-    values["learning_rate"] = _LEARNING_RATE[settings.method]
+    values, recipe = dict(_TASK[settings.task]), recipe_of(settings)
+    values["learning_rate"] = _RATE_OF_PROBE if recipe is None else recipe.learning_rate
     if settings.validation is None:
         values["validation_fraction"] = 0.1
-    if settings.method in ADAPTERS and not settings.spec:
-        values |= {"rank": 8, "dropout": 0.0, "targets": "all-linear"}
-    if settings.model is None and settings.method in ADAPTERS:
-        # A model this small wants larger steps and a larger rank than the usual ones.
-        values |= {name: value for name, value in _SHIPPED_MODEL.items() if name in values}
-    if settings.method in CHAINS and not settings.spec:
-        values["links"] = min(_LINKS.get(settings.method, 4), settings.steps or math.inf)
-    if settings.method == "xgblora" and not settings.spec:
-        values["rank"] = 1
+    if recipe is not None and not settings.spec:
+        values |= _of_method(recipe, settings)
+    if settings.model is None and trains_adapters(settings):
+        # A model this small wants larger steps than the usual ones.
+        values["learning_rate"] = _SHIPPED_MODEL["learning_rate"]
     if settings.model is None and settings.data is None:
         values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):
         values.pop("epochs", None)
     elif settings.epochs is not None:
         values.pop("steps", None)
-    chosen = {name: value for name, value in values.items() if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, **chosen)
-    if settings.rank is not None and settings.alpha is None:
+    left_open = {name: value for name, value in values.items() if getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, **left_open)
+    if recipe is None or settings.spec:
+        return settings
+    if settings.alpha is None and settings.rank is not None and recipe.has("alpha"):
         settings = dataclasses.replace(settings, alpha=2.0 * settings.rank)
+    # As the types that they have, so that settings from a flag and from a file are the same.
+    settings = dataclasses.replace(settings, set=checked(chosen(settings), settings.set))
+    named(settings)  # refuses hyperparameters that can't be, before model and data are read
     return settings
+
+
+def _of_method(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """What a method's recipe leaves to the job, or says itself."""
+    values: dict[str, Any] = {} if recipe.targets == "all" else {"targets": recipe.targets}
+    if recipe.has("rank") and recipe.rank != 0:
+        usual = 8 if settings.model is not None else _SHIPPED_MODEL["rank"]
+        values["rank"] = recipe.rank or usual
+    if recipe.has("dropout"):
+        values["dropout"] = 0.0
+    if recipe.has("links"):
+        values["links"] = min(recipe.links, settings.steps or recipe.links)
+    return values
 
 
 def usual_rate(settings: Settings) -> float:

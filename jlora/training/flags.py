@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jlora.training.configuration import Given, gather
 from jlora.training.errors import nearest
-from jlora.training.settings import Settings
+from jlora.training.settings import Settings, metadata_of
 
 _NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -33,6 +33,22 @@ def number(kind: type, holds: Callable[[Any], bool] | None = None, wanted: str =
         return value
 
     return parse
+
+
+class _Pairs(argparse.Action):
+    """Gathers the values of a flag that is given several times, `NAME=VALUE` each."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name, equals, value = values.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise argparse.ArgumentError(self, f"must be NAME=VALUE, such as target=4, got {values!r}")
+        found = getattr(namespace, self.dest, None) or {}
+        if name in found:
+            raise argparse.ArgumentError(self, f"{name} is given twice: {found[name]!r} and {value!r}")
+        setattr(namespace, self.dest, {**found, name: value})
 
 
 _PARSERS = {"str": str, "int": number(int), "float": number(float)}
@@ -69,27 +85,30 @@ def _initials(word: str, flags: Sequence[str]) -> str | None:
     return initials.get(word.lstrip("-")) if len(word.lstrip("-")) > 1 else None
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
-    """Add the flags of some groups of settings, and `--config`."""
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], also: tuple[str, ...] = ()) -> None:
+    """Add the flags of some groups of settings, some others of another group, and `--config`."""
     sections = {group: parser.add_argument_group(group) for group in groups}
     for field in dataclasses.fields(Settings):
         group = field.metadata["group"]
-        if group in groups and field.name not in without and field.name != "spec":
-            _add(sections[group], field)
+        if (group in groups or field.name in also) and field.name != "spec":
+            _add(sections.get(group, parser), field)
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, and a [spec] table of regex to method")
 
 
 def _add(section: Any, field: dataclasses.Field) -> None:
     name, annotation = "--" + field.name.replace("_", "-"), str(field.type).removesuffix(" | None")
     default = field.default
-    shown = "" if default is None or annotation == "bool" else f" ({default})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"] + shown}
-    if annotation == "bool":
+    shown = "" if default in (None, dataclasses.MISSING) or annotation == "bool" else f" ({default})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": metadata_of(field, "help") + shown}
+    if annotation == "dict[str, Any]":
+        section.add_argument(name, action=_Pairs, metavar="NAME=VALUE", **options)
+    elif annotation == "bool":
         action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
         section.add_argument(name, action=action, **options)
     else:
-        choices = field.metadata["choices"] or None
-        metavar = None if choices else field.name.upper()
+        choices = metadata_of(field, "choices") or None
+        # Many choices are told by the help text.
+        metavar = None if choices and len(choices) < 6 else field.name.upper()
         section.add_argument(name, type=_PARSERS[annotation], choices=choices, metavar=metavar, **options)
 
 

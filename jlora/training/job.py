@@ -24,7 +24,7 @@ from jlora.training.data import Data, load_data
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import CheckpointError, DivergenceError, SettingError
 from jlora.training.files import is_full_disk, write_json
-from jlora.training.measured import ranks_of
+from jlora.training.measured import measured_of
 from jlora.training.metrics import Metrics
 from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base, row_parts
 from jlora.training.report import REPORT, write_report
@@ -101,10 +101,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = subject.with_head(data.labels) if data.labels else subject
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
-    adapted = place_adapters(adapt(subject, settings, data, mesh, stored.get("ranks", {})), mesh)
+    adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
     with processes.claim(settings.out, settings.resume) as out:
         about = _about(asked, settings, subject, data, fingerprint)
-        about |= {"ranks": ranks_of(adapted), "started": started, "notes": notes}
+        about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
         try:
             _begin(out, about, settings)
             if data.template is not None:
@@ -178,14 +178,21 @@ def _resumable(out: str) -> dict[str, Any]:
     return stored
 
 
+def _measured(stored: dict[str, Any]) -> dict[str, Any]:
+    """What was measured when a run began; at first there were only ranks."""
+    return stored.get("measured", stored.get("ranks", {}))
+
+
 def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
     """Write settings.json, or check a resumed run against it."""
     if not settings.resume:
         write_json(out / SETTINGS, about)
         return
     stored = read_settings(out)
+    # A run of an earlier release has no value for what came later.
+    old_settings = dataclasses.asdict(Settings(**stored["settings"]))
     for field in dataclasses.fields(Settings):
-        new, old = about["settings"][field.name], stored["settings"].get(field.name)
+        new, old = about["settings"][field.name], old_settings[field.name]
         if new != old and not field.metadata["resumable"]:
             raise SettingError(
                 field.name, f"is {new!r}, but the run in {out} was started with {old!r}, which must stay"

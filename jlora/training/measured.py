@@ -1,8 +1,9 @@
-"""Ranks that are measured before the run: GeLoRA's, from the training data."""
+"""Hyperparameters that are measured on the training data before the run, such as GeLoRA's ranks."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,48 +23,68 @@ from jlora.training.subject import Subject
 _ROWS = 512
 
 
-def with_ranks(
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a method may ask of the training data (`jlora.core.protocol.job.Calibration`).
+
+    A row's point is the mean over its tokens, without padding.
+    """
+
+    budget: int | None
+    sites: tuple[jlora.Site, ...]
+    look: Any
+
+    def dimensions(self) -> Sequence[float]:
+        return self.look()
+
+
+def with_measured(
     spec: dict[Any, Any],
     subject: Subject,
     settings: Settings,
     sites: jlora.Sites,
     data: Data,
     mesh: Mesh,
-    known: dict[str, list[int]],
+    known: dict[str, Any],
 ) -> dict[Any, Any]:
-    """The spec with GeLoRA's ranks found: of `--method gelora` with the mean rank of `--rank`, of a table the paper's.
+    """The spec with the hyperparameters found that methods take from data, where the user does not give them.
 
-    A row's point is the mean over its tokens, without padding. A resumed run has the ranks that it began with (`known`,
-    from `ranks_of`): measured again, on another machine or mesh, they might come out otherwise.
+    That of `--method` may keep to `--rank`; one of a table is free. A resumed run has those that it began with (`known`, from
+    `measured_of`): measured again, on another machine or mesh, they might come out otherwise.
     """
-    budget = settings.rank if settings.method == "gelora" and not settings.spec else None
-    waiting = [method for method in spec.values() if isinstance(innermost(method), jlora.GeLoRA)]
-    if budget is None:
-        waiting = [method for method in waiting if innermost(method).ranks is None]
-    for method in dict.fromkeys(waiting):
+    for method in dict.fromkeys(each for each in spec.values() if each is not None and _is_open(each, settings)):
         own = {pattern: each if each == method else None for pattern, each in spec.items()}
-        watched = jlora.watch(subject.params, own, sites)
-        path = watched.plan.sites[0].path
+        inner, watched = innermost(method), jlora.watch(subject.params, own, sites).plan.sites
+        path = watched[0].path
         if path in known:
-            ranks = tuple(known[path])
+            value = known[path]
+            inner = dataclasses.replace(inner, **{inner.measured: tuple(value) if isinstance(value, list) else value})
         else:
-            batches = _batches(data, settings, mesh)
-            found = jlora.intrinsic_dimensions(
-                subject.forward, subject.params, own, batches, sites, pooling=_mean_of_tokens, count=_ROWS
-            )
-            most = min(min(site.in_size, site.out_size) for site in watched.plan.sites)
-            ranks = jlora.gelora_ranks(found, budget, most)
-        spec = {
-            pattern: with_innermost(each, dataclasses.replace(innermost(each), ranks=ranks)) if each == method else each
-            for pattern, each in spec.items()
-        }
+
+            def look(own: Any = own) -> Sequence[float]:
+                batches = _batches(data, settings, mesh)
+                options: Any = {"pooling": _mean_of_tokens, "count": _ROWS}
+                found = jlora.intrinsic_dimensions(subject.forward, subject.params, own, batches, sites, **options)
+                return found.tolist()
+
+            inner = inner.found(_Found(None if settings.spec else settings.rank, watched, look))
+        new = with_innermost(method, inner)
+        spec = {pattern: new if each == method else each for pattern, each in spec.items()}
     return spec
 
 
-def ranks_of(adapted: jlora.Adapted) -> dict[str, list[int]]:
-    """GeLoRA's ranks by the path of each leaf, for the settings that a run is resumed with."""
+def _is_open(method: jlora.Method, settings: Settings) -> bool:
+    """Whether a method's hyperparameter is still to be measured: no table, and no `--set`, gives it."""
+    inner = innermost(method)
+    if not inner.measured:
+        return False
+    return getattr(inner, inner.measured) is None if settings.spec else inner.measured not in settings.set
+
+
+def measured_of(adapted: jlora.Adapted) -> dict[str, Any]:
+    """The measured hyperparameters by the path of each leaf, for the settings that a run is resumed with."""
     methods = {site.path: innermost(site.method) for site in adapted.plan.sites}
-    return {p: list(m.ranks) for p, m in methods.items() if isinstance(m, jlora.GeLoRA) and isinstance(m.ranks, tuple)}
+    return {path: getattr(method, method.measured) for path, method in methods.items() if method.measured}
 
 
 def _batches(data: Data, settings: Settings, mesh: Mesh) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optax
 
 import jlora
-from jlora.optimize.restart import LinkEnds
+from jlora.optimize.events import events_of
 from jlora.training.settings import Settings
 
 
@@ -37,9 +37,8 @@ def learning_rate(settings: Settings, restarts: Sequence[int] = ()) -> optax.Sch
 
 
 def restarts_of(adapted: jlora.Adapted) -> list[int]:
-    """The steps after which a chain of these adapters begins its next link."""
-    events = {event for site in adapted.plan.sites if isinstance(event := site.method.event, LinkEnds)}
-    return sorted({step for event in events for step in jlora.link_ends(event.links, event.steps)})
+    """The steps after which the learning rate rises anew, by the events of the methods: a chain begins its next link."""
+    return sorted({step for event in events_of(adapted) for step in getattr(event, "restarts", ())})
 
 
 def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 import jlora
 from jlora.training.data import Data
 from jlora.training.errors import SettingError
-from jlora.training.measured import with_ranks
-from jlora.training.named import named
+from jlora.training.measured import with_measured
+from jlora.training.named import named, recipe_of
+from jlora.training.prepared import prepared
 from jlora.training.settings import Settings
 from jlora.training.subject import Subject, example_batch
 
@@ -37,14 +38,28 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
             **head,
             **{pattern: _method(pattern, table, settings.steps) for pattern, table in settings.spec.items()},
         }
-    if settings.method == "probe":
+    recipe = recipe_of(settings)
+    if recipe is None:
         return head
-    if settings.method == "full":
+    if recipe.targets == "all":
         # A pooler that the task does not use cannot be trained.
         unread = [leaf.path for leaf in trace_sites(subject, settings).leaves if not leaf.readings]
-        return {**{re.escape(path): None for path in unread}, r".*": jlora.Full()}
-    pattern = jlora.ALL_LINEAR if settings.targets == "all-linear" else settings.targets
-    return {**head, pattern: named(settings)}
+        return {**{re.escape(path): None for path in unread}, r".*": named(settings)}
+    return {**head, _pattern(subject, settings): named(settings)}
+
+
+def _pattern(subject: Subject, settings: Settings) -> Any:
+    """What `targets` stands for in a spec."""
+    if settings.targets == "all-linear":
+        return jlora.ALL_LINEAR
+    if settings.targets != "embedding":
+        return settings.targets
+    # Positions and types of tokens are looked up too, but in matrices of other sizes.
+    looked_up = [leaf for leaf in trace_sites(subject, settings).leaves if leaf.kind == "gather"]
+    found = [leaf.path for leaf in looked_up if subject.config["vocab_size"] in leaf.shape]
+    if not found:
+        raise SettingError("targets", f"embedding: no weight of {subject.directory} is looked up by tokens")
+    return "|".join(map(re.escape, found))
 
 
 def _method(pattern: str, table: Any, steps: int | None) -> Any:
@@ -70,9 +85,14 @@ def _of_run(method: jlora.Method, steps: int | None) -> jlora.Method:
     return dataclasses.replace(method, **changed)
 
 
-def adapt(subject: Subject, settings: Settings, data: Data, mesh: Mesh, ranks: dict[str, list[int]]) -> jlora.Adapted:
-    """The adapted model, its adapters drawn by the settings' seed, with ranks measured on the training data or known."""
+def adapt(subject: Subject, settings: Settings, data: Data, mesh: Mesh, known: dict[str, Any]) -> jlora.Adapted:
+    """The adapted model, its adapters drawn by the settings' seed.
+
+    What methods take from the training data, hyperparameters and starts, is measured here; hyperparameters of a run that is
+    resumed are known.
+    """
     key = jax.random.fold_in(jax.random.key(settings.seed), 0)
     sites = trace_sites(subject, settings)
-    spec = with_ranks(make_spec(subject, settings), subject, settings, sites, data, mesh, ranks)
-    return jlora.adapterize(subject.params, spec, key=key, sites=sites)
+    spec = with_measured(make_spec(subject, settings), subject, settings, sites, data, mesh, known)
+    starts = prepared(spec, subject, settings, sites, data, mesh, key)
+    return jlora.adapterize(subject.params, spec, key=key, sites=sites, prepared=starts)

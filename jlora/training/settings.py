@@ -8,24 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
+from jlora.core.protocol.job import Recipe
+from jlora.disk import catalog
+from jlora.training import told
 from jlora.training.errors import SettingError, nearest
-
-#: Methods that train one adapter after another.
-CHAINS = ("cola", "raclora", "xgblora", "relora")
-#: The methods of `--method` that train adapters: the keys of `jlora.training.named.METHODS`.
-ADAPTERS = ("lora", "dora", "adalora", "elalora", "sora", "beamlora", "rmlora", "prilora", "gelora", "alora", *CHAINS)
+from jlora.training.hyperparameters import check_names
+from jlora.training.told import PROBE
 
 CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
 
 
-def _setting(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), resumable: bool = False) -> Any:
-    """A field with its help text; `resumable` marks what may change when a run is resumed."""
+def _setting(
+    default: Any,
+    help: str | Callable[[], str],
+    *,
+    group: str,
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
+    resumable: bool = False,
+) -> Any:
+    """A field with its help text; `resumable` marks what may change when a run is resumed.
+
+    Help and choices that follow from the methods there are come as functions (see `metadata_of`).
+    """
     metadata = {"help": help, "group": group, "choices": choices, "resumable": resumable}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def metadata_of(field: dataclasses.Field, name: str) -> Any:
+    """The help or the choices of a field of `Settings`."""
+    found = field.metadata[name]
+    return found() if callable(found) else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +102,21 @@ class Settings:
     )
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
-    method: str = _setting(
-        "lora", f"{', '.join(ADAPTERS)}, full (every weight) or probe (the head alone)", group="method",
-        choices=(*ADAPTERS, "full", "probe"),
-    )  # fmt: skip
-    rank: int | None = _setting(
-        None,
-        "rank of the adapters (8; shipped model: 16; xgblora: 1); adalora, sora: mean rank at the end; prilora, gelora, "
-        "alora: mean rank",
-        group="method",
-    )
+    method: str = _setting(told.DEFAULT, told.method_help, group="method", choices=told.method_names)
+    rank: int | None = _setting(None, told.rank_help, group="method")
     alpha: float | None = _setting(
         None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
     )
     dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
-    targets: str | None = _setting(
-        None, "regex that matches whole weight paths, or all-linear (all-linear)", group="method"
-    )
-    links: int | None = _setting(
-        None, "cola, raclora, xgblora, relora: adapters trained one after another, in equal shares of the run (4; xgblora: 8)",
+    init: str | None = _setting(None, told.init_help, group="method")
+    targets: str | None = _setting(None, told.targets_help, group="method")
+    links: int | None = _setting(None, told.links_help, group="method")
+    set: dict[str, Any] = _setting(  # noqa: RUF009  (a field)
+        {},
+        "a hyperparameter of the method's own, such as target=4, over what the job chooses; may be given several times "
+        "(TOML: a [set] table); `jlora inspect --method NAME` lists them",
         group="method",
-    )  # fmt: skip
+    )
     lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
     spec: dict[str, Any] = _setting({}, "TOML only: table of regex to method table", group="method")  # noqa: RUF009  (a field)
 
@@ -113,11 +124,7 @@ class Settings:
     epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
     batch: int | None = _setting(None, "rows per optimizer step, at most all (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
-    learning_rate: float | None = _setting(
-        None,
-        "peak learning rate (5e-4; adalora, elalora, sora, rmlora: 1e-3; full: 5e-5; probe: 5e-3; shipped model: 1e-2)",
-        group="training",
-    )
+    learning_rate: float | None = _setting(None, told.rate_help, group="training")
     schedule: str = _setting(
         "cosine",
         "course of the learning rate after the warm-up",
@@ -192,7 +199,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     if not right:
         wanted = _WORDS[re.split(r"\W", annotation)[0]]
         raise SettingError(field.name, f"must be {wanted}, got {value!r} ({type(value).__name__})")
-    choices = field.metadata["choices"]
+    choices = metadata_of(field, "choices")
     if choices and value not in choices:
         near = nearest(str(value), choices)
         hint = f"; did you mean {near}?" if near else ""
@@ -249,31 +256,62 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError(
             "accumulate", f"must divide batch, but {settings.batch} / {settings.accumulate} is not whole"
         )
+    if settings.links is not None and settings.steps is not None and settings.links > settings.steps:
+        raise SettingError("links", f"must be at most the {settings.steps} steps, got {settings.links}")
     if settings.steps is not None and settings.warmup is not None and settings.warmup >= settings.steps:
         raise SettingError("warmup", f"must be less than the {settings.steps} steps, got {settings.warmup}")
 
 
 def _check_method(settings: Settings) -> None:
     """The method's options belong to the method."""
-    adapters = ("rank", "alpha", "dropout", "targets")
     if settings.spec:
-        for name in adapters:
-            if getattr(settings, name) is not None:
+        for name in (*_OF_METHOD, "links"):
+            if getattr(settings, name) not in (None, {}):
                 raise SettingError(name, "and a [spec] table both say what is adapted: give one of them")
-    if settings.links is not None and (settings.spec or settings.method not in CHAINS):
-        raise SettingError(
-            "links", f"is for the methods {', '.join(CHAINS)}; a [spec] table says it inside its methods"
-        )
-    if settings.method in ("full", "probe"):
-        for name in (*adapters, "lora_plus_ratio"):
-            if getattr(settings, name) is not None:
-                raise SettingError(name, f"has no meaning with method {settings.method}, which has no adapters")
-        if settings.spec:
+        if not trains_adapters(settings):
             raise SettingError("spec", f"and method {settings.method} both say what is trained: give one of them")
-    if settings.method == "probe" and settings.task != "classify":
-        raise SettingError("method", "probe trains the classification head: it needs task classify")
-    if settings.targets is not None and settings.targets != "all-linear":
+    elif settings.method == PROBE:
+        _check_probe(settings)
+    else:
+        _check_recipe(settings, catalog.recipes()[settings.method])
+    if settings.method == PROBE and settings.task != "classify":
+        raise SettingError("method", f"{PROBE} trains the classification head: it needs task classify")
+    if settings.targets is not None and settings.targets not in WORDS_FOR_TARGETS:
         try:
             re.compile(settings.targets)
         except re.error as error:
             raise SettingError("targets", f"is not a regular expression: {settings.targets!r} ({error})") from error
+
+
+#: What `targets` may be beside a regular expression.
+WORDS_FOR_TARGETS = ("all-linear", "embedding")
+_OF_METHOD = ("rank", "alpha", "dropout", "init", "targets", "set")
+
+
+def trains_adapters(settings: Settings) -> bool:
+    """Whether `--method` is none of those that train weights as they are, all or the head alone."""
+    return settings.method != PROBE and catalog.recipes()[settings.method].targets != "all"
+
+
+def _check_probe(settings: Settings) -> None:
+    for name in (*_OF_METHOD, "links", "lora_plus_ratio"):
+        if getattr(settings, name) not in (None, {}):
+            raise SettingError(name, f"has no meaning with method {PROBE}, which has no adapters")
+
+
+def _check_recipe(settings: Settings, recipe: Recipe) -> None:
+    """The method takes what is given, and is given what it asks for."""
+    method = settings.method
+    for name in ("rank", "alpha", "dropout", "links"):
+        if getattr(settings, name) is not None and not recipe.has(name):
+            own = told.names(lambda other, name=name: other.has(name))
+            hint = f"; it is for {', '.join(own)}" if len(own) < 6 else ""
+            raise SettingError(name, f"has no meaning with method {method}, which has none{hint}")
+    for name in ("targets", "lora_plus_ratio") if recipe.targets == "all" else ():
+        if getattr(settings, name) is not None:
+            raise SettingError(name, f"has no meaning with method {method}, which has no adapters")
+    rank = settings.rank or recipe.rank or 8
+    check_names(recipe.make(rank, None), settings.set, settings.init, rank)
+    for name in recipe.asks:
+        if name not in settings.set:
+            raise SettingError("method", f"{method} has no {name} by default: give them by --set {name}=...")

@@ -14,7 +14,7 @@ import jlora
 from jlora import models, paths
 
 # The name jlora.optimizer is the function.
-with_rules = importlib.import_module("jlora.optimizer").with_rules
+with_rules = importlib.import_module("jlora.optimize.optimizer").with_rules
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft_training"
 BASE = Path(__file__).parents[1] / "models" / "golden" / "llama_yarn"

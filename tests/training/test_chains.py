@@ -10,7 +10,9 @@ from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
 from jlora.training.schedule import learning_rate, restarts_of
 from jlora.training.selection import make_spec
-from jlora.training.settings import CHAINS, Settings
+from jlora.training.settings import Settings
+
+CHAINS = ("cola", "raclora", "xgblora", "relora")
 
 
 def chosen(**settings):
@@ -29,7 +31,10 @@ def test_the_flags_name_chains_of_the_runs_length():
 
 
 def test_links_that_do_not_fit_are_refused():
-    with pytest.raises(SettingError, match=r"links is for the methods cola, raclora, xgblora, relora"):
+    with pytest.raises(
+        SettingError,
+        match=r"links has no meaning with method lora, which has none; it is for cola, raclora, relora, xgblora",
+    ):
         Settings(links=3)
     with pytest.raises(SettingError, match=r"links must be at most the 3 steps, got 4"):
         count_steps(resolve(Settings(method="cola", links=4, steps=3, warmup=0)), 100)

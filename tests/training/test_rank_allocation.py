@@ -1,16 +1,13 @@
 """Rank allocation in the job: schedules of the run's length, and a stop in the middle of one."""
 
-import jax.numpy as jnp
-import optax
 import pytest
 
 import jlora
 from jlora import paths
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
-from jlora.training.named import METHODS
 from jlora.training.selection import make_spec
-from jlora.training.settings import ADAPTERS, Settings
+from jlora.training.settings import Settings
 
 ADA = {"method": "AdaLoRA", "rank": 4, "target": 2}
 
@@ -46,19 +43,6 @@ def test_the_flags_name_the_methods_with_phases_of_the_run():
     assert sum(ablated.event.due(step) for step in range(41)) == 8
     (measured,) = chosen(method="gelora", rank=4)
     assert measured == jlora.GeLoRA(4, 8.0)
-
-
-def test_every_adapter_of_the_flag_is_made_also_for_the_shortest_run():
-    assert tuple(METHODS) == ADAPTERS
-    for name in ADAPTERS:
-        for steps in (1, 2, None):
-            settings = resolve(Settings(steps=steps, epochs=None if steps else 1.0, method=name, rank=2))
-            (method,) = make_spec(None, settings).values()
-            assert isinstance(method, jlora.Method)
-            rule = method.optimizer_rule
-            if rule is not None and steps is not None:
-                sites = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": method}).plan.sites
-                rule.wrap(optax.adam(1e-3), sites)  # refuses a schedule that does not fit
 
 
 def test_a_schedule_that_does_not_fit_into_the_run_is_refused():

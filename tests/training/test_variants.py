@@ -18,6 +18,12 @@ BASE = Settings(
     sample_tokens=0, progress="none",
 )  # fmt: skip
 UNADAPTED = {"rank": None, "targets": None}
+ROWS = list(range(300, 512))  # longer tokens: the shipped vocabulary begins with bytes, which are rare
+GRADIENTS = {
+    ".*/q_proj/kernel": {"method": "SHiRA", "mask": "gradient", "rank": 1},
+    ".*/v_proj/kernel": {"method": "DeepLoRA", "compressed": True, "rank": 4},
+    "norm/.*": {"method": "Full"},
+}
 
 
 def quiet(text):
@@ -60,6 +66,12 @@ VARIANTS = {
     "dora in bfloat16 with LoRA+": lambda folder: {"method": "dora", "dtype": "bfloat16", "lora_plus_ratio": 8.0},
     "files in bfloat16": stored_in(ml_dtypes.bfloat16),
     "files in float16": stored_in(np.float16),
+    "masks by gradients, in parts": lambda folder: {"method": "shira", "set": {"mask": "snip"}, "accumulate": 2},
+    "compressed Deep LoRA": lambda folder: {"method": "deeplora", "set": {"compressed": "true"}},
+    "rows of the embedding": lambda folder: {"method": "rows", "set": {"indices": ROWS}, **UNADAPTED},
+    "vera": lambda folder: {"method": "vera", "rank": None},
+    "a start from the weight": lambda folder: {"method": "dora", "init": "olora"},
+    "a table of methods that start from gradients": lambda folder: {"spec": GRADIENTS, **UNADAPTED},
     "full": lambda folder: {"method": "full", **UNADAPTED},
     "full on a mesh": lambda folder: {"method": "full", "mesh": "data=2,model=2", **UNADAPTED},
     "layers unrolled and recomputed": lambda folder: {"scan_layers": False, "remat": True},

@@ -43,6 +43,14 @@ def papers(cls: type) -> list[str]:
     return list(dict.fromkeys(_ARXIV.findall(_joined(_text(cls)))))
 
 
+def arguments(cls: type) -> dict[str, str]:
+    """What the section "Args" says of each, as one line."""
+    found = re.search(r"\nArgs:\n(.*?)(?=\n\S|\Z)", _text(cls), re.DOTALL)
+    lines = inspect.cleandoc("\n" + found[1]) if found else ""
+    parts = re.split(r"^(\w+(?:, \w+)*): ", lines, flags=re.MULTILINE)[1:]
+    return {name: _joined(text) for names, text in zip(parts[::2], parts[1::2]) for name in names.split(", ")}
+
+
 def _text(cls: type) -> str:
     """The class's own docstring: not its parent's, of which it may be no instance in what that says, nor a dataclass's."""
     text = inspect.cleandoc(vars(cls).get("__doc__") or "")

@@ -6,7 +6,10 @@ from typing import Any, Protocol
 
 
 class Event(Protocol):
-    """What `Method.event` gives: compared and hashed by value; leaves with equal events share one."""
+    """What `Method.event` gives: compared and hashed by value; leaves with equal events share one.
+
+    An event with `restarts`, steps of the run, lets the training job's learning rate rise anew after each.
+    """
 
     def due(self, step: int) -> bool:
         """Whether it happens after this many steps."""

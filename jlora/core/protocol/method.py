@@ -20,6 +20,8 @@ from jlora.core.products.low_rank import Factors
 from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
 from jlora.core.protocol.event import Event
+from jlora.core.protocol.job import KnownToTheJob
+from jlora.core.protocol.peft import Peft
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
 
@@ -128,7 +130,7 @@ class OptimizerRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(KnownToTheJob):
     """Base of all methods. A subclass is a frozen dataclass and overrides what it needs.
 
     Class attributes:
@@ -280,9 +282,26 @@ class Method:
         """Factors of the group's learning rate for fields that learn slower or faster than their group."""
         return {}
 
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:
+        """The adapter as PEFT has it, from numpy arrays `[*batch, ...]`; None where PEFT has no such thing.
+
+        Asked of a class that defines it, not of those derived from it (see `states_peft`). Without one, a weight `w + a @ b`
+        goes out as plain LoRA by `factors`.
+        """
+        return None
+
 
 #: What a class says its weight by.
 _WEIGHT = {"weight", "factors", "sparse", "update", "form"}
+
+
+def states_peft(method: Method) -> bool:
+    """Whether a method's own class gives its form of PEFT.
+
+    An inherited one is not used: the class may have another weight than its parent, by whatever it overrides. A class whose
+    weight is its parent's says so: `peft = LoRA.peft`.
+    """
+    return "peft" in vars(type(method))
 
 
 def default_label(ndim: int) -> str:

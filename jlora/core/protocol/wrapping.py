@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import jax
 
 from jlora.core.protocol.event import Event
+from jlora.core.protocol.job import hyperparameters
 from jlora.core.protocol.method import Arrays, Method, OptimizerRule, Site, Start
 
 
@@ -77,6 +78,25 @@ class Around(Method):
 
     def rates(self, site: Site) -> dict[str, float]:
         return self.inner.rates(site)
+
+    @classmethod
+    def job(cls, rank: int | None, steps: int | None, **options: Any) -> Method:
+        """Around what the training job makes of the default inner method.
+
+        Raises:
+            TypeError: for a class whose `inner` has no default.
+        """
+        inner: Any = next(each for each in fields(cls) if each.name == "inner")
+        default = inner.default if inner.default_factory is MISSING else inner.default_factory()
+        if default is MISSING:
+            raise TypeError(f"{cls.__name__} needs a default inner method, or a `job` that makes one")
+        own = {"steps": steps} if steps is not None and "steps" in hyperparameters(cls) else {}
+        return cls(inner=type(default).job(rank, steps, **options), **own)
+
+
+def parts(method: Method) -> list[Method]:
+    """The method, the one that it is around, and so on."""
+    return [method, *parts(method.inner)] if isinstance(method, Around) else [method]
 
 
 def innermost(method: Method) -> Any:

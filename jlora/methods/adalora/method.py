@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe, allocating, half_as_many_again
 from jlora.core.protocol.method import Site, Start
+from jlora.core.protocol.peft import Peft
 from jlora.methods.adalora.rule import AdaLoRARule
 from jlora.methods.lora import trained_dtype
 from jlora.optimize.allocate.budget import Phases
@@ -70,11 +72,22 @@ class AdaLoRA(Gated):
 
     family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "e"
+    # The middle of what the paper's scripts have, 5e-4 to 1.2e-3; no run here chose it.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3, rank_means="mean rank at the end")
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "target"))
         if self.target > self.rank:
             raise ValueError(f"AdaLoRA's target ({self.target}) is above the rank that it starts with ({self.rank})")
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> AdaLoRA:
+        """`rank` is what is left on average."""
+        return cls(rank=half_as_many_again(rank), target=rank, **allocating(steps), **options)
+
+    def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
+        """PEFT's AdaLoRA."""
+        return Peft("adalora", {name: params[name] for name in ("a", "e", "b")}, alpha=self.alpha, dropout=self.dropout)
 
     @property
     def phases(self) -> Phases:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.alora.rule import ALoRARule, Round
 from jlora.methods.lora import LoRA
@@ -65,8 +66,18 @@ class ALoRA(Gated):
 
     family: ClassVar[str] = "Rank allocation"
 
+    recipe: ClassVar[Recipe] = Recipe(rank_means="mean rank")
+
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "max_rank", "pruned"))
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> ALoRA:
+        """The paper's shares of its run: a third, then eight rounds of a twelfth each."""
+        number = steps or 0
+        start, interval = number // 3, max(1, number // 12)
+        final = max(0, number - start - 7 * interval)
+        return cls(rank, steps=steps, start_steps=start, final_steps=final, interval=interval, **options)
 
     @property
     def phases(self) -> Phases:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,12 @@ class BeamLoRA(Gated):
                 f"BeamLoRA's interval ({self.interval}) leaves none of the {self.steps} steps for a choice: it needs twice as "
                 "many"
             )
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> BeamLoRA:
+        """The reference's shares of its run: a choice every twelfth, and all ranks kept in the last third."""
+        number = steps or 0
+        return cls(rank, steps=steps, final_steps=number // 3, interval=max(2, number // 12), **options)
 
     @property
     def phases(self) -> Phases:

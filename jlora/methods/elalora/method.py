@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.gated import Gated
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe, allocating
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.adalora.method import drawn
 from jlora.methods.elalora.rule import ElaLoRARule
@@ -78,9 +79,15 @@ class ElaLoRA(Gated):
 
     family: ClassVar[str] = "Rank allocation"
     gate: ClassVar[str] = "e"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # as AdaLoRA's, for the same reason
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "moved", "per_module", "max_rank"))
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> ElaLoRA:
+        """Phases as AdaLoRA's."""
+        return cls(rank=rank, **allocating(steps), **options)
 
     @property
     def phases(self) -> Phases:

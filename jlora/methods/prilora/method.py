@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from jlora.core.protocol.gated import Gated, ranked
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import layer_numbers
 from jlora.core.protocol.method import Site, Start
 from jlora.methods.lora import LoRA
@@ -67,12 +68,20 @@ class PRILoRA(Gated):
 
     family: ClassVar[str] = "Rank allocation"
 
+    recipe: ClassVar[Recipe] = Recipe(takes=frozenset({"rank", "alpha", "dropout"}), rank_means="mean rank")
+
     def __post_init__(self) -> None:
         modes = one_of(("zero", "freeze"), '"zero" or "freeze"')
         bounds = {"pruned": integer(0, "a whole number of at least 0"), "mode": modes}
         check_hyperparameters(self, ("first", "last", "every", "group"), bounds)
         if self.pruned >= self.group:
             raise ValueError(f"PRILoRA's pruned ({self.pruned}) must be below its group ({self.group})")
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> PRILoRA:
+        """From half the rank to one and a half, as in the paper's 4 to 12; pruned ten times at least."""
+        first, every = max(1, rank // 2), 40 if steps is None else max(1, min(40, steps // 10))
+        return cls(first, 2 * rank - first, every=every, **options)
 
     @property
     def scale(self) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe
 from jlora.methods.lora import LoRA
 from jlora.methods.rmlora.rule import RMLoRARule
 
@@ -56,11 +58,19 @@ class RMLoRA(LoRA):
 
     family: ClassVar[str] = "LoRA and its variants"
 
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # as AdaLoRA's, for the same reason
+    peft = LoRA.peft  # the weight is LoRA's
+
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "updated"))
         super().__post_init__()
         if self.updated > self.rank:
             raise ValueError(f"RMLoRA's updated ({self.updated}) is above its rank ({self.rank})")
+
+    @classmethod
+    def job(cls, rank: int, steps: int | None, **options: Any) -> RMLoRA:
+        """Half of the ranks in a step."""
+        return cls(rank, updated=math.ceil(rank / 2), **options)
 
     @property
     def optimizer_rule(self) -> RMLoRARule:

@@ -1,0 +1,80 @@
+"""Starts that methods take from gradients on the training data: compressed Deep LoRA, SHiRA's gradient masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import jlora
+from jlora.core.protocol.wrapping import innermost
+from jlora.training.data import Data
+from jlora.training.loop import to_devices
+from jlora.training.losses import sums
+from jlora.training.settings import Settings
+from jlora.training.subject import Subject
+
+
+def prepared(
+    spec: dict[Any, Any],
+    subject: Subject,
+    settings: Settings,
+    sites: jlora.Sites,
+    data: Data,
+    mesh: Mesh,
+    key: jax.Array,
+) -> jlora.Prepared | None:
+    """The starts of the methods that need gradients, from the first batches of the run; None where none does.
+
+    Each takes as many batches as its recipe says. A gradient is that of the mean loss of a batch, as in a step, taken in the
+    parts of `--accumulate`. (A resumed run finds the same, and then reads what its checkpoint holds.)
+    """
+    needing = [method for method in spec.values() if method is not None and method.needs]
+    starts: dict[Any, Any] = {}
+    for number in dict.fromkeys(_batches_of(method) for method in needing):
+        own = {p: m if m in needing and _batches_of(m) == number else None for p, m in spec.items()}
+        parts = _parts(settings, data, mesh, number)
+        starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites).starts
+    return jlora.Prepared(starts) if starts else None
+
+
+def adapted_shapes(params: Any, spec: dict[Any, Any], sites: jlora.Sites) -> jlora.Adapted:
+    """What `adapterize` gives, in shapes alone, whatever its methods take from data."""
+
+    def total(params: Any, batch: Any) -> jax.Array:
+        return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(())).astype(jnp.float32)
+
+    def make(params: Any) -> jlora.Adapted:
+        needs = any(method is not None and method.needs for method in spec.values())
+        starts = jlora.prepare(params, spec, total, [jnp.zeros(())], sites=sites) if needs else None
+        return jlora.adapterize(params, spec, sites=sites, prepared=starts)
+
+    return jax.eval_shape(make, params)
+
+
+def _batches_of(method: jlora.Method) -> int:
+    return innermost(method).recipe.batches
+
+
+def _loss(subject: Subject) -> Any:
+    """The mean loss of a part's share of its batch."""
+
+    def loss(params: Any, part: tuple[dict[str, jax.Array], float]) -> jax.Array:
+        return sums(subject.forward, params, part[0]).loss / part[1]
+
+    return loss
+
+
+def _parts(settings: Settings, data: Data, mesh: Mesh, number: int) -> Any:
+    """The parts of the first batches, each with the weight by which the mean over parts is that over batches."""
+    assert settings.batch is not None
+    count, batches = settings.accumulate, data.training_batches(settings.batch, settings.seed)
+    rows = settings.batch // count
+    for _ in range(number):
+        batch = next(batches)
+        weight = max(float(batch["weights"].sum()), 1.0) / count
+        for start in range(0, settings.batch, rows):
+            part = {name: array[start : start + rows] for name, array in batch.items()}
+            yield to_devices(part, mesh), weight
