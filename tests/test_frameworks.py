@@ -128,7 +128,7 @@ def test_linen_convolutions():
 
 def test_a_train_state_holds_the_adapters_as_its_params():
     model = nn.Sequential([nn.Dense(12), nn.tanh, nn.Dense(5)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jit(model.init)(jax.random.key(0), X)
     adapted = jlora.adapterize(variables["params"], {".*kernel": LORA})
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=4)
     state = TrainState.create(apply_fn=jlora.lift(model.apply), params=adapted.params, tx=tx)
@@ -147,8 +147,8 @@ def test_a_train_state_holds_the_adapters_as_its_params():
         losses.append(float(loss))
     trained = adapted.replace(params=state.params)
     assert losses[-1] < losses[0] and int(state.step) == 5
-    merged = model.apply({"params": jlora.merge(trained)}, X)
-    np.testing.assert_allclose(state.apply_fn({"params": trained}, X), merged, rtol=1e-4, atol=1e-5)
+    merged = jit(model.apply)({"params": jlora.merge(trained)}, X)
+    np.testing.assert_allclose(jit(state.apply_fn)({"params": trained}, X), merged, rtol=1e-4, atol=1e-5)
 
 
 class NnxModel(nnx.Module):
@@ -201,7 +201,7 @@ def test_nnx_remat_inside_scan_with_dropout():
         sites=jlora.sites(fn, params, X),
     )
     lifted = jit(jlora.lift(fn, strict=True))
-    np.testing.assert_allclose(lifted(adapted, X), fn(jlora.merge(adapted), X), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lifted(adapted, X), jit(fn)(jlora.merge(adapted), X), rtol=1e-4, atol=1e-5)
     assert not np.allclose(lifted(adapted.replace(context={"dropout": jax.random.key(1)}), X), lifted(adapted, X))
 
 
@@ -219,7 +219,7 @@ def test_equinox():
 
 def test_haiku():
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([12, 5])(x)))
-    params = model.init(jax.random.key(0), X)
+    params = jit(model.init)(jax.random.key(0), X)
     adapted = train(model.apply, params, {"mlp/~/linear_[01]/w": LORA}, X)
     assert set(adapted.params["mlp/~/linear_0"]["w"]) == {"a", "b"}
 

@@ -1,6 +1,8 @@
 """On named meshes: adapters lie as their base does, and training gives the single-device result."""
 
+import functools
 import re
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,17 +33,21 @@ def model(p, x):
     return x + jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"]) @ p["down"]["kernel"]
 
 
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
 def base():
-    normal = lambda n, *shape: jax.random.normal(jax.random.fold_in(KEY, n), shape) / 4
+    quarter = lambda seed, *shape: jnp.asarray(np.asarray(normal(seed, *shape)) / 4)
     return {
-        "qkv": {"kernel": normal(0, 16, 4, 8)},
-        "out": {"kernel": normal(1, 4, 8, 16)},
-        "up": {"kernel": normal(2, 16, 32), "bias": jnp.zeros(32)},
-        "down": {"kernel": normal(3, 32, 16)},
+        "qkv": {"kernel": quarter(0, 16, 4, 8)},
+        "out": {"kernel": quarter(1, 4, 8, 16)},
+        "up": {"kernel": quarter(2, 16, 32), "bias": jnp.zeros(32)},
+        "down": {"kernel": quarter(3, 32, 16)},
     }
 
 
-X, Y = (jax.random.normal(jax.random.fold_in(KEY, n), (8, 4, 16)) for n in (10, 11))
+X, Y = (normal(seed, 8, 4, 16) for seed in (10, 11))
 SPEC = {
     "up/bias": jlora.Full(),
     "down/kernel": jlora.DoRA(jlora.LoRA(2, init="random")),
@@ -64,11 +70,20 @@ def on_mesh(layout):
     return place(base(), specs), place(X, batch), place(Y, batch)
 
 
-def train(params, x, y, steps=10):
-    report = jlora.sites(model, params, x)
-    adapted = jlora.adapterize(params, SPEC, key=KEY, sites=report)
-    tx = jlora.optimizer(adapted, optax.adamw, 1e-2, ratio=4)
-    state = jax.jit(tx.init)(adapted.params)
+class Course(NamedTuple):
+    """The base, what is adapted at the start, after one step and after ten, the last loss, and the step's program."""
+
+    params: Any
+    start: jlora.Adapted
+    one: jlora.Adapted
+    ten: jlora.Adapted
+    loss: jax.Array
+    program: str
+
+
+def train(params, x, y):
+    start = jlora.adapterize(params, SPEC, key=KEY, sites=jlora.sites(model, params, x))
+    tx = jlora.optimizer(start, optax.adamw, 1e-2, ratio=4)
 
     @jax.jit
     def step(adapted, state):
@@ -77,30 +92,30 @@ def train(params, x, y, steps=10):
         updates, state = tx.update(grads, state, adapted.params)
         return adapted.replace(params=optax.apply_updates(adapted.params, updates)), state, loss
 
-    for _ in range(steps):
-        adapted, state, loss = step(adapted, state)
-    return adapted, loss, step.lower(adapted, state).compile().as_text()
+    course, state = [start], jax.jit(tx.init)(start.params)
+    program = step.lower(start, state).compile().as_text()
+    for _ in range(10):
+        adapted, state, loss = step(course[-1], state)
+        course.append(adapted)
+    return Course(params, start, course[1], course[10], loss, program)
 
 
 @pytest.fixture(scope="module")
-def single():
-    return train(base(), X, Y)
+def trained():
+    """The course of each layout, and of one device (None)."""
+    return functools.cache(lambda layout: train(*(on_mesh(layout) if layout else (base(), X, Y))))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(layout, single):
-    adapted, loss, _ = train(*on_mesh(layout))
-    np.testing.assert_allclose(loss, single[1], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), adapted.params, single[0].params)
+def test_ten_steps_on_a_mesh_equal_ten_steps_on_one_device(layout, trained):
+    found, wanted = trained(layout), trained(None)
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found.ten.params, wanted.ten.params)
 
 
 @pytest.mark.parametrize("layout", ["tensor", "mixed"])
-def test_adapters_lie_as_their_base_does_before_and_after_training(layout):
-    params, x, y = on_mesh(layout)
-    report = jlora.sites(model, params, x)
-    before = jlora.adapterize(params, SPEC, key=KEY, sites=report)
-    after, _, _ = train(params, x, y, steps=1)
-    for adapted in (before, after):
+def test_adapters_lie_as_their_base_does_before_and_after_training(layout, trained):
+    for adapted in (trained(layout).start, trained(layout).one):
         up, down, qkv = adapted.params["up"], adapted.params["down"]["kernel"], adapted.params["qkv"]["kernel"]
         data = "data" if layout == "mixed" else None
         wanted = [
@@ -115,9 +130,8 @@ def test_adapters_lie_as_their_base_does_before_and_after_training(layout):
             assert array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, spec), array.ndim)
 
 
-def test_a_tensor_parallel_step_gathers_no_base_weight():
-    *_, text = train(*on_mesh("tensor"), steps=1)
-    gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather", text)
+def test_a_tensor_parallel_step_gathers_no_base_weight(trained):
+    gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather", trained("tensor").program)
     assert all(np.prod([int(n) for n in shape.split(",") if n]) < 16 * 32 for shape in gathered), gathered
 
 
@@ -146,16 +160,14 @@ def test_inputs_that_a_mesh_cuts_give_the_same_and_are_summed_in_16_bits():
         assert jnp.linalg.norm(got - each) < 0.02 * jnp.linalg.norm(each)
 
 
-def test_merge_save_and_load_keep_the_shardings(tmp_path):
-    params, x, y = on_mesh("mixed")
-    adapted, *_ = train(params, x, y, steps=1)
+def test_merge_save_and_load_keep_the_shardings(tmp_path, trained):
+    params, fresh, adapted, *_ = trained("mixed")
     merged = jlora.merge(adapted)
     assert jax.tree.map(lambda leaf: leaf.sharding, merged) == jax.tree.map(lambda leaf: leaf.sharding, params)
     jlora.save(tmp_path / "adapters", adapted)
     loaded = jlora.load(tmp_path / "adapters", params)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, adapted.params)
     same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    fresh = jlora.adapterize(params, SPEC, key=KEY, sites=jlora.sites(model, params, x))
     assert jax.tree.all(jax.tree.map(same, loaded.params, fresh.params))
     np.testing.assert_array_equal(
         jlora.load(tmp_path / "adapters", base()).params["up"]["kernel"]["a"], adapted.params["up"]["kernel"]["a"]
@@ -181,7 +193,7 @@ def test_a_mesh_with_explicit_axes_gives_the_same(method):
     value_and_grad = lambda a, x: jax.value_and_grad(lambda p: jnp.sum(jlora.lift(f)(a.replace(params=p), x) ** 2))(
         a.params
     )
-    wanted = value_and_grad(plain, X)
+    wanted = jax.jit(value_and_grad)(plain, X)
     with jax.set_mesh(mesh):
         specs = {"up": P(None, "model"), "down": P("model", None)}
         cut = {name: jax.device_put(w, NamedSharding(mesh, specs[name])) for name, w in params.items()}
@@ -222,8 +234,12 @@ class Named(nn.Module):
         return nn.Dense(16, kernel_init=cut("mlp", "embed"), use_bias=False, name="down")(jnp.tile(x, 2))
 
 
+def boxed_params():
+    return jax.jit(Named().init)(KEY, X)["params"]
+
+
 def test_logical_axis_names_of_a_flax_base_give_the_adapters_theirs():
-    boxed = Named().init(KEY, X)["params"]
+    boxed = boxed_params()
     spec = {"up/kernel": jlora.DoRA(jlora.LoRA(2)), "down/kernel": jlora.LoRA(2), "up/bias": jlora.Full()}
     adapted = jlora.adapterize(boxed, spec)
     named = jlora.mesh.logical_axes(adapted)
@@ -248,7 +264,7 @@ def test_logical_axis_names_of_a_flax_base_give_the_adapters_theirs():
 
 
 def test_rules_that_do_not_fit_the_mesh_are_refused():
-    adapted = jlora.adapterize(Named().init(KEY, X)["params"], {".*/kernel": jlora.LoRA(2)})
+    adapted = jlora.adapterize(boxed_params(), {".*/kernel": jlora.LoRA(2)})
     mesh = jax.make_mesh((1, 8), ("data", "model"), (AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match="the rule 'mlp' -> 'tensor': the mesh has only data=1, model=8"):
         jlora.mesh.shardings(adapted, mesh, (("mlp", "tensor"),))

@@ -171,7 +171,7 @@ def examples():
 @pytest.fixture(scope="module")
 def stand_ins():
     tokens, model = jnp.zeros((2, 3), jnp.int32), Model()
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     sites = jlora.sites(model.apply, {"params": params}, tokens)
     adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=2)})
     names = {"tokens": tokens, "model": model, "params": params, "sites": sites, "adapted": adapted}

@@ -62,6 +62,7 @@ def test_bytes_without_loops_are_what_xla_counts():
     assert ours.flops == 2 * 2 * 64 * 128 * 32
 
 
+@pytest.mark.long
 def test_the_lora_program_sums_no_frozen_weights_gradient_and_full_fine_tuning_does(rows):
     bound, lora, full = rows
     assert tpu_programs.weight_gradients(lora, bound) == []
@@ -69,6 +70,7 @@ def test_the_lora_program_sums_no_frozen_weights_gradient_and_full_fine_tuning_d
     assert bound["flops"] < lora["flops"] < full["flops"]
 
 
+@pytest.mark.long
 def test_heads_as_many_as_a_multiple_of_the_rank_do_not_hide_what_the_bound_sums_too(rows):
     """A gather that is written as a sum, once with the heads apart and once not, is no gradient."""
     bound, lora, _ = rows
@@ -84,6 +86,7 @@ def test_heads_as_many_as_a_multiple_of_the_rank_do_not_hide_what_the_bound_sums
     ]
 
 
+@pytest.mark.long
 def test_the_table_has_a_line_for_each_program_and_the_verdicts_have_numbers(rows):
     text = tpu_programs.table(rows)
     lines = text.splitlines()
@@ -95,6 +98,7 @@ def test_the_table_has_a_line_for_each_program_and_the_verdicts_have_numbers(row
     assert json.loads(json.dumps(rows)) == rows
 
 
+@pytest.mark.long
 def test_a_program_above_a_chips_memory_does_not_fit(rows):
     large = {**rows[1], "total_bytes": 17e9}
     assert not tpu_programs.fits(large) and "| NO |" in tpu_programs.table([large])

@@ -67,21 +67,22 @@ def test_the_choice_is_that_of_a_loop_over_lists_with_ties_and_full_modules():
 
 
 def test_eight_ranks_over_three_modules_are_three_three_and_two():
-    active = jnp.arange(12) < jnp.array([[4], [4], [4], [8]])
-    scores = jnp.where(active, jnp.array([[5.0], [7.0], [6.0], [1.0]]), 0)
-    kept, grown = chosen(scores, active, jnp.ones((4, 12), bool), 8)
+    active = np.arange(12) < np.array([[4], [4], [4], [8]])
+    scores = np.where(active, np.float32([[5], [7], [6], [1]]), 0)
+    kept, grown = jit(chosen)(scores, active, np.ones((4, 12), bool), 8)
     assert grown.sum(1).tolist() == [2, 3, 3, 0] and kept.sum(1).tolist() == [4, 4, 4, 0]
 
 
 def test_where_every_module_would_lose_a_rank_fewer_are_pruned():
-    active = jnp.arange(3) < jnp.array([[2], [2]])
-    kept, grown = chosen(jnp.array([[0.0, 9, 0], [1, 8, 0]]), active, jnp.ones((2, 3), bool), 2)
+    choose = jit(chosen)
+    active = np.arange(3) < np.array([[2], [2]])
+    kept, grown = choose(np.float32([[0, 9, 0], [1, 8, 0]]), active, np.ones((2, 3), bool), 2)
     assert kept.tolist() == [[False, True, False], [True, True, False]]
     assert grown.tolist() == [[False] * 3, [False, False, True]]
-    single = jnp.ones((3, 1), bool) & jnp.array([True, False])
+    single = np.ones((3, 1), bool) & np.array([True, False])
     for _ in range(4):
-        kept, grown = chosen(jnp.where(single, jnp.array([[1.0], [2], [3]]), 0), single, jnp.ones((3, 2), bool), 3)
-        single = kept | grown
+        kept, grown = choose(np.where(single, np.float32([[1], [2], [3]]), 0), single, np.ones((3, 2), bool), 3)
+        single = np.asarray(kept) | np.asarray(grown)
     assert single.sum() == 3
 
 
@@ -119,7 +120,7 @@ def test_where_no_score_is_a_number_nothing_moves():
 @pytest.fixture(scope="module")
 def rounds():
     """What is adapted before a first and after each of two rounds, with a step between them, and the states."""
-    adapted = perturbed(jlora.adapterize(BASE, SPEC))
+    adapted = jit(lambda key: perturbed(jlora.adapterize(BASE, SPEC, key)))(jax.random.key(0))
     params = {
         name: fields if name == "rest" else {**fields, **_masked(fields, adapted.frozen[name]["gate"])}
         for name, fields in adapted.params.items()
@@ -184,13 +185,7 @@ def test_scores_are_losses_with_weights_written_out_and_decide_the_round(rounds)
             one = np.zeros((4, 6))
             one[m, r] = 1
             scores[m, r] = loss_of(before, active - one) - loss_of(before, one)
-        got = rule._scores(
-            rule._switched(
-                before, loss, (X, Y), sites(before), [before.frozen[n]["gate"] for n in ("p", "q", "stack")]
-            ),
-            jnp.asarray(active),
-            9,
-        )
+        got = scored(before, active)
         np.testing.assert_allclose(got, scores, rtol=1e-3, atol=1e-5)
         left, grown = in_turns(scores, active, np.ones((4, 6), bool), 3)
         wanted = np.zeros((4, 6))
@@ -200,6 +195,13 @@ def test_scores_are_losses_with_weights_written_out_and_decide_the_round(rounds)
             wanted[spot] = 1
         assert np.array_equal(table(after), wanted)
     assert table(course[2][0]).sum() == 2 + 3 + 2 * 2
+
+
+@jit
+def scored(adapted, active):
+    """The scores of a round, before it chooses."""
+    gates = [adapted.frozen[name]["gate"] for name in ("p", "q", "stack")]
+    return rule._scores(rule._switched(adapted, loss, (X, Y), sites(adapted), gates), active, 9)
 
 
 def sites(adapted):
@@ -275,12 +277,11 @@ def test_ranks_their_history_and_compact_know_of_the_rounds(rounds):
     )
 
 
-def test_rounds_come_by_the_method_s_schedule_on_the_middle_batch():
-    adapted = jlora.adapterize(BASE, SPEC)
+def test_rounds_come_by_the_method_s_schedule_on_the_middle_batch(rounds):
+    tx, course = rounds
+    adapted, state = jax.tree.map(jnp.copy, course[1])
     event = METHOD.event
     assert [step for step in range(13) if event.due(step)] == [4, 7, 10]
-    tx = jlora.optimizer(adapted, optax.sgd, 0.1)
-    state = tx.init(adapted.params)
     key = jax.random.key(0)
     assert not jlora.ALoRA(2, steps=9, interval=3).event.due(9), "a round after the last step"
     assert jlora.run_events(adapted, state, tx, key, 5) == (adapted, state)

@@ -20,6 +20,7 @@ def script():
     return module
 
 
+@pytest.mark.long
 def test_the_study_runs_to_its_verdict_and_is_resumed(script, tmp_path):
     arguments = [*SMALL, "--out", str(tmp_path)]
     script.main(arguments)

@@ -9,6 +9,8 @@ holds as many as it likes), `requires_grad` (what is trained is an argument of i
 test_spec.py, 16-bit numbers and checkpointing for every method in the contract.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ METHODS = {
     "shira": jlora.SHiRA("weight", rank=1),
     "full": jlora.Full(),
 }
-X = jnp.sin(jnp.arange(3.0 * WIDTH)).reshape(3, WIDTH)
+X = jnp.asarray(np.sin(np.arange(3.0 * WIDTH)).reshape(3, WIDTH), jnp.float32)
 
 
 def layer(p, x):
@@ -53,7 +55,7 @@ def unrolled(params, x):
 
 
 def weight(n, *shape):
-    return jnp.cos(jnp.arange(float(np.prod(shape))) * (n + 1)).reshape(shape) / 3
+    return jnp.asarray(np.cos(np.arange(float(np.prod(shape))) * (n + 1)).reshape(shape) / 3, jnp.float32)
 
 
 def block(*lead):
@@ -64,8 +66,9 @@ def block(*lead):
     }
 
 
+@functools.cache
 class Problem:
-    """Function, params and names in one of the modes."""
+    """Function, params and names in one of the modes; what the tests compile of it is shared."""
 
     def __init__(self, mode):
         stacked = mode in ("scan", "mesh")
@@ -80,16 +83,17 @@ class Problem:
             )
         self.function = scanned if stacked else unrolled
         self.jit = (lambda function: function) if mode == "eager" else jax.jit
+        self.plain, self.lifted, self.merge = map(self.jit, (self.function, jlora.lift(self.function), jlora.merge))
         self.names = NAMES
         self.x = X
+        self.sites = jlora.sites(self.function, self.params, self.x)
 
     def adapted(self, spec, move=True):
-        sites = jlora.sites(self.function, self.params, self.x)
-        adapted = jlora.adapterize(self.params, spec, sites=sites)
+        adapted = jlora.adapterize(self.params, spec, sites=self.sites)
         return moved(adapted) if move else adapted
 
     def run(self, adapted):
-        return self.jit(jlora.lift(self.function))(adapted, self.x)
+        return self.lifted(adapted, self.x)
 
 
 def spec_of(leaf):
@@ -110,7 +114,7 @@ KERNELS = r".*/(up|down)/kernel"
 def moved(adapted):
     """Away from the start, by a little."""
     return adapted.replace(
-        params=jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size)).reshape(x.shape) / 9, adapted.params)
+        params=jax.tree.map(lambda x: x + np.float32(np.sin(np.arange(x.size)).reshape(x.shape) / 9), adapted.params)
     )
 
 
@@ -137,8 +141,8 @@ def test_1_the_start_is_the_base_or_not_as_the_method_says(name, mode):
 def test_2_a_merge_computes_what_the_adapters_compute_and_has_the_base_s_form(name, mode):
     problem = Problem(mode)
     adapted = problem.adapted({KERNELS: METHODS[name]})
-    merged = problem.jit(jlora.merge)(adapted)
-    close(problem.jit(problem.function)(merged, problem.x), problem.run(adapted), rtol=2e-5, atol=2e-5)
+    merged = problem.merge(adapted)
+    close(problem.plain(merged, problem.x), problem.run(adapted), rtol=2e-5, atol=2e-5)
     assert not np.allclose(problem.run(adapted), problem.run(problem.params), rtol=1e-4, atol=1e-4)
     assert jax.tree.structure(merged) == jax.tree.structure(problem.params)
 
@@ -152,7 +156,7 @@ def test_3_merging_again_changes_nothing_and_one_after_the_other_is_all_at_once(
     second = jlora.adapterize(
         jlora.merge(first),
         {r".*/down/kernel": METHODS["rslora"]},
-        sites=jlora.sites(problem.function, problem.params, X),
+        sites=problem.sites,
     )
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), jlora.merge(moved(second)), at_once)
     nothing = jlora.Adapted(at_once, {}, {}, {}, jlora.core.tree.adapted.Plan(()))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -50,22 +51,32 @@ def unplugged():
 
 
 @pytest.fixture
-def stopped_and_resumed(tmp_path, unplugged):
-    """Runs settings as a whole, and once more stopped at a step and resumed: both end with the same bits."""
+def stopped_and_resumed(tmp_path):
+    """Runs settings as a whole, and goes on from what a stop after a step would have left: both end with the same bits."""
 
-    def run(settings, at=5):
+    def run(settings, at=4):
         whole, stopped = (dataclasses.replace(settings, out=str(tmp_path / name)) for name in ("whole", "stopped"))
-        result = finetune(whole, _quiet)
-        with unplugged(at):
-            finetune(stopped, _quiet)
+        result = finetune(dataclasses.replace(whole, keep=settings.steps), _quiet)
+        _left_by_a_stop(Path(whole.out), Path(stopped.out), at)
         with pytest.MonkeyPatch.context() as patch:
             # A resumed run has the ranks that it began with.
             patch.setattr(jlora, "intrinsic_dimensions", None)
-            finetune(dataclasses.replace(stopped, resume=True), _quiet)
+            resumed = finetune(dataclasses.replace(stopped, resume=True), _quiet)
+        assert resumed.record["resumed_at"] == at
         assert _adapters(whole) == _adapters(stopped)
         return result
 
     return run
+
+
+def _left_by_a_stop(whole, stopped, at):
+    """A folder with what is written until the checkpoint of a step, and with the metrics, which are ahead of it."""
+    stopped.mkdir()
+    for name in ("settings.json", "metrics.jsonl"):
+        shutil.copy(whole / name, stopped)
+    for checkpoint in (whole / "checkpoints").iterdir():
+        if int(checkpoint.name) <= at:
+            shutil.copytree(checkpoint, stopped / "checkpoints" / checkpoint.name)
 
 
 def _quiet(text):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from little_data import sentences
 
 import jlora
 from jlora.training.defaults import count_steps, resolve
@@ -50,10 +51,10 @@ def test_the_learning_rate_rises_anew_with_each_link():
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", CHAINS)
-def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, stopped_and_resumed):
+def test_a_run_stopped_right_after_a_restart_ends_with_the_same_bits(method, stopped_and_resumed, tmp_path):
     settings = Settings(
-        method=method, links=3, steps=6, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
-        max_validation_rows=1, checkpoint_every=2, evaluate_every=6, sample_tokens=0, progress="none", warmup=1,
+        method=method, links=3, steps=6, batch=4, max_length=16, rank=2, checkpoint_every=2, evaluate_every=6,
+        targets=".*/(q|v)_proj/kernel", sample_tokens=0, progress="none", warmup=1, data=sentences(tmp_path),
     )  # fmt: skip
     result = stopped_and_resumed(settings)
     frozen = jax.device_get(result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"])

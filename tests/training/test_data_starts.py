@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from little_data import sentences
 
 import jlora
 from jlora.training import measured
@@ -12,8 +13,8 @@ from jlora.training.job import finetune
 from jlora.training.settings import Settings
 
 SETTINGS = Settings(
-    steps=12, batch=4, accumulate=2, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=60,
-    max_validation_rows=9, checkpoint_every=2, evaluate_every=6, sample_tokens=0, progress="none",
+    steps=12, batch=4, accumulate=2, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", checkpoint_every=2,
+    evaluate_every=6, learning_rate=3e-2, sample_tokens=0, progress="none",
 )  # fmt: skip
 
 
@@ -23,9 +24,9 @@ def silent(text):
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["prilora", "gelora", "alora"])
-def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and_resumed, monkeypatch):
+def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and_resumed, tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "_ROWS", 16)
-    result = stopped_and_resumed(dataclasses.replace(SETTINGS, method=method), at=7)
+    result = stopped_and_resumed(dataclasses.replace(SETTINGS, method=method, data=sentences(tmp_path)), at=6)
     gates = [
         np.asarray(result.adapted.frozen["layers"]["self_attn"][name]["kernel"]["gate"])
         for name in ("q_proj", "v_proj")
@@ -61,7 +62,8 @@ def test_a_table_without_ranks_takes_those_of_the_paper(tmp_path, monkeypatch):
         ".*/q_proj/kernel": {"method": "DoRA", "inner": gelora},
         ".*/v_proj/kernel": {"method": "LoRA", "rank": 2},
     }
-    settings = dataclasses.replace(SETTINGS, steps=2, rank=None, targets=None, spec=spec, out=str(tmp_path / "run"))
+    given = {"data": sentences(tmp_path), "spec": spec, "rank": None, "targets": None}
+    settings = dataclasses.replace(SETTINGS, steps=2, **given, out=str(tmp_path / "run"))
     methods = {site.path: site.method for site in finetune(settings, silent).adapted.plan.sites}
     gelora = next(method.inner for path, method in methods.items() if "q_proj" in path)
     assert isinstance(gelora.ranks, tuple) and len(gelora.ranks) == 5 and min(gelora.ranks) >= 1 and gelora.alpha == 4

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from little_data import sentences
 
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune
@@ -22,8 +23,6 @@ SMALL = Settings(
     rank=2,
     targets=".*/(q_proj|down_proj)/kernel",
     learning_rate=3e-2,
-    max_rows=8,
-    max_validation_rows=1,
     checkpoint_every=2,
     evaluate_every=4,
     sample_tokens=0,
@@ -36,7 +35,7 @@ def quiet(text):
 
 
 def settings(out, **changes):
-    return dataclasses.replace(SMALL, out=str(out), **changes)
+    return dataclasses.replace(SMALL, out=str(out), data=sentences(out.parent), **changes)
 
 
 def losses(out):

@@ -1,6 +1,7 @@
 """Rank allocation in the job: schedules of the run's length, and a stop in the middle of one."""
 
 import pytest
+from little_data import sentences
 
 import jlora
 from jlora import paths
@@ -54,10 +55,10 @@ def test_a_schedule_that_does_not_fit_into_the_run_is_refused():
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["adalora", "elalora", "sora", "beamlora"])
-def test_a_run_stopped_in_the_middle_of_a_schedule_ends_with_the_same_bits(method, stopped_and_resumed):
+def test_a_run_stopped_in_the_middle_of_a_schedule_ends_with_the_same_bits(method, stopped_and_resumed, tmp_path):
     settings = Settings(
-        method=method, steps=10, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", max_rows=8,
-        max_validation_rows=1, checkpoint_every=2, evaluate_every=5, sample_tokens=0, progress="none",
+        method=method, steps=10, batch=4, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", checkpoint_every=2,
+        evaluate_every=5, sample_tokens=0, progress="none", data=sentences(tmp_path),
     )  # fmt: skip
     result = stopped_and_resumed(settings)
     sites = result.adapted.plan.sites

@@ -7,6 +7,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from little_data import sentences
 from safetensors.numpy import load_file, save_file
 
 from jlora import models
@@ -14,8 +15,7 @@ from jlora.training.job import finetune
 from jlora.training.settings import Settings
 
 BASE = Settings(
-    steps=2, batch=4, max_length=16, rank=2, targets=".*/q_proj/kernel", max_rows=8, max_validation_rows=1,
-    sample_tokens=0, progress="none",
+    steps=2, batch=4, max_length=16, rank=2, targets=".*/q_proj/kernel", sample_tokens=0, progress="none",
 )  # fmt: skip
 UNADAPTED = {"rank": None, "targets": None}
 ROWS = list(range(300, 512))  # longer tokens: the shipped vocabulary begins with bytes, which are rare
@@ -42,7 +42,7 @@ def labelled(folder):
     rows = [f"the dog,{'a' if i % 2 else 'the'} cat {i},{i % 3}" for i in range(24)]
     path.write_text("\n".join(["one,two,kind", *rows]) + "\n")
     columns = {"text_column": "one", "text_pair_column": "two", "label_column": "kind", "packing": None}
-    return {"data": str(path), "task": "classify", "max_rows": None, "max_validation_rows": None, **columns}
+    return {"data": str(path), "task": "classify", **columns}
 
 
 def stored_in(dtype):
@@ -52,14 +52,9 @@ def stored_in(dtype):
         shutil.copytree(models.STORIES260K, folder / "model")
         file = folder / "model" / "model.safetensors"
         save_file({name: tensor.astype(dtype) for name, tensor in load_file(file).items()}, file)
-        return {"model": str(folder / "model"), "data": str(text(folder))}
+        return {"model": str(folder / "model")}
 
     return make
-
-
-def text(folder):
-    (folder / "data.txt").write_text("A function is called with arguments and returns a value. " * 40)
-    return folder / "data.txt"
 
 
 VARIANTS = {
@@ -90,7 +85,8 @@ VARIANTS = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_way_to_run_the_job_trains(tmp_path, name):
-    settings = dataclasses.replace(BASE, **VARIANTS[name](tmp_path), out=str(tmp_path / "run"))
+    given = {"data": sentences(tmp_path), **VARIANTS[name](tmp_path)}
+    settings = dataclasses.replace(BASE, **given, out=str(tmp_path / "run"))
     result = finetune(settings, quiet)
     assert np.isfinite(result.after["loss"])
     assert result.after["loss"] != result.before["loss"]
