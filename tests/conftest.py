@@ -1,4 +1,4 @@
-"""Settings of the whole suite: eight virtual CPU devices, no silent rank promotion, fixed precision."""
+"""Settings of the whole suite: eight virtual CPU devices, no silent rank promotion, fixed precision, quick compilation."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Nearly all the time is compilation, and the programs, those of subprocesses too, do little arithmetic. Only machine code
+# is optimized less: a program's text, memory and cost, which some tests measure, stay the same to the byte.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 

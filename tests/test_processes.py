@@ -22,6 +22,8 @@ from jlora.training.job import finetune
 from jlora.training.metrics import read_metrics
 from jlora.training.settings import Settings
 
+pytestmark = pytest.mark.releases
+
 ROOT = Path(__file__).resolve().parents[1]
 JOB = Settings(
     steps=24,

@@ -60,11 +60,19 @@ class Problem:
     x: jax.Array
     spec: dict[str, Any]
     sites: Any = None
+    noise: float = 0.3
+
+    def perturbed(self):
+        """The start with noise on every trained array."""
+        return perturbed(self.adapted, size=self.noise)
 
     @functools.cached_property
     def adapted(self):
-        """The start; the problems below make it at once, and outside any trace, for all checks."""
-        return jit(self.start)(jax.random.key(0))
+        """The start; the problems below make it at once, and outside any trace, for all checks.
+
+        Not under `jit`: draws of equal shapes, which take most of a start's time, are compiled once for all methods.
+        """
+        return self.start(jax.random.key(0))
 
     def start(self, key):
         return adapt(self.params, self.spec, key, self.sites)
@@ -81,10 +89,14 @@ def plain(method, rows=8, columns=8):
     return ready(product, {"w": weight(0, rows, columns)}, normal(1, 16, rows), {"w": method})
 
 
+# Where layers follow each other, each multiplies the rounding of those before it by the size of its weight: less noise.
+LAYERS_NOISE = 0.1
+
+
 @functools.cache
 def stack(method):
     spec = {"w": jlora.Axes("batch in out", method)}
-    return ready(layers, {"w": weight(0, 3, 8, 8)}, normal(1, 16, 8), spec)
+    return ready(layers, {"w": weight(0, 3, 8, 8)}, normal(1, 16, 8), spec, None, LAYERS_NOISE)
 
 
 def shapes(method):
@@ -110,7 +122,7 @@ def model(method):
     shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
-    return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x))
+    return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x), LAYERS_NOISE)
 
 
 def perturbed(adapted, seed=2, size=0.3):

@@ -13,6 +13,8 @@ from little_data import sentences
 
 from jlora.training.metrics import read_metrics
 
+pytestmark = pytest.mark.releases
+
 SETTINGS = """
 steps = 40
 batch = 4

@@ -15,6 +15,8 @@ from jlora.training.metrics import read_metrics
 from jlora.training.placement import check_batch, make_mesh, rows_of_batch, weight_spec
 from jlora.training.settings import Settings
 
+pytestmark = pytest.mark.releases
+
 SMALL = Settings(
     steps=4,
     batch=8,
