@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jlora
 from jlora.core.products import contraction
@@ -73,6 +74,8 @@ def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
     known = [x.size, w.size, f.a.size, f.b.size, x.size // 16 * 2]
     assert set(sizes) <= set(known), (sizes, known)
     assert sizes.count(w.size) <= 1
+    same = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == w.shape]
+    assert all(leaf.unsafe_buffer_pointer() == w.unsafe_buffer_pointer() for leaf in same), "a copy of the base is kept"
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -173,6 +176,58 @@ def test_products_of_one_activation_share_their_thin_products():
     program = str(jax.make_jaxpr(lifted)(adapted.params))
     assert program.count("f32[8,6] = concatenate") == 1  # the three a, side by side
     assert program.count("f32[5,6] = dot_general") == 1 + 2 * 3 + 1  # with all a; each base and each b; the last one
+
+
+HIGHEST = lax.Precision.HIGHEST
+convolve = partial(
+    lax.conv_general_dilated, window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC")
+)
+#: Shapes of the weights, and a function of each kind of product.
+PRECISE = {
+    "dense": ({"w": (6, 6)}, lambda p, x: jnp.matmul(x, p["w"], precision=HIGHEST)),
+    "transposed": ({"w": (6, 6)}, lambda p, x: jnp.matmul(x, p["w"].T, precision=HIGHEST)),
+    "together": ({"q": (6, 4), "k": (6, 4)}, lambda p, x: sum(jnp.matmul(x, p[n], precision=HIGHEST) for n in "qk")),
+    "experts": ({"w": (3, 6, 4)}, lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"], precision=HIGHEST)),
+    "ragged": ({"w": (3, 6, 4)}, lambda p, x: lax.ragged_dot(x[0], p["w"], jnp.array([2, 0, 3]), precision=HIGHEST)),
+    "convolution": ({"w": (3, 6, 4)}, lambda p, x: convolve(x, p["w"], precision=HIGHEST)),
+    "in groups": ({"w": (3, 3, 4)}, lambda p, x: convolve(x, p["w"], precision=HIGHEST, feature_group_count=2)),
+}
+
+
+def equations(jaxpr):
+    """All equations of a program, and of the programs in it."""
+    is_program = lambda param: hasattr(param, "eqns") or hasattr(param, "jaxpr")
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in filter(is_program, jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)):
+            yield from equations(getattr(param, "jaxpr", param))
+
+
+def precisions(fn, adapted, x, **options):
+    """Those of the products of a lifted function and of its gradient."""
+    loss = lambda p, x: jnp.sum(jnp.sin(jlora.lift(fn, **options)(adapted.replace(params=p), x)))
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(adapted.params, x)
+    return [eqn.params["precision"] for eqn in equations(program.jaxpr) if "precision" in eqn.params]
+
+
+LORA, SHIRA = jlora.LoRA(2, dropout=0.5), jlora.SHiRA(entries=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, LORA) for name in PRECISE), ("dense", SHIRA), ("transposed", SHIRA)], ids=str
+)
+def test_every_product_of_a_lift_and_of_its_gradient_has_the_precision_that_was_asked_for(name, method):
+    shapes, fn = PRECISE[name]
+    x, params = normal(9, 3, 5, 6), {key: normal(n, *shape) for n, (key, shape) in enumerate(shapes.items())}
+    adapted = jlora.adapterize(params, {".*": method}, sites=jlora.sites(fn, params, x))
+    dropping = adapted.replace(context={"dropout": jax.random.key(0)})
+    half = adapted.replace(base=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    tried = [(adapted, x, {"plan": "merged"}), (dropping, x, {"plan": "factored"})]
+    if name == "dense":
+        tried.append((half, x.astype(jnp.bfloat16), {"cuts": {"w": 2}}))
+    for model, inputs, options in tried:
+        found = precisions(fn, model, inputs, **options)
+        assert len(found) >= 2 and set(found) <= {HIGHEST, (HIGHEST, HIGHEST)}, (options, found)
 
 
 @pytest.mark.parametrize("cuts", [{}, {"w": 4}])

@@ -185,7 +185,8 @@ def test_a_symbolic_batch_that_is_large_enough_takes_the_formed_plan():
 def test_remat_policies_shardings_and_scopes_are_kept():
     mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
     policy = jax.checkpoint_policies.dots_saveable
-    inner = jax.jit(lambda x, w: x @ w, in_shardings=(NamedSharding(mesh, P("d")), None))
+    rows = NamedSharding(mesh, P("d"))
+    inner = jax.jit(lambda x, w: x @ w, in_shardings=(rows, None), out_shardings=rows)
 
     def fn(p, x):
         with jax.named_scope("mine"):
@@ -196,12 +197,42 @@ def test_remat_policies_shardings_and_scopes_are_kept():
     (remat,) = [eqn for eqn in program.eqns if eqn.primitive.name in ("remat2", "checkpoint", "remat")]
     assert remat.params["policy"] is policy and remat.params["prevent_cse"] is False
     assert "mine" in str(remat.source_info.name_stack)
-    assert "sharding_constraint" in str(program) and "('d'" in str(program)
+    assert str(program).count("sharding_constraint[") == 2 and "('d'" in str(program)
 
 
 def test_a_reverse_scan_runs_backwards():
     def fn(p, x):
-        return lax.scan(lambda c, w: (jnp.tanh(c @ w), c), x, p["w"], reverse=True)
+        return lax.scan(lambda c, w: (jnp.tanh(c @ w), c), x, p["w"], reverse=True, unroll=3)
 
     model = adapted(STACK, fn, None, X)
     equals_merged(fn, model)
+    (scan,) = [eqn for eqn in jax.make_jaxpr(jlora.lift(fn))(model, X).eqns if eqn.primitive.name == "scan"]
+    assert scan.params["unroll"] == 3
+
+
+def chosen_by_a_branch(p, x):
+    return x @ lax.cond(x.sum() < 1e6, lambda w: w.T, lambda w: w, p["w"])
+
+
+def swapped_by_steps(p, x):
+    w, v = lax.scan(lambda s, _: (s[::-1], None), (p["w"], p["v"]), length=2)[0]
+    return x @ w - x @ v
+
+
+@pytest.mark.parametrize("fn", [chosen_by_a_branch, swapped_by_steps])
+def test_a_weight_that_only_some_branches_or_places_pass_on_is_formed(fn):
+    params = SQUARE if fn is chosen_by_a_branch else {**SQUARE, "v": jnp.eye(6)}
+    model = jlora.adapterize(params, {".*": jlora.LoRA(rank=2, init="random")})
+    close(jlora.lift(fn)(model, X), fn(jlora.merge(model), X))
+
+
+def test_a_weight_that_a_jit_moves_is_another_one():
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
+    moved = jax.jit(lambda w: w, out_shardings=NamedSharding(mesh, P("d")))
+
+    def fn(p, x):
+        return x @ lax.scan(lambda w, _: (moved(w), None), p["w"], length=2)[0]
+
+    model = jlora.adapterize(SQUARE, {"w": jlora.LoRA(rank=2)})
+    with pytest.raises(ValueError, match="strict: the effective weight of w, .* would have to be formed for `scan`"):
+        jax.eval_shape(jlora.lift(fn, strict=True), model, X)

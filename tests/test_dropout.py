@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.problems import jit
 from jax import lax
 
 import jlora
@@ -117,6 +118,30 @@ def test_every_step_of_a_loop_over_one_weight_drops_differently():
         return lax.fori_loop(0, 3, lambda n, out: out.at[n].set(EYE @ p["w"]), jnp.zeros((3, 64, 1)))
 
     assert all_differ(dropped_inputs(looped, {"w": jnp.zeros((64, 1))}, {"w": SEEN}))
+
+
+def test_every_step_of_a_while_loop_over_one_weight_drops_differently():
+    def looped(p):
+        step = lambda s: (s[0] + 1, s[1].at[s[0]].set(EYE @ p["w"]))
+        return lax.while_loop(lambda s: s[0] < 3, step, (0, jnp.zeros((3, 64, 1))))[1]
+
+    assert all_differ(dropped_inputs(looped, {"w": jnp.zeros((64, 1))}, {"w": SEEN}))
+
+
+def test_matrices_that_a_mapped_index_takes_out_of_a_stack_drop_differently():
+    spec = {"w": jlora.Axes("batch in out", SEEN)}
+    adapted = with_key(jlora.adapterize({"w": jnp.zeros((3, 64, 1))}, spec), 0)
+    ones = adapted.replace(params=jax.tree.map(jnp.ones_like, adapted.params))
+    for take in (lambda w, n: w[n], lambda w, n: jnp.take(w, n, axis=0)):
+        lifted = jlora.lift(lambda p, n, take=take: EYE @ take(p["w"], n))
+        assert all_differ(np.asarray(jit(jax.vmap(lifted, in_axes=(None, 0)))(ones, jnp.arange(3))))
+
+
+def test_a_transposed_use_drops_entries_of_its_own_input():
+    masks = dropped_inputs(
+        lambda p: jnp.stack([EYE @ p["w"].T, EYE @ p["w"].T]), {"w": jnp.zeros((1, 64))}, {"w": SEEN}
+    )
+    assert set(np.unique(masks)) == {0.0, 2.0} and all_differ(masks)
 
 
 def test_experts_of_a_batched_product_drop_differently():

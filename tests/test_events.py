@@ -9,6 +9,9 @@ import optax
 
 import jlora
 
+#: The keys that events got.
+DRAWN = []
+
 
 @dataclass(frozen=True)
 class Doubled:
@@ -20,6 +23,7 @@ class Doubled:
         return step % 2 == 0
 
     def happen(self, moment):
+        DRAWN.append(jax.random.key_data(moment.key).tolist())
         moment.say(f"{[site.path for site in moment.sites]} at {moment.step}")
         params = {**moment.adapted.params}
         for site in moment.sites:
@@ -55,5 +59,7 @@ def test_events_happen_at_their_steps_once_for_all_leaves_that_share_them():
     assert run(1)[0] is adapted and said == []
     found, _ = run(2)
     assert said == ["['u', 'v'] at 2", "['w'] at 2"]
+    run(4)
+    assert len({tuple(key) for key in DRAWN}) == 4, "each event of each step has a key of its own"
     for name, wanted in {"u": 3.0, "v": 3.0, "w": 4.0, "x": 1.0}.items():
         np.testing.assert_array_equal(found.params[name]["b"], np.full((2, 4), wanted))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.problems import jit
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -105,9 +106,13 @@ FORMS = {
     "times a number": (SQUARE, lambda p: X @ (-p["w"] / 4), False),
     "stack times a traced number": (STACK, lambda p: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), X, X.mean() * p["w"])[0], False),
     "lookup times a number": (SQUARE, lambda p: (p["w"] * 3)[jnp.array([1, 5])], False),
-    "divided by the weight": (SQUARE, lambda p: X @ (1 / (2 + p["w"])), True),
+    "elementwise use of a multiple": (SQUARE, lambda p: X @ jnp.tanh(3 * p["w"]), True),
+    "repeated": (SQUARE, lambda p: jnp.einsum("etd,edf->etf", X, jnp.broadcast_to(p["w"], (3, 6, 6))), True),
+    "row by row": (SQUARE, lambda p: jnp.einsum("io,io->i", X.reshape(-1, 6)[:6], p["w"]), True),
+    "divided by the weight": ({"w": 2 + normal(0, 6, 6)}, lambda p: X @ (1 / p["w"]), True),
     "reshape in column-major order": ({"w": normal(0, 2, 3, 4)}, lambda p: X @ p["w"].reshape(6, 4, order="F"), False),
     "cast to 8 bits and back": (SQUARE, lambda p: X @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32), True),
+    "cast to integers": (SQUARE, lambda p: X @ (8 * p["w"]).astype(jnp.int32).astype(jnp.float32), True),
     "reduced precision": (SQUARE, lambda p: X @ lax.reduce_precision(p["w"], 5, 3), True),
     "lookup beyond the rows, filled": (SQUARE, lambda p: p["w"].at[jnp.array([0, 3, 99])].get(mode="fill", fill_value=2.0), False),
     "lookup beyond the rows, masked": (SQUARE, lambda p: jnp.where(jnp.array([[True], [False]]), jnp.take(p["w"], jnp.array([3, 99]), axis=0), 0), False),
@@ -117,6 +122,7 @@ FORMS = {
     "columns permuted": (SQUARE, lambda p: X @ p["w"][:, jnp.array([3, 1, 0, 2, 5, 4])], False),
     "experts by index": (STACK, lambda p: jnp.einsum("ti,tkio->tko", X[0], p["w"][jnp.array([[0, 2], [1, 1], [2, 0], [0, 0], [1, 2]])]), False),
     "experts by index, filled": (STACK, lambda p: X[0, :2] @ p["w"].at[jnp.array([0, 99])].get(mode="fill", fill_value=2.0), True),
+    "experts by index, beyond the stack": (STACK, lambda p: jnp.einsum("ti,tio->to", X[0, :2], jnp.take(p["w"], jnp.array([0, 99]), axis=0)), False),
     "experts by index under vmap": (STACK, lambda p: jax.vmap(lambda x, i: x @ p["w"][i])(X, jnp.array([2, 0, 7])), False),
     "experts of a stack under vmap of both": ({"w": normal(0, 3, 2, 6, 4)}, lambda p: jax.vmap(lambda x, w, i: x @ w[i])(X, p["w"], jnp.array([1, 0, 1])), False),
     "lookup by slices under vmap": ({"w": normal(0, 7, 6)}, lambda p: jax.vmap(lambda i: lax.dynamic_slice(p["w"], (i, 0), (1, 6)))(jnp.array([1, 9])), False),
@@ -156,7 +162,7 @@ def test_lifted_equals_merged_in_values_and_gradients(name, method):
             return jax.jvp(lambda p: loss(g(p)), (p,), (jax.tree.map(jnp.sin, p),))
         return jax.grad(lambda p: loss(g(p)))(p)
 
-    @jax.jit
+    @jit
     def both(p):
         return [(g(p), derivative(g, p)) for g in (through_merge, through_lift)]
 
@@ -164,6 +170,28 @@ def test_lifted_equals_merged_in_values_and_gradients(name, method):
     tolerance = 4e-3 if name == "cast" else 2e-5
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), got, wanted)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, wanted)
+
+
+def test_without_a_trace_a_lookup_may_go_along_the_out_axis():
+    f = lambda p: jnp.take(p["w"], jnp.array([1, 6, 0]), axis=1)
+
+    @jit
+    def both():
+        adapted = jlora.adapterize({"w": normal(0, 6, 7)}, {"w": METHODS["dora"]})
+        adapted = adapted.replace(params=jax.tree.map(lambda x: x + 0.1, adapted.params))
+        return jlora.lift(f, strict=True)(adapted), f(jlora.merge(adapted))
+
+    np.testing.assert_allclose(*both(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_activations_of_8_bits_get_the_formed_weight(dtype):
+    def f(p):
+        x = (3 * X[0]).astype(dtype)
+        return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    adapted = jlora.adapterize(SQUARE, {"w": METHODS["lora"]})
+    np.testing.assert_array_equal(jlora.lift(f)(adapted), f(jlora.merge(adapted)))
 
 
 @pytest.mark.parametrize("name", FORMS)

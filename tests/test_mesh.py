@@ -160,6 +160,16 @@ def test_inputs_that_a_mesh_cuts_give_the_same_and_are_summed_in_16_bits():
         assert jnp.linalg.norm(got - each) < 0.02 * jnp.linalg.norm(each)
 
 
+def test_only_the_axes_that_cut_activations_count_as_cuts():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "model"), (AxisType.Auto,) * 2)
+    cut = {"w": P("fsdp"), "v": P("model"), "u": P(None, "model"), "both": P(("fsdp", "model"))}
+    place = lambda spec: jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+    params = {name: place(spec) for name, spec in cut.items()}
+    adapted = jax.eval_shape(lambda p: jlora.adapterize(p, {".*": jlora.LoRA(2)}), params).replace(base=params)
+    assert jlora.mesh.cuts(adapted, {"model"}) == {"v": 4}
+    assert jlora.mesh.cuts(adapted, {"model", "fsdp"}) == {"w": 2, "v": 4, "both": 8}
+
+
 def test_merge_save_and_load_keep_the_shardings(tmp_path, trained):
     params, fresh, adapted, *_ = trained("mixed")
     merged = jlora.merge(adapted)

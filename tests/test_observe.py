@@ -129,6 +129,11 @@ def test_plain_params_are_watched_and_the_leading_axes_are_the_activation_s_own(
     assert set(seen) == {"stack", "q"}
 
 
+def test_squares_of_16_bits_are_summed_in_32():
+    found = jlora.input_norms.measure(jnp.ones((300, 2), jnp.bfloat16))
+    assert found.dtype == jnp.float32 and found.tolist() == [300, 300]
+
+
 def test_sums_are_added_over_uses_and_finished_once():
     mean = jlora.Statistic(lambda x: (x.sum((0, 1)), jnp.float32(x.size / x.shape[-1])), lambda t: t[0] / t[1])
     _, seen = jit(jlora.observe(model, mean, at="tied|experts"))(jlora.watch(PARAMS, jlora.ALL_LINEAR, SITES), X)
@@ -137,6 +142,14 @@ def test_sums_are_added_over_uses_and_finished_once():
     np.testing.assert_allclose(seen["tied"], found["tied"].mean((0, 1)), rtol=1e-5, atol=1e-6)
     wanted = found["experts"][1].mean((0, 1))
     np.testing.assert_allclose(seen["experts"], jnp.stack([wanted, 2 * wanted]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_matrix_that_is_used_at_two_places_has_the_sum_over_both():
+    x, w = X[0], PARAMS["q"]
+    observed = jlora.observe(lambda p, x: jnp.tanh(x @ p["q"]) @ p["q"], jlora.input_norms)
+    _, seen = jit(observed)(jlora.watch({"q": w}, "q"), x)
+    wanted = jnp.sqrt(jnp.sum(x**2, 0) + jnp.sum(jnp.tanh(x @ w) ** 2, 0))
+    np.testing.assert_allclose(seen["q"], wanted, rtol=1e-5)
 
 
 def test_under_remat_statistics_are_not_computed_again_for_the_gradient():

@@ -163,6 +163,13 @@ def test_every_plan_gives_the_dense_products_values_and_gradients(plan, monkeypa
     close(*moved, 1e-3)
 
 
+def test_a_number_times_the_weight_multiplies_its_entries():
+    adapted = adapted_with(jlora.SHiRA("weight", entries=5, scale=0.5))
+    adapted, x = adapted.replace(params={"w": {"values": jnp.arange(1.0, 6.0)}}), normal(2, 3, 12)
+    fn = lambda p: x @ (3 * p["w"])
+    close(*jax.jit(lambda a: (jlora.lift(fn, strict=True)(a), fn(jlora.merge(a))))(adapted), 1e-5)
+
+
 def test_plans_follow_the_cost_model(monkeypatch):
     def chosen(tokens, density, dtype=jnp.float32):
         return entries.choose("auto", tokens, (1000, 1000), int(density * 1e6), dtype)

@@ -219,6 +219,19 @@ def test_all_linear_follows_weights_that_are_changed_before_their_product_and_ta
     assert {(site.in_axes, site.out_axes) for site in adapted.plan.sites} == {((0,), (1,))}
 
 
+def chosen_and_scaled(p, x):
+    """The one weight or the other, whatever chose it, times a third; and one that is scaled by a number of the data."""
+    return jnp.tanh(x @ (jnp.where(x.sum() > 0, p["a"], p["b"]) * p["c"])) @ (x.mean() * p["d"]) @ p["head"]
+
+
+def test_what_data_chooses_or_scales_by_one_number_is_a_weight():
+    params = {name: zeros(4, 4) for name in "abcd"} | {"head": zeros(4, 2)}
+    report = jlora.sites(chosen_and_scaled, params, zeros(2, 4))
+    assert {leaf.path: (leaf.kind, leaf.roles) for leaf in report.leaves} == dict.fromkeys(
+        params, ("dot", ((0,), (1,), ()))
+    )
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -276,8 +289,9 @@ def test_a_weight_that_the_spec_names_is_not_said_to_be_left_out(choice, recwarn
 
 
 def experts_and_tables(p, tokens, choice):
-    """Experts chosen by row, layers by a traced number, and tables of which the one has three axes."""
+    """Experts chosen by row, layers by a traced number, and tables of which two have three axes."""
     x = p["table"][tokens] + jnp.einsum("thd,dhe->te", p["heads"][tokens], p["mix"])
+    x = x + jnp.einsum("thd,de->the", p["pieces"][tokens], p["up"]).sum(1)
     x = jnp.einsum("ti,tio->to", x, jnp.take(p["experts"], choice, axis=0))
     several = p["experts"][jnp.stack([choice, choice], axis=1)]
     x = jnp.einsum("ti,tkio->tko", x, several).sum(1) + jnp.einsum("ti,tio->to", x, several.mean(1))
@@ -286,13 +300,13 @@ def experts_and_tables(p, tokens, choice):
 
 def test_a_stack_that_is_indexed_is_no_table_and_a_table_is_no_stack():
     params = {"table": zeros(7, 4), "heads": zeros(7, 2, 3), "mix": zeros(3, 2, 4), "experts": zeros(5, 4, 4)}
-    params["layers"] = zeros(3, 4, 4)
+    params |= {"layers": zeros(3, 4, 4), "pieces": zeros(7, 2, 3), "up": zeros(3, 4)}
     report = jlora.sites(experts_and_tables, params, jnp.zeros(6, int), jnp.zeros(6, int))
     found = {leaf.path: (leaf.kind, leaf.roles) for leaf in report.leaves}
     stack = ("dot", ((1,), (2,), (0,)))
     assert found["experts"] == found["layers"] == stack
     assert found["table"] == ("gather", ((0,), (1,), ()))
-    assert found["heads"] == ("gather", ((0,), (1, 2), ()))
+    assert found["heads"] == found["pieces"] == ("gather", ((0,), (1, 2), ()))
 
 
 def by_row(p, x, choice):
@@ -440,6 +454,7 @@ HEADS = {
     "masked": (span_scores, "k o head", "head"),
     "in a dict with hidden states and a cache": (with_cache, "k o head", "head"),
     "scaled itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ (p["head"] * 0.5), "a head", "head"),
+    "masked by its input": (lambda p, x: x @ p["head"] + jnp.where(x[..., :1] > 0, 0.0, -1e9), "head", "head"),
     "masked itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ (p["head"] * MASK), "a head", "head"),
     "permuted itself": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["head"][:, jnp.array([2, 0, 1])], "a head", "head"),
     "before layers in a loop": (looped, "first layers", ""),

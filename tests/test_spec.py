@@ -43,6 +43,7 @@ def test_a_pattern_must_match_the_whole_path():
     refused(
         {r"kernel": LORA}, ValueError, "'kernel' matches no leaf", "whole path", "'layer/q/kernel'", "'layer/k/kernel'"
     )
+    refused({r"layer/q": LORA}, ValueError, "'layer/q' matches no leaf", "whole path")
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest_paths():

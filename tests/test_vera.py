@@ -97,6 +97,8 @@ def test_the_projections_come_from_their_own_key_and_from_nothing_else():
     jax.tree.map(np.testing.assert_array_equal, first, drawn(jlora.VeRA(rank=3), 1, BASE))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), BASE)
     jax.tree.map(np.testing.assert_array_equal, first, drawn(jlora.VeRA(rank=3, d_initial=0.1), 2, half))
+    with jax.default_prng_impl("rbg"):
+        jax.tree.map(np.testing.assert_array_equal, first, drawn(jlora.VeRA(rank=3), 0, BASE))
     other = drawn(jlora.VeRA(rank=3, projection_key=1), 0, BASE)
     assert np.all(first["VeRA"]["a"] != other["VeRA"]["a"]) and np.all(first["VeRA"]["b"] != other["VeRA"]["b"])
 

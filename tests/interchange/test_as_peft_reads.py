@@ -95,6 +95,11 @@ def test_no_pattern_takes_long(pattern):
     assert time.process_time() - start < 1
 
 
+def test_a_pattern_that_would_take_too_long_is_refused():
+    with pytest.raises(ValueError, match="it takes too long to match"):
+        matches(".*" + "(?=.*)" * 200, "a" * 60)
+
+
 @pytest.mark.parametrize(
     "pattern, reason",
     [
@@ -352,6 +357,24 @@ def test_fused_q_k_and_v_with_different_alphas_come_in_as_one_leaf(tmp_path):
         stem = f"base_model.model.{module}"
         expected = scale * (tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]).T
         np.testing.assert_allclose(change[:, 6 * n : 6 * n + 6], expected, atol=1e-5)
+
+
+def test_tied_weights_that_an_adapter_changes_differently_are_refused(tmp_path):
+    names = {"embed/embedding": TorchParameter("embed.weight", "in out", "embedding", also=("head.weight",))}
+    params = {"embed": {"embedding": jnp.cos(jnp.arange(72.0)).reshape(12, 6)}}
+    spec = {".*": jlora.Axes("in out", jlora.LoRA(2, init="random"), "gather")}
+    jlora.save_peft(tmp_path / "a", jlora.adapterize(params, spec), names)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for n, (tensor, settings) in enumerate([(1.5, {}), (1, {"alpha_pattern": {"head": 3}}), (1, {})]):
+        (folder := tmp_path / str(n)).mkdir()
+        changed = {key: value * np.float32(tensor if "head.lora_B" in key else 1) for key, value in tensors.items()}
+        save_file(changed, folder / "adapter_model.safetensors")
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | settings
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        if n < 2:
+            with pytest.raises(ValueError, match="'embed.weight' and 'head.weight' are one array .* differently"):
+                jlora.load_peft(folder, params, names)
+    assert jlora.load_peft(folder, params, names).params["embed"]["embedding"]["a"].shape == (12, 2)
 
 
 def test_modules_may_have_names_of_any_letters(tmp_path):

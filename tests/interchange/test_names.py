@@ -140,6 +140,17 @@ def test_layers_of_different_ranks_and_scales_become_one_stack(tmp_path):
         np.testing.assert_allclose(jlora.merge(again)["layers"]["w"][n], expected, atol=1e-5)
 
 
+def test_layers_without_a_magnitude_have_the_norms_of_the_base(tmp_path):
+    flat = filled({f"layers_{n}": {"w": (6, 6)} for n in range(3)})
+    adapted = moved(jlora.adapterize(flat, {"layers_1/w": jlora.DoRA(LORA)}))
+    jlora.save_peft(tmp_path / "out", adapted, {r"layers_(?P<n>\d)/w": "layers.{n}"})
+    stacked = {"layers": {"w": jnp.stack([flat[f"layers_{n}"]["w"] for n in range(3)])}}
+    again = jlora.load_peft(tmp_path / "out", stacked, {"layers/w": TorchParameter("layers.{n}.weight", "n in out")})
+    merged = jlora.merge(adapted)
+    for n in range(3):
+        np.testing.assert_allclose(jlora.merge(again)["layers"]["w"][n], merged[f"layers_{n}"]["w"], atol=1e-5)
+
+
 WRONG = {
     "an adapted leaf without a name": ({}, "w is adapted but has no torch name"),
     "a leaf of more axes than told": ({"w": TorchParameter("w.weight", "layer in out")}, "w has 2 axes"),
@@ -184,6 +195,13 @@ def test_two_leaves_on_one_place_are_refused(tmp_path):
     adapted = jlora.adapterize(filled({"a": (4, 5), "b": (4, 5)}), {"a": LORA})
     with pytest.raises(ValueError, match="a and b are both the torch parameter 'w.weight'"):
         jlora.save_peft(tmp_path / "out", adapted, {"a|b": "w"})
+
+
+def test_two_leaves_that_write_one_tensor_are_refused(tmp_path):
+    spec = {"a": LORA, "e": jlora.Axes("in out", LORA, "gather")}
+    names = {"a": "w", "e": TorchParameter("e.weight", "in out", "embedding", also=("w.weight",))}
+    with pytest.raises(ValueError, match="both lead to 'base_model.model.w.lora_A.weight'"):
+        jlora.save_peft(tmp_path / "out", jlora.adapterize(filled({"a": (4, 5), "e": (5, 4)}), spec), names)
 
 
 @pytest.mark.parametrize(

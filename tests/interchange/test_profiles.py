@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import TorchParameter
+from jlora.interchange import forms
 
 PARAMS = {
     "up": {"kernel": jnp.cos(jnp.arange(80.0)).reshape(10, 8), "bias": jnp.ones(8)},
@@ -193,6 +194,22 @@ def test_tensors_can_be_written_in_16_bits_and_come_back_in_32(dtype, tmp_path):
     )
 
 
+def test_the_scale_of_entries_goes_out_in_their_values(tmp_path):
+    adapted = adapted_of({"up/kernel": jlora.SHiRA("weight", rank=1, scale=0.5)})
+    jlora.save_peft(tmp_path / "out", adapted, NAMES)
+    again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
+    np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-6)
+
+
+def test_targets_are_named_by_their_last_word_only_where_all_of_that_word_are_meant(tmp_path):
+    params = {name: {"up": {"kernel": jnp.ones((4, 4))}} for name in "ab"}
+    names = {r"(?P<m>[ab])/up/kernel": "{m}.up"}
+    for pattern, targets in (("a/.*", ["a.up"]), (".*", ["up"])):
+        adapted = jlora.adapterize(params, {pattern: LORA})
+        jlora.save_peft(tmp_path / targets[0], adapted, names)
+        assert saved(tmp_path / targets[0])[0]["target_modules"] == targets
+
+
 def test_integers_stay_integers_in_16_bits(tmp_path):
     adapted = adapted_of({"up/kernel": jlora.SHiRA("weight", rank=1)})
     jlora.save_peft(tmp_path / "out", adapted, NAMES, dtype="bfloat16")
@@ -256,6 +273,16 @@ def test_options_that_are_wrong_are_refused(options, message, tmp_path):
 def test_adapters_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is nothing to save: no leaf is adapted"):
         jlora.save_peft(tmp_path / "out", jlora.Adapted(PARAMS, {}, {}, {}, jlora.core.tree.adapted.Plan(())), NAMES)
+
+
+def test_a_trained_array_without_a_place_is_an_error(tmp_path, monkeypatch):
+    def forgetful(site, method, arrays):
+        return forms.Form(site, "lora", arrays["params"], {"a": ("a",), "b": ("a",)})
+
+    monkeypatch.setitem(forms.NATIVE, jlora.LoRA, forgetful)
+    with pytest.raises(ValueError, match="up/kernel: its trained array 'b' has no place in the adapter"):
+        jlora.save_peft(tmp_path / "out", adapted_of({"up/kernel": LORA}), NAMES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_array_that_is_not_contiguous_is_written_by_its_values(tmp_path):

@@ -85,6 +85,13 @@ def test_a_lifted_function_on_adapted_params_writes_what_the_merged_model_writes
     assert written != models.generate(model.apply, params, PROMPTS, **settings)
 
 
+def test_the_temperature_divides_the_logits():
+    key, logits = jax.random.key(0), np.random.default_rng(1).standard_normal((64, 9)).astype(np.float32)
+    drawn = Sampling(temperature=0.25, top_k=None, top_p=None).choose(logits, key)
+    assert drawn.tolist() == jax.random.categorical(key, logits / 0.25).tolist()
+    assert drawn.tolist() != jax.random.categorical(key, logits).tolist()
+
+
 def test_draws_stay_in_the_top_k_and_the_nucleus():
     logits = np.log(np.float32([[0.1, 0.4, 0.05, 0.3, 0.15]]))
     keys = jax.random.split(jax.random.key(0), 200)

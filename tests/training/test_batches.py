@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jlora.training.data import Data
+from jlora.training.data import Data, split
 from jlora.training.encode import Example, language_example
 from jlora.training.packing import join, pack, packed
 from jlora.training.pipeline import collate, padded_length, training_batches, validation_batches
+from jlora.training.settings import Settings
 
 
 def examples(lengths):
@@ -29,6 +30,13 @@ def classified(lengths):
         )
         for i, n in enumerate(lengths)
     ]
+
+
+@pytest.mark.parametrize("one_text", [True, False])
+def test_what_is_held_out_is_not_trained_on(one_text):
+    train, held_out = split(list(range(20)), Settings(validation_fraction=0.25, seed=3), one_text)
+    assert len(held_out) == 5 and sorted(train + held_out) == list(range(20))
+    assert (held_out == [15, 16, 17, 18, 19]) == one_text
 
 
 def test_packing_keeps_every_example_once_within_the_capacity():

@@ -4,11 +4,19 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
+import jlora
 from jlora.disk.checksums import checksums
 from jlora.training import checkpoint
 from jlora.training.checkpoint import MANIFEST, Checkpoints, find_whole, last_whole
+from jlora.training.errors import CheckpointError
+from jlora.training.loop import State
 
 
 @pytest.fixture
@@ -72,3 +80,29 @@ def test_as_many_checkpoints_are_kept_as_asked_for_and_the_latest(keep, folder, 
     Checkpoints._finish(checkpoints)  # pyright: ignore[reportArgumentType] (what orbax holds is not needed)
     assert sorted(int(path.name) for path in folder.iterdir()) == [2, 4, 6, 8][-keep:]
     assert checkpoint.complaint(folder / "8") is None
+
+
+def state_of(adapted, key, step):
+    return State(adapted.params, optax.adam(0.1).init(adapted.params), jnp.int32(step), jax.random.key(key))
+
+
+def test_a_state_comes_back_with_its_key_its_constants_and_its_step(tmp_path):
+    adapted = jlora.adapterize({"w": jnp.eye(4)}, {"w": jlora.RACLoRA(rank=2)})
+    position = iter(grain.MapDataset.range(9).to_iter_dataset())
+    assert [next(position) for _ in range(3)] == [0, 1, 2]
+    checkpoints = Checkpoints(tmp_path, 2, "base of these")
+    checkpoints.save(state_of(adapted, 7, 3), adapted, position)
+    checkpoints.close()
+    other, fresh = jax.tree.map(lambda leaf: leaf + 1, adapted), iter(grain.MapDataset.range(9).to_iter_dataset())
+    again = Checkpoints(tmp_path, 2, "base of these")
+    state, found = again.restore(3, state_of(other, 0, 0), other, fresh)
+    again.close()
+    assert (int(state.step), next(fresh)) == (3, 3)
+    assert jax.random.key_data(state.key).tolist() == jax.random.key_data(jax.random.key(7)).tolist()
+    jax.tree.map(np.testing.assert_array_equal, (found.params, found.frozen), (adapted.params, adapted.frozen))
+    stranger = Checkpoints(tmp_path, 2, "another base")
+    with pytest.raises(
+        CheckpointError, match="3 belongs to a base with fingerprint base of these, this one has another"
+    ):
+        stranger.restore(3, state, adapted, fresh)
+    stranger.close()

@@ -10,7 +10,7 @@ import jlora
 from jlora.training.loop import State, make_evaluation, make_step, to_devices
 from jlora.training.losses import sums
 from jlora.training.placement import make_mesh, on_mesh
-from jlora.training.schedule import learning_rate
+from jlora.training.schedule import learning_rate, make_optimizer
 from jlora.training.settings import Settings
 from jlora.training.trainer import summarize
 
@@ -67,7 +67,9 @@ def test_the_loss_is_the_mean_over_predictions():
     wanted = float(np.sum(np.asarray(losses) * data["weights"]) / np.sum(data["weights"]))
     assert run(2, steps=1)[1][0] == pytest.approx(wanted, rel=1e-6)
     found = make_evaluation(forward)(adapted(), [to_devices(data, make_mesh({}))])
-    assert summarize(found, classify=False)["loss"] == pytest.approx(wanted, rel=1e-6)
+    summary = summarize(found, classify=False)
+    assert summary["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert summary["perplexity"] == pytest.approx(np.exp(wanted), rel=1e-5)
 
 
 def test_dropout_follows_the_seed_and_is_off_in_evaluation():
@@ -100,6 +102,28 @@ def test_every_step_and_every_part_of_it_drops_by_a_key_of_its_own(parts):
         found.append(float(result.loss))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == 3
+
+
+def test_the_accuracy_is_that_of_the_rows_that_count():
+    logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    rows = {"labels": jnp.array([0, 0, 0]), "weights": jnp.array([1.0, 1.0, 0.0])}
+    found = summarize(sums(lambda params, batch: logits, {}, rows), classify=True)
+    assert found["accuracy"] == 0.5
+    assert found["loss"] == pytest.approx(np.log1p(np.exp(-2.0)) + 1.0)
+
+
+def test_the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings():
+    whole, rate, clip = adapted(), 0.1, 1.0
+    settings = Settings(learning_rate=rate, warmup=0, steps=9, schedule="constant", weight_decay=0.3, clip=clip)
+    tx, params = make_optimizer(whole, settings), jax.tree.map(jnp.ones_like, whole.params)
+    plain, norm = optax.adamw(rate, weight_decay=0.3), float(optax.tree.norm(params))
+    state, alone = tx.init(params), plain.init(params)
+    for size in (1e-3, 4.0):  # below the norm, and above
+        gradient = jax.tree.map(lambda leaf, size=size: size * leaf, params)
+        clipped = min(1.0, clip / (size * norm))
+        got, state = tx.update(gradient, state, params)
+        wanted, alone = plain.update(jax.tree.map(lambda leaf, by=clipped: by * leaf, gradient), alone, params)
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4), got, wanted)
 
 
 @pytest.mark.parametrize(

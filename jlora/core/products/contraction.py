@@ -159,6 +159,10 @@ class _Group:
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return matmul(x, m, dtype, self.precision)
 
+    def merged(self, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """`w + a @ b`."""
+        return w + self.matmul(a, b, w.dtype)
+
     def thin(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
         """`x @ a` for several `a [in, r]` by one product."""
         if len(factors) == 1:
@@ -197,7 +201,7 @@ def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: 
         elif not group.plan.forward[n]:
             y = _in_pieces(group, x, w, a[n], b[n])
         else:
-            y = group.matmul(x, _merged(w, a[n], b[n]).astype(x.dtype), accumulate)
+            y = group.matmul(x, group.merged(w, a[n], b[n]).astype(x.dtype), accumulate)
         results.append(y.astype(group.out_dtype))
     return results
 
@@ -219,10 +223,6 @@ def _in_pieces(group: _Group, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.A
     y = (product(w, accumulate) + low.astype(accumulate)).astype(group.out_dtype)
     # Not jnp.sum, which would add up in 32 bits, and so send 32 bits from device to device.
     return jax.lax.reduce(y, jnp.zeros((), y.dtype), jax.lax.add, (0,))
-
-
-def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return w + matmul(a, b, w.dtype)
 
 
 @partial(_low_rank.defjvp, symbolic_zeros=True)
@@ -266,7 +266,7 @@ def _through_input(group: _Group, dx: jax.Array, weights: Matrices, a: Matrices,
     dtype = group.out_dtype
 
     def formed(dx: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return group.matmul(dx, _merged(w, a, b).astype(dx.dtype), dtype)
+        return group.matmul(dx, group.merged(w, a, b).astype(dx.dtype), dtype)
 
     if group.plan.backward:  # checkpointed, so that the formed weight is not kept from the forward to the backward pass
         return [jax.checkpoint(formed)(dx, *each) for each in zip(weights, a, b)]

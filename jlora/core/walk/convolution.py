@@ -33,6 +33,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, weight: Any) -> list[Any] | None:
 def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_axis, feature = numbers.rhs_spec[0], numbers.out_spec[1]
+    precision = eqn.params["precision"]
     w, update = single_matrix(weight)
 
     def base(x: jax.Array, dtype: Any) -> jax.Array:
@@ -44,10 +45,10 @@ def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
     def mix(y: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         y = jnp.moveaxis(y, feature, -1)
         if groups == 1:
-            return jnp.moveaxis(matmul(y, m, dtype), -1, feature)
+            return jnp.moveaxis(matmul(y, m, dtype, precision), -1, feature)
         y = y.reshape(*y.shape[:-1], groups, m.shape[0])
         m = m.reshape(m.shape[0], groups, -1)
-        mixed = jnp.einsum("...gr,rgo->...go", y, m, preferred_element_type=dtype)
+        mixed = jnp.einsum("...gr,rgo->...go", y, m, precision=precision, preferred_element_type=dtype)
         return jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], -1), -1, feature)
 
     def rescale(y: jax.Array, scale: jax.Array) -> jax.Array:

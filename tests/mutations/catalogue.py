@@ -1,0 +1,7 @@
+"""All mutations, those of the whole package."""
+
+from mutations import core, interchange, methods, models, states, training
+
+MUTATIONS = tuple(
+    mutation for module in (core, methods, states, interchange, models, training) for mutation in module.MUTATIONS
+)

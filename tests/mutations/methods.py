@@ -1,0 +1,558 @@
+"""Faults in the methods: formulas, starts, scales, labels; and in what allocates their ranks or begins them anew."""
+
+from mutations.mutation import Mutation
+
+BOOSTING = "tests/chains/test_boosting.py::test_"
+DEEP = "tests/test_deeplora.py::test_"
+DORA = "tests/test_dora.py::test_"
+INITS = "tests/test_weight_inits.py::test_"
+LORA = "tests/test_lora.py::test_"
+PLUS = "tests/test_loraplus.py::test_"
+RENEWAL = "tests/chains/test_renewal.py::test_"
+RESTART = "tests/chains/test_restart.py::test_"
+SHIRA = "tests/test_shira.py::test_"
+VERA = "tests/test_vera.py::test_"
+ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
+    f"tests/allocate/test_{name}.py::test_"
+    for name in ("adalora", "allocation", "beamlora", "elalora", "alora", "prilora", "rmlora", "sora")
+)
+
+
+def contract(method: str, check: str) -> tuple[str, ...]:
+    """One check of a method's first case."""
+    return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
+
+
+FORMULAS = (
+    Mutation(
+        "LoRA's standard scale is that of rsLoRA",
+        "jlora/methods/lora.py",
+        'math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)',
+        "math.sqrt(self.rank))",
+        (LORA + "rslora_is_lora_times_the_root_of_the_rank",),
+    ),
+    Mutation(
+        "LoRA's scale is missing from its factors",
+        "jlora/methods/lora.py",
+        "return Factors(a, self.scale * b, dropout=self.dropout)",
+        "return Factors(a, b, dropout=self.dropout)",
+        contract("LoRA(rank=4)", "agree"),
+    ),
+    Mutation(
+        "LoRA's factors have no dropout",
+        "jlora/methods/lora.py",
+        "return Factors(a, self.scale * b, dropout=self.dropout)",
+        "return Factors(a, self.scale * b)",
+        ("tests/test_dropout.py::test_a_key_drops_and_the_same_key_drops_the_same",),
+    ),
+    Mutation(
+        "`a` is drawn by the number of outputs",
+        "jlora/methods/lora.py",
+        "bound = 1 / math.sqrt(shape[0])",
+        "bound = 1 / math.sqrt(shape[1])",
+        ("tests/test_peft_golden.py::test_starts_are_drawn_from_the_distributions_of_peft",),
+    ),
+    Mutation(
+        "an embedding's LoRA starts as a product's",
+        "jlora/methods/lora.py",
+        'return "embedding" if site.kind == "gather" else "kaiming"',
+        'return "kaiming"',
+        (PLUS + "every_trained_array_is_in_the_group_that_loraplus_gives_it",),
+    ),
+    Mutation(
+        "orthogonal factors lie in one half",
+        "jlora/methods/lora.py",
+        "return left @ q[0::2], q[1::2].T @ right",
+        "return left @ q[0::2], q[0::2].T @ right",
+        (INITS + "orthogonal_factors_are_drawn_as_peft_draws_them_and_cancel",),
+    ),
+    Mutation(
+        "PiSSA's factors forget the scale",
+        "jlora/methods/lora.py",
+        "root = jnp.sqrt(sigma[: self.rank] / self.scale)",
+        "root = jnp.sqrt(sigma[: self.rank])",
+        (INITS + "pissas_factors_are_balanced_and_take_the_largest_singular_values_whatever_alpha",),
+    ),
+    Mutation(
+        "a randomised SVD is no wider than the rank",
+        "jlora/methods/lora.py",
+        "width = min(rank + 8, *w.shape)",
+        "width = min(rank, *w.shape)",
+        (INITS + "the_randomised_svd_comes_as_close_as_its_iterations_let_it",),
+    ),
+    Mutation(
+        "factors from the weight run as large parts that cancel",
+        "jlora/methods/lora.py",
+        "jnp.concatenate([a - a0, a0], axis=1), jnp.concatenate([b, b - b0])",
+        "jnp.concatenate([a, -a0], axis=1), jnp.concatenate([b, b0])",
+        (INITS + "small_updates_of_large_factors_survive_sixteen_bits",),
+    ),
+    Mutation(
+        "what was moved out of the base is not taken away in the weight",
+        "jlora/methods/lora.py",
+        'update -= view.frozen["a0"] @ view.frozen["b0"]',
+        "pass",
+        (INITS + "the_start_is_the_base_bit_for_bit_and_the_base_is_not_touched",),
+    ),
+    Mutation(
+        "adapters of a 16-bit base are of 16 bits",
+        "jlora/methods/lora.py",
+        "return jnp.dtype(jnp.float32) if jnp.dtype(w.dtype).itemsize < 4 else w.dtype",
+        "return w.dtype",
+        contract("LoRA(rank=4)", "dtype"),
+    ),
+    Mutation(
+        "a rank above the matrix's sides is taken",
+        "jlora/methods/lora.py",
+        "if self.rank > min(site.in_size, site.out_size):",
+        "if self.rank > max(site.in_size, site.out_size):",
+        ("tests/test_spec.py::test_a_rank_above_the_sides_names_path_shape_and_the_largest_rank",),
+    ),
+    Mutation(
+        "DoRA's norm has a gradient",
+        "jlora/methods/dora.py",
+        "    norms = jax.lax.stop_gradient(norms)\n",
+        "",
+        contract("DoRA(inner=LoRA(rank=4))", "agree"),
+    ),
+    Mutation(
+        "DoRA's norm of a low-rank weight misses half of the mixed part",
+        "jlora/methods/dora.py",
+        "(2 * (a.T @ w) + (a.T @ a) @ b)",
+        "((a.T @ w) + (a.T @ a) @ b)",
+        contract("DoRA(inner=LoRA(rank=4))", "agree"),
+    ),
+    Mutation(
+        "DoRA's norm of a sparse weight misses half of the mixed part",
+        "jlora/methods/dora.py",
+        "(2 * w[rows, columns] + values) * values",
+        "(w[rows, columns] + values) * values",
+        (SHIRA + "dora_goes_around_shira",),
+    ),
+    Mutation(
+        "DoRA's norms run over the outputs",
+        "jlora/methods/dora.py",
+        "return jnp.sqrt(jnp.sum(w * w, axis=0))",
+        "return jnp.sqrt(jnp.sum(w * w, axis=1))",
+        (DORA + "a_merged_columns_length_is_the_magnitude",),
+    ),
+    Mutation(
+        "DoRA divides by the norm of a column of zeros",
+        "jlora/methods/dora.py",
+        "jnp.where(norms > 0, norms, 1)",
+        "norms",
+        (DORA + "a_column_of_zeros_is_no_division_by_zero",),
+    ),
+    Mutation(
+        "DoRA's magnitude decays",
+        "jlora/methods/dora.py",
+        '"m": "vector"}',
+        '"m": "b"}',
+        (PLUS + "every_trained_array_is_in_the_group_that_loraplus_gives_it",),
+    ),
+    Mutation(
+        "VeRA's rank vector is missing from its factors",
+        "jlora/methods/vera.py",
+        "return Factors(a, d[:, None] * b * scale,",
+        "return Factors(a, b * scale,",
+        contract("VeRA(rank=4)", "agree"),
+    ),
+    Mutation(
+        "VeRA's projections follow the user's generator",
+        "jlora/methods/vera.py",
+        'jax.random.key(self.projection_key, impl="threefry2x32")',
+        "jax.random.key(self.projection_key)",
+        (VERA + "the_projections_come_from_their_own_key_and_from_nothing_else",),
+    ),
+    Mutation(
+        "VeRA's projections are as wide as the smallest leaf",
+        "jlora/methods/vera.py",
+        "rows, columns = max(site.in_size for site in sites),",
+        "rows, columns = min(site.in_size for site in sites),",
+        (VERA + "leaves_of_all_sizes_and_stacks_slice_one_pair",),
+    ),
+    Mutation(
+        "SHiRA's scale is missing from its entries",
+        "jlora/methods/shira.py",
+        'return Sparse(view.frozen["index"], self.scale * view.params["values"])',
+        'return Sparse(view.frozen["index"], view.params["values"])',
+        (SHIRA + "a_number_times_the_weight_multiplies_its_entries",),
+    ),
+    Mutation(
+        "SHiRA takes the smallest entries",
+        "jlora/methods/shira.py",
+        "stable=True, descending=True)",
+        "stable=True, descending=False)",
+        (SHIRA + "the_largest_entries_are_numpys_and_of_equal_ones_the_first",),
+    ),
+    Mutation(
+        "SHiRA's offset is ignored",
+        "jlora/methods/shira.py",
+        "first, last = self.offset * k, (self.offset + 1) * k",
+        "first, last = 0, k",
+        (SHIRA + "adapters_with_offsets_of_one_key_are_disjoint",),
+    ),
+    Mutation(
+        "SHiRA's snip ranks by the gradient alone",
+        "jlora/methods/shira.py",
+        'jnp.abs(w if self.mask == "weight" else w * statistics["gradient"])',
+        'jnp.abs(w if self.mask == "weight" else statistics["gradient"])',
+        (SHIRA + "gradient_and_snip_rank_what_the_calibration_batches_give",),
+    ),
+    Mutation(
+        "Rows' factors add the rows to those that are there",
+        "jlora/methods/rows.py",
+        "return Factors(places, rows - view.w[at].astype(rows.dtype))",
+        "return Factors(places, rows)",
+        contract("Rows(indices=(0, 3))", "agree"),
+    ),
+    Mutation(
+        "Deep LoRA's outer factors learn at the rate of the inner ones",
+        "jlora/methods/deeplora.py",
+        'return {"left": self.gamma, "right": self.gamma} if self.compressed and self.gamma else {}',
+        "return {}",
+        (DEEP + "rates_and_groups",),
+    ),
+    Mutation(
+        "Deep LoRA's factors start at the size of one",
+        "jlora/methods/deeplora.py",
+        "draw = jax.nn.initializers.orthogonal(self.eps)",
+        "draw = jax.nn.initializers.orthogonal()",
+        (DEEP + "the_start_has_size_eps_to_the_depth",),
+    ),
+    Mutation(
+        "Deep LoRA's images are drawn with signs that QR prefers",
+        "jlora/methods/deeplora.py",
+        "return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)",
+        "return q",
+        (DEEP + "the_images_under_the_wide_start_are_drawn_uniformly",),
+    ),
+    Mutation(
+        "RAC-LoRA's random factor shrinks with the side and not with its root",
+        "jlora/methods/raclora.py",
+        "(side, self.rank), dtype) / math.sqrt(side)",
+        "(side, self.rank), dtype) / side",
+        ("tests/chains/test_sketches.py::test_gaussian_columns_have_about_unit_length_and_come_from_the_key",),
+    ),
+    Mutation(
+        "XGBLoRA's layers that were not drawn act",
+        "jlora/methods/xgblora.py",
+        'b = self._plain.scale * view.frozen["mask"] * view.params["b"]',
+        'b = self._plain.scale * view.params["b"]',
+        (BOOSTING + "layers_that_are_not_drawn_do_not_move_by_a_bit",),
+    ),
+    Mutation(
+        "GeLoRA's scale goes by the largest rank",
+        "jlora/methods/gelora.py",
+        "return self.alpha * len(ranks) / sum(ranks)",
+        "return self.alpha / max(ranks)",
+        (PRILORA + "gelora_takes_ranks_for_its_layers",),
+    ),
+    Mutation(
+        "PRILoRA rounds halves down in the first layers",
+        "jlora/methods/prilora.py",
+        "return np.where(2 * np.arange(layers) < layers, up, down)",
+        "return np.where(2 * np.arange(layers) < layers, down, up)",
+        (PRILORA + "ranks_are_linear_and_add_up_exactly",),
+    ),
+    Mutation(
+        "a gate is open beyond its layer's rank",
+        "jlora/core/protocol/gated.py",
+        "used = np.arange(width) < rank[..., None]",
+        "used = np.arange(width) <= rank[..., None]",
+        (PRILORA + "every_layer_has_its_rank_and_scale_and_padding_never_moves",),
+    ),
+    Mutation(
+        "gates miss the scale where the matrix is tall",
+        "jlora/core/protocol/gated.py",
+        "return Factors(a, gates[:, None] * b, dropout=dropout)",
+        "return Factors(a, gates[:, None] * b / self.scale, dropout=dropout)",
+        contract("BeamLoRA(rank=4, alpha=8, temperature=1.0, steps=2000, interval=1000)", "agree"),
+    ),
+    Mutation(
+        "the last finished link of a chain is forgotten",
+        "jlora/methods/chain.py",
+        '"link": link + 1,',
+        '"link": link,',
+        (RESTART + "a_chain_keeps_the_base_and_its_links_are_one_program",),
+    ),
+    Mutation(
+        "a link of smaller rank trains all columns",
+        "jlora/methods/chain.py",
+        "return replace(found, b=found.b * used.astype(found.b.dtype)[:, None])",
+        "return found",
+        (RESTART + "a_link_of_smaller_rank_trains_and_keeps_that_rank_alone",),
+    ),
+    Mutation(
+        "a class that changes the weight alone is used by its parent's factors",
+        "jlora/core/protocol/method.py",
+        "is not Method and form_at <= weight_at",
+        "is not Method",
+        (LORA + "a_derived_class_that_changes_the_weight_alone_is_used_by_that_weight",),
+    ),
+)
+
+RATES = (
+    Mutation(
+        "vectors decay",
+        "jlora/optimize/optimizer.py",
+        '{**options, "weight_decay": 0.0} if decays else options',
+        "options",
+        (PLUS + "without_a_ratio_only_the_decay_of_vectors_differs_from_the_plain_optimizer",),
+    ),
+    Mutation(
+        "`a` learns at the rate of `b`",
+        "jlora/optimize/optimizer.py",
+        '"a": (learning_rate, options),',
+        '"a": (fast, options),',
+        (PLUS + "b_moves_ratio_times_as_far_as_a",),
+    ),
+    Mutation(
+        "embeddings learn as all else does",
+        "jlora/optimize/optimizer.py",
+        '"embedding": (embedding_learning_rate, options),',
+        '"embedding": (learning_rate, options),',
+        (PLUS + "embedding_factors_move_at_1e_6_or_at_the_rate_that_is_given",),
+    ),
+    Mutation(
+        "a schedule is not scaled",
+        "jlora/optimize/optimizer.py",
+        "return lambda count: factor * rate(count)",
+        "return rate",
+        (PLUS + "a_schedule_is_scaled_too",),
+    ),
+    Mutation(
+        "a field's own rate is ignored",
+        "jlora/optimize/optimizer.py",
+        'fields[name] = f"{fields[name]} x {factor!r}"',
+        "pass",
+        ("tests/test_prepare.py::test_a_rate_of_its_own_scales_the_fields_updates",),
+    ),
+    Mutation(
+        "chains share one step count",
+        "jlora/optimize/optimizer.py",
+        'fields |= {name: f"{label}, link {number}" for',
+        'fields |= {name: f"{label}, link" for',
+        (RESTART + "each_chain_of_several_has_a_step_count_of_its_own",),
+    ),
+    Mutation(
+        "a field without a group is no error",
+        "jlora/optimize/optimizer.py",
+        "if unlabelled := sorted(set(trained) - set(given)):",
+        "if unlabelled := sorted(set(given) - set(trained) - set(given)):",
+        (PLUS + "a_field_without_a_label_is_refused_by_name",),
+    ),
+    Mutation(
+        "each site has a rank budget of its own",
+        "jlora/optimize/optimizer.py",
+        "for site in sites if site.method.optimizer_rule == rule))",
+        "for site in sites if site.method.optimizer_rule == rule)[:1])",
+        (ALLOCATION + "sites_with_equal_rules_share_a_budget_and_methods_mix",),
+    ),
+    Mutation(
+        "a restart leaves the step count",
+        "jlora/optimize/renewal.py",
+        "return node._replace(**{name: _COUNT for name in _COUNTS if getattr(node, name, None) == _OTHER})",
+        "return node",
+        (RENEWAL + "moments_of_restarted_leaves_begin_anew_with_their_counts",),
+    ),
+    Mutation(
+        "pruning keeps the share that it should clear",
+        "jlora/optimize/renewal.py",
+        "jax.random.fold_in(key, mark.number), 1 - renewal.prune, moment.shape)",
+        "jax.random.fold_in(key, mark.number), renewal.prune, moment.shape)",
+        (RENEWAL + "pruned_moments_keep_a_share_and_the_counts_go_on",),
+    ),
+    Mutation(
+        "a mean is kept without its square",
+        "jlora/optimize/renewal.py",
+        "place = (mark.number, moment.shape)",
+        "place = (mark.number, moment.shape, id(moment))",
+        (RENEWAL + "pruned_moments_keep_a_share_and_the_counts_go_on",),
+    ),
+    Mutation(
+        "the smallest moments are kept",
+        "jlora/optimize/renewal.py",
+        "jnp.argsort(-rows, axis=-1, stable=True)",
+        "jnp.argsort(rows, axis=-1, stable=True)",
+        (RENEWAL + "pruned_moments_keep_a_share_and_the_counts_go_on",),
+    ),
+    Mutation(
+        "the new link's factors are drawn as the last one's",
+        "jlora/optimize/restart.py",
+        "in starts_of(link.sites, ends, key).items():",
+        "in starts_of(link.sites, ends, jax.random.key(0)).items():",
+        (RESTART + "a_link_is_folded_into_the_base_and_the_next_begins_as_adapterize_would",),
+    ),
+    Mutation(
+        "a chain that is full goes on",
+        "jlora/optimize/restart.py",
+        "if links is not None and done + 1 >= links:",
+        "if links is not None and done >= links:",
+        (
+            RESTART + "a_chain_keeps_the_base_and_its_links_are_one_program",
+            RESTART + "what_cannot_begin_anew_is_refused",
+        ),
+    ),
+    Mutation(
+        "an array that is another leaf too dies with the restart",
+        "jlora/optimize/restart.py",
+        "jnp.copy(leaf) if shared[id(leaf)] > 1 else leaf for",
+        "leaf for",
+        (RESTART + "what_is_shared_or_of_numpy_survives_a_restart",),
+    ),
+    Mutation(
+        "the rate after a restart rises one step late",
+        "jlora/optimize/restart.py",
+        "(since + 1) / warmup * schedule(last + warmup)",
+        "since / warmup * schedule(last + warmup)",
+        (RENEWAL + "the_jagged_schedule_rises_anew_after_each_restart",),
+    ),
+    Mutation(
+        "events of one step share a key",
+        "jlora/optimize/events.py",
+        "jax.random.fold_in(jax.random.fold_in(key, step), number)",
+        "jax.random.fold_in(key, step)",
+        ("tests/test_events.py::test_events_happen_at_their_steps_once_for_all_leaves_that_share_them",),
+    ),
+    Mutation(
+        "an event happens at every step",
+        "jlora/optimize/events.py",
+        "in events_of(adapted).items() if event.due(step)]",
+        "in events_of(adapted).items()]",
+        ("tests/test_events.py::test_events_happen_at_their_steps_once_for_all_leaves_that_share_them",),
+    ),
+)
+
+RANKS = (
+    Mutation(
+        "AdaLoRA's budget falls as a square",
+        "jlora/optimize/allocate/budget.py",
+        "max(left, 0.0) ** 3 + last)",
+        "max(left, 0.0) ** 2 + last)",
+        (ADA + "budgets_are_those_of_peft_and_are_met_exactly",),
+    ),
+    Mutation(
+        "of equal scores all pass",
+        "jlora/optimize/allocate/budget.py",
+        "    order = positions(jnp.where(among, -values, jnp.inf).ravel())\n"
+        "    return (order < count).reshape(values.shape) & among",
+        "    least = jnp.sort(jnp.where(among, values, -jnp.inf).ravel())[::-1][jnp.maximum(count - 1, 0)]\n"
+        "    return (values >= least) & among",
+        (ADA + "ties_never_break_the_budget",),
+    ),
+    Mutation(
+        "the budget falls a step late",
+        "jlora/optimize/allocate/budget.py",
+        "jnp.sum(jnp.asarray(falls) <= step, dtype=jnp.int32)",
+        "jnp.sum(jnp.asarray(falls) < step, dtype=jnp.int32)",
+        (ADA + "budgets_are_those_of_peft_and_are_met_exactly", ELA + "fewer_ranks_move_as_the_run_goes_on"),
+    ),
+    Mutation(
+        "sensitivities are not smoothed",
+        "jlora/optimize/allocate/scores.py",
+        "beta1 * old + (1 - beta1) * new for",
+        "new for",
+        (ADA + "averages_are_those_of_peft",),
+    ),
+    Mutation(
+        "a score sums what it should average",
+        "jlora/optimize/allocate/scores.py",
+        "jnp.nan_to_num(e + jnp.mean(a, axis=-2)",
+        "jnp.nan_to_num(e + jnp.sum(a, axis=-2)",
+        (ADA + "every_step_of_a_schedule_leaves_the_parameters_that_peft_leaves",),
+    ),
+    Mutation(
+        "a step whose gradient is not finite is not counted",
+        "jlora/optimize/allocate/transform.py",
+        "            state.skipped + ~sound,\n",
+        "            state.skipped,\n",
+        (ALLOCATION + "skipped_steps_are_counted_and_the_ranks_that_learn_stay",),
+    ),
+    Mutation(
+        "what AdaLoRA gave up comes back after the last allocation",
+        "jlora/optimize/allocate/adalora.py",
+        "settled = t >= phases.last",
+        "settled = t < 0",
+        (ADA + "masks_are_constant_after_the_last_allocation",),
+    ),
+    Mutation(
+        "SoRA's gates keep their size above the threshold",
+        "jlora/optimize/allocate/sora.py",
+        "jnp.maximum(jnp.abs(gate) - threshold, 0)",
+        "jnp.where(jnp.abs(gate) > threshold, jnp.abs(gate), 0)",
+        (SORA + "the_threshold_is_the_proximal_step_and_closes_more_gates_the_larger_it_is",),
+    ),
+    Mutation(
+        "SoRA's penalty is not shared by the gates",
+        "jlora/optimize/allocate/sora.py",
+        "share = self.l1 / sum(factor.e.size for factor in factors)",
+        "share = self.l1",
+        (SORA + "gates_of_every_step_are_those_of_a_loop_of_adamw_and_the_threshold",),
+    ),
+    Mutation(
+        "BeamLoRA copies the best ranks as they are now",
+        "jlora/optimize/allocate/beamlora.py",
+        "return jnp.where(mask, _taken(old, index, axis), new)",
+        "return jnp.where(mask, _taken(new, index, axis), new)",
+        (BEAM + "values_and_moments_of_every_step_are_those_of_a_loop_over_the_ranks",),
+    ),
+    Mutation(
+        "BeamLoRA's gates do not add up to the rank",
+        "jlora/optimize/allocate/beamlora.py",
+        "return score.shape[-1] * jax.nn.softmax(wide / temperature, axis=-1)",
+        "return jax.nn.softmax(wide / temperature, axis=-1)",
+        (BEAM + "gates_sum_to_the_rank_also_where_they_are_nearly_one_hot",),
+    ),
+    Mutation(
+        "RM-LoRA's first step is masked",
+        "jlora/optimize/allocate/rmlora.py",
+        "(budget.positions(noise) < self.updated) | (step == 1)",
+        "(budget.positions(noise) < self.updated)",
+        (RM + "masks_have_exactly_k_ranks_after_the_first_step_each_rank_as_often",),
+    ),
+    Mutation(
+        "RM-LoRA's ranks that are not updated move",
+        "jlora/optimize/allocate/rmlora.py",
+        "return _masked(updates, masks, sites) if self.freeze else updates,",
+        "return updates,",
+        (RM + "ranks_that_are_not_updated_stay_to_the_bit_where_they_are_frozen",),
+    ),
+    Mutation(
+        "PRILoRA prunes by size alone",
+        "jlora/optimize/allocate/prilora.py",
+        "jnp.abs(a) * norms[..., None])",
+        "jnp.abs(a))",
+        (PRILORA + "values_averages_and_moments_are_those_of_a_loop",),
+    ),
+    Mutation(
+        "what PRILoRA froze counts as new",
+        "jlora/optimize/allocate/prilora.py",
+        "importance = jnp.where(frozen, -1, jnp.abs(a)",
+        "importance = jnp.where(frozen, jnp.inf, jnp.abs(a)",
+        (PRILORA + "each_group_keeps_exactly_what_it_should_and_mode_decides_what_comes_after",),
+    ),
+    Mutation(
+        "ElaLoRA takes a module's last rank",
+        "jlora/optimize/allocate/elalora.py",
+        "jnp.minimum(per_module, held - 1)[:, None]",
+        "jnp.minimum(per_module, held)[:, None]",
+        (ELA + "the_total_never_changes_and_no_module_loses_its_last_rank",),
+    ),
+    Mutation(
+        "a rank that ElaLoRA gives starts as large as the others",
+        "jlora/optimize/allocate/elalora.py",
+        "jnp.minimum(least, _START).astype(factor.e.dtype)",
+        "jnp.ones_like(least)",
+        (ELA + "growing_changes_the_weight_by_next_to_nothing",),
+    ),
+    Mutation(
+        "moments of what was taken away stay",
+        "jlora/optimize/allocate/moments.py",
+        "jnp.where(mask, jnp.zeros_like(moment) if new is None else new, moment)",
+        "jnp.where(mask, moment if new is None else new, moment)",
+        (SORA + "ranks_given_up_for_good_lose_their_moments",),
+    ),
+)
+
+MUTATIONS = (*FORMULAS, *RATES, *RANKS)

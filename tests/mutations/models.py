@@ -1,0 +1,159 @@
+"""Faults in the models of the package: attention, positions, loading, writing text."""
+
+from mutations.mutation import Mutation
+
+ATTENTION = "tests/models/test_model_attention.py::test_"
+CLASSIFY = "tests/models/test_model_classify.py::test_"
+ERRORS = "tests/models/test_model_load_errors.py::test_"
+GENERATE = "tests/models/test_model_generate.py::test_"
+GOLDEN = "tests/models/test_model_golden.py::test_"
+HOSTILE = "tests/models/test_model_hostile_files.py::test_"
+AGREES = GOLDEN + "output_agrees_with_transformers"
+
+MUTATIONS = (
+    Mutation(
+        "packed texts see one another",
+        "jlora/models/attention.py",
+        "return (query == key) & (key != 0)",
+        "return (query != 0) & (key != 0)",
+        (ATTENTION + "packed_segments_equal_separate_texts",),
+    ),
+    Mutation(
+        "padding counts in positions",
+        "jlora/models/attention.py",
+        "    valid = segments != 0\n    count",
+        "    valid = segments >= 0\n    count",
+        (GENERATE + "greedy_rows_of_different_lengths_equal_the_model_without_a_cache",),
+    ),
+    Mutation(
+        "positions go on from one packed text to the next",
+        "jlora/models/attention.py",
+        "return jnp.maximum(count - 1 - jax.lax.cummax(starts, axis=1), 0)",
+        "return jnp.maximum(count - 1, 0)",
+        (
+            ATTENTION + "packed_segments_equal_separate_texts",
+            ATTENTION + "a_segment_after_padding_starts_at_position_0",
+        ),
+    ),
+    Mutation(
+        "a cache that is full is written over",
+        "jlora/models/attention.py",
+        "    if used + length > slots:\n",
+        "    if False:\n",
+        (ATTENTION + "a_full_cache_says_so",),
+    ),
+    Mutation(
+        "a token may not see itself",
+        "jlora/models/llama.py",
+        "(distance >= 0)",
+        "(distance > 0)",
+        (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "a window is a token too wide",
+        "jlora/models/llama.py",
+        "(inputs.distance < layer.window)",
+        "(inputs.distance <= layer.window)",
+        (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "rotary planes are turned the other way",
+        "jlora/models/rope.py",
+        "[first * cosine - second * sine, second * cosine + first * sine]",
+        "[first * cosine + second * sine, second * cosine - first * sine]",
+        (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "rotary halves are swapped",
+        "jlora/models/rope.py",
+        "[first * cosine - second * sine, second * cosine + first * sine]",
+        "[first * cosine - second * sine, second * cosine - first * sine]",
+        (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "YaRN does not scale cosines",
+        "jlora/models/rope.py",
+        "return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor",
+        "return jnp.cos(angles), jnp.sin(angles)",
+        (AGREES + "[llama_yarn]",),
+    ),
+    Mutation(
+        "Llama 3's waves are all stretched",
+        "jlora/models/rope.py",
+        "return keep * inverse + (1 - keep) * inverse / self.factor",
+        "return inverse / self.factor",
+        (AGREES + "[llama_llama3_biases]",),
+    ),
+    Mutation(
+        "RoBERTa's positions begin at 0",
+        "jlora/models/bert.py",
+        'offset = whole(hf, "pad_token_id", least=0) + 1 if roberta else 0',
+        "offset = 0",
+        (AGREES + "[roberta]",),
+    ),
+    Mutation(
+        "a classifier reads the last token, padding or not",
+        "jlora/models/classify.py",
+        "last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)",
+        "last = jnp.full(mask.shape[0], mask.shape[1] - 1)",
+        (CLASSIFY + "padding_on_either_side_changes_nothing",),
+    ),
+    Mutation(
+        "every token is drawn by one key",
+        "jlora/models/generate.py",
+        "token = sampling.choose(logits, jax.random.fold_in(key, step))",
+        "token = sampling.choose(logits, key)",
+        (GENERATE + "every_token_is_drawn_by_a_key_of_its_own",),
+    ),
+    Mutation(
+        "the temperature multiplies",
+        "jlora/models/generate.py",
+        "logits = logits / self.temperature",
+        "logits = logits * self.temperature",
+        (GENERATE + "the_temperature_divides_the_logits",),
+    ),
+    Mutation(
+        "the nucleus ends before its border",
+        "jlora/models/generate.py",
+        "before = jnp.cumsum(probability, axis=-1) - probability",
+        "before = jnp.cumsum(probability, axis=-1)",
+        (GENERATE + "draws_stay_in_the_top_k_and_the_nucleus",),
+    ),
+    Mutation(
+        "the end token is written",
+        "jlora/models/generate.py",
+        "        running = running & (token != end)\n        written = written.at[:, step].set(token)\n"
+        "        lengths = lengths + running.astype(jnp.int32)\n",
+        "        written = written.at[:, step].set(token)\n        lengths = lengths + running.astype(jnp.int32)\n"
+        "        running = running & (token != end)\n",
+        (GENERATE + "a_row_ends_before_its_end_token",),
+    ),
+    Mutation(
+        "16-bit infinities are finite",
+        "jlora/models/finite.py",
+        "(block & exponent) != exponent",
+        "(block & exponent) <= exponent",
+        (HOSTILE + "one_value_that_is_not_finite_is_found_wherever_it_is",),
+    ),
+    Mutation(
+        "only the first block of a tensor is looked at",
+        "jlora/models/finite.py",
+        "for start in range(0, flat.size, _BLOCK):",
+        "for start in range(0, min(flat.size, _BLOCK), _BLOCK):",
+        (HOSTILE + "one_value_that_is_not_finite_is_found_wherever_it_is",),
+    ),
+    Mutation(
+        "a quantized checkpoint is read as it is",
+        "jlora/models/load.py",
+        'if hf.get("quantization_config"):',
+        "if False:",
+        (ERRORS + "an_unsupported_config_is_named",),
+    ),
+    Mutation(
+        "another leaf's merged values are handed out",
+        "jlora/models/merged.py",
+        "if self not in self._last:",
+        "if not self._last:",
+        ("tests/interchange/test_commands.py::test_a_lazy_merge_has_the_shapes_dtypes_and_values_of_a_merge",),
+    ),
+)

@@ -1,0 +1,275 @@
+"""Faults in the job: step, data, checkpoints, resuming, metrics."""
+
+from mutations.mutation import Mutation
+
+BATCHES = "tests/training/test_batches.py::test_"
+CHECKPOINTS = "tests/training/test_checkpoints.py::test_"
+EXAMPLES = "tests/training/test_examples.py::test_"
+JOB = "tests/training/test_job.py::test_"
+SETTINGS = "tests/training/test_settings.py::test_"
+STEPS = "tests/training/test_steps.py::test_"
+VERDICT = "tests/training/test_verdict.py::test_"
+OWN_KEY = STEPS + "every_step_and_every_part_of_it_drops_by_a_key_of_its_own"
+
+STEP = (
+    Mutation(
+        "every step drops by the run's key",
+        "jlora/training/loop.py",
+        "key, asked = jax.random.fold_in(state.key, state.step), asked_by(adapted)",
+        "key, asked = state.key, asked_by(adapted)",
+        (OWN_KEY + "[1]",),
+    ),
+    Mutation(
+        "every part of a step drops by one key",
+        "jlora/training/loop.py",
+        "value_and_grad(params, part[0], jax.random.fold_in(key, part[1]))",
+        "value_and_grad(params, part[0], key)",
+        (OWN_KEY + "[2]",),
+    ),
+    Mutation(
+        "the loss is a mean of the parts' means",
+        "jlora/training/loop.py",
+        "return sums(lifted, whole, part).loss / weight, {}",
+        "found = sums(lifted, whole, part)\n                return found.loss / found.weight / batch['weights'].shape[0], {}",
+        (STEPS + "accumulated_parts_give_the_step_of_the_whole_batch",),
+    ),
+    Mutation(
+        "the step is not counted",
+        "jlora/training/loop.py",
+        "return State(params, opt_state, state.step + 1, state.key), result",
+        "return State(params, opt_state, state.step, state.key), result",
+        (OWN_KEY + "[1]",),
+    ),
+    Mutation(
+        "what is padding has a loss",
+        "jlora/training/losses.py",
+        "return Sums(jnp.sum(losses * weights),",
+        "return Sums(jnp.sum(losses),",
+        (STEPS + "the_loss_is_the_mean_over_predictions",),
+    ),
+    Mutation(
+        "the accuracy counts rows without weight",
+        "jlora/training/losses.py",
+        "jnp.sum(right * weights))",
+        "jnp.sum(right))",
+        (STEPS + "the_accuracy_is_that_of_the_rows_that_count",),
+    ),
+    Mutation(
+        "the perplexity is that of bits",
+        "jlora/training/trainer.py",
+        '"perplexity": math.exp(min(loss, 700.0))',
+        '"perplexity": 2 ** (min(loss, 700.0))',
+        (STEPS + "the_loss_is_the_mean_over_predictions",),
+    ),
+    Mutation(
+        "the first step of a warm-up has the rate 0",
+        "jlora/training/schedule.py",
+        "optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))",
+        "optax.linear_schedule(0.0, peak, warmup)",
+        (STEPS + "schedules_rise_and_fall_as_their_names_say",),
+    ),
+    Mutation(
+        "the gradient is not clipped",
+        "jlora/training/schedule.py",
+        "return optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx",
+        "return tx",
+        (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
+    ),
+    Mutation(
+        "the weight decay of the settings is lost",
+        "jlora/training/schedule.py",
+        "weight_decay=settings.weight_decay,",
+        "weight_decay=0.0,",
+        (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
+    ),
+    Mutation(
+        "a step is logged with the rate of the next one",
+        "jlora/training/trainer.py",
+        "self._rate(step - 1)",
+        "self._rate(step)",
+        (JOB + "a_step_is_logged_with_the_rate_that_it_was_taken_with",),
+    ),
+    Mutation(
+        "weights that are not finite are saved",
+        "jlora/training/trainer.py",
+        "if not self._is_finite(state.params):",
+        "if False:",
+        (JOB + "weights_that_are_not_finite_are_not_saved",),
+    ),
+)
+
+DATA = (
+    Mutation(
+        "packed rows overflow",
+        "jlora/training/packing.py",
+        "fitting = rooms >> length\n",
+        "fitting = rooms >> (length - 1)\n        length -= 1\n",
+        (BATCHES + "packing_keeps_every_example_once_within_the_capacity",),
+    ),
+    Mutation(
+        "packed examples are of one segment",
+        "jlora/training/packing.py",
+        "np.full(len(example), number, np.int32)",
+        "np.full(len(example), 1, np.int32)",
+        (BATCHES + "packed_rows_have_segments_and_positions_that_restart",),
+    ),
+    Mutation(
+        "positions go on over packed examples",
+        "jlora/training/pipeline.py",
+        "return index - np.maximum.accumulate(starts)",
+        "return index",
+        (BATCHES + "packed_rows_have_segments_and_positions_that_restart",),
+    ),
+    Mutation(
+        "all epochs have one order",
+        "jlora/training/pipeline.py",
+        ".repeat(None, reseed_each_epoch=True)",
+        ".repeat(None, reseed_each_epoch=False)",
+        (BATCHES + "an_epoch_shows_every_example_once_in_an_order_of_its_own",),
+    ),
+    Mutation(
+        "rows that fill up a batch count",
+        "jlora/training/pipeline.py",
+        "batches.append(collate(chosen, length, batch))",
+        "batches.append(collate([*chosen, *chosen[:1] * (batch - len(chosen))], length, batch))",
+        (BATCHES + "validation_shows_everything_once_and_fills_up_with_rows_that_weigh_nothing",),
+    ),
+    Mutation(
+        "the digest of the data leaves labels out",
+        "jlora/training/data.py",
+        "            sha.update(np.int64(example.label).tobytes())\n",
+        "",
+        (BATCHES + "one_changed_label_is_other_data",),
+    ),
+    Mutation(
+        "the loss is on the prompt too",
+        "jlora/training/encode.py",
+        '[(row.text("prompt"), False), (row.text("completion"), True)]',
+        '[(row.text("prompt"), True), (row.text("completion"), True)]',
+        (EXAMPLES + "the_loss_is_on_the_completion_and_its_end_alone",),
+    ),
+    Mutation(
+        "targets are the tokens themselves",
+        "jlora/training/encode.py",
+        "return Example(tokens[:-1], tokens[1:], wanted[1:]",
+        "return Example(tokens[:-1], tokens[:-1], wanted[1:]",
+        (EXAMPLES + "every_token_of_a_text_is_predicted_once",),
+    ),
+    Mutation(
+        "pieces of a long text do not overlap",
+        "jlora/training/encode.py",
+        "tokens[i : i + max_length + 1], wanted[i : i + max_length + 1]",
+        "tokens[i : i + max_length], wanted[i : i + max_length]",
+        (EXAMPLES + "every_token_of_a_text_is_predicted_once",),
+    ),
+    Mutation(
+        "labels that are numbers are ordered by alphabet",
+        "jlora/training/encode.py",
+        "key=(lambda name: (int(name), name)) if numbers else None",
+        "key=None",
+        (EXAMPLES + "labels_are_ordered_and_checked",),
+    ),
+    Mutation(
+        "a part of the training data is validated on",
+        "jlora/training/data.py",
+        "train, held_out = sorted(order[:-count]), sorted(order[-count:])",
+        "train, held_out = sorted(order), sorted(order[-count:])",
+        (BATCHES + "what_is_held_out_is_not_trained_on",),
+    ),
+    Mutation(
+        "a batch that accumulation does not divide passes",
+        "jlora/training/settings.py",
+        "if settings.batch is not None and settings.batch % settings.accumulate:",
+        "if False:",
+        (SETTINGS + "a_wrong_file_is_an_error_that_names_key_and_file",),
+    ),
+)
+
+RUN = (
+    Mutation(
+        "one checkpoint too many is kept",
+        "jlora/training/checkpoint.py",
+        "for step in steps[self.keep :]:",
+        "for step in steps[self.keep + 1 :]:",
+        (CHECKPOINTS + "as_many_checkpoints_are_kept_as_asked_for_and_the_latest",),
+    ),
+    Mutation(
+        "the oldest checkpoints are kept",
+        "jlora/training/checkpoint.py",
+        'if re.fullmatch("0|[1-9][0-9]{0,17}", name)), reverse=True)',
+        'if re.fullmatch("0|[1-9][0-9]{0,17}", name)))',
+        (CHECKPOINTS + "as_many_checkpoints_are_kept_as_asked_for_and_the_latest",),
+    ),
+    Mutation(
+        "a damaged checkpoint is whole",
+        "jlora/training/checkpoint.py",
+        'return None if wrong is None else f"is damaged: {wrong}"',
+        "return None",
+        (CHECKPOINTS + "a_manifest_in_any_state_leads_back_to_the_checkpoint_before",),
+    ),
+    Mutation(
+        "a checkpoint of another base is restored",
+        "jlora/training/checkpoint.py",
+        'if run["base"] != self.fingerprint:',
+        "if False:",
+        (CHECKPOINTS + "a_state_comes_back_with_its_key_its_constants_and_its_step",),
+    ),
+    Mutation(
+        "a resumed run begins the random keys anew",
+        "jlora/training/checkpoint.py",
+        'key = jax.random.wrap_key_data(arrays["run"]["key"])',
+        "key = jax.random.key(0)",
+        (CHECKPOINTS + "a_state_comes_back_with_its_key_its_constants_and_its_step",),
+    ),
+    Mutation(
+        "a resumed run has the constants of the start",
+        "jlora/training/checkpoint.py",
+        'adapted.replace(params=params, frozen=fill("frozen", adapted.frozen))',
+        "adapted.replace(params=params)",
+        (CHECKPOINTS + "a_state_comes_back_with_its_key_its_constants_and_its_step",),
+    ),
+    Mutation(
+        "a run is resumed with other settings",
+        "jlora/training/job.py",
+        'if new != old and not field.metadata["resumable"]:',
+        "if False:",
+        (JOB + "resuming_with_other_settings_names_the_setting",),
+    ),
+    Mutation(
+        "a run is resumed with other data",
+        "jlora/training/job.py",
+        'if stored.get("data_sha256") != about["data_sha256"]:',
+        "if False:",
+        (JOB + "resuming_with_other_data_is_an_error",),
+    ),
+    Mutation(
+        "lines of later steps stay in the metrics",
+        "jlora/training/metrics.py",
+        'for record in read_metrics(self.path) if record["step"] <= resume_at]',
+        "for record in read_metrics(self.path)]",
+        (JOB + "a_half_written_line_of_metrics_is_dropped",),
+    ),
+    Mutation(
+        "gradients of 0 at no loss end a run",
+        "jlora/training/verdict.py",
+        'r["gradient_norm"] == 0 and r["loss"] > _ALL_RIGHT for r in last',
+        'r["gradient_norm"] == 0 for r in last',
+        (VERDICT + "only_gradients_of_exactly_0_at_a_loss_are_stuck",),
+    ),
+    Mutation(
+        "a run that made the model worse is a good one",
+        "jlora/training/verdict.py",
+        "    if not _is_worse(before, after):\n        return None\n",
+        "    return None\n",
+        (VERDICT + "a_validation_that_got_worse_is_told_with_its_reason",),
+    ),
+    Mutation(
+        "a folder in use is taken",
+        "jlora/training/folder.py",
+        "    if holder is not None:\n        raise",
+        "    if False:\n        raise",
+        (JOB + "a_folder_in_use_names_the_process",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN)
