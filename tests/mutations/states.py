@@ -16,28 +16,28 @@ SWITCH = "tests/test_switch.py::test_"
 ADAPTED = (
     Mutation(
         "all leaves start alike",
-        "jlora/core/tree/adapted.py",
-        "    key = jax.random.fold_in(key, _number(site.path))\n",
+        "jlora/core/tree/starts.py",
+        "    key = jax.random.fold_in(key, paths.number(site.path))\n",
         "",
         (EVERY_LEAF,),
     ),
     Mutation(
         "all matrices of a stack start alike",
-        "jlora/core/tree/adapted.py",
+        "jlora/core/tree/starts.py",
         "keys = jax.random.split(key, site.batch_shape) if site.batch_axes else key",
         "keys = jax.numpy.broadcast_to(key, site.batch_shape) if site.batch_axes else key",
         ("tests/contract/test_contract.py::test_contract[LoRA(rank=4)-check_keys]",),
     ),
     Mutation(
         "a merge leaves the adapter that is under another one",
-        "jlora/core/tree/adapted.py",
+        "jlora/core/tree/merge.py",
         "lambda node: merge(node) if is_adapted(node) else node,",
         "lambda node: node.base if is_adapted(node) else node,",
         ("tests/test_trees.py::test_a_second_adapter_goes_on_an_adapted_and_lift_and_merge_see_through",),
     ),
     Mutation(
         "a merged leaf lies where the compiler puts it",
-        "jlora/core/tree/adapted.py",
+        "jlora/core/tree/merge.py",
         "return jax.device_put(array, leaf.sharding)",
         "return array",
         (
@@ -54,14 +54,14 @@ ADAPTED = (
     ),
     Mutation(
         "two leaves may have one path",
-        "jlora/core/tree/adapted.py",
+        "jlora/core/tree/adapterize.py",
         'if (path := "/".join(keys)) in seen:',
         'if (path := "/".join(keys)) in ():',
         ("tests/test_spec.py::test_two_leaves_with_the_same_path_are_refused",),
     ),
     Mutation(
         "a start that needs data goes without",
-        "jlora/core/tree/adapted.py",
+        "jlora/core/tree/starts.py",
         "if missing := sorted(site.method.needs - set(statistics)):",
         "if missing := sorted(site.method.needs & set()):",
         (PREPARE + "a_method_that_needs_data_says_so_when_it_gets_none",),
@@ -155,9 +155,9 @@ ANALYSIS = (
     ),
     Mutation(
         "a lookup costs as much as a product",
-        "jlora/analysis/explain.py",
-        'return rank * (site.out_size if site.kind == "gather" else site.in_size + site.out_size) + scale',
-        "return rank * (site.in_size + site.out_size) + scale",
+        "jlora/core/products/low_rank.py",
+        "(columns if lookup else rows + columns) + scale",
+        "(rows + columns) + scale",
         ("tests/test_explain.py::test_products_are_counted_of_what_the_method_gives_as_data",),
     ),
 )
@@ -249,14 +249,14 @@ STORED = (
     ),
     Mutation(
         "fields are cut by the inner one of two folded axes",
-        "jlora/mesh.py",
+        "jlora/core/tree/placement.py",
         "return axes[wide[0]] if wide else None",
         "return axes[wide[-1]] if wide else None",
         (MESH + "adapters_lie_as_their_base_does_before_and_after_training",),
     ),
     Mutation(
         "a cut that does not divide is made",
-        "jlora/mesh.py",
+        "jlora/core/tree/placement.py",
         "if shape[axis] % math.prod(sizes[name] for name in names):",
         "if False:",
         (MESH + "a_cut_that_does_not_divide_names_the_leaf_and_the_numbers",),
@@ -270,7 +270,7 @@ STORED = (
     ),
     Mutation(
         "starts lie on one device",
-        "jlora/mesh.py",
+        "jlora/core/tree/placement.py",
         "    if shardings is None:\n        return start\n",
         "    if True:\n        return start\n",
         ("tests/contract/test_contract.py::test_contract[LoRA(rank=4)-check_mesh]",),

@@ -68,7 +68,7 @@ def test_the_script_says_what_was_killed_and_leaves_nothing_behind(red, word, ex
     assert [wrong for _, wrong, _ in seen] == [False, True] and seen[1][2] == mutation.tests
     assert not seen[0][0].exists()
     assert f"1/1 {word}" in capsys.readouterr().out
-    assert f"| `jlora/` | 1 | {1 - exit_code} | {exit_code} | 0 |" in page.read_text(encoding="utf-8")
+    assert f"| `jlora/core/walk/` | 1 | {1 - exit_code} | {exit_code} | 0 |" in page.read_text(encoding="utf-8")
 
 
 def test_a_name_that_no_mutation_has_is_told(capsys):
