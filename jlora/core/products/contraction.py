@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 PLANS = ("auto", "factored", "merged")
-# `w + a @ b` is formed where the contracted side is at most this many times as long as the tokens are many (see `choose`).
+# `w + a @ b` is formed where the contracted side is at most this many times the number of tokens (see `choose`).
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
 FORWARD, BACKWARD = 3, 3
 Matrices = list[jax.Array]

@@ -251,7 +251,10 @@ class Frame:
         return atom.val if hasattr(atom, "val") else self.env[atom]
 
     def ahead(self, atom: Any) -> Any:
-        """The value of a variable that is computed already, or of a weight that only casts and the like lead to; else None."""
+        """The value of a variable that is computed already; of a weight also ahead of its turn, through casts and the like.
+
+        None for any other.
+        """
         if hasattr(atom, "val") or atom in self.env:
             return self.read(atom)
         index = self.defined[atom]
