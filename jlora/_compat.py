@@ -100,9 +100,9 @@ def explicit_sharding(aval: Any) -> Any:
 
 
 def automatic(function: Callable[..., Any], aval: Any, out: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
-    """A function as it is called where `aval` lies on a mesh with explicit axes: with automatic ones; elsewhere itself.
+    """The function; where `aval` lies on a mesh with explicit axes, one that runs it with these axes automatic.
 
-    What it computes then need not say how it is cut; only its results do.
+    Then what it computes on the way need not say how it is cut; only its results do.
 
     Needed in every release: a program with explicit axes must say how each sort, factorisation or product is cut.
 

@@ -21,8 +21,8 @@ def orthogonality(adapted: Adapted, weight: float | jax.Array = 1.0) -> jax.Arra
 
     The mean is over all trained factors `a [in, rank]` and `b [rank, out]` of all matrices, those of a stack each for
     itself; the norm is not squared. Nothing is asked of ranks that are zero in both factors, such as those that ElaLoRA
-    has out of use. Value and gradient are those of the term that `AdaLoRA(orthogonality=weight)` adds by itself: here is
-    the same for any method with such factors. The gradient is finite where the factors are orthonormal.
+    has out of use. Value and gradient are those of the term that `AdaLoRA(orthogonality=weight)` adds by itself; this
+    function has it for any method with such factors. The gradient is finite where the factors are orthonormal.
 
     Args:
         adapted: what is trained, with the params that are differentiated: `adapted.replace(params=p)`.

@@ -55,9 +55,10 @@ def _in_box(box: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, .
 
 
 def former_keys(tree: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """For leaves that had other keys before fields named `value` kept their name: the former keys and those of now.
+    """The former keys of leaves and their present ones, where they differ.
 
-    None where the former keys would have been refused, because one went on from another.
+    Former releases took no field named `value` for a key, not even outside of boxes. Empty where such keys would have been
+    refused, because those of one leaf continued those of another.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     former = {}

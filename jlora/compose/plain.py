@@ -33,7 +33,7 @@ def compact(adapted: Adapted) -> Adapted:
     For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
     of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
     becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves of methods without gates or links
-    stay as they are; so do those of a class of your own whose weight is not the one that it inherits, or that is around.
+    stay as they are; so do those of a class of your own that has another weight than its parent, or another method inside.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -76,7 +76,7 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
 
     Args:
         weight: the leaf.
-        site: the leaf with the roles of a matrix's axes, which a method may not have that takes the leaf as it is.
+        site: the leaf with the roles of its axes, which the weight's own site lacks where its method takes a leaf as it is.
         rank: of the factors; never above the matrix's smaller side.
 
     Returns:
@@ -96,21 +96,28 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
 
 
 def is_lora(method: Any) -> bool:
-    """Whether arrays and weight of a method are LoRA's, which differs then in how it is trained at most."""
+    """Whether a method has LoRA's arrays and weight, so that it differs from LoRA at most in how it is trained."""
     cls = type(method)
     same = all(getattr(cls, name, None) is getattr(LoRA, name) for name in ("weight", "axes", "scale"))
     return is_own(cls) and same
 
 
 def _says(method: Method) -> bool:
-    """Whether a method says what it is as plain LoRA: by a class that inherits that, only with the weight that it was of."""
+    """Whether a method says what it is as plain LoRA.
+
+    An inherited `plain` counts only where no class between has another `weight`, which it would not be true of.
+    """
     order = type(method).__mro__
     plain, weight = (next(n for n, cls in enumerate(order) if name in vars(cls)) for name in ("plain", "weight"))
     return order[plain] is not Method and plain <= weight
 
 
 def _giving(method: Method, gives: Callable[[Method], bool]) -> Method | None:
-    """The outermost method of which something holds; inside methods of jlora's own, to which a weight is all that matters."""
+    """The outermost method for which `gives` holds, or None.
+
+    Inside another method it is looked for only where that is jlora's own: of those it is known that they use nothing of the
+    inner method but its weight.
+    """
     if gives(method):
         return method
     return _giving(method.inner, gives) if isinstance(method, Around) and is_own(type(method)) else None
@@ -178,7 +185,7 @@ def _factors(method: Method, weight: Weight) -> Factors | None:
 
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
-    """Whether a method's factors give its weight, as the contract wants it: one that inherits them may have another weight."""
+    """Whether a method's factors give its weight: a user's class may inherit the factors and have another weight."""
     told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
     # The difference of two weights is no more exact than they are.
     size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps

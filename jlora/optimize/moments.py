@@ -70,7 +70,7 @@ def edited(
 
 
 def _fits(moment: Any, mask: jax.Array) -> bool:
-    """Whether a mask of entries of a factor is one of a moment's."""
+    """Whether a mask of a factor's entries is one of a moment's too, which may have another shape."""
     if not hasattr(moment, "shape") or not len(moment.shape) == mask.ndim > 0:
         return False
     return all(m in (1, n) for m, n in zip(mask.shape, moment.shape))

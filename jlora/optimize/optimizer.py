@@ -157,8 +157,8 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     """The tree of groups with the factors of fields that have a rate of their own, as "group x factor".
 
-    What begins anew at another time, or never, has an optimizer of its own (", link 0", ", kept"): at a restart the step count
-    of the others starts anew with their moments.
+    Fields whose moments a restart renews at a time of their own, or never, have a label of their own (", link 0", ", kept"),
+    and so an optimizer of their own: its step count is renewed together with its moments.
     """
     links: dict[Any, int] = {}
     for site in adapted.plan.sites:

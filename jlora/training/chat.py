@@ -87,7 +87,7 @@ class Template:
 
     @property
     def whole(self) -> bool:
-        """Whether the text is all that the model reads, so that no token that begins a text is set before it."""
+        """Whether the text is all that the model reads, so that the model's begin token is not put before it."""
         return self.name not in _BUILT_IN
 
     def render(self, messages: Sequence[Message], prompt: bool = False, **more: Any) -> str:

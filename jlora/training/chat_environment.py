@@ -63,7 +63,7 @@ class ChatJinja:
     """
 
     def __init__(self, source: ChatSource, now: datetime):
-        """Args: source; now: what `strftime_now` writes.
+        """Compiles a template, whose `strftime_now` writes the time `now`.
 
         Raises:
             ValueError: if the text is no Jinja template, naming its file and line.

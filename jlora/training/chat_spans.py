@@ -20,7 +20,7 @@ Render = Callable[[Sequence[Message], bool], str]
 
 # Lower case and digits, which no filter rewrites; its beginning is not its end, so that it stands where it was put.
 _MARK = "q0jloramark0z"
-# What templates set between messages: a text that parts from another inside one of them has parted before it.
+# What templates set between messages: texts that first differ inside such a tag count as different from its start on.
 _TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 

@@ -180,7 +180,7 @@ class Checkpoints:
             raise self._failure
 
     def _complete(self) -> None:
-        """Runs in a thread of its own, beside the training: orbax gives no call after a checkpoint has its final name."""
+        """Runs in a thread of its own, beside the training: orbax calls nothing back when a checkpoint is whole."""
         try:
             self._manager.wait_until_finished()
             if processes.first():

@@ -56,7 +56,7 @@ def resolve(settings: Settings) -> Settings:
 
 
 def _of_method(recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    """What a method's recipe leaves to the job, or says itself."""
+    """The defaults that follow from a method's recipe."""
     values: dict[str, Any] = {} if recipe.targets == "all" else {"targets": recipe.targets}
     if recipe.has("rank") and recipe.rank != 0:
         usual = 8 if settings.model is not None else _SHIPPED_MODEL["rank"]

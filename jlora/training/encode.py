@@ -126,7 +126,7 @@ def _segments(row: Row, template: Callable[[], chat.Template], text_column: str)
 def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
     """Which tokens have a character in a piece with loss."""
     lasts = offsets[:, 1]
-    firsts = np.minimum(offsets[:, 0], lasts - 1)  # a token of which only a blank is left has its end in both
+    firsts = np.minimum(offsets[:, 0], lasts - 1)  # offsets leave blanks out: of blanks alone they are empty
     wanted, start = np.zeros(len(offsets), bool), 0
     for text, answer in segments:
         end = start + len(text)

@@ -68,7 +68,7 @@ def check_names(method: jlora.Method, given: Mapping[str, Any], init: str | None
     if init is not None and "init" not in known:
         raise SettingError("init", f"has no meaning with {type(method).__name__}, which starts in one way")
     for name in checked(method, given):
-        # Some make of --rank another rank, to start with.
+        # Some methods start with another rank than --rank; then `rank` may be set beside it.
         same = name == "rank" and any(getattr(part, "rank", None) == rank for part in parts(method))
         if name in OWN_FLAGS or same:
             raise SettingError("set", f"{name}: is a setting of its own: give --{name}")
@@ -92,7 +92,7 @@ def _as_field(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# Of a class: what it finds is compiled anew each time.
+# Kept for each class, since `get_type_hints` evaluates all of its annotations anew at every call.
 _hints = functools.cache(typing.get_type_hints)
 
 

@@ -121,7 +121,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
 
 
 def _silent(text: str) -> None:
-    """What processes say that do not print."""
+    """Takes the place of `say` in processes that do not print."""
 
 
 def _full(out: Path) -> OSError:
@@ -179,7 +179,7 @@ def _resumable(out: str) -> dict[str, Any]:
 
 
 def _measured(stored: dict[str, Any]) -> dict[str, Any]:
-    """What was measured when a run began; at first there were only ranks."""
+    """What was measured when a run began; earlier releases measured only ranks, and wrote them as `ranks`."""
     return stored.get("measured", stored.get("ranks", {}))
 
 

@@ -66,7 +66,7 @@ def _chat(row: Row, messages: Any) -> dict[str, Any]:
 
 def _message(row: Row, number: int, message: Any) -> Any:
     if not isinstance(message, dict):
-        return message  # named by the reader of messages
+        return message  # `messages_of` refuses it
     if message.get("weight") not in (None, 1):
         raise row.error(
             f"message {number} has the weight {message['weight']!r}, but the loss is taken on every answer: "

@@ -49,8 +49,9 @@ def with_measured(
 ) -> dict[Any, Any]:
     """The spec with the hyperparameters found that methods take from data, where the user does not give them.
 
-    That of `--method` may keep to `--rank`; one of a table is free. A resumed run has those that it began with (`known`, from
-    `measured_of`): measured again, on another machine or mesh, they might come out otherwise.
+    The method of `--method` is told `--rank`, to keep to it; one of a `[spec]` table is told none. A resumed run has those
+    that it began with (`known`, from `measured_of`): measured again, on another machine or mesh, they might come out
+    otherwise.
     """
     for method in dict.fromkeys(each for each in spec.values() if each is not None and _is_open(each, settings)):
         own = {pattern: each if each == method else None for pattern, each in spec.items()}

@@ -16,9 +16,8 @@ Record = dict[str, Any]
 class Metrics:
     """The metrics file of a run.
 
-    Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `weight`: the predictions that
-    carried loss, `per_second`) or
-    `validation` (`loss`, `perplexity` or `accuracy`, and `weight`).
+    Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `weight`: the predictions that carried
+    loss, and `per_second`: how many of them in a second) or `validation` (`loss`, `perplexity` or `accuracy`, `weight`).
     """
 
     def __init__(self, path: str | Path, resume_at: int | None = None):

@@ -69,9 +69,8 @@ def _positions(segments: np.ndarray) -> np.ndarray:
 class LengthWindows(grain.MapDataset):
     """Indices of examples, reordered within windows so that a batch holds examples of similar length.
 
-    Window after window of the shuffled parent is sorted by length, cut into batches, and the batches shuffled. Still
-    random
-    access: where an index goes depends on its window alone, so a saved position needs no buffer.
+    Window after window of the shuffled parent is sorted by length, cut into batches, and the batches shuffled. Access
+    stays random: what is at an index depends on its window alone, so a saved position needs no buffer.
     """
 
     def __init__(self, parent: grain.MapDataset, lengths: Sequence[int], batch: int, seed: int):

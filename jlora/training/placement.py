@@ -55,7 +55,7 @@ def row_parts(mesh: Mesh) -> int:
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
-    """The rows computed at once can be cut by the axes `data` and `fsdp`.
+    """Refuses a batch whose rows computed at once can't be cut by the axes `data` and `fsdp`.
 
     Raises:
         SettingError: if they cannot.

@@ -12,7 +12,7 @@ from jlora.training.settings import Settings
 
 
 def learning_rate(settings: Settings, restarts: Sequence[int] = ()) -> optax.Schedule:
-    """Linear warm-up from 0, then constant, or falling to 0 at the last step by a line or half a cosine.
+    """Linear warm-up from `peak / warmup`, then constant, or falling to 0 at the last step by a line or half a cosine.
 
     It rises anew after each restart, over as many steps as the warm-up.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 PLANS = ("auto", "factored", "merged")
+# `w + a @ b` is formed where the contracted side is at most this many times the number of tokens (see `choose`).
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
 FORWARD, BACKWARD = 3, 3
 Matrices = list[jax.Array]
@@ -62,7 +63,7 @@ class Options:
 
 
 def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
-    """Whether a weight can take the plan that was asked of `lift`.
+    """Refuses the plan that was asked of `lift` where a weight can't take it.
 
     Raises:
         ValueError: for "merged" where the sum would be rounded to 16 bits, or where the adapter's input has dropout.
@@ -170,9 +171,9 @@ class _Group:
         return _split(self.matmul(x, jnp.concatenate(factors, axis=1), x.dtype), factors)
 
     def thin_tangent(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
-        """`thin` for tangents of the factors, so that its transpose is `gᵀ x`, then transposed, in place of `xᵀ g`.
+        """`thin` for tangents of the factors, written so that its transpose, their gradient, is `(gᵀ x)ᵀ` and not `xᵀ g`.
 
-        XLA's CPU backend is five times as slow at the latter, and turns the one into the other but for the barrier.
+        XLA's CPU backend is five times as slow at the latter, and would turn the former into it without the barrier.
         """
         a = jax.lax.optimization_barrier((jnp.concatenate(factors, axis=1) if len(factors) > 1 else factors[0]).T)
         dims = (((1,), (x.ndim - 1,)), ((), ()))
@@ -231,7 +232,8 @@ def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices,
 
     With cotangents `g` of the results: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx` the sum of `g (w + a b)ᵀ` by the plans;
     never the dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The
-    barrier turns, transposed, into one that lets `dx` go on only when `da` and `db` are there, so that `x` and `g` die.
+    barrier's transpose is a barrier on the gradients: `dx` is not used before `da` and `db` are computed too, after which
+    nothing needs `x` and `g`, and their memory is free.
     """
     x, weights, a, b = primals
     live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents, is_leaf=_is_zero)

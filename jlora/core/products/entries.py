@@ -17,13 +17,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from jlora.core.products.contraction import Options, accumulation_dtype, at_most, in_rows, matmul
 
-#: Entries of a dense product that take as long as one entry by itself. Measured on two CPU cores, where a gradient by
-#: entries takes as long as the dense one at 3 to 4 % (docs/switching.md). Elsewhere an estimate: an accelerator's dense
-#: products are far faster, its memory is not.
+#: How many entries of `w` a dense product goes through in the time that one changed entry takes by itself. Measured on two
+#: CPU cores, where a gradient by entries takes as long as the dense one when 3 to 4 % of the entries are changed
+#: (docs/switching.md). Elsewhere an estimate: an accelerator's dense products are far faster, its memory is not.
 ENTRY_COST = {"cpu": 32}
 ENTRY_COST_ELSEWHERE = 512
 
-#: Products of an entry and a token at a time, for the values' gradients: 2**17 are 512 KB in float32.
+#: How many products of an entry and a token are held at a time for the values' gradients, so that they stay in the cache:
+#: 2**17 are 512 KB in float32.
 IN_CACHE = 2**17
 
 
@@ -45,9 +46,10 @@ class SparsePlan:
 def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: Any) -> SparsePlan:
     """The plan of a product `x [tokens, in] @ (w + scatter(values))`.
 
-    A copy of `w` moves about as many values as it has, entries move `tokens * entries`. The update by itself as a dense
-    matrix, which 16-bit bases need since `w + update` would be rounded, and the dense gradient cost a product more each,
-    `tokens * in * out`, against `tokens * entries` that are slower one by one.
+    For a 32-bit base the choice is by memory traffic: forming `w + update` moves about `in * out` values, going entry by
+    entry `tokens * entries`. For a 16-bit base that sum would be rounded, so the choice is between entries and a second
+    dense product, with the update alone; so it is for the values' gradients. A dense product costs `tokens * in * out`
+    multiply-adds, entries `tokens * entries`, each of them slower (`ENTRY_COST`).
 
     Args:
         plan: "factored" (entries everywhere), "merged" or "auto".
@@ -82,7 +84,7 @@ class Entries:
 
     def added_to(self, w: jax.Array) -> jax.Array:
         """`w` with the values added, each sum rounded once."""
-        # A scatter by two coordinates is cut as `w` is; by flat positions it would gather a `w` that is cut.
+        # By rows and columns, not by flat positions: on a mesh those would gather the whole of a `w` that is cut.
         at = w.at[self.rows, self.columns]
         wide = jnp.promote_types(w.dtype, self.values.dtype)
         if wide == w.dtype:
@@ -138,7 +140,8 @@ def _product(x: jax.Array, w: jax.Array, entries: Entries, static: _Static) -> j
 def _product_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """The derivative, whose transpose is the backward pass.
 
-    Kept for it: `x`. The barrier turns, transposed, into one that lets `dx` go on only when the values' gradients are there.
+    Kept for it: `x`. The barrier's transpose is a barrier on the gradients: `dx` is not used before those of the values are
+    computed too, after which nothing needs `x`.
     """
     x, w, entries = primals
     live = [None if isinstance(t, SymbolicZero) else t for t in (tangents[0], tangents[1], tangents[2].values)]
@@ -160,9 +163,9 @@ def _product_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[jax.Arra
 def by_entries(x: jax.Array, entries: Entries, out: int, step: int = 0) -> jax.Array:
     """`x [..., in] @ scatter(values)`, some entries at a time, in the values' dtype.
 
-    Features come first, since then an entry reads and adds to one contiguous row. As many entries go at a time as make
-    what arises on the way, forward and backward, as large as `x` or `y`: the gradient of `x` is added up as a whole each
-    time, so less would cost more. Where the values alone have a gradient, `step` may be small.
+    Features come first, since then an entry reads and adds to one contiguous row. By default `max(in, out)` entries go
+    at a time, which makes the intermediate arrays as large as `x` or `y`. Fewer would cost more, since every block adds an
+    array of the size of `x` to its gradient; where the values alone have a gradient, `step` may be small.
     """
     k, step = entries.values.size, step or max(x.shape[-1], out)
     features = jnp.moveaxis(x, -1, 0)
@@ -180,7 +183,7 @@ def by_entries(x: jax.Array, entries: Entries, out: int, step: int = 0) -> jax.A
     def parts(array: jax.Array, filler: int) -> jax.Array:
         return jnp.pad(array, (0, -k % step), constant_values=filler).reshape(-1, step)
 
-    # Fillers add to a column that is not there, which drops them, whatever they would read.
+    # Fillers add to a column beyond the last, where mode="drop" drops them, whatever they read.
     blocks = Entries(parts(entries.rows, 0), parts(entries.columns, out), parts(entries.values, 0))
     y, _ = jax.lax.scan(lambda y, block: (add(y, features, block), None), y, blocks)
     return jnp.moveaxis(y, 0, -1)

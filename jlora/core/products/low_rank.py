@@ -81,7 +81,7 @@ class Factors(Update):
         ]
 
     def lookup(self, base: jax.Array, w: jax.Array, take: Callable[[jax.Array], jax.Array], side: str) -> jax.Array:
-        """Rows of the base plus rows of `a`, times `b`; columns are rows of the transposed matrix."""
+        """Rows of the base, plus rows of `a` times `b`; columns are rows of the transposed matrix."""
         accumulate = accumulation_dtype(base.dtype)
         table, other = (self.a, self.b) if side == "in" else (self.b.T, self.a.T)
         total = base + matmul(take(table).astype(base.dtype), other.astype(base.dtype), accumulate)

@@ -60,7 +60,7 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def cost(self, rows: int, columns: int, lookup: bool) -> int:
-        """Multiply-adds for one row of input beside those of the base's matrix `[rows, columns]`, which may be a table."""
+        """Multiply-adds that it adds to those of the base's matrix `[rows, columns]`, for one row of input or one `lookup`."""
 
     @abc.abstractmethod
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:

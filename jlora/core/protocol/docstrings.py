@@ -52,7 +52,7 @@ def arguments(cls: type) -> dict[str, str]:
 
 
 def _text(cls: type) -> str:
-    """The class's own docstring: not its parent's, of which it may be no instance in what that says, nor a dataclass's."""
+    """The class's own docstring, or nothing: what a parent's says need not hold, and a dataclass's made-up one says nothing."""
     text = inspect.cleandoc(vars(cls).get("__doc__") or "")
     return "" if text.startswith(f"{cls.__name__}(") else text
 

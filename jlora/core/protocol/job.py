@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 
 def _nothing(rank: int | None, steps: int | None, **options: Any) -> Any:
-    """The method for a run: see `Recipe.make`, which `Method.recipes` puts in this place."""
+    """Stands for `Recipe.make` until `Method.recipes` puts the method's own function in its place."""
     raise NotImplementedError("a recipe of no method: Method.recipes gives those of one")
 
 
@@ -84,7 +84,7 @@ class KnownToTheJob:
     def job(cls, rank: int | None, steps: int | None, **options: Any) -> Any:
         """The method for a run of the training job (see `Recipe.make`): phases as shares of the run, and the like.
 
-        By default the class with those that it has as fields.
+        By default the class, given those of `rank` and `steps` that it has as fields.
         """
         own, given = hyperparameters(cls), {"rank": rank or None, "steps": steps}
         return cls(**{name: value for name, value in given.items() if value is not None and name in own}, **options)

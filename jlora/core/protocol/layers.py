@@ -15,10 +15,10 @@ def layer_numbers(sites: Sequence[Site]) -> tuple[list[np.ndarray], int]:
     """For each leaf the layer of each of its matrices, `[*batch]`, counted from 0, and the number of layers.
 
     The first axis along which a leaf is stacked counts layers. A leaf that is not stacked belongs to the layer of the first
-    key of its path that ends in digits, as in `layers_10/q_proj/kernel`; numbers are ordered as numbers. So does a stacked
-    leaf below the same key as one that is not: its axis counts experts. A leaf without either, such as a pooler, is a layer
-    of its own, before or after those as its path is in order. Layers with one number are one layer, also of two stacks such
-    as an encoder's and a decoder's.
+    key of its path that ends in digits, as in `layers_10/q_proj/kernel`; numbers are ordered as numbers. A stacked leaf
+    below the same key as one that is not stacked belongs to that key's layer too: its axis counts experts. A leaf without
+    either, such as a pooler, is a layer of its own, before or after the others as their paths are ordered. Layers with the
+    same number are one layer, even of two stacks such as an encoder's and a decoder's.
     """
     unstacked = {numbered(site.keys) for site in sites if not site.batch_shape} - {None}
     places = [_places(site, numbered(site.keys) in unstacked) for site in sites]

@@ -144,9 +144,9 @@ class Method(KnownToTheJob):
             (`jlora.restart`) leaves them, and their moments, as they are.
         axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
         form: the form of update in which the method gives its weight, known before there are arrays; None where the weight
-            is always formed. It follows from what the class says of its weight last: `Factors` where that is `factors`,
-            `Sparse` where it is `sparse`, None where it is `weight` alone, whatever the class inherits. A class that has an
-            `update` of its own names it.
+            is always formed. It follows from the most derived class that says anything of its weight: `Factors` where that
+            has `factors`, `Sparse` where it has `sparse`, None where it has `weight` alone, whatever its parents have. A class
+            that has an `update` of its own names it.
         CASES: examples of the method for the contract test; every method has some.
     """
 
@@ -159,7 +159,7 @@ class Method(KnownToTheJob):
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Finds the class's form, by the last class in the order of inheritance that says anything of its weight.
+        """Finds the class's form, from the most derived class that says anything of its weight.
 
         Raises:
             TypeError: for an `update` whose form the class does not name, or the reverse.
@@ -185,7 +185,7 @@ class Method(KnownToTheJob):
 
     @property
     def links(self) -> int | None:
-        """The links that there is room for, where a restart keeps them in constants, of which `link` counts the finished."""
+        """How many links the kept constants have room for (`link` counts the finished ones); None for no limit."""
         return None
 
     @property
@@ -244,7 +244,7 @@ class Method(KnownToTheJob):
         raise NotImplementedError(f"{type(self).__name__} has no start")
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
-        """The starts of all leaves of this method, after what they draw in common; stacked matrices in front."""
+        """The starts of all leaves of this method, changed by what they draw in common; batch axes in front."""
         return starts
 
     def finished(self, view: View) -> Arrays:
@@ -252,7 +252,7 @@ class Method(KnownToTheJob):
         raise NotImplementedError(f"{type(self).__name__} keeps nothing")
 
     def weight(self, view: View) -> jax.Array:
-        """The effective weight `[in, out]`: the method's meaning."""
+        """The effective weight `[in, out]`. It defines the method: every other form must agree with it."""
         raise NotImplementedError(f"{type(self).__name__} has no effective weight")
 
     def update(self, view: View) -> Update | None:

@@ -13,7 +13,7 @@ class Peft:
     Attributes:
         kind: "lora", "adalora", "vera", "shira", "rows" or "whole" (a trained leaf).
         arrays: by PEFT's role: "a" `[*batch, in, r]`, "b" `[*batch, r, out]`, "m" `[*batch, out]`, ...
-        fields: for each of these the fields of the method that it holds; those of the same name where it says nothing.
+        fields: for a role the names of the method's fields that its array holds; by default the one named as the role.
         alpha: numerator of the scale of `a @ b`.
         rslora: whether the scale is `alpha / sqrt(r)` and not `alpha / r`.
         dropout: probability of dropping an entry of the adapter's input while training.

@@ -115,7 +115,7 @@ def call(
 
 
 def _check_cuts(cuts: Mapping[str, int], sites: list[Site]) -> None:
-    """Whether every cut is of an adapted leaf, and divides its input.
+    """Refuses cuts of what is no adapted leaf, or that do not divide its input.
 
     Raises:
         ValueError: with the path and the numbers.

@@ -64,7 +64,7 @@ class Adapted:
         """The adapted leaves as the values that travel through a lifted function.
 
         Args:
-            names: the drawers of shared constants, if the plan is a part of another; by default the plan's own.
+            names: the `shared_names` of the whole plan, if this one is a part of it; by default the plan's own.
         """
         leaves = dict(paths.flatten_with_keys(self.base)[0])
         names = self.plan.shared_names() if names is None else names

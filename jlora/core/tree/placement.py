@@ -57,7 +57,7 @@ def field_shardings(site: Site, leaf: Any) -> dict[str, NamedSharding] | None:
 
 
 def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
-    """Whether a leaf can be cut by a partition spec on a mesh with the given sizes of axes.
+    """Refuses a partition spec by which a leaf can't be cut on a mesh with the given sizes of axes.
 
     Raises:
         ValueError: where the mesh lacks an axis, or an axis does not divide; with the leaf and the numbers.

@@ -32,7 +32,7 @@ def prepare(
     sites: Sites | None = None,
     memory: int = 2**30,
 ) -> Prepared:
-    """Takes the mean gradient of each leaf whose method needs it, and turns it into that leaf's start at once.
+    """Takes the mean gradient, or mean absolute gradient, of each leaf whose method needs it, and makes its start of it.
 
     Leaves are taken in groups whose gradients fit `memory`, so that no gradient of the whole model ever exists; each group
     goes once through the batches.

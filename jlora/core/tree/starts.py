@@ -71,7 +71,7 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
             f"{site.path} is a shape and no array, so that nothing can start from it; for the shapes of an Adapted call "
             "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
         )
-    leaf = jnp.asarray(leaf)  # numpy's arrays can't all that jax.numpy's can
+    leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use
     key = jax.random.fold_in(key, paths.number(site.path))
 
     def placed(sharding: Any) -> Start:

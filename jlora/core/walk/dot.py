@@ -17,7 +17,7 @@ from jlora.core.walk.folding import Label, arrange, big, is_float, regroup, side
 from jlora.core.walk.interpreter import Walk, rule
 from jlora.core.walk.weight import Piece, Weight
 
-#: A form's name of the use that contracts a side.
+#: The use of `Update` that contracts each side of the matrix.
 USES = {"in": "dense", "out": "transposed"}
 
 

@@ -1,7 +1,7 @@
 """Higher-order primitives: `jit`, `remat`, `scan`, `while`, `cond` and `shard_map` are entered with their weights.
 
-`custom_jvp_call`, `custom_vjp_call` and kernels have no rule on purpose. Entering them would drop the derivative that
-their author wrote, so they get the effective weight as a plain array, and its gradient flows on to the factors.
+`custom_jvp_call`, `custom_vjp_call` and kernels are not entered by a lift, on purpose: that would drop the derivative that
+their author wrote. They get the effective weight as a plain array, and its gradient flows on to the factors.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def big(pieces: Any) -> set[Piece]:
 
 
 def sized(group: Sequence[Piece]) -> list[Piece]:
-    """The same in their order."""
+    """The pieces of more than one entry, in their order."""
     return [piece for piece in group if piece.size > 1]
 
 

@@ -1,7 +1,8 @@
 """The walk over a jaxpr: equations that touch no adapted weight run as they are, the others go to a rule.
 
-`passthrough` beside it has one rule per primitive, `entering` enters loops, branches and checkpoints. Where neither knows
-the primitive, the effective weight is formed and handed to it.
+The rules are in the files beside it: `passthrough` for what only moves, cuts or casts a weight, `dot`, `lookup`,
+`convolution` and `experts` for what uses it, `entering` for loops, branches and checkpoints. Where no rule applies, the
+effective weight is formed and handed to the primitive.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Several, Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
-#: Rules for leaves whose roles are being found out, before those of `RULES` (see `jlora.core.walk.probing`).
+#: Rules for leaves whose roles are being found out; they come before those of `RULES` (see `jlora.core.walk.probing`).
 PROBES: dict[str, Callable[..., Any]] = {}
 
 
@@ -77,9 +78,9 @@ class Walk:
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.core.walk.grouping`).
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
-        taps: what it took so far.
-        readings: how they were read, where roles are being found out (see `jlora.sites`); None in a lift.
-        origins: where the function's values come from, there (see `jlora.core.walk.origins`).
+        taps: the statistics that the observer took so far.
+        readings: how the leaves were read, where roles are being found out (see `jlora.sites`); None in a lift.
+        origins: where the function's values come from, likewise (see `jlora.core.walk.origins`).
     """
 
     strict: bool = False
@@ -177,7 +178,7 @@ class Walk:
             return bind(eqn, values)
         name = eqn.primitive.name
         if name in ENTERED:
-            # A mesh takes arrays and single leaves.
+            # `shard_map` takes arrays and single leaves.
             values = [self.materialise(v, eqn) if isinstance(v, Several) and name == "shard_map" else v for v in values]
             return RULES[name](self, eqn, *values)
         handler = PROBES.get(name) or RULES.get(name)
@@ -199,7 +200,7 @@ class Walk:
             return None
         if eqn.primitive.name not in PRODUCTS:
             return handler(self, eqn, *values)
-        # The product's own shardings are the compiler's choice; the result's is kept.
+        # On a mesh with explicit axes: how the update's own products are cut is left to the compiler, the result's cut is kept.
         product = partial(handler, self, eqn)
         return _compat.automatic(product, eqn.outvars[0].aval, lambda sharding: sharding)(*values)
 
@@ -250,7 +251,10 @@ class Frame:
         return atom.val if hasattr(atom, "val") else self.env[atom]
 
     def ahead(self, atom: Any) -> Any:
-        """The value of a variable that is there, or is a weight on its way through casts and the like; else None."""
+        """The value of a variable that is computed already; of a weight also ahead of its turn, through casts and the like.
+
+        None for any other.
+        """
         if hasattr(atom, "val") or atom in self.env:
             return self.read(atom)
         index = self.defined[atom]

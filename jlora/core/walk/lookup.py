@@ -91,7 +91,7 @@ def along(
         start_indices_batching_dims=tuple(position for _, position in paired),
     )
     sizes = [1 if axis in gone else size for axis, size in enumerate(array.shape)]
-    # An integer that is filled in is the number of no matrix and of no entry.
+    # A method's integers are positions: what is filled in must be none of them.
     empty = 0 if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.iinfo(array.dtype).max
     fill = empty if eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP else None
     return jax.lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"], fill_value=fill)
@@ -112,7 +112,7 @@ def in_bounds(
     offset = eqn.params["dimension_numbers"].offset_dims
     inside = inside.reshape([1 if d in offset else n for d, n in enumerate(base.shape)])
     if mode == GatherScatterMode.FILL_OR_DROP:
-        # A NaN that was filled in may not reach a product, whose gradient it would be in however it is masked later.
+        # A NaN that was filled in must not reach a product: it would be in the gradient, however the result is masked.
         return jnp.where(inside, adapted(jnp.where(inside, base, jnp.zeros_like(base))), base)
     found = adapted(base)
     return jnp.where(inside, found, jax.lax.stop_gradient(found))
@@ -121,7 +121,8 @@ def in_bounds(
 def selected(eqn: Any, weight: Weight) -> list[Piece] | None:
     """The batch pieces of a stack that a lookup indexes.
 
-    None where an axis is not one batch axis, or where what is filled in is no matrix that the method could have made.
+    None where an axis is not one batch axis, or where an index beyond the stack gives a number, as a `fill_value` does: the
+    method's part would be added to it.
     """
     found = lookup_of(eqn)
     if found is None or eqn.params["mode"] not in MODES or not _fills_nan(eqn):
@@ -155,7 +156,7 @@ def select(eqn: Any, weight: Weight, indices: jax.Array) -> Weight | None:
 
 
 def _fills_nan(eqn: Any) -> bool:
-    """Whether an index beyond the stack gives NaN, as it does by default, whatever is added to it."""
+    """Whether an index beyond the stack gives NaN, as it does by default: that stays NaN, whatever is added to it."""
     fill = eqn.params["fill_value"]
     return eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP or fill is None or math.isnan(fill)
 

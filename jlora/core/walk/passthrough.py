@@ -85,7 +85,7 @@ def transpose(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
 
 @passes("reshape")
 def reshape(walk: Walk, eqn: Any, value: Weight, *dynamic: Any) -> list[Any] | None:
-    """Merges and splits axes as long as each remains a row of whole pieces, in whatever order the axes are read."""
+    """Merges and splits axes as long as each new one consists of whole pieces, in whatever order the old ones are read."""
     if dynamic:
         return None
     order = eqn.params["dimensions"] or range(value.array.ndim)
@@ -174,7 +174,10 @@ def dynamic_slice(walk: Walk, eqn: Any, value: Any, *starts: Any) -> list[Any] |
 
 
 def _dynamic_cut(x: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
-    """A slice along one axis, clamped as the primitive does it: a negative start, counted from the end before, is 0 here."""
+    """A slice along one axis, clamped as the primitive does it.
+
+    The function has counted negative starts from the end already, so one that is still negative becomes 0.
+    """
     starts = [start if at == axis else 0 for at in range(x.ndim)]
     sizes = [size if at == axis else n for at, n in enumerate(x.shape)]
     return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)

@@ -22,7 +22,11 @@ from jlora.core.protocol.method import Arrays, Method, Site, View
 
 @dataclass(frozen=True, order=True)
 class Piece:
-    """A part of one axis of a leaf. `order` starts with the axis; splitting appends 0 (outer part) or 1 (inner)."""
+    """A part of one axis of a leaf.
+
+    Sorted by `order`, pieces are in the leaf's own order. It starts with the axis; splitting appends 0 (outer part) or 1
+    (inner), a lookup that takes matrices out of a stack 2 and the axis of its indices.
+    """
 
     order: tuple[int, ...]
     size: int
@@ -57,7 +61,8 @@ class Weight:
         batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
         factor: the number by which the function multiplied the weight, or None.
         stored: `array` without that factor, which is what the method sees; None where they are the same.
-        lookups: its readings as a table, of rows that may turn out to be matrices of a stack; static.
+        lookups: the lookups that it went through, noted as readings of a table; while roles are being found out they are
+            taken back where what was looked up turns out to be matrices of a stack. Static.
     """
 
     array: jax.Array
@@ -92,7 +97,7 @@ class Weight:
         return "out" if piece.axis in self.site.out_axes else "batch"
 
     def with_role(self, role: str) -> list[Piece]:
-        """The pieces of one role in canonical order."""
+        """The pieces of one role, in the leaf's own order."""
         return sorted(piece for axis in self.axes for piece in axis if self.role(piece) == role)
 
     def moved(self, move: Callable[[jax.Array], jax.Array], **changes: Any) -> Weight:
@@ -302,8 +307,8 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     """Prepares a weight for a `scan` along its first axis.
 
     Returns:
-        The weight without that axis's place among its fields (arrays moved so that the scanned axis is first), and a
-        function that puts a slice of those arrays together again inside the loop; None where the axis is no batch axis.
+        The weight with the scanned axis first in all its arrays, and a function that makes one step's slice of it a weight
+        again, inside the loop; None where the axis is no batch axis.
     """
     rest = weight.axes[1:]
     if weight.site is None:
