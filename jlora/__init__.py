@@ -2,6 +2,7 @@
 
 from types import ModuleType as _ModuleType
 
+from jlora import _former
 from jlora import losses as losses
 from jlora import mesh as mesh
 from jlora.analysis.explain import explain as explain
@@ -18,12 +19,14 @@ from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update
 from jlora.core.protocol.event import Event as Event
+from jlora.core.protocol.gated import Gated as Gated
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
 from jlora.core.protocol.method import Site as Site
 from jlora.core.protocol.method import Start as Start
 from jlora.core.protocol.method import View as View
 from jlora.core.protocol.readings import Sites as Sites
+from jlora.core.protocol.wrapping import Around as Around
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
 from jlora.core.transforms.observe import input_norms as input_norms
@@ -69,3 +72,8 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     for name, value in globals().items()
     if not name.startswith("_") and (value is losses or value is mesh or not isinstance(value, _ModuleType))
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """A module under its former name."""
+    return _former.module(name)
