@@ -19,15 +19,15 @@ class Doubled:
     def due(self, step):
         return step % 2 == 0
 
-    def happen(self, moment):
-        moment.say(f"{[site.path for site in moment.sites]} at {moment.step}")
-        params = {**moment.adapted.params}
-        for site in moment.sites:
+    def happen(self, context):
+        context.say(f"{[site.path for site in context.sites]} at {context.step}")
+        params = {**context.adapted.params}
+        for site in context.sites:
             params[site.path] = {
                 **params[site.path],
-                "b": self.factor * params[site.path]["b"] + moment.loss(None, 1.0),
+                "b": self.factor * params[site.path]["b"] + context.loss(None, 1.0),
             }
-        return moment.adapted.replace(params=params), moment.opt_state
+        return context.adapted.replace(params=params), context.opt_state
 
 
 @dataclass(frozen=True)
