@@ -60,7 +60,7 @@ def api(argument: str) -> str:
 
 
 def _documented(value: Any, name: str, more: str = "") -> str:
-    """A directive under the public name, with the path of the definition: `jlora.lift` is a module's path too."""
+    """A directive under the public name, with the path of the definition, where the docstring is."""
     options = f"    options: {{heading: {name}, toc_label: {name.rpartition('.')[2]}{more}}}"
     return f"::: {value.__module__}.{value.__qualname__}\n{options}\n"
 

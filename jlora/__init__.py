@@ -1,7 +1,9 @@
 """jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
 
 from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from jlora import _former
 from jlora import losses as losses
 from jlora import mesh as mesh
 from jlora.analysis.explain import explain as explain
@@ -18,12 +20,14 @@ from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update
 from jlora.core.protocol.event import Event as Event
+from jlora.core.protocol.gated import Gated as Gated
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
 from jlora.core.protocol.method import Site as Site
 from jlora.core.protocol.method import Start as Start
 from jlora.core.protocol.method import View as View
 from jlora.core.protocol.readings import Sites as Sites
+from jlora.core.protocol.wrapping import Around as Around
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
 from jlora.core.transforms.observe import input_norms as input_norms
@@ -69,3 +73,9 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     for name, value in globals().items()
     if not name.startswith("_") and (value is losses or value is mesh or not isinstance(value, _ModuleType))
 ]
+
+if not _TYPE_CHECKING:  # to a type checker every name of jlora would exist
+
+    def __getattr__(name: str) -> _ModuleType:
+        """A module under its former name."""
+        return _former.module(name)

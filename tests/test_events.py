@@ -22,16 +22,16 @@ class Doubled:
     def due(self, step):
         return step % 2 == 0
 
-    def happen(self, moment):
-        DRAWN.append(jax.random.key_data(moment.key).tolist())
-        moment.say(f"{[site.path for site in moment.sites]} at {moment.step}")
-        params = {**moment.adapted.params}
-        for site in moment.sites:
+    def happen(self, context):
+        DRAWN.append(jax.random.key_data(context.key).tolist())
+        context.say(f"{[site.path for site in context.sites]} at {context.step}")
+        params = {**context.adapted.params}
+        for site in context.sites:
             params[site.path] = {
                 **params[site.path],
-                "b": self.factor * params[site.path]["b"] + moment.loss(None, 1.0),
+                "b": self.factor * params[site.path]["b"] + context.loss(None, 1.0),
             }
-        return moment.adapted.replace(params=params), moment.opt_state
+        return context.adapted.replace(params=params), context.opt_state
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,21 @@ def test_methods_document_every_hyperparameter(cls):
     assert [name for name in names if f"{name}:" not in inspect.getdoc(cls)] == []
 
 
+@pytest.mark.parametrize(("module", "name"), [("gated", "Gated"), ("around", "Around"), ("method", "View")])
+def test_modules_that_the_page_on_methods_named_lead_to_where_they_are_now(module, name):
+    with pytest.warns(DeprecationWarning, match=f"jlora.{module} has moved: import {name} from jlora$"):
+        found = getattr(importlib.import_module(f"jlora.{module}"), name)
+    assert found is getattr(jlora, name) and getattr(jlora, module) is importlib.import_module(f"jlora.{module}")
+    assert module not in dir(jlora)
+
+
+def test_a_name_without_a_public_one_leads_to_its_module_and_no_other_name_is_made_up():
+    with pytest.warns(DeprecationWarning, match=r"import check_rank from jlora.core.protocol.hyperparameters$"):
+        assert callable(jlora.hyperparameters.check_rank)
+    with pytest.raises(AttributeError, match="has no attribute 'gates'"):
+        _ = jlora.gates
+
+
 class Attention(nn.Module):
     """Stands for the reader's model in the examples."""
 

@@ -11,6 +11,7 @@ PACKAGE = Path(jlora.__file__).parent
 #: From the ground up; docs/design.md says what each is for.
 ROOMS = (
     "_compat",
+    "_former",
     "paths",
     "core.products",
     "core.protocol",

@@ -51,7 +51,11 @@ def _explained(adapted: Adapted, method: Method) -> str:
 
 def _trained(adapted: Adapted, sites: tuple[Site, ...], formula: str | None) -> str:
     number = sum(count(paths.lookup(adapted.params, site.keys)) for site in sites)
-    return f"{number:,} values" + (f", {formula} a matrix" if formula else "")
+    return _values(number) + (f", {formula} a matrix" if formula else "")
+
+
+def _values(number: int) -> str:
+    return f"{number:,} value" + ("" if number == 1 else "s")
 
 
 def _matrices(site: Site) -> int:
@@ -66,7 +70,7 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     formed = [site for site, update in found if update is None]
     if formed:
         values = sum(_matrices(site) * site.in_size * site.out_size for site in formed)
-        return f"Each forward pass forms the weights anew: {values:,} values."
+        return f"Each forward pass forms the weights anew: {_values(values)}."
     own = sum(
         _matrices(site) * (site.out_size if site.kind == "gather" else site.in_size * site.out_size) for site in sites
     )
@@ -105,4 +109,4 @@ def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     except ValueError as error:  # a schedule of unknown length has no history yet
         return f"Optimizer state beside AdamW's: not known yet ({error})."
     with_rule, plain = (jax.eval_shape(tx.init, adapted.params) for tx in (wrapped, adam))
-    return f"Optimizer state beside AdamW's: {count(with_rule) - count(plain):,} values."
+    return f"Optimizer state beside AdamW's: {_values(count(with_rule) - count(plain))}."

@@ -30,10 +30,11 @@ from jlora.optimize.allocate import triplets
 def compact(adapted: Adapted) -> Adapted:
     """The same adapters as plain `LoRA`: ranks whose gate is 0 are dropped, the gates go into `a`, the scale stays.
 
-    For after the training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf that
-    of the matrix with most ranks, with zeros at the others. Inside another method, as in `DoRA(AdaLoRA(...))`, the inner one
-    becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves of methods without gates or links
-    stay as they are; so do those of a class of your own that has another weight than its parent, or another method inside.
+    For use after training, to store and serve less. Every leaf gets the rank it has left, at least 1; a stacked leaf gets the
+    largest rank that any of its matrices has left, with zeros in the others. Inside another method, as in
+    `DoRA(AdaLoRA(...))`, the inner one becomes LoRA. A `Chain` becomes LoRA of its finished links and the present one. Leaves
+    of methods without gates or links stay as they are. So do leaves of your own classes that change the weight they inherit
+    and not `plain`, or go around another method.
 
     Raises:
         TypeError: under `jit`, since the ranks decide the shapes.
@@ -185,9 +186,9 @@ def _factors(method: Method, weight: Weight) -> Factors | None:
 
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
-    """Whether a method's factors give its weight: a user's class may inherit the factors and have another weight."""
+    """Whether a method's factors give its weight, as the contract demands; a class that fails it may have another weight."""
     told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
-    # The difference of two weights is no more exact than they are.
+    # The second term is the rounding error of the weights, of which `wanted` is a difference.
     size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps
     return bool(jnp.max(jnp.abs(told - wanted)) <= size)
 

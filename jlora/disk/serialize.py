@@ -5,9 +5,9 @@ A class is named by its import path, since another class may have the same name.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from jlora.core.protocol.job import hyperparameters
 from jlora.core.protocol.method import Method
 from jlora.disk import catalog
 
@@ -34,13 +34,8 @@ def method_to_dict(method: Method) -> dict[str, Any]:
         4
     """
     cls = type(method)
-    plain = {name: _plain(getattr(method, name), f"{cls.__name__}'s {name}") for name in _hyperparameters(cls)}
+    plain = {name: _plain(getattr(method, name), f"{cls.__name__}'s {name}") for name in hyperparameters(cls)}
     return {"method": cls.__name__ if is_own(cls) else _import_path(cls), **plain}
-
-
-def _hyperparameters(cls: type[Method]) -> list[str]:
-    """The names of what a class is called with; what it computes from these is none."""
-    return [f.name for f in dataclasses.fields(cls) if f.init]
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -67,7 +62,7 @@ def method_from_dict(table: dict[str, Any]) -> Method:
     """
     cls = _class_of(table)
     given = {key: value for key, value in table.items() if key != "method"}
-    fields = set(_hyperparameters(cls))
+    fields = set(hyperparameters(cls))
     if unknown := sorted(set(given) - fields):
         raise ValueError(f"{cls.__name__} has no hyperparameter {', '.join(unknown)}; it has {sorted(fields)}")
     inner = {key: method_from_dict(v) if isinstance(v, dict) else _value(v) for key, v in given.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,36 +10,23 @@ import numpy as np
 
 from jlora.compose import plain
 from jlora.core.protocol.method import Site, states_peft
+from jlora.core.protocol.peft import Peft
 from jlora.core.tree import placement
 from jlora.core.walk.weight import Weight
 from jlora.interchange.names import Slot
 
 
-@dataclass(frozen=True)
-class Form:
-    """One leaf's adapter in PEFT's terms.
+@dataclass(frozen=True, kw_only=True)
+class Form(Peft):
+    """What a method tells of its form in PEFT, with the leaf that it is of.
 
     Attributes:
         site: the leaf.
-        kind: "lora", "adalora", "vera", "shira", "rows" or "whole" (a trained leaf).
-        arrays: by PEFT's role: "a" `[*batch, in, r]`, "b" `[*batch, r, out]`, "m" `[*batch, out]`, ...
-        fields: for each of these the fields of the method that it holds.
-        alpha: numerator of the scale.
-        rslora: whether the scale is `alpha / sqrt(r)` and not `alpha / r`.
-        dropout: probability of dropping an entry of the adapter's input while training.
         residual: for a form made by truncation `|delta - a b| / |delta|` of each matrix; else None.
-        shared: constants that all leaves of the method have in common.
     """
 
     site: Site
-    kind: str
-    arrays: dict[str, np.ndarray]
-    fields: dict[str, tuple[str, ...]]
-    alpha: float = 1.0
-    rslora: bool = False
-    dropout: float = 0.0
     residual: np.ndarray | None = None
-    shared: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -65,8 +52,7 @@ def native(weight: Weight) -> Form | None:
     if found is None:
         return None
     held = {name: found.fields.get(name, (name,)) for name in found.arrays}
-    told: Any = {name: getattr(found, name) for name in ("alpha", "rslora", "dropout", "shared")}
-    return Form(site, found.kind, found.arrays, held, **told)
+    return Form(**{**vars(found), "fields": held}, site=site)
 
 
 def _numpy(tree: Any) -> Any:
@@ -98,9 +84,8 @@ def truncated(weight: Weight, slots: list[Slot], rank: int) -> Form:
     site = site if site.method.matrix else _with_roles(site, slots[0])
     a, b, residual = plain.nearest(weight, site, rank)
     names = tuple(weight.params) + tuple(weight.frozen) + tuple(weight.shared)
-    return Form(
-        site, "lora", {"a": a, "b": b}, {"a": names, "b": names}, float(a.shape[-1]), residual=np.asarray(residual)
-    )
+    held, alpha = {"a": names, "b": names}, float(a.shape[-1])
+    return Form("lora", {"a": a, "b": b}, held, alpha, site=site, residual=np.asarray(residual))
 
 
 def _with_roles(site: Site, slot: Slot) -> Site:

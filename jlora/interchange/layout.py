@@ -112,12 +112,6 @@ def b_shape(slot: Slot, rank: int) -> tuple[int, ...]:
     return (width, rank * (slot.experts or 1))
 
 
-def rank_of(slot: Slot, shape: tuple[int, ...]) -> int:
-    """The rank of an A of this shape; 0 where it can't be one."""
-    experts = slot.experts or 1
-    return shape[0] // experts if shape and shape[0] % experts == 0 else 0
-
-
 def torch_shape(slot: Slot) -> tuple[int, ...]:
     """Shape of the torch parameter."""
     width = slot.torch_columns()[2]

@@ -61,7 +61,7 @@ class Recorded:
             return
         for leaf in self._methods.get(name, ()):
             inner: Any = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
-            # A class of somebody's own may have gone out by its weight, in other factors.
+            # A user's own class was written by its weight, so its hyperparameters need not be those of the file.
             if not is_lora(inner) or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale

@@ -73,7 +73,7 @@ class Skeleton(Method):
         return Factors(view.frozen["a"], self.strength * view.params["b"])
 
     def labels(self, site: Site) -> dict[str, str]:
-        """The learning-rate group of each trained field, one of `jlora.optimizer.GROUPS`."""
+        """The learning-rate group of each trained field, one of `GROUPS` in `jlora/optimize/optimizer.py`."""
         return {"b": "b"}
 
 

@@ -161,7 +161,8 @@ class Chain(Around):
         link, found = view.frozen["link"], self._link(view)
         rank = found.a.shape[1]
         used = self._used(link, rank)
-        # Columns out of use go nowhere: those behind the last are dropped, the others are those of later links.
+        # All `rank` columns are written, with zeros for the ranks that the link does not use. A column too many lies where a
+        # later link will be written, or behind the end of the array, where mode="drop" leaves it out.
         columns = self._finished_ranks(link, rank) + jnp.arange(rank)
         return {
             "past_a": view.frozen["past_a"].at[:, columns].set(found.a * used.astype(found.a.dtype), mode="drop"),

@@ -149,7 +149,7 @@ def gelora_ranks(
 
 def _spread(own: list[int], total: int, most: int) -> list[int]:
     """Whole numbers from 1 to `most` with an exact total, in proportion to `own` by the largest remainder."""
-    # In whole numbers: `total * rank / whole` is a layer's share, and what is left of it its remainder.
+    # A layer's share is `total * rank / whole`. All is compared in whole numbers, times `whole`, so that ties are exact.
     whole = sum(own)
     ranks = [min(max(total * rank // whole, 1), most) for rank in own]
     while sum(ranks) != total:

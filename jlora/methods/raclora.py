@@ -37,7 +37,7 @@ class RACLoRA(Method):
         draw: "gaussian", independent normal entries with deviation 1/sqrt(in) or 1/sqrt(out), so that the columns are
             about of length one (a choice of this library: alpha scales it); or "orthonormal", the same subspace with an
             orthonormal basis, for which gradient descent is the projected step.
-        dropout: as for LoRA.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 
     Raises:
         ValueError: for a rank, alpha, dropout or name out of range.

@@ -35,7 +35,7 @@ class XGBLoRA(Method):
         layers: how many layers a link has: a number, or a share of all (0 to 1; at least one layer). The default, a
             third, stands for 11 of 32 layers, which the paper found best according to a review of it.
         init: how `a` is drawn, as in LoRA: "kaiming", "gaussian" or "orthonormal"; `b` is zero.
-        dropout: as for LoRA.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 
     Raises:
         ValueError: for a rank, alpha, dropout, share or init out of range, or more layers than there are.

@@ -48,8 +48,9 @@ def edited(
         state: its state.
         sites: the leaves.
         fields: the names of their factors.
-        where: for each site masks of the entries to set, in shapes that broadcast; None for a factor that stays.
-        values: for each of `trees` and each site what is put there; zero without it.
+        where: for each site and factor a mask of the entries to set, in a shape that broadcasts; None for a factor that
+            stays.
+        values: for each of `trees` and each site the new values; by default zero.
     """
     number = itertools.count()
 
@@ -70,7 +71,7 @@ def edited(
 
 
 def _fits(moment: Any, mask: jax.Array) -> bool:
-    """Whether a mask of a factor's entries is one of a moment's too, which may have another shape."""
+    """Whether a mask for a factor broadcasts to a moment, so that the moment has the factor's shape."""
     if not hasattr(moment, "shape") or not len(moment.shape) == mask.ndim > 0:
         return False
     return all(m in (1, n) for m, n in zip(mask.shape, moment.shape))

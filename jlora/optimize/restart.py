@@ -260,7 +260,7 @@ class LinkEnds:
         return tuple(link_ends(self.links, self.steps))
 
     def due(self, step: int) -> bool:
-        """At equal shares of the run."""
+        """Whether a link other than the last ends after this many steps."""
         return step in self.restarts
 
     def happen(self, context: EventContext) -> tuple[Adapted, Any]:

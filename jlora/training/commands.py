@@ -87,7 +87,7 @@ def _inspected(settings: Settings) -> str:
         "how the model reads its weights": sites,
         "what would be trained": jlora.summary(adapted),
         "what the methods are": jlora.explain(adapted),
-        "what --set can change": settings_table(settings),
+        "their hyperparameters, by --set NAME=VALUE or the flag in brackets": settings_table(settings),
     }
     told = [f"{title}:\n{text}" for title, text in parts.items() if str(text)]
     return "\n\n".join([f"model {subject.directory}", *told])

@@ -27,8 +27,11 @@ def settings_table(settings: Settings) -> str:
     rows = [("name", "value", "default", f"what; values for {steps}")]
     for name, cls in known.items():
         value = next(getattr(part, name) for part in parts(method) if type(part) is cls)
-        flag = name in OWN_FLAGS or (name == "rank" and value == settings.rank)
-        what = f"{_told(cls, name)} (--{name})" if flag else _told(cls, name)
+        what = _told(cls, name)
+        if name in OWN_FLAGS or (name == "rank" and value == settings.rank):
+            what += f" (--{name})"
+        if name == cls.measured and name not in settings.set:
+            what += " (found in the training data before a run)"
         rows.append((name, _shown(value), _shown(_default(cls, name)), what.strip()))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(_wrapped(row, widths) for row in rows)

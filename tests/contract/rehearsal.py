@@ -60,14 +60,14 @@ class Marked:
         """At the cut."""
         return step == self.at
 
-    def happen(self, moment: Any) -> Any:
+    def happen(self, context: Any) -> Any:
         """Marks the leaves."""
-        frozen = jax.tree.map(lambda leaf: leaf, moment.adapted.frozen)
-        for site in moment.sites:
+        frozen = jax.tree.map(lambda leaf: leaf, context.adapted.frozen)
+        for site in context.sites:
             fields = paths.lookup(frozen, site.keys)
             fields["mark"] = fields["mark"] + 1
-        moment.say("the ranks are given out")
-        return moment.adapted.replace(frozen=frozen), moment.opt_state
+        context.say("the ranks are given out")
+        return context.adapted.replace(frozen=frozen), context.opt_state
 
 
 @dataclass(frozen=True)

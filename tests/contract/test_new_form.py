@@ -164,6 +164,20 @@ def test_a_class_has_the_form_of_what_it_says_last():
     assert Weighs().update(None) is None and Beside().update(None) is None
 
 
+def test_a_method_that_gives_factors_alone_is_told_to_give_its_weight_too():
+    class Thin(LoRA):
+        weight = jlora.Method.weight
+
+        def factors(self, view):
+            return LoRA.factors(self, view)
+
+    adapted = adapt({"w": weight(0, 8, 8)}, {"w": Thin(2)})
+    with pytest.raises(
+        NotImplementedError, match=r"Thin must give weight\(view\), .*, beside factors, sparse or update"
+    ):
+        jlora.merge(adapted)
+
+
 def test_an_update_without_its_form_is_refused_where_the_class_is_made():
     with pytest.raises(TypeError, match=r"Nameless must state both or neither: update\(view\), and form"):
 

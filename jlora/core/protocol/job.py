@@ -95,7 +95,7 @@ class KnownToTheJob:
 
 
 def hyperparameters(cls: Any) -> tuple[str, ...]:
-    """The names of what a method's class is called with."""
+    """The names of what a method's class is called with; what it computes from these is none."""
     return tuple(each.name for each in fields(cls) if each.init)
 
 

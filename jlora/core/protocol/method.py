@@ -253,7 +253,10 @@ class Method(KnownToTheJob):
 
     def weight(self, view: View) -> jax.Array:
         """The effective weight `[in, out]`. It defines the method: every other form must agree with it."""
-        raise NotImplementedError(f"{type(self).__name__} has no effective weight")
+        raise NotImplementedError(
+            f"{type(self).__name__} must give weight(view), the effective weight [in, out], beside factors, sparse or update: "
+            "merging and some uses need it"
+        )
 
     def update(self, view: View) -> Update | None:
         """The effective weight as a value of `form`, which owns how it is used: the fast path. None where there is none.

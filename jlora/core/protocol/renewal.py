@@ -10,8 +10,8 @@ class Renewal:
     """How the moments of arrays that begin anew are renewed.
 
     Attributes:
-        prune: share of the entries that become zero; 1 makes everything as `tx.init` does.
-        by: "random" or "magnitude".
+        prune: share of the entries of each moment that become zero; 1 makes everything as `tx.init` does.
+        by: which entries: "random" ones, or those where the first moment is smallest in "magnitude".
 
     Raises:
         ValueError: for a share outside of 0 to 1, or an unknown choice.

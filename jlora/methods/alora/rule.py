@@ -71,7 +71,7 @@ class Round:
         return (step - phases.start_steps) % phases.interval == 0
 
     def happen(self, context: EventContext) -> tuple[Adapted, Any]:
-        """Scores on the middle one of the held-out batches, the same in every round; the first may hold short rows alone.
+        """Makes the round, with scores on the middle one of the held-out batches: the first one may have short rows only.
 
         Raises:
             ValueError: where the loop gives no loss or no held-out batch.

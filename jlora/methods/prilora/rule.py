@@ -119,7 +119,7 @@ class PRILoRARule:
         )
 
     def _zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:
-        """The entries that are zero after this step, which lie as `a` does."""
+        """A mask of the entries that are zero after this step, sharded as `a` is."""
         return _compat.automatic(self._now_zero, jax.typeof(a))(step, a, norms, kept)
 
     def _now_zero(self, step: jax.Array, a: jax.Array, norms: jax.Array, kept: Any) -> jax.Array:

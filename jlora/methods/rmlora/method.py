@@ -29,14 +29,14 @@ class RMLoRA(LoRA):
     Args:
         rank: columns of `a`; at most the smaller side of the matrix.
         alpha: numerator of the scale.
-        scaling: as LoRA's.
-        init: as LoRA's.
-        dropout: as LoRA's.
+        scaling: "standard" or "rslora".
+        init: how the nonzero factor is drawn, by the same names as in `LoRA`.
+        dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
         updated: ranks of each matrix that get a gradient in a step.
         independent: whether `a` and `b` draw ranks of their own (the reference's v2) or share them (its v1).
         orthogonality: weight of the penalty.
         freeze: whether the other ranks stay what they were, exactly; their moments fade all the same.
-        seed: of the masks.
+        seed: from which the masks are drawn.
 
     Raises:
         ValueError: for a hyperparameter out of range.

@@ -273,7 +273,11 @@ def counts(active: list[jax.Array]) -> jax.Array:
 
 
 def _states(opt_state: Any, kind: type = AllocationState) -> list[Any]:
-    """The states of rules in an optimizer's state, however deep, one inside the other too."""
+    """The states of rules in an optimizer's state, at any depth and inside one another.
+
+    Raises:
+        ValueError: where there is none.
+    """
     found, waiting = [], [opt_state]
     while waiting:
         leaves = jax.tree.leaves(waiting.pop(), is_leaf=lambda x: isinstance(x, kind))
