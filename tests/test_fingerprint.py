@@ -1,6 +1,5 @@
 """The fingerprint: equal for equal values wherever they lie, different for anything else."""
 
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora.disk import fingerprint as disk_fingerprint
 
 VALUES = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
 
@@ -31,7 +31,7 @@ def test_resharding_changes_nothing():
 def test_blocks_of_a_large_leaf_change_nothing(dtype, monkeypatch):
     array = jnp.asarray(VALUES * 3, dtype)
     whole = of(array)
-    monkeypatch.setattr(sys.modules["jlora.fingerprint"], "_BLOCK", 50)
+    monkeypatch.setattr(disk_fingerprint, "_BLOCK", 50)
     assert of(array) == whole
     assert of(array.at[7, 0].set(1)) != whole
 
