@@ -1,6 +1,5 @@
 """The fingerprint: equal for equal values wherever they lie, different for anything else."""
 
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes

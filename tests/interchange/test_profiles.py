@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import TorchParameter
-from jlora.interchange import forms
+from jlora.core.protocol.peft import Peft
 
 PARAMS = {
     "up": {"kernel": jnp.cos(jnp.arange(80.0)).reshape(10, 8), "bias": jnp.ones(8)},
@@ -276,10 +276,10 @@ def test_adapters_of_nothing_are_refused(tmp_path):
 
 
 def test_a_trained_array_without_a_place_is_an_error(tmp_path, monkeypatch):
-    def forgetful(site, method, arrays):
-        return forms.Form(site, "lora", arrays["params"], {"a": ("a",), "b": ("a",)})
+    def forgetful(self, params, frozen, shared):
+        return Peft("lora", params, {"a": ("a",), "b": ("a",)})
 
-    monkeypatch.setitem(forms.NATIVE, jlora.LoRA, forgetful)
+    monkeypatch.setattr(jlora.LoRA, "peft", forgetful)
     with pytest.raises(ValueError, match="up/kernel: its trained array 'b' has no place in the adapter"):
         jlora.save_peft(tmp_path / "out", adapted_of({"up/kernel": LORA}), NAMES)
     assert list(tmp_path.iterdir()) == []
