@@ -45,6 +45,7 @@ from variants import beside, with_factors
 import jlora
 from jlora import mesh as meshes
 from jlora import paths
+from jlora.core.tree import placement
 from jlora.models import Llama, LlamaConfig
 from jlora.models.rope import RopeConfig
 
@@ -242,7 +243,7 @@ def adapt(program: Program, apply: Callable[..., Any], base: Any, tokens: Any) -
     leaves = dict(paths.flatten_with_keys(base)[0])
     params: dict[str, Any] = {}
     for site in adapted.plan.sites:
-        shardings = meshes.field_shardings(site, leaves[site.keys])
+        shardings = placement.field_shardings(site, leaves[site.keys])
         assert shardings is not None
         fields = paths.lookup(adapted.params, site.keys)
         paths.insert(params, site.keys, {name: struct(x, shardings[name]) for name, x in fields.items()})
