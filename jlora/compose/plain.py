@@ -96,13 +96,6 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
     return _truncated(delta, min(rank, *delta.shape[-2:]))
 
 
-def is_lora(method: Any) -> bool:
-    """Whether a method has LoRA's arrays and weight, so that it differs from LoRA at most in how it is trained."""
-    cls = type(method)
-    same = all(getattr(cls, name, None) is getattr(LoRA, name) for name in ("weight", "axes", "scale"))
-    return is_own(cls) and same
-
-
 def _says(method: Method) -> bool:
     """Whether a method says what it is as plain LoRA.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlora.compose.plain import is_lora
 from jlora.core.protocol.method import Method
 from jlora.interchange.names import Slot
-from jlora.methods import DoRA
+from jlora.methods import DoRA, LoRA
 
 
 class Recorded:
@@ -62,7 +61,7 @@ class Recorded:
         for leaf in self._methods.get(name, ()):
             inner: Any = leaf["method"].inner if type(leaf["method"]) is DoRA else leaf["method"]
             # A user's own class was written by its weight, so its hyperparameters need not be those of the file.
-            if not is_lora(inner) or leaf["form"] != "lora" or "residual" in leaf:
+            if not _is_lora(inner) or leaf["form"] != "lora" or "residual" in leaf:
                 continue
             told = inner.rank * (2 if inner.from_weight else 1), inner.scale
             if told[0] != rank or abs(told[1] - scale) > 1e-9 * abs(told[1]):
@@ -109,8 +108,13 @@ class Recorded:
         around = type(method) is DoRA
         inner: Any = method.inner if around else method  # type: ignore[union-attr]
         plain: Any = found.inner if isinstance(found, DoRA) else found
-        if not is_lora(inner) or not is_lora(plain) or around != isinstance(found, DoRA):
+        if not _is_lora(inner) or not _is_lora(plain) or around != isinstance(found, DoRA):
             return None
         rank = inner.rank * (2 if inner.from_weight else 1)
         same = rank == plain.rank and abs(inner.scale - plain.scale) <= 1e-9 * abs(inner.scale)
         return method if same else None
+
+
+def _is_lora(method: Any) -> bool:
+    """Whether a method's class says that its form of PEFT is LoRA's."""
+    return vars(type(method)).get("peft") is LoRA.peft

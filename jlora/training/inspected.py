@@ -46,13 +46,9 @@ def _shown(value: Any) -> str:
         return "-"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value).lower()
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _told(cls: type, name: str) -> str:

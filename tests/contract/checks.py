@@ -180,11 +180,11 @@ def check_dtype(method):
 
 
 def check_vmap(method):
-    """Maps over keys and over adapters: the last of the mapped is what it is alone."""
+    """Maps over keys and over adapters: each of the mapped is what it is alone."""
     problem = problems.plain(method)
     adapted = problem.adapted
     keys = jax.random.split(jax.random.key(3), 2)
-    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(perturbed(adapted, seed).params for seed in (4, 5)))
+    many = [perturbed(adapted, seed).params for seed in (4, 5)]
 
     def start(key):
         return problem.start(key).params
@@ -192,12 +192,13 @@ def check_vmap(method):
     def call(p):
         return _outputs(problem, adapted.replace(params=p))
 
-    close(_last(jax.vmap(start)(keys)), start(keys[-1]))
-    close(*jit(lambda: (_last(jax.vmap(call)(many)), call(_last(many))))())
+    alone = jit(call)
+    close(jax.vmap(start)(keys), _stacked([start(key) for key in keys]))
+    close(jit(jax.vmap(call))(_stacked(many)), jnp.stack([alone(one) for one in many]))
 
 
-def _last(tree):
-    return jax.tree.map(lambda leaf: leaf[-1], tree)
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def check_keys(method):

@@ -56,7 +56,8 @@ def test_its_uses_by_experts_by_a_number_and_by_columns_equal_the_formed_weight(
     x = normal(3, 16, 8)
     sites = jlora.sites(fn, params, x)
     for method in (Reflected(), jlora.DoRA(Reflected())):
-        adapted = perturbed(adapt(params, {".*": method}, sites=sites))
+        # By its use alone the table's looked-up axis would be its rows.
+        adapted = perturbed(adapt(params, {"table": jlora.Axes("in out", method), ".*": method}, sites=sites))
         lifted = lambda a: jlora.lift(fn, strict=True)(a, x)
         close(*jit(lambda a: (lifted(a), fn(by_hand(a), x)))(adapted))
 
@@ -64,7 +65,7 @@ def test_its_uses_by_experts_by_a_number_and_by_columns_equal_the_formed_weight(
 def test_products_of_one_activation_with_weights_of_several_forms_are_each_by_its_own():
     fn = lambda params, x: (x @ params["q"], x @ params["k"], x @ params["v"])
     params = {name: weight(n, 8, 8) for n, name in enumerate("qkv")}
-    adapted = perturbed(adapt(params, {"q": Reflected(), "[kv]": LoRA(2)}))
+    adapted = perturbed(adapt(params, {"[qv]": LoRA(2), "k": Reflected()}))
     x = normal(5, 4, 8)
     close(*jit(lambda a: (jlora.lift(fn, strict=True)(a, x), fn(by_hand(a), x)))(adapted))
 
