@@ -17,6 +17,10 @@ FAMILIES = {
     "Rank allocation": "give more ranks to some matrices than to others",
     "Chains of adapters": "train one small adapter after another, which add up to a larger update",
     "Shared random projections": "train vectors beside random factors that all matrices share",
+    "Structured updates": "add an update of high rank that few numbers make",
+    "Shared tensors": "train arrays that all matrices share, and little for each",
+    "Rotations and scales": "multiply the weight, its inputs or its outputs",
+    "Bottleneck adapters": "add a small network beside or behind the weight",
     "Sparse updates": "train a few entries of the weight",
     "Trained leaves and rows": "train a leaf, or some of its rows, without an adapter",
 }
