@@ -86,6 +86,8 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: for a change that is not finite.
     """
+    if not site.method.mergeable or weight.beside:
+        raise ValueError(f"{site.path}: {site.method} does more than change the weight, so no LoRA is nearest to it")
     if site.method.matrix:
         delta = np.asarray(weights.over_batch(_delta(site.method), weight))
     else:

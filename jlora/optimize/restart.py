@@ -158,6 +158,11 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
             raise ValueError(
                 f"{site.path}: {site.method} does not start at the base's output, so a restart would move it"
             )
+        if not site.method.mergeable or site.method.beside:
+            raise ValueError(
+                f"{site.path}: {site.method} changes more than the weight, so that no new base can take its place; it can't be "
+                "restarted"
+            )
         scheduled = site.method.optimizer_rule is not None or not (site.method.event is None or site.method.kept_fields)
         if site.method.needs or scheduled:
             what = "starts from data" if site.method.needs else "follows a schedule of its own over the whole run"

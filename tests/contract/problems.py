@@ -122,7 +122,9 @@ def model(method):
     shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
-    return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x), LAYERS_NOISE)
+    # What acts alone takes products `x @ w`; the other uses it refuses.
+    adapted = ".*" if method.mergeable else "stack|up"
+    return ready(model_function, params, x, {adapted: method}, jlora.sites(model_function, params, x), LAYERS_NOISE)
 
 
 def perturbed(adapted, seed=2, size=0.3):
@@ -141,6 +143,17 @@ def observed(adapted):
     return {"inputs": seen} if seen else {}
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Acts:
+    """Stands where a weight would, for a method that has none: `x @ Acts(view)` is what the method makes of `x`."""
+
+    view: View
+
+    def __rmatmul__(self, x):
+        return self.view.site.method.apply(x, lambda z: z @ self.view.w, self.view).astype(x.dtype)
+
+
 def by_hand(adapted):
     """The params with every adapted leaf replaced by its method's `weight`, without jlora's merge or lift."""
     params = dict(adapted.base)
@@ -150,13 +163,18 @@ def by_hand(adapted):
         shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method)))
 
         def function(w, trained, frozen, site=site, shared=shared):
-            return site.method.weight(View(w, trained, frozen, site, shared))
+            view = View(w, trained, frozen, site, shared)
+            return site.method.weight(view) if site.method.mergeable else Acts(view)
 
         for _ in site.batch_axes:
             function = jax.vmap(function)
         w = site.fold(leaf) if site.method.matrix else leaf
         trained, frozen = (paths.lookup(tree, site.keys) for tree in (adapted.params, adapted.frozen))
-        effective = function(w, trained, frozen).astype(leaf.dtype)
+        effective = function(w, trained, frozen)
+        if not site.method.mergeable:
+            params[site.path] = effective
+            continue
+        effective = effective.astype(leaf.dtype)
         params[site.path] = site.unfold(effective) if site.method.matrix else effective
     return params
 

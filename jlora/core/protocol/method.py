@@ -9,6 +9,7 @@ static data without retracing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.core.products.acting import Acting
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
@@ -98,6 +100,8 @@ class View:
         frozen: the constants that `start` named.
         site: the leaf this is a matrix of; static.
         shared: the constants that `Method.shared` made for all leaves of the method.
+        beside: the leaves that `Method.beside` names and the tree has, as `[out]`.
+        key: dropout key, in `Method.apply` alone; None where nothing is dropped.
     """
 
     w: jax.Array
@@ -105,6 +109,8 @@ class View:
     frozen: Arrays
     site: Site = field(metadata={"static": True})
     shared: Arrays = field(default_factory=dict)
+    beside: Arrays = field(default_factory=dict)
+    key: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -145,8 +151,12 @@ class Method(KnownToTheJob):
         axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
         form: the form of update in which the method gives its weight, known before there are arrays; None where the weight
             is always formed. It follows from the most derived class that says anything of its weight: `Factors` where that
-            has `factors`, `Sparse` where it has `sparse`, None where it has `weight` alone, whatever its parents have. A class
-            that has an `update` of its own names it.
+            has `factors`, `Sparse` where it has `sparse`, `Acting` where it has `apply`, None where it has `weight` alone,
+            whatever its parents have. A class that has an `update` of its own names it.
+        mergeable: False for methods that act in a way that no weight can, such as a network beside the product; they have no
+            `weight`.
+        beside: names of leaves beside the adapted one that the method changes too, such as ("bias",). Where the tree has
+            them, `apply` sees them in `View.beside` and adds to its result what changes, `merged_beside` gives them anew.
         CASES: examples of the method for the contract test; every method has some.
     """
 
@@ -156,6 +166,8 @@ class Method(KnownToTheJob):
     local: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = True
     form: ClassVar[type[Update] | None] = None
+    mergeable: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -170,7 +182,7 @@ class Method(KnownToTheJob):
             raise TypeError(
                 f"{cls.__name__} must state both or neither: update(view), and form, the class that it returns"
             )
-        given = Factors if "factors" in last else Sparse if "sparse" in last else None
+        given = next((form for name, form in _FORMS.items() if name in last), None)
         cls.form, cls.update = last.get("form", given), last.get("update", Method.update)
 
     @property
@@ -254,15 +266,37 @@ class Method(KnownToTheJob):
     def weight(self, view: View) -> jax.Array:
         """The effective weight `[in, out]`. It defines the method: every other form must agree with it."""
         raise NotImplementedError(
-            f"{type(self).__name__} must give weight(view), the effective weight [in, out], beside factors, sparse or update: "
-            "merging and some uses need it"
+            f"{type(self).__name__} must give weight(view), the effective weight [in, out], beside factors, sparse, update or "
+            "apply: merging and some uses need it. A method that has none says mergeable = False"
         )
+
+    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
+        """What the matrix does to its input: overriding it makes the method act, where a weight alone can't say it well.
+
+        A method that has a weight too is linear in `x`, and the contract checks that both agree.
+
+        Args:
+            x: `[..., in]`, in the function's dtype.
+            product: the base's product, `[..., in] -> [..., out]`, as often as wanted; it adds up in float32 at least, and
+                takes inputs of more bits than `x` has without losing them.
+            view: the matrix, its arrays, and the dropout key.
+
+        Returns:
+            `[..., out]`, which the core rounds to the function's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not act")
+
+    def merged_beside(self, view: View) -> Arrays:
+        """The leaves that `beside` names and the tree has, `[out]`, as `merge` puts them into the params."""
+        return {}
 
     def update(self, view: View) -> Update | None:
         """The effective weight as a value of `form`, which owns how it is used: the fast path. None where there is none.
 
-        By default what `factors` or `sparse` gives; a method whose form is another one gives that here.
+        By default what `factors`, `sparse` or `apply` gives; a method whose form is another one gives that here.
         """
+        if self.form is Acting:
+            return Acting(view)
         return self.factors(view) if self.form is Factors else self.sparse(view) if self.form is Sparse else None
 
     def factors(self, view: View) -> Factors | None:
@@ -294,8 +328,9 @@ class Method(KnownToTheJob):
         return None
 
 
-#: What a class says its weight by.
-_WEIGHT = {"weight", "factors", "sparse", "update", "form"}
+#: What a class says its weight by, with the form that it then has.
+_FORMS: dict[str, type[Update]] = {"factors": Factors, "sparse": Sparse, "apply": Acting}
+_WEIGHT = {*_FORMS, "weight", "update", "form"}
 
 
 def states_peft(method: Method) -> bool:

@@ -29,6 +29,14 @@ class Around(Method):
         return self.inner.exact_start
 
     @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        return self.inner.mergeable
+
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.beside
+
+    @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.local
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Method, Site
+from jlora.core.tree import beside
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 
@@ -70,21 +71,27 @@ class Adapted:
         names = self.plan.shared_names() if names is None else names
         drawers = self.frozen.get(SHARED, {})
         return [
-            self._weight(site, leaves[site.keys], drawers.get(names.get(site.method), {})) for site in self.plan.sites
+            self._weight(site, leaves, drawers.get(names.get(site.method), {})) for site in self.plan.sites
         ]
 
-    def _weight(self, site: Site, leaf: Any, shared: Arrays) -> Weight:
+    def _weight(self, site: Site, leaves: dict[tuple[str, ...], Any], shared: Arrays) -> Weight:
         key = self.context.get("dropout")
         if key is not None:
             key = jax.random.fold_in(key, paths.number(site.path)) if site.method.uses_key else None
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
+        leaf = leaves[site.keys]
         leaf = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-        return weights.start(leaf, site, params, frozen, shared, key)
+        found = {name: leaves.get(keys) for name, keys in beside.keys_of(site).items()}
+        there = {name: beside.fold(site, jnp.asarray(leaf)) for name, leaf in found.items() if leaf is not None}
+        return weights.start(leaf, site, params, frozen, shared, key, there)
 
     def with_leaves(self, arrays: list[Any]) -> Any:
         """The base tree with its adapted leaves replaced, in the order of the plan."""
+        return self.with_replaced(dict(zip((site.keys for site in self.plan.sites), arrays, strict=True)))
+
+    def with_replaced(self, new: dict[tuple[str, ...], Any]) -> Any:
+        """The base tree with some leaves replaced, by their keys."""
         leaves, treedef = paths.flatten_with_keys(self.base)
-        new = dict(zip((site.keys for site in self.plan.sites), arrays, strict=True))
         return jax.tree.unflatten(treedef, [new.get(keys, leaf) for keys, leaf in leaves])
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ import jax
 
 from jlora import _compat, paths
 from jlora.core.protocol.readings import Sites
-from jlora.core.tree import placement
+from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
 from jlora.core.tree.starts import Prepared, starts_of
@@ -50,6 +50,7 @@ def adapterize(
     _check_keys(leaves)
     plan = Plan(tuple(resolve(leaves, spec, sites)))
     by_keys = dict(leaves)
+    beside.check(plan.sites, by_keys)
     trained: dict[str, Any] = {}
     frozen = _shared(plan, key, by_keys)
     for site, start in starts_of(plan.sites, by_keys, key, prepared).items():
