@@ -1,5 +1,7 @@
 """Trained arrays that the leaves of a method share: where they are, what reads them, what their gradients are."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,20 @@ def test_the_optimizer_gives_them_their_groups_and_rates():
     updates = tx.update(ones, tx.init(adapted.params), adapted.params)[0]
     found = {name: float(-leaf.ravel()[0]) for name, leaf in updates[SHARED]["Common"].items()}
     assert found == pytest.approx({"a": 0.05, "b": 0.8}) and float(-updates["u"]["d"][0]) == pytest.approx(0.8)
+
+
+def test_the_contract_rejects_another_number_of_shared_values_than_the_docstring_s():
+    @dataclass(frozen=True)
+    class Miscounted(Alone):
+        """Trains `0` values. Shares `rank * in + out` trained values."""
+
+    @dataclass(frozen=True)
+    class Uncounted(Alone):
+        """Trains `0` values."""
+
+    for method in (Miscounted(), Uncounted()):
+        with pytest.raises(AssertionError, match="trained"):
+            checks.check_count(method)
 
 
 def test_a_shared_array_without_a_group_is_an_error():
