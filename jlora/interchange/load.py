@@ -96,7 +96,7 @@ def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read])
             paths.insert(frozen, read.site.keys, placed.frozen)
         if read.shared and read.site.method in names:
             drawer = frozen.setdefault(SHARED, {})
-            drawer.setdefault(names[read.site.method], placement.replicate(_on_device(read.shared), leaf))
+            drawer.setdefault(names[read.site.method], placement.replicate(_on_device(read.shared), [leaf]))
     return Adapted(params, trained, frozen, {}, plan)
 
 

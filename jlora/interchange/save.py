@@ -15,7 +15,7 @@ from safetensors import safe_open
 from jlora import paths
 from jlora.compose.plain import unchained
 from jlora.core.protocol.method import Site
-from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.walk.weight import Weight
 from jlora.interchange import layout, manifest, serving, wholes
 from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
@@ -205,8 +205,10 @@ def _written(
 def _check_accounts(adapted: Adapted, out: Written) -> None:
     """Refuses to leave out a trained array: each must be an origin of some tensor in the folder."""
     told = {(line["leaf"], name) for lines in out.origins.values() for line in lines for name in line["fields"]}
+    drawers = adapted.plan.shared_names()
     for site in adapted.plan.sites:
-        for name in paths.lookup(adapted.params, site.keys):
+        shared = paths.lookup(adapted.params, (SHARED, drawers.get(site.method, "")))
+        for name in (*paths.lookup(adapted.params, site.keys), *shared):
             if (site.path, name) not in told:
                 raise ValueError(
                     f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"

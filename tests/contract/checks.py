@@ -19,6 +19,7 @@ import jlora
 from contract import problems
 from contract.problems import adapt, by_hand, close, jit, perturbed
 from jlora import paths
+from jlora.core.tree.adapted import SHARED, count
 from jlora.optimize.optimizer import GROUPS
 
 
@@ -261,7 +262,9 @@ def check_mesh(method):
 
 
 def _check_cuts(adapted, mesh, cuts):
-    """Every field's axes are cut as those axes of the base that they stand for, all others are whole."""
+    """Every field's axes are cut as those axes of the base that they stand for, all others are whole; so is what is shared."""
+    for leaf in jax.tree.leaves([tree.get(SHARED) for tree in (adapted.params, adapted.frozen)]):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P()), leaf.ndim), f"shared lies as {leaf.sharding}"
     for site in adapted.plan.sites:
         cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
         fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
@@ -294,6 +297,9 @@ def check_labels(method):
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"
         )
+    shared = [tree.get(SHARED, {}).get(type(method).__name__, {}) for tree in (adapted.params, adapted.frozen)]
+    names = sorted([*shared[0], *shared[1]])
+    assert sorted(method.shared_fields) == names, f"shared_fields name {method.shared_fields}, shared are {names}"
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=16, embedding_learning_rate=1e-2)
 
     @jit
@@ -324,18 +330,34 @@ def check_count(method):
     """The number of trained values is the one that the docstring states."""
     for problem in problems.shapes(method)[:3]:
         rows, columns = problem.params["w"].shape
-        start = jax.eval_shape(problem.start, jax.random.key(0))
-        trained = sum(leaf.size for leaf in jax.tree.leaves(start.params))
-        stated = stated_count(method, rows, columns)
-        assert trained == stated, f"{rows} x {columns}: {trained} values are trained, the docstring says {stated}"
+        start = jax.eval_shape(problem.start, jax.random.key(0)).params
+        shared, trained = start.get(SHARED, {}), {name: tree for name, tree in start.items() if name != SHARED}
+        for tree, sentence in ((trained, TRAINS), (shared, SHARES)):
+            if tree or sentence.search(_doc(method)):
+                found, stated = count(tree), stated_count(method, rows, columns, sentence)
+                assert found == stated, f"{rows} x {columns}: {found} values are trained, the docstring says {stated}"
+    if shared:
+        found, stated = count(problems.stack(method).adapted.params[SHARED]), stated_count(method, 8, 8, SHARES, 3)
+        assert found == stated, f"three matrices share {found} trained values, the docstring says {stated}"
 
 
-def stated_count(method, rows, columns):
-    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out."""
-    sentence = re.search(r"Trains\s+`([^`]+)`\s+values", type(method).__doc__ or "")
-    assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", sentence[1]))
-    names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
+TRAINS, SHARES = re.compile(r"Trains\s+`([^`]+)`\s+values"), re.compile(r"Shares\s+`([^`]+)`\s+trained\s+values")
+
+
+def _doc(method):
+    return type(method).__doc__ or ""
+
+
+def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
+    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
+
+    Of "Shares `...` trained values", which all leaves do together, in `matrices`, their number, too.
+    """
+    found = sentence.search(_doc(method))
+    assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
+    names = {"rows": rows, "columns": columns, "matrices": matrices}
+    names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     return eval(
         formula,
         {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},

@@ -160,7 +160,8 @@ def by_hand(adapted):
     names = adapted.plan.shared_names()
     for site in adapted.plan.sites:
         leaf = params[site.path]
-        shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method)))
+        drawers = [paths.lookup(tree, (SHARED, names.get(site.method))) for tree in (adapted.params, adapted.frozen)]
+        shared = {**drawers[0], **drawers[1]}
 
         def function(w, trained, frozen, site=site, shared=shared):
             view = View(w, trained, frozen, site, shared)

@@ -99,7 +99,7 @@ class View:
         params: the trained arrays that `start` named.
         frozen: the constants that `start` named.
         site: the leaf this is a matrix of; static.
-        shared: the constants that `Method.shared` made for all leaves of the method.
+        shared: the arrays that `Method.shared` made for all leaves of the method, trained ones and constants by name.
         beside: the leaves that `Method.beside` names and the tree has, as `[out]`.
         key: dropout key, in `Method.apply` alone; None where nothing is dropped.
     """
@@ -116,7 +116,7 @@ class View:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Start:
-    """What a method starts from.
+    """What a method starts from: one matrix (`Method.start`), or all its leaves together (`Method.shared`).
 
     Attributes:
         params: trained arrays by name.
@@ -217,7 +217,7 @@ class Method(KnownToTheJob):
 
     @property
     def shared_fields(self) -> tuple[str, ...]:
-        """Names of the constants that all leaves of this method have in common (see `shared`)."""
+        """Names of the arrays that all leaves of this method have in common, trained ones and constants (see `shared`)."""
         return ()
 
     @property
@@ -247,8 +247,12 @@ class Method(KnownToTheJob):
             ValueError: with what is wanted; the core adds the path and the shape.
         """
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
-        """The constants that all leaves of this method share, given all of them; replicated on every mesh."""
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
+        """The arrays that all leaves of this method share, given all of them; whole on every device of a mesh.
+
+        A dict holds constants; a `Start` may hold trained arrays too, whose gradients are sums over the leaves. They lie in
+        `adapted.params["~shared"]` and `adapted.frozen["~shared"]`, each method's under a name of its own.
+        """
         return {}
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
@@ -317,6 +321,14 @@ class Method(KnownToTheJob):
 
     def rates(self, site: Site) -> dict[str, float]:
         """Factors of the group's learning rate for fields that learn slower or faster than their group."""
+        return {}
+
+    def shared_labels(self, trained: Arrays) -> dict[str, str]:
+        """The learning-rate group of each trained array of `shared`, by default that of its number of axes."""
+        return {name: default_label(array.ndim) for name, array in trained.items()}
+
+    def shared_rates(self) -> dict[str, float]:
+        """`rates` for the trained arrays of `shared`."""
         return {}
 
     def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:

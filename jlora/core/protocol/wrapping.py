@@ -71,7 +71,7 @@ class Around(Method):
     def check(self, site: Site) -> None:
         self.inner.check(site)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
         return self.inner.shared(key, self._inside(sites))
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
@@ -86,6 +86,12 @@ class Around(Method):
 
     def rates(self, site: Site) -> dict[str, float]:
         return self.inner.rates(site)
+
+    def shared_labels(self, trained: Arrays) -> dict[str, str]:
+        return self.inner.shared_labels(trained)
+
+    def shared_rates(self) -> dict[str, float]:
+        return self.inner.shared_rates()
 
     @classmethod
     def job(cls, rank: int | None, steps: int | None, **options: Any) -> Method:
