@@ -9,6 +9,8 @@ from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
+from jlora.methods.hira import HiRA as HiRA
+from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA

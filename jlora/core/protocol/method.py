@@ -23,7 +23,7 @@ from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.job import KnownToTheJob
-from jlora.core.protocol.peft import Peft
+from jlora.core.protocol.peft import Peft, PeftKind
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
 
@@ -157,6 +157,8 @@ class Method(KnownToTheJob):
             `weight`.
         beside: names of leaves beside the adapted one that the method changes too, such as ("bias",). Where the tree has
             them, `apply` sees them in `View.beside` and adds to its result what changes, `merged_beside` gives them anew.
+        peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
+            class that states it, not for those derived from it.
         CASES: examples of the method for the contract test; every method has some.
     """
 
@@ -168,6 +170,7 @@ class Method(KnownToTheJob):
     form: ClassVar[type[Update] | None] = None
     mergeable: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -335,7 +338,7 @@ class Method(KnownToTheJob):
         """The adapter as PEFT has it, from numpy arrays `[*batch, ...]`; None where PEFT has no such thing.
 
         Asked of a class that defines it, not of those derived from it (see `states_peft`). Without one, a weight `w + a @ b`
-        goes out as plain LoRA by `factors`.
+        goes out as plain LoRA by `factors`. A method that PEFT has with tensors of its own states `peft_kind` instead.
         """
         return None
 
@@ -352,6 +355,11 @@ def states_peft(method: Method) -> bool:
     weight is its parent's says so: `peft = LoRA.peft`.
     """
     return "peft" in vars(type(method))
+
+
+def stated_kind(method: Method | type[Method]) -> PeftKind | None:
+    """The place in PEFT that a method's own class states; an inherited one is not used, as with `states_peft`."""
+    return vars(method if isinstance(method, type) else type(method)).get("peft_kind")
 
 
 def default_label(ndim: int) -> str:
