@@ -4,12 +4,17 @@ from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
 from jlora.methods.chain import Chain as Chain
+from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
+from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.loramini import LoRAMini as LoRAMini
+from jlora.methods.melora import MELoRA as MELoRA
+from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
