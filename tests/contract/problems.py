@@ -118,7 +118,8 @@ def model_function(params, x):
 
 @functools.cache
 def model(method):
-    shapes = {"embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8)}
+    # All sides are multiples of 4, since some methods cut them into blocks.
+    shapes = {"embedding": (12, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8)}
     shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
