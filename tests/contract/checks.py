@@ -330,9 +330,10 @@ def stated_count(method, rows, columns):
     assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
     formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", sentence[1]))
     names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
+    names["number"] = getattr(method, "number", None)
     return eval(
         formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
+        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt, "gcd": math.gcd},
         {**vars(method), **names},
     )
 
