@@ -3,11 +3,13 @@
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
+from jlora.methods.c3a import C3A as C3A
 from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
+from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
@@ -19,10 +21,13 @@ from jlora.methods.melora import MELoRA as MELoRA
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
+from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
 from jlora.methods.rows import Rows as Rows
 from jlora.methods.shira import SHiRA as SHiRA
+from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA
+from jlora.methods.spectral_tensor_train import SpectralTensorTrain as SpectralTensorTrain
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA
 

@@ -358,9 +358,10 @@ def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
     names = {"rows": rows, "columns": columns, "matrices": matrices}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
+    names["number"] = getattr(method, "number", None)
     return eval(
         formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
+        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt, "gcd": math.gcd},
         {**vars(method), **names},
     )
 
