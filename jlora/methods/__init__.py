@@ -7,6 +7,7 @@ from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
+from jlora.methods.eva import EVA as EVA
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.lora import LoRA as LoRA
