@@ -9,6 +9,7 @@ from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
+from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA

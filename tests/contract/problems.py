@@ -14,6 +14,7 @@ from jax import lax
 import jlora
 from jlora import paths
 from jlora.core.protocol.method import View
+from jlora.core.protocol.statistics import INPUTS
 from jlora.core.tree.adapted import SHARED
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
@@ -39,16 +40,26 @@ def layers(params, x):
 
 
 def adapt(params, spec, key=None, sites=None):
-    """`adapterize`, with gradients of some loss for the methods that start from gradients."""
-    methods = [getattr(method, "method", method) for method in spec.values()]
+    """`adapterize`, with gradients of some loss, or inputs, for the methods that start from them."""
+    methods = [method for method in (getattr(method, "method", method) for method in spec.values()) if method]
+    inputs = frozenset().union(*(method.needs for method in methods)) & INPUTS.keys()
 
     def loss(params, batch):
+        if inputs:
+            return sum(_used(params, site, batch) for site in jlora.watch(params, spec, sites).plan.sites)
         return sum(jnp.sum(jnp.sin(batch * leaf)) for leaf in jax.tree.leaves(params)).astype(jnp.float32)
 
     batches = [jnp.asarray(x, jax.tree.leaves(params)[0].dtype) for x in (3.0, 5.0)]
     needing = any(method.needs for method in methods)
     prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing else None
     return jlora.adapterize(params, spec, key, sites, prepared)
+
+
+def _used(params, site, batch):
+    """The product of a leaf's matrices with inputs of their own."""
+    w = site.fold(paths.lookup(params, site.keys))
+    x = normal(paths.number(site.path), *site.batch_shape, 5, site.in_size).astype(w.dtype)
+    return jnp.sum(jnp.sin(jnp.einsum("...ti,...io->...to", batch * x, w))).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,10 @@ def model(method):
     shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
+    spec = {"embedding": None} if method.needs & INPUTS.keys() else {}  # a lookup has no input
     # What acts alone takes products `x @ w`; the other uses it refuses.
-    adapted = ".*" if method.mergeable else "stack|up"
-    return ready(model_function, params, x, {adapted: method}, jlora.sites(model_function, params, x), LAYERS_NOISE)
+    spec |= {".*" if method.mergeable else "stack|up": method}
+    return ready(model_function, params, x, spec, jlora.sites(model_function, params, x), LAYERS_NOISE)
 
 
 def perturbed(adapted, seed=2, size=0.3):

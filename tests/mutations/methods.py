@@ -75,9 +75,9 @@ FORMULAS = (
     ),
     Mutation(
         "a randomised SVD is no wider than the rank",
-        "jlora/methods/lora.py",
-        "width = min(rank + 8, *w.shape)",
-        "width = min(rank, *w.shape)",
+        "jlora/core/protocol/data_starts.py",
+        "width = min(rank + 8 if width is None else width, *w.shape)",
+        "width = min(rank if width is None else width, *w.shape)",
         (INITS + "the_randomised_svd_comes_as_close_as_its_iterations_let_it",),
     ),
     Mutation(

@@ -225,7 +225,7 @@ class Method(KnownToTheJob):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: "gradient", "absolute_gradient"."""
+        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: names of `jlora.core.protocol.statistics`."""
         return frozenset()
 
     @property
@@ -259,7 +259,7 @@ class Method(KnownToTheJob):
         return {}
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
-        """The starting arrays for one matrix `w [in, out]`; `statistics [in, out]` are those that `needs` names."""
+        """The starting arrays for one matrix `w [in, out]`; `statistics` are those that `needs` names."""
         raise NotImplementedError(f"{type(self).__name__} has no start")
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
