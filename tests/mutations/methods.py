@@ -286,8 +286,8 @@ FORMULAS = (
     Mutation(
         "a class that changes the weight alone is used by its parent's factors",
         "jlora/core/protocol/method.py",
-        '_WEIGHT = {"weight", "factors", "sparse", "update", "form"}',
-        '_WEIGHT = {"factors", "sparse", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "weight", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "update", "form"}',
         (LORA + "a_derived_class_that_changes_the_weight_alone_is_used_by_that_weight",),
     ),
 )
