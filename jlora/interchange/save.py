@@ -220,7 +220,9 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
         own += [(site.path, name) for name in shared if ("", name) not in told]
         for path, name in own:
             if (path, name) not in told:
-                raise ValueError(f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora")
+                raise ValueError(
+                    f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
+                )
 
 
 def _check_finite(out: Written, problem: str) -> None:

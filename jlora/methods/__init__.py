@@ -8,6 +8,7 @@ from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
+from jlora.methods.dropout import Dropout as Dropout
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT

@@ -52,7 +52,10 @@ class C3A(Method):
 
     def __post_init__(self) -> None:
         block = integer(1)
-        bounds = {"block": (lambda v: v is None or block[0](v), "a positive whole number, or None"), "init": one_of(INITS)}
+        bounds = {
+            "block": (lambda v: v is None or block[0](v), "a positive whole number, or None"),
+            "init": one_of(INITS),
+        }
         check_hyperparameters(self, bounds=bounds)
 
     @property
@@ -85,7 +88,11 @@ class C3A(Method):
         shape = (columns // side, rows // side, side)
         if self.init == "gaussian":
             return Start({"kernel": jax.random.normal(key, shape, dtype)})
-        bounds = {"zero": 0.0, "xavier_uniform": math.sqrt(6 / (rows + columns)), "kaiming_uniform": 1 / math.sqrt(rows)}
+        bounds = {
+            "zero": 0.0,
+            "xavier_uniform": math.sqrt(6 / (rows + columns)),
+            "kaiming_uniform": 1 / math.sqrt(rows),
+        }
         bound = bounds[self.init]
         return Start({"kernel": jax.random.uniform(key, shape, dtype, -bound, bound)})
 

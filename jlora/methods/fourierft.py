@@ -88,7 +88,9 @@ class FourierFT(Method):
                 "matrix; take fewer"
             )
         if size >= _MOST:
-            raise ValueError(f"{size} entries are {_MOST} or more, for which PEFT draws in another way; leave the leaf out")
+            raise ValueError(
+                f"{size} entries are {_MOST} or more, for which PEFT draws in another way; leave the leaf out"
+            )
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """The spectrum by `init`, and the positions."""

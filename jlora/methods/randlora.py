@@ -118,7 +118,9 @@ class RandLoRA(Method):
         """`lambda` zero, `gamma` one over the larger of its sides; nothing is drawn here."""
         dtype, side = trained_dtype(w), min(w.shape)
         shape = (self.number(side), side)
-        return Start({"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)})
+        return Start(
+            {"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)}
+        )
 
     def weight(self, view: View) -> jax.Array:
         """`w + scale * a @ b` with the two sides of the sum."""
@@ -144,4 +146,7 @@ class RandLoRA(Method):
         return {"lambda": "b", "gamma": "a"}
 
 
-RandLoRA.CASES = (RandLoRA(rank=3, scale=2.0), RandLoRA(rank=4, scale=1.0, bases="sparse", projection_key=3, dropout=0.25))
+RandLoRA.CASES = (
+    RandLoRA(rank=3, scale=2.0),
+    RandLoRA(rank=4, scale=1.0, bases="sparse", projection_key=3, dropout=0.25),
+)

@@ -88,4 +88,7 @@ class SineLoRA(Method):
         return {"a": "a", "b": "b"}
 
 
-SineLoRA.CASES = (SineLoRA(rank=2, alpha=3.0, frequency=1.5), SineLoRA(rank=2, alpha=2.0, frequency=1.0, gain="sqrt_out"))
+SineLoRA.CASES = (
+    SineLoRA(rank=2, alpha=3.0, frequency=1.5),
+    SineLoRA(rank=2, alpha=2.0, frequency=1.0, gain="sqrt_out"),
+)
