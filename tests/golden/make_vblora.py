@@ -38,7 +38,9 @@ def main():
     with torch.no_grad():
         for tensor in fields.values():
             tensor.copy_(torch.randn_like(tensor))
-    weights = {f"w/{layer}": getattr(inner, layer).base_layer.weight.detach().numpy().T for layer in ("up", "down")}
+    weights = {
+        f"w/{layer}": getattr(inner, layer).base_layer.weight.detach().numpy().T.copy() for layer in ("up", "down")
+    }
     x = torch.randn(4, 6)
     out = {"x": x.numpy(), **weights} | {
         f"before/{name}": tensor.detach().numpy().copy() for name, tensor in fields.items()

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract.problems import perturbed, weight
 
 import jlora
-from contract.problems import perturbed, weight
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "vblora.npz"))
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
