@@ -19,6 +19,7 @@ from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.loramini import LoRAMini as LoRAMini
+from jlora.methods.lorta import LoRTA as LoRTA
 from jlora.methods.melora import MELoRA as MELoRA
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
@@ -30,6 +31,7 @@ from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.spectral_tensor_train import SpectralTensorTrain as SpectralTensorTrain
+from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA
 

@@ -353,12 +353,12 @@ def _doc(method):
 def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
 
-    Of "Shares `...` trained values", which all leaves do together, in `matrices`, their number, too.
+    Of "Shares `...` trained values", which all leaves do together, in their numbers too: `matrices`, `layers` and `kinds`.
     """
     found = sentence.search(_doc(method))
     assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
     formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
-    names = {"rows": rows, "columns": columns, "matrices": matrices}
+    names = {"rows": rows, "columns": columns, "matrices": matrices, "layers": matrices, "kinds": 1}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
     return eval(
