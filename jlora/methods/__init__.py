@@ -12,6 +12,7 @@ from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.lorafa import LoRAFA as LoRAFA
 from jlora.methods.loramini import LoRAMini as LoRAMini
 from jlora.methods.melora import MELoRA as MELoRA
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
