@@ -18,6 +18,7 @@ from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.lorafa import LoRAFA as LoRAFA
 from jlora.methods.loramini import LoRAMini as LoRAMini
 from jlora.methods.lorta import LoRTA as LoRTA
 from jlora.methods.melora import MELoRA as MELoRA

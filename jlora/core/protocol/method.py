@@ -128,7 +128,10 @@ class Start:
 
 
 class OptimizerRule(Protocol):
-    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget)."""
+    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget).
+
+    One that needs the adapters' constants has a second function, `with_constants(frozen)`, which gives the rule for these.
+    """
 
     def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
         """An optimizer of all trained arrays that applies the rule to those of `sites` and leaves the rest to `tx`."""
