@@ -105,4 +105,4 @@ def circulant(first: jax.Array) -> jax.Array:
     return lines[..., :0:-1]
 
 
-C3A.CASES = (C3A(None), C3A(1, init="xavier_uniform"))
+C3A.CASES = (C3A(None), C3A(None, init="xavier_uniform"))
