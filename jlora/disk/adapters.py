@@ -19,7 +19,6 @@ import ml_dtypes  # noqa: F401  (makes numpy know bfloat16 and the like)
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
@@ -247,10 +246,11 @@ def _field(value: Any, field: dataclasses.Field) -> Any:
 def _arrays_from(directory: Path, described: dict[str, Any], plan: Plan) -> dict[tuple[str, ...], Any]:
     """Shape and dtype of every saved array, by its keys."""
     owners, found = {site.keys for site in plan.sites}, {}
+    owners |= {(SHARED, name) for name in plan.shared_names().values()}
     try:
         for entry in described["arrays"]:
             keys = tuple(entry["keys"])
-            if keys[0] not in ("params", "frozen") or (keys[1] != SHARED and keys[1:-1] not in owners):
+            if keys[0] not in ("params", "frozen") or keys[1:-1] not in owners:
                 raise ValueError(f"no described leaf has an array {'/'.join(keys)}")
             found[keys] = jax.ShapeDtypeStruct(tuple(map(operator.index, entry["shape"])), np.dtype(entry["dtype"]))
     except ILL_FORMED as error:
@@ -311,11 +311,12 @@ def _placed(saved: dict[tuple[str, ...], Any], blank: Adapted) -> dict[str, Any]
     """The saved arrays as a tree of shapes, each with the sharding that it gets beside its base."""
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
     fields = {site.keys: placement.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
-    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
-    meshes = [sharding.mesh for each in fields.values() for sharding in each.values()]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else device
+    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
+    whole = placement.replicated(leaves[site.keys] for site in blank.plan.sites) or device
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
+    for site in blank.plan.sites:  # also where a leaf trains nothing of its own
+        paths.insert(shapes["params"], site.keys, {})
     for keys, shape in saved.items():
         sharding = whole if keys[1] == SHARED else fields[keys[1:-1]].get(keys[-1], device)
         paths.insert(shapes, keys, jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))

@@ -28,12 +28,14 @@ class Read:
         params: the trained arrays.
         frozen: the constants.
         shared: the constants that all leaves of the method have in common.
+        shared_params: the trained arrays that they have in common.
     """
 
     site: Site
     params: dict[str, Any]
     frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared_params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Index:

@@ -8,9 +8,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.data_starts import randomised_svd
 from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.lora import randomised_svd, trained_dtype
+from jlora.methods.lora import trained_dtype
 
 # What float16 can't tell from zero.
 _FLOAT16_TINIEST = 2.0**-24
@@ -125,11 +126,7 @@ class DeepLoRA(Method):
             raise ValueError(
                 f"rank {self.rank} is above the {side} side of the {sides[0]} x {sides[1]} matrix; use {most} or less"
             )
-        if site.dtype == "float16" and 0 < self.starts_at < _FLOAT16_TINIEST:
-            raise ValueError(
-                f"the start of size eps**depth = {self.starts_at:g} is zero in float16, and so are its gradients; use "
-                "bfloat16 or float32 params"
-            )
+        check_sixteen_bits(self.starts_at, site)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The narrow form's factors drawn, or the compressed form's found by the gradient."""
@@ -179,6 +176,19 @@ class DeepLoRA(Method):
         return {"left": self.gamma, "right": self.gamma} if self.compressed and self.gamma else {}
 
 
+def check_sixteen_bits(starts_at: float, site: Site) -> None:
+    """Refuses a start that 16 bits take for zero.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if site.dtype == "float16" and 0 < starts_at < _FLOAT16_TINIEST:
+        raise ValueError(
+            f"the start of size eps**depth = {starts_at:g} is zero in float16, and so are its gradients; use "
+            "bfloat16 or float32 params"
+        )
+
+
 def bases(key: jax.Array, gradient: jax.Array, half: int, iterations: int = 0) -> tuple[jax.Array, jax.Array]:
     """`left [in, 2 half]` and `right [out, 2 half]` of the compressed form, from the gradient `[in, out]`.
 
@@ -196,7 +206,7 @@ def bases(key: jax.Array, gradient: jax.Array, half: int, iterations: int = 0) -
         right, left = bases(key, gradient.T, half, iterations)
         return left, right
     key_svd, key_x, key_t = jax.random.split(key, 3)
-    u, v = _top(key_svd, gradient, half, iterations)
+    u, v = first_directions(key_svd, gradient, half, iterations)
     x = _orthonormal(jax.random.normal(key_x, (columns, half), gradient.dtype))
     # `e` is the first `in` rows of an orthogonal matrix [out, out], and `t` those rows of an image of `z` under it.
     padded = jnp.pad(u, ((0, columns - rows), (0, 0)))
@@ -204,18 +214,18 @@ def bases(key: jax.Array, gradient: jax.Array, half: int, iterations: int = 0) -
     return jnp.concatenate([u, t], axis=1), jnp.concatenate([x, _beside(x, v)], axis=1)
 
 
-def _top(key: jax.Array, gradient: jax.Array, half: int, iterations: int) -> tuple[jax.Array, jax.Array]:
-    """The first left and right singular vectors, `[in, half]` and `[out, half]`; of a stack one matrix at a time."""
+def first_directions(key: jax.Array, gradient: jax.Array, count: int, iterations: int) -> tuple[jax.Array, jax.Array]:
+    """The first left and right singular vectors, `[in, count]` and `[out, count]`; of a stack one matrix at a time."""
 
-    # One matrix after the other, cut to `half` at once, so that a stack of many layers never holds all singular vectors of
+    # One matrix after the other, cut to `count` at once, so that a stack of many layers never holds all singular vectors of
     # more than one matrix.
     @jax.custom_batching.sequential_vmap
     def one(key: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         if iterations:
-            u, _, vt = randomised_svd(key, gradient, half, iterations)
+            u, _, vt = randomised_svd(key, gradient, count, iterations)
         else:
             u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
-        return u[:, :half], vt[:half].T
+        return u[:, :count], vt[:count].T
 
     return one(key, gradient)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,7 @@ import jlora
 from contract import problems
 from contract.problems import adapt, by_hand, close, jit, perturbed
 from jlora import paths
+from jlora.core.tree.adapted import SHARED, count
 from jlora.optimize.optimizer import GROUPS
 
 
@@ -71,6 +73,10 @@ def check_merge(method):
     problem = problems.plain(method)
     base = {"w": jax.device_put(problem.adapted.base["w"], sharding), "other": jnp.ones(3)}
     adapted = perturbed(problem.adapted).replace(base=base)
+    if not method.mergeable:
+        with pytest.raises(ValueError, match="w can't be merged"):
+            jlora.merge(adapted)
+        return
     merged = jlora.merge(adapted)
     assert merged["w"].sharding == sharding, f"merged leaf has {merged['w'].sharding}, the base {sharding}"
     assert merged["other"] is base["other"], "a leaf that is not adapted was copied"
@@ -164,7 +170,7 @@ def check_dtype(method):
         cast = problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
         other = perturbed(adapted)
         y, gradient = _value_and_gradient(lambda p: _outputs(cast, adapted.replace(params=p)), other.params)
-        return adapted.params, gradient, y, problem.fn(jlora.merge(other), cast.x)
+        return adapted.params, gradient, y, problem.fn(by_hand(other), cast.x)
 
     with jax.numpy_dtype_promotion("strict"):
         starts = [
@@ -208,6 +214,8 @@ def check_keys(method):
     for tree in (adapted.params, adapted.frozen):
         for name, u in tree.get("u", {}).items():
             matrices = [np.asarray(matrix) for leaf in (u, tree["v"][name]) for matrix in leaf]
+            if name == getattr(method, "gate", None):
+                continue  # given out, not drawn
             if name in method.alike or all(np.ptp(matrix) > 0 for matrix in matrices):
                 distinct = len({matrix.tobytes() for matrix in matrices})
                 wanted = 1 if name in method.alike else len(matrices)
@@ -218,7 +226,8 @@ def check_mesh(method):
     """On eight devices, with bases cut along every axis, under `jit` and `shard_map`: as on one device, cut as the base is."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     cuts = {"rows": P("model", None), "columns": P(None, "model"), "both": P("data", "model")}
-    cuts |= {"manual_rows": cuts["rows"], "manual_columns": cuts["columns"]}
+    if method.mergeable:  # what acts alone needs its whole input
+        cuts |= {"manual_rows": cuts["rows"], "manual_columns": cuts["columns"]}
     manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
     params = {name: problems.weight(seed, 8, 8) for seed, name in enumerate(cuts)}
     placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in params.items()}
@@ -250,12 +259,14 @@ def check_mesh(method):
         start, jax.device_put(x, NamedSharding(mesh, P("data")))
     )
     close(y, alone(*jax.device_put((start, x), jax.devices()[0])))
-    for name, leaf in jlora.merge(start).items():
+    for name, leaf in jlora.merge(start).items() if method.mergeable else ():
         assert leaf.sharding == placed[name].sharding, f"{name}: {leaf.sharding}"
 
 
 def _check_cuts(adapted, mesh, cuts):
-    """Every field's axes are cut as those axes of the base that they stand for, all others are whole."""
+    """Every field's axes are cut as those axes of the base that they stand for, all others are whole; so is what is shared."""
+    for leaf in jax.tree.leaves([tree.get(SHARED) for tree in (adapted.params, adapted.frozen)]):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P()), leaf.ndim), f"shared lies as {leaf.sharding}"
     for site in adapted.plan.sites:
         cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
         fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
@@ -288,6 +299,9 @@ def check_labels(method):
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"
         )
+    shared = [tree.get(SHARED, {}).get(type(method).__name__, {}) for tree in (adapted.params, adapted.frozen)]
+    names = sorted([*shared[0], *shared[1]])
+    assert sorted(method.shared_fields) == names, f"shared_fields name {method.shared_fields}, shared are {names}"
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=16, embedding_learning_rate=1e-2)
 
     @jit
@@ -318,18 +332,34 @@ def check_count(method):
     """The number of trained values is the one that the docstring states."""
     for problem in problems.shapes(method)[:3]:
         rows, columns = problem.params["w"].shape
-        start = jax.eval_shape(problem.start, jax.random.key(0))
-        trained = sum(leaf.size for leaf in jax.tree.leaves(start.params))
-        stated = stated_count(method, rows, columns)
-        assert trained == stated, f"{rows} x {columns}: {trained} values are trained, the docstring says {stated}"
+        start = jax.eval_shape(problem.start, jax.random.key(0)).params
+        shared, trained = start.get(SHARED, {}), {name: tree for name, tree in start.items() if name != SHARED}
+        for tree, sentence in ((trained, TRAINS), (shared, SHARES)):
+            if tree or sentence.search(_doc(method)):
+                found, stated = count(tree), stated_count(method, rows, columns, sentence)
+                assert found == stated, f"{rows} x {columns}: {found} values are trained, the docstring says {stated}"
+    if shared:
+        found, stated = count(problems.stack(method).adapted.params[SHARED]), stated_count(method, 8, 8, SHARES, 3)
+        assert found == stated, f"three matrices share {found} trained values, the docstring says {stated}"
 
 
-def stated_count(method, rows, columns):
-    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out."""
-    sentence = re.search(r"Trains\s+`([^`]+)`\s+values", type(method).__doc__ or "")
-    assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", sentence[1]))
-    names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
+TRAINS, SHARES = re.compile(r"Trains\s+`([^`]+)`\s+values"), re.compile(r"Shares\s+`([^`]+)`\s+trained\s+values")
+
+
+def _doc(method):
+    return type(method).__doc__ or ""
+
+
+def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
+    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
+
+    Of "Shares `...` trained values", which all leaves do together, in `matrices`, their number, too.
+    """
+    found = sentence.search(_doc(method))
+    assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
+    names = {"rows": rows, "columns": columns, "matrices": matrices}
+    names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
     return eval(
         formula,

@@ -95,7 +95,7 @@ def test_tensors_that_are_wrong_are_refused_before_any_is_read(change, message, 
 
 
 CONFIGS = {
-    "another method": ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; known are LORA, ADALORA, VERA, SHIRA"),
+    "another method": ({"peft_type": "BONE"}, "peft_type 'BONE' is not read; known are LORA, ADALORA, VERA, SHIRA"),
     "no method": ({"peft_type": None}, "peft_type None is not read"),
     "a text for r": ({"r": "4"}, "r must be a positive integer, got '4'"),
     "r of 0": ({"r": 0}, "r must be a positive integer, got 0"),

@@ -68,9 +68,9 @@ ADAPTED = (
     ),
     Mutation(
         "gradients of several batches are added up and not averaged",
-        "jlora/core/tree/prepare.py",
-        "gradient.astype(accumulation_dtype(gradient.dtype)) / len(data)",
-        "gradient.astype(accumulation_dtype(gradient.dtype))",
+        "jlora/core/transforms/prepare.py",
+        "return total / count.reshape(*count.shape, *[1] * (total.ndim - count.ndim))",
+        "return total",
         (PREPARE + "starts_are_made_of_the_mean_gradients",),
     ),
     Mutation(

@@ -222,7 +222,10 @@ class Observer:
             measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0))
         numbers = weight.frozen[_NUMBERS]
         measure = _replicated(measure, eqn.outvars[0].aval, x, numbers)
-        walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
+        try:
+            walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
+        except ValueError as error:
+            raise ValueError(f"observe: {weight.name} is used by {where}: {error}; {_ADVICE}") from error
 
     def check_formed(self, weight: Weight, eqn: Any, where: str) -> None:
         """Refuses an observed weight that is formed for something other than the product that was just tapped."""
@@ -230,7 +233,7 @@ class Observer:
             raise ValueError(f"observe: {weight.name} is taken whole by {where}, where it has no input; {_ADVICE}")
 
 
-_ADVICE = "leave it out with at=..."
+_ADVICE = "leave it out with at=... (or out of the spec that prepare got)"
 
 
 def _input(eqn: Any, values: list[Any]) -> tuple[jax.Array, list[Any]]:

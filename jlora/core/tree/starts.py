@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site, Start
+from jlora.core.protocol.statistics import INPUTS
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED
 
@@ -77,7 +78,8 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
     def placed(sharding: Any) -> Start:
         """Where the start lies: its arrays cut as the leaf is."""
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        found = jax.eval_shape(partial(_start, site), shape, key, dict.fromkeys(statistics, shape))
+        given = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in statistics.items()}
+        found = jax.eval_shape(partial(_start, site), shape, key, given)
         specs = placement.field_specs(site, sharding.spec)
         drawers: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
         return Start(*drawers)
@@ -95,4 +97,5 @@ def _start(site: Site, leaf: jax.Array, key: jax.Array, statistics: Arrays) -> S
     keys = jax.random.split(key, site.batch_shape) if site.batch_axes else key
     for _ in site.batch_axes:
         one = jax.vmap(one)
-    return one(keys, site.fold(leaf), {name: site.fold(array) for name, array in statistics.items()})
+    folded = {name: array if name in INPUTS else site.fold(array) for name, array in statistics.items()}
+    return one(keys, site.fold(leaf), folded)
