@@ -204,7 +204,7 @@ def _written(
     known = _formats([form.site.method for form, _ in adapters])
     format = next(format for format in known if format.kind == kind)
     out = Written()
-    targets = format.write(out, adapters, parameters.modules, profile == "serving")
+    targets = format.write(out, adapters, parameters, profile == "serving")
     wholes.write(out, parameters, targets, format.own_biases)
     return out
 

@@ -47,10 +47,12 @@ class HiRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
     recipe: ClassVar[Recipe] = Recipe(rank=32)
 
+    # PEFT 0.21 has a rank_pattern in HiRA's configuration that it does not use.
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "HIRA",
         tensors=(PeftTensor("hira_A", "a", "transposed"), PeftTensor("hira_B", "b", "transposed")),
-        settings=(PeftSetting("r", "rank", 32, pattern="rank_pattern"),),
+        settings=(PeftSetting("r", "rank", 32),),
+        unused=("rank_pattern",),
         training=("hira_dropout",),
         fan_in_fan_out=True,
     )

@@ -1,8 +1,8 @@
 """Writes `peft_adapters/`: adapters that PEFT 0.21 made, each with its base and what the model computes.
 
 For `tests/interchange/`. Run with a Python that has torch, transformers and peft:
-`python tests/golden/make_peft_adapters.py [name ...]`, all cases or those that are named. Each is a folder as `save_pretrained` writes it, with `case.npz` beside
-the adapter: the base by torch names (`base/...`), the input and the output.
+`python tests/golden/make_peft_adapters.py [name ...]`, all cases or those that are named. Each is a folder as `save_pretrained`
+writes it, with `case.npz` beside the adapter: the base by torch names (`base/...`), the input and the output.
 """
 
 import json

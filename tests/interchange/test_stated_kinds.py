@@ -1,4 +1,4 @@
-"""Every method that states its place in PEFT goes out and comes back bit for bit, and damaged folders of it are refused by name."""
+"""Every method that states its place in PEFT goes out and comes back bit for bit; damaged folders of it are refused by name."""
 
 import json
 import shutil

@@ -105,6 +105,9 @@ class PeftKind:
     is adapted goes out as LoRA by `svd_rank=`, or is refused by name. Constants that no tensor holds must be what `start`
     makes of the hyperparameters, whatever its key: so they are made again.
 
+    A method that takes leaves in their own shape (`matrix = False`) and trains them whole states one tensor for each
+    parameter of a module, all with its one field: "ln_tuning_layers.weight" and "ln_tuning_layers.bias".
+
     Attributes:
         peft_type: PEFT's name of the method: "LOHA".
         tensors: those of a module.
