@@ -184,6 +184,12 @@ class Settings:
                 f"{self._where}: {reason}, so PEFT would ignore its tensor {key!r}; change the setting, or take the tensor out"
             )
 
+    def targets(self, module: str) -> bool:
+        """Whether the settings name a module, so that PEFT adapts it; False where they name none."""
+        wanted = self._config.get("target_modules")
+        named = wanted is not None and str(wanted).lower() != "all-linear"
+        return named and targets.left_out(self._config, module) is None
+
     def rank(self, target: str) -> int:
         """The rank of a module, by PEFT's rule: that of the first entry of `rank_pattern` that matches the end of its name."""
         return self._positive(*self._pattern("rank_pattern", target, "r"))

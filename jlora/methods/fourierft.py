@@ -12,6 +12,7 @@ import numpy as np
 from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, integer, number, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
 
 INITS = ("zero", "normal")
@@ -58,6 +59,18 @@ class FourierFT(Method):
     # An entry of the update is about `scale * sqrt(frequencies) / (in * out)` times one of the spectrum, which so has to become
     # as large as one: a rate far above LoRA's. No run here chose it.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=3e-2)
+
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "FOURIERFT",
+        tensors=(PeftTensor("fourierft_spectrum", "spectrum"),),
+        settings=(
+            PeftSetting("n_frequency", "frequencies", 1000, pattern="n_frequency_pattern"),
+            PeftSetting("scaling", "scale", 150.0),
+            PeftSetting("random_loc_seed", "seed", 777),
+        ),
+        own_biases="fourier_only",
+        fan_in_fan_out=True,
+    )
 
     def __post_init__(self) -> None:
         seed = number(lambda v: isinstance(v, int) and 0 <= v < 2**32, "a whole number of at least 0 and below 2**32")

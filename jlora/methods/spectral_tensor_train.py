@@ -166,9 +166,9 @@ def reflected(values: jax.Array, core: Core) -> jax.Array:
     if core.full:
         top = top.at[jnp.tril_indices(columns, -1)].set(values[core.below :])
     y = jnp.concatenate([top, below])
-    products = jnp.matmul(y.T, y, precision="highest")
-    s = jnp.triu(products) - jnp.diag(jnp.diagonal(products) / 2)
-    solved = jax.scipy.linalg.solve_triangular(s, top.T)
+    upper = jnp.triu(jnp.ones_like(top)) - jnp.eye(columns, dtype=y.dtype) / 2
+    s = upper * jnp.matmul(y.T, y, precision="highest")
+    solved = jax.lax.linalg.triangular_solve(s, top.T, left_side=True)
     return eye - jnp.matmul(y, solved, precision="highest")
 
 

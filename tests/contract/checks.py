@@ -363,7 +363,7 @@ def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     names["number"] = getattr(method, "number", None)
     return eval(
         formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt, "gcd": math.gcd},
+        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
         {**vars(method), **names},
     )
 
