@@ -65,7 +65,9 @@ class EVA(Gated):
     recipe: ClassVar[Recipe] = Recipe(rank_means="mean rank", batches=LoRA.recipe.batches)
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self, ("rank",), {"rho": number(lambda v: 1 <= v < float("inf"), "finite and at least 1")})
+        check_hyperparameters(
+            self, ("rank",), {"rho": number(lambda v: 1 <= v < float("inf"), "finite and at least 1")}
+        )
 
     @property
     def needs(self) -> frozenset[str]:
