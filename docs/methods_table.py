@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import jlora
 from jlora.core.protocol import docstrings
+from jlora.core.tree.starts import blank
 from jlora.disk import catalog
 from jlora.disk.catalog import FAMILIES
 
@@ -70,7 +71,8 @@ def _papers(cls: type) -> str:
 
 def _trained(method: jlora.Method) -> int:
     params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
-    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, {"w": method}), params)
+    spec = {"w": method}
+    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
     return sum(leaf.size for leaf in jax.tree.leaves(adapted.params))
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
-from jlora import paths
-from jlora.core.protocol.statistics import needed
 from jlora.core.protocol.wrapping import innermost
-from jlora.core.tree.spec import resolve
-from jlora.core.tree.starts import start_of
+from jlora.core.tree.starts import blank
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.losses import sums
@@ -48,15 +44,9 @@ def prepared(
 def adapted_shapes(params: Any, spec: dict[Any, Any], sites: jlora.Sites) -> jlora.Adapted:
     """What `adapterize` gives, in shapes alone, whatever its methods take from data."""
 
-    def start(site: jlora.Site, leaf: jax.Array) -> jlora.Start:
-        blank = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in needed(site).items()}
-        return start_of(site, leaf, jax.random.key(0), **blank)
-
     def make(params: Any) -> jlora.Adapted:
-        leaves = dict(paths.flatten_with_keys(params)[0])
-        needing = (site for site in resolve(leaves.items(), spec, sites) if site.method.needs)
-        starts = {site: start(site, leaves[site.keys]) for site in needing}
-        return jlora.adapterize(params, spec, sites=sites, prepared=jlora.Prepared(starts))
+        needs = any(method is not None and method.needs for method in spec.values())
+        return jlora.adapterize(params, spec, sites=sites, prepared=blank(params, spec, sites) if needs else None)
 
     return jax.eval_shape(make, params)
 

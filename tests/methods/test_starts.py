@@ -178,3 +178,22 @@ def test_dora_around_a_start_from_data_starts_at_the_base():
     adapted = jlora.adapterize(params, spec, prepared=jlora.prepare(params, spec, loss_fn, HALVES))
     close(jlora.lift(model)(adapted, X), model(params, X))
     assert {"a0", "b0"} <= set(adapted.frozen["0"]["weight"]) and sum(jlora.ranks(adapted).values()) == 2
+
+
+def test_adapters_that_start_from_data_go_to_peft_and_come_back(tmp_path):
+    params = base_of("eva")
+    spec = {
+        "0/weight": jlora.LoRA(2, init="corda"),
+        "1/weight": jlora.LoRA(2, init="lora_ga"),
+        "2/weight": jlora.EVA(2),
+    }
+    adapted = trained(jlora.adapterize(params, spec, prepared=jlora.prepare(params, spec, loss_fn, HALVES)))
+    names = {r"(?P<n>\d)/weight": "layers.{n}"}
+    jlora.save_peft(tmp_path / "peft", adapted, names)
+    again = jlora.load_peft(tmp_path / "peft", params, names)
+    assert [str(site.method) for site in again.plan.sites][:2] == [str(spec[f"{n}/weight"]) for n in range(2)]
+    (tmp_path / "peft" / "jlora_manifest.json").unlink()
+    plain = jlora.load_peft(tmp_path / "peft", params, names)
+    assert [site.method.rank for site in plain.plan.sites][:2] == [4, 4]
+    for loaded in (again, plain):
+        jax.tree.map(partial(close, atol=1e-4), jlora.merge(loaded), jlora.merge(adapted))

@@ -10,6 +10,7 @@ from little_data import sentences
 
 import jlora
 from jlora.training import measured
+from jlora.training.cli import main
 from jlora.training.data import load_data
 from jlora.training.defaults import resolve
 from jlora.training.job import finetune
@@ -69,6 +70,12 @@ def test_a_run_that_starts_from_data_ends_with_the_same_bits_after_a_stop(option
     assert ("gate" if options["method"] == "eva" else "a0") in fields
     if options["method"] == "eva":
         assert sum(jlora.ranks(result.adapted).values()) == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("flags", [["--method", "eva"], ["--init", "corda"], ["--init", "lora_ga_unit"]], ids=str)
+def test_inspect_shows_starts_from_data_without_data(flags, capsys):
+    assert main(["inspect", "--rank", "3", *flags]) == 0
+    assert ("EVA(rank=3" if "eva" in flags else f"init={flags[1]}") in capsys.readouterr().out
 
 
 class Mean(jlora.LoRA):
