@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-
 from peft_table import attempt
 
 import jlora
 from jlora.analysis.explain import of_one_matrix
 from jlora.core.protocol import docstrings
+from jlora.core.tree.starts import blank
 from jlora.disk import catalog
 from jlora.disk.catalog import FAMILIES
 
@@ -77,14 +77,8 @@ def _papers(cls: type) -> str:
 
 def _adapted(method: jlora.Method) -> jlora.Adapted:
     """The shapes of a method's arrays."""
-
-    def start(w: jax.Array) -> jlora.Adapted:
-        loss = lambda params, x: jnp.sum(jnp.sin(x @ params["w"]))  # noqa: E731
-        spec, x = {"w": method}, jnp.ones((1, SHAPE[0]))
-        prepared = jlora.prepare({"w": w}, spec, loss, [x]) if method.needs else None
-        return jlora.adapterize({"w": w}, spec, prepared=prepared)
-
-    return jax.eval_shape(start, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    params, spec = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, {"w": method}
+    return jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
 
 
 def _cost(adapted: jlora.Adapted) -> str:

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
-import jlora
 from contract.acting import Network
 from contract.problems import adapt, close, jit, normal, perturbed, weight
+
+import jlora
 from jlora import Dropout, HiRA
 from jlora.core.products.contraction import drop
 
-PRODUCT = lambda params, x: x @ params["w"]  # noqa: E731
+PRODUCT = lambda params, x: x @ params["w"]
 RATE = 0.25
 
 

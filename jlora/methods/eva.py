@@ -51,7 +51,7 @@ class EVA(Gated):
         2.0
 
     Reference:
-        Paischer et al. 2024, arXiv:2410.07170. Directions are those around the mean of the inputs, and shares those of the whole
+        Paischer et al. 2024, arXiv:2410.07170. Directions are those around the mean of the inputs, and shares of the whole
         variance, as in PEFT's incremental PCA.
     """
 
