@@ -11,6 +11,8 @@ import jlora
 import jlora.methods
 from jlora.core.protocol import docstrings
 
+pytestmark = pytest.mark.newest
+
 FIRST = [
     cls.CASES[0]
     for module in discovery.modules()
