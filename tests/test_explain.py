@@ -12,6 +12,8 @@ import jlora.methods
 from jlora.core.protocol import docstrings
 from jlora.core.tree.starts import blank
 
+pytestmark = pytest.mark.newest
+
 FIRST = [
     cls.CASES[0]
     for module in discovery.modules()

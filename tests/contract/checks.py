@@ -1,6 +1,7 @@
 """The contract: what every method must do. Each check takes a method and knows nothing of it but what it declares."""
 
 import copy
+import functools
 import json
 import math
 import re
@@ -42,22 +43,43 @@ def check_start(method):
 
 def check_agree(method):
     """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
-    tried = problems.shapes(method)[1:]  # a square one hides mistakes that the others show
-    for lifted, written in jit(lambda: [_both(problem) for problem in tried])():
-        close(lifted, written)
+    _agree(problems.shapes(method)[1:])  # a square one hides mistakes that the others show
 
 
-def _both(problem):
-    """(output, gradient) of the lifted function and of the one with the weights written out."""
-    adapted = problem.perturbed()
+def _agree(tried):
+    """Asserts that the lifted functions equal those with the weights written out, in outputs and gradients.
 
-    def lifted(p):
-        return _outputs(problem, adapted.replace(params=p))
+    What is written out is taken apart where the weights are: the functions of them are the same for all methods, and so are
+    compiled once.
+    """
 
-    def written(p):
-        return problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+    @jit
+    def first():
+        perturbed = [problem.perturbed() for problem in tried]
+        return [
+            (_value_and_gradient(lambda p: _outputs(problem, a.replace(params=p)), a.params), _written(a))
+            for problem, a in zip(tried, perturbed, strict=True)
+        ]
 
-    return [_value_and_gradient(f, adapted.params) for f in (lifted, written)]
+    lifted, written = zip(*first(), strict=True)
+    outputs, gradients = zip(
+        *(_of_weights(p.fn, w, p.x) for p, (w, _) in zip(tried, written, strict=True)), strict=True
+    )
+    pulls = [pull for _, pull in written]
+    back = jit(lambda pulls, gradients: [pull(g)[0] for pull, g in zip(pulls, gradients, strict=True)])(
+        pulls, gradients
+    )
+    close(list(lifted), list(zip(outputs, back, strict=True)))
+
+
+def _written(adapted):
+    """The weights written out, and the pull of their gradients back to the params."""
+    return jax.vjp(lambda p: by_hand(adapted.replace(params=p)), adapted.params)
+
+
+@functools.partial(jit, static_argnums=0)
+def _of_weights(fn, weights, x):
+    return _value_and_gradient(lambda weights: fn(weights, x), weights)
 
 
 def _value_and_gradient(f, p):
@@ -280,8 +302,7 @@ def _check_cuts(adapted, mesh, cuts):
 
 def check_lift(method):
     """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
-    problem = problems.model(method)
-    close(*jit(lambda: _both(problem))())
+    _agree([problems.model(method)])
 
 
 def check_labels(method):
