@@ -110,7 +110,8 @@ def of_one_matrix(adapted: Adapted, site: Site) -> Any:
     params, frozen = (jax.tree.map(one, paths.lookup(tree, site.keys)) for tree in (adapted.params, adapted.frozen))
     shared = adapted.shared(adapted.plan.shared_names().get(site.method, ""))
     shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
-    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes))
+    beside: dict[str, Any] = dict.fromkeys(site.beside, jax.ShapeDtypeStruct((site.out_size,), site.dtype))
+    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside))
 
 
 def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:

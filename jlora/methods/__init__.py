@@ -3,6 +3,7 @@
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
+from jlora.methods.bottleneck import Bottleneck as Bottleneck
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplinear import DeepLinear as DeepLinear

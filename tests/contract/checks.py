@@ -292,10 +292,11 @@ def _check_cuts(adapted, mesh, cuts):
     for site in adapted.plan.sites:
         cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
         fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
-        for name, axes in site.method.axes.items():
+        for name, field in fields.items():
+            axes = site.method.axes[name]
             wanted = P(*(cut.get(role) for role in axes)) if site.method.matrix else cuts[site.path]
-            got = fields[name].sharding
-            assert got.is_equivalent_to(NamedSharding(mesh, wanted), fields[name].ndim), (
+            got = field.sharding
+            assert got.is_equivalent_to(NamedSharding(mesh, wanted), field.ndim), (
                 f"{name} lies as {got}, wanted {wanted}"
             )
 
@@ -314,7 +315,10 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    assert set(method.axes) == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    names = (
+        set(method.axes) & set(fields) if method.beside else set(method.axes)
+    )  # some fields only go with a leaf beside
+    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
     for name, axes in method.axes.items() if method.matrix else ():
         assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (

@@ -46,6 +46,7 @@ class Site:
         batch_axes: axes over which separate matrices are stacked (layers, experts).
         kind: how the function reads it: "dot", "conv", "grouped conv" (in feature groups) or "gather" (an embedding's lookup).
         method: the method that adapts it.
+        beside: which of the leaves that the method's `beside` names the tree has.
     """
 
     keys: tuple[str, ...]
@@ -56,6 +57,7 @@ class Site:
     batch_axes: tuple[int, ...]
     kind: str
     method: Method
+    beside: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
