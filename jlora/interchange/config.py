@@ -210,7 +210,9 @@ class Settings:
                 ) from None
         return default, self._config.get(default, value)
 
-    def typed(self, key: str, default: Any, pattern: str = "", module: str = "") -> Any:
+    def typed(
+        self, key: str, default: Any, pattern: str = "", module: str = "", types: frozenset[type] = frozenset()
+    ) -> Any:
         """A setting of the type that its default has, for a module; the default where it is missing.
 
         Args:
@@ -218,12 +220,13 @@ class Settings:
             default: PEFT's default; a float stands for any number.
             pattern: the table with the values of some modules, or "".
             module: the module's name.
+            types: other types that its values may have.
         """
         name, value = self._pattern(pattern, module, key, default) if pattern else (key, self._config.get(key, default))
         if isinstance(default, float):
             return self._finite(name, value)
         fits = value in (*OFF, True) if default is False else type(value) is type(default)
-        if not fits:
+        if not fits and type(value) not in types:
             raise ValueError(f"{self._where}: {name} must be of the type {type(default).__name__}, got {brief(value)}")
         return bool(value) if default is False else value
 

@@ -99,7 +99,8 @@ def read(kind: PeftKind, settings: Settings, module: str) -> dict[str, Any]:
 def _read(setting: PeftSetting, settings: Settings, module: str) -> Any:
     if setting.listed is not None:
         return setting.listed if settings.lists(setting.name, module) else setting.default
-    value = settings.typed(setting.name, setting.default, setting.pattern, module)
+    types = frozenset(type(theirs) for _, theirs in setting.values)
+    value = settings.typed(setting.name, setting.default, setting.pattern, module, types)
     if not setting.values:
         return value
     for ours, theirs in setting.values:

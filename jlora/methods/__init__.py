@@ -18,11 +18,14 @@ from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.loha import LoHa as LoHa
+from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lorafa import LoRAFA as LoRAFA
 from jlora.methods.loramini import LoRAMini as LoRAMini
 from jlora.methods.lorta import LoRTA as LoRTA
 from jlora.methods.melora import MELoRA as MELoRA
+from jlora.methods.miss import MiSS as MiSS
+from jlora.methods.mora import MoRA as MoRA
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA

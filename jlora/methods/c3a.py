@@ -86,7 +86,11 @@ class C3A(Method):
         shape = (columns // self.block, rows // self.block, self.block)
         if self.init == "gaussian":
             return Start({"kernel": jax.random.normal(key, shape, dtype)})
-        bounds = {"zero": 0.0, "xavier_uniform": math.sqrt(6 / (rows + columns)), "kaiming_uniform": 1 / math.sqrt(rows)}
+        bounds = {
+            "zero": 0.0,
+            "xavier_uniform": math.sqrt(6 / (rows + columns)),
+            "kaiming_uniform": 1 / math.sqrt(rows),
+        }
         bound = bounds[self.init]
         return Start({"kernel": jax.random.uniform(key, shape, dtype, -bound, bound)})
 

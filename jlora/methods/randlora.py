@@ -69,7 +69,9 @@ class RandLoRA(Method):
     family: ClassVar[str] = "Shared random projections"
 
     # LoRA's rate: the scale makes up for the size that `gamma` starts at. No run here chose it.
-    recipe: ClassVar[Recipe] = Recipe(rank=32, alpha=20.0, rank_means="rank of every random base: a smaller one trains more")
+    recipe: ClassVar[Recipe] = Recipe(
+        rank=32, alpha=20.0, rank_means="rank of every random base: a smaller one trains more"
+    )
 
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "RANDLORA",
@@ -138,7 +140,9 @@ class RandLoRA(Method):
         """`lambda` zero, `gamma` one over the larger of its sides; nothing is drawn here."""
         dtype, side = trained_dtype(w), min(w.shape)
         shape = (self.number(side), side)
-        return Start({"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)})
+        return Start(
+            {"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)}
+        )
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * a @ b` with the two sides of the sum."""
@@ -164,4 +168,7 @@ class RandLoRA(Method):
         return {"lambda": "b", "gamma": "a"}
 
 
-RandLoRA.CASES = (RandLoRA(rank=3, alpha=6.0), RandLoRA(rank=4, alpha=4.0, bases="sparse", projection_key=3, dropout=0.25))
+RandLoRA.CASES = (
+    RandLoRA(rank=3, alpha=6.0),
+    RandLoRA(rank=4, alpha=4.0, bases="sparse", projection_key=3, dropout=0.25),
+)

@@ -315,11 +315,10 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    names = (
-        set(method.axes) & set(fields) if method.beside else set(method.axes)
-    )  # some fields only go with a leaf beside
-    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
-    for name, axes in method.axes.items() if method.matrix else ():
+    always = set(method.axes) if not method.beside else set(fields)  # some fields only go with a leaf beside
+    named = always - method.optional <= set(fields) <= set(method.axes)
+    assert named, f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    for name, axes in ((name, method.axes[name]) for name in fields) if method.matrix else ():
         assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -138,6 +148,9 @@ CASES = {
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
+    "lokr": (Text, LoKrConfig(target_modules=[*LINEAR, "head"], r=1, alpha=3, decompose_both=True)),
+    "miss": (Text, MissConfig(target_modules=LINEAR, r=4)),
+    "miss_bat": (Text, MissConfig(target_modules=["mix"], r=2, init_weights="bat")),
     "shira": (Text, ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
 }
 
