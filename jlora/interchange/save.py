@@ -187,8 +187,8 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
         assert site is not None
         if weight.acts_alone:
             raise ValueError(
-                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what it "
-                "does beside changing the weight; keep it by jlora.save"
+                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what "
+                "it does beside changing the weight; keep it by jlora.save"
             )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "

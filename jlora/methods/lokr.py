@@ -23,10 +23,10 @@ _FACTOR = number(lambda v: isinstance(v, int) and (v == -1 or v > 0), "-1, or a 
 class LoKr(Method):
     """Low-rank Kronecker product adaptation: `w + (alpha / rank) * kron(w1, w2)`, with `w1 [i1, o1]`, `w2 [i2, o2]`.
 
-    `i1 * i2 = in` and `o1 * o2 = out`, each pair as close to each other as can be, the smaller first. Where `rank` is below half of
-    the larger side of `w2`, that is a product `a2 [i2, rank] @ b2 [rank, o2]`; with `decompose_both` so is `w1`. `w1` or `b1` starts
-    at zero (with "lycoris" `w2` or `a2`), so the start is the base's output. The scale is `alpha / rank` even where no
-    factor has that rank. Trains `number(in, out)` values.
+    `i1 * i2 = in` and `o1 * o2 = out`, each pair as close to each other as can be, the smaller first. Where `rank` is below
+    half of the larger side of `w2`, that is a product `a2 [i2, rank] @ b2 [rank, o2]`; with `decompose_both` so is `w1`.
+    `w1` or `b1` starts at zero (with "lycoris" `w2` or `a2`), so the start is the base's output. The scale is `alpha /
+    rank` even where no factor has that rank. Trains `number(in, out)` values.
 
     Very few values, in an update of full rank; two small products instead of the large one.
 
@@ -34,8 +34,8 @@ class LoKr(Method):
         rank: inner width of the factors that are products.
         alpha: numerator of the scale.
         decompose_both: whether `w1` may be a product too.
-        decompose_factor: the smaller of the two sizes of a side, where it divides it, and at most that where it does not; -1 for the
-            square root.
+        decompose_factor: the smaller of the two sizes of a side, where it divides it, and at most that where it does not;
+            -1 for the square root.
         init: "default", or "lycoris", where `w2` starts at zero in the place of `w1`.
 
     Raises:
@@ -134,8 +134,8 @@ class LoKr(Method):
 def divided(side: int, factor: int) -> tuple[int, int]:
     """Two numbers whose product is a side, the smaller first.
 
-    As close to each other as can be, with the smaller at most `factor` if that is positive; `factor` itself is the first where it
-    divides the side, also if it is the larger.
+    As close to each other as can be, with the smaller at most `factor` if that is positive; `factor` itself is the first
+    where it divides the side, also if it is the larger.
     """
     if factor > 0 and side % factor == 0:
         return factor, side // factor

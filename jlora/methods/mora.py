@@ -25,9 +25,9 @@ _ROTARY = 6
 class MoRA(Method):
     """High-rank updating by one square matrix: `w + c @ m @ d` with `m [r, r]` and `c [in, r]`, `d [r, out]` of zeros and ones.
 
-    `r = sqrt((in + out) * rank)`, rounded: as many values as LoRA of that `rank` has, in an update of rank `r`. Which inputs meet in
-    an entry of `x @ c`, and where an entry of `x @ c @ m` goes, is the authors' `mora_type`. `m` starts at zero, so the
-    start is the base's output; there is no scale. Trains `number(in, out)` values.
+    `r = sqrt((in + out) * rank)`, rounded: as many values as LoRA of that `rank` has, in an update of rank `r`. Which
+    inputs meet in an entry of `x @ c`, and where an entry of `x @ c @ m` goes, is the authors' `mora_type`. `m` starts at
+    zero, so the start is the base's output; there is no scale. Trains `number(in, out)` values.
 
     Worth trying where new knowledge has to be stored, such as in continued pretraining. ReMoRA is
     `jlora.merge` and a new MoRA of another type every few thousand steps. The matrix lies whole on every device of a mesh.
@@ -35,11 +35,12 @@ class MoRA(Method):
     Args:
         rank: LoRA's rank with the same number of values.
         mora_type: 1: inputs `i` with equal `i % r` are added up, output `o` is entry `o % r`; the last inputs are filled up to
-            a multiple of `r` with the first, which then count twice. 2: `r` groups of neighbours, the first of them longer by one
-            where `r` does not divide. 3: inputs as in 2, outputs as in 1. 4: inputs as in 1, outputs as in 2. 6: inputs in
-            blocks of `r`, filled up as in 1, each rotated by its number as rotary embeddings rotate (base 10,000), through the same
-            `m` and one after the other, cut off or repeated to the length of the output: of a matrix with more inputs than
-            outputs, what the cut-off blocks hold is not used. The authors take 6 for small ranks, 1 or 2 for large ones.
+            a multiple of `r` with the first, which then count twice. 2: `r` groups of neighbours, the first of them longer
+            by one where `r` does not divide. 3: inputs as in 2, outputs as in 1. 4: inputs as in 1, outputs as in 2. 6:
+            inputs in blocks of `r`, filled up as in 1, each rotated by its number as rotary embeddings rotate (base
+            10,000), through the same `m` and one after the other, cut off or repeated to the length of the output: of a
+            matrix with more inputs than outputs, what the cut-off blocks hold is not used. The authors take 6 for small
+            ranks, 1 or 2 for large ones.
         dropout: probability of dropping an entry of the update's input, where a key is given.
 
     Raises:

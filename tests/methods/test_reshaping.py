@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract.problems import close, normal, weight
 
 import jlora
-from contract.problems import close, normal, weight
 from jlora import LoKr, MiSS, MoRA
 from jlora.methods.lokr import divided
 
-PRODUCT = lambda params, x: x @ params["w"]  # noqa: E731
+PRODUCT = lambda params, x: x @ params["w"]
 SHAPES = [(10, 7), (7, 10), (12, 9)]
 
 
