@@ -11,12 +11,14 @@ from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lorta import LoRTA as LoRTA
+from jlora.methods.mpo import MPO as MPO
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
 from jlora.methods.rows import Rows as Rows
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sora import SoRA as SoRA
+from jlora.methods.tiedpair import TiedPair as TiedPair
 from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA
