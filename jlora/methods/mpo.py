@@ -21,9 +21,9 @@ class MPO(Method):
     """Matrix product operator: `w + scale * t0 · ... · central · ... · tn`, a chain of cores whose central one layers share.
 
     Rows and columns are numbered by digits: `depth` of base `mode`, one of base `ceil(size / mode**(2 * depth))`, and `depth`
-    of base `mode` again. A core `[bond, row digit, column digit, bond]` belongs to each place, and an entry of the update is the
-    product of the matrices that its digits choose; rows and columns beyond the matrix are cut off. Between two cores the bond
-    is as long as both sides have entries, and at most `bond`. The central core, by far the largest, is one for all leaves
+    of base `mode` again. A core `[bond, row digit, column digit, bond]` belongs to each place, and an entry of the update is
+    the product of the matrices that its digits choose; rows and columns beyond the matrix are cut off. Between two cores the
+    bond is as long as both sides have entries, and at most `bond`. The central core, by far the largest, is one for all leaves
     whose paths differ only in the number of their layer; the others are each matrix's own. The last core starts at zero, so
     the start is the base's output.
 
