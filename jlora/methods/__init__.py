@@ -26,6 +26,7 @@ from jlora.methods.lorta import LoRTA as LoRTA
 from jlora.methods.melora import MELoRA as MELoRA
 from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.mora import MoRA as MoRA
+from jlora.methods.mpo import MPO as MPO
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
@@ -36,6 +37,7 @@ from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.spectral_tensor_train import SpectralTensorTrain as SpectralTensorTrain
+from jlora.methods.tiedpair import TiedPair as TiedPair
 from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA

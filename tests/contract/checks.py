@@ -377,19 +377,26 @@ def _doc(method):
 def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
 
-    Of "Shares `...` trained values", which all leaves do together, in their numbers too: `matrices`, `layers` and `kinds`.
+    Of "Shares `...` trained values", which all leaves do together, in numbers of them too (see `shared_count_formula`).
     """
     found = sentence.search(_doc(method))
     assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
-    names = {"rows": rows, "columns": columns, "matrices": matrices, "layers": matrices, "kinds": 1}
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", " ".join(found[1].split())))
+    names = {"rows": rows, "columns": columns, "kinds": 1, **dict.fromkeys(("matrices", "layers", "pairs"), matrices)}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
-    return eval(
-        formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
-        {**vars(method), **names},
-    )
+    known = {
+        "len": len,
+        "min": min,
+        "max": max,
+        "round": round,
+        "sqrt": math.sqrt,
+        "sum": sum,
+        "map": map,
+        "range": range,
+    }
+    # As globals, so that a lambda sees them.
+    return eval(formula, {"__builtins__": {}, **known, **vars(method), **names})
 
 
 def check_serialisation(method):
