@@ -59,7 +59,10 @@ def test_starts_are_exact_and_as_wide_as_in_peft():
         (lambda: jlora.LoHa(rank=0), "LoHa's rank must be a positive whole number, got 0"),
         (lambda: jlora.LoHa(alpha=0), "LoHa's alpha must be finite and not 0, got 0"),
         (lambda: jlora.HiRA(init="zeros"), "HiRA's init must be one of"),
-        (lambda: jlora.adapterize({"k": jnp.asarray(W)}, {"k": jlora.HiRA(rank=5)}), r"k, shape \(5, 4\): rank 5 is above"),
+        (
+            lambda: jlora.adapterize({"k": jnp.asarray(W)}, {"k": jlora.HiRA(rank=5)}),
+            r"k, shape \(5, 4\): rank 5 is above",
+        ),
     ],
 )
 def test_what_they_can_not_be_is_refused(make, message):
