@@ -247,7 +247,7 @@ class Settings:
             warnings.warn(
                 f"{self._where}: {key} is {brief(value)}, which acts in training only; it is left out, since jlora's method "
                 "has no such setting",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def lists(self, key: str, module: str) -> bool:

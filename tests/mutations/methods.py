@@ -5,6 +5,7 @@ from mutations.mutation import Mutation
 BOOSTING = "tests/chains/test_boosting.py::test_"
 DEEP = "tests/test_deeplora.py::test_"
 DORA = "tests/test_dora.py::test_"
+HADAMARD = "tests/methods/test_hadamard.py::test_weight_and_gradients_are_those_of_the_formula"
 INITS = "tests/test_weight_inits.py::test_"
 LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
@@ -555,4 +556,21 @@ RANKS = (
     ),
 )
 
-MUTATIONS = (*FORMULAS, *RATES, *RANKS)
+PRODUCTS = (
+    Mutation(
+        "LoHa's products are added",
+        "jlora/methods/loha.py",
+        'update = (p["a1"] @ p["b1"]) * (p["a2"] @ p["b2"])',
+        'update = (p["a1"] @ p["b1"]) + (p["a2"] @ p["b2"])',
+        (HADAMARD,),
+    ),
+    Mutation(
+        "HiRA's update is LoRA's",
+        "jlora/methods/hira.py",
+        "return w + w * (a @ b)",
+        "return w + a @ b",
+        (HADAMARD,),
+    ),
+)
+
+MUTATIONS = (*FORMULAS, *RATES, *RANKS, *PRODUCTS)
