@@ -34,11 +34,11 @@ from jlora.core.transforms.observe import input_norms as input_norms
 from jlora.core.transforms.observe import input_squares as input_squares
 from jlora.core.transforms.observe import observe as observe
 from jlora.core.transforms.observe import watch as watch
+from jlora.core.transforms.prepare import prepare as prepare
 from jlora.core.transforms.sites import sites as sites
 from jlora.core.tree.adapted import Adapted as Adapted
 from jlora.core.tree.adapterize import adapterize as adapterize
 from jlora.core.tree.merge import merge as merge
-from jlora.core.tree.prepare import prepare as prepare
 from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
 from jlora.core.tree.starts import Prepared as Prepared

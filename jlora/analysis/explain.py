@@ -12,7 +12,8 @@ import optax
 from jlora import paths
 from jlora.core.protocol import docstrings
 from jlora.core.protocol.method import Method, Site, View
-from jlora.core.tree.adapted import SHARED, Adapted, count
+from jlora.core.tree.adapted import Adapted, count
+from jlora.core.tree.summary import shared_counts
 
 _WIDTH = 120
 
@@ -37,21 +38,35 @@ def _explained(adapted: Adapted, method: Method) -> str:
     cls = type(method)
     lines = {
         "what": docstrings.first_sentence(cls) or f"Has no docstring; derived from {cls.__mro__[1].__name__}.",
-        "trains": _trained(adapted, sites, docstrings.count_formula(cls)),
+        "trains": _trained(adapted, method, sites),
         "costs": " ".join(
             part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part
         ),
+        "merges": _merges(method),
         "source": docstrings.reference(cls) or "no paper",
     }
     text = [f"{method}, {len(sites)} {'leaf' if len(sites) == 1 else 'leaves'}"]
     for name, line in lines.items():
+        if not line:
+            continue
         text.append(textwrap.fill(line, _WIDTH, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10))
     return "\n".join(text)
 
 
-def _trained(adapted: Adapted, sites: tuple[Site, ...], formula: str | None) -> str:
-    number = sum(count(paths.lookup(adapted.params, site.keys)) for site in sites)
-    return _values(number) + (f", {formula} a matrix" if formula else "")
+def _merges(method: Method) -> str:
+    """What to know of merging; nothing where the weight says it all."""
+    if not method.mergeable:
+        return "No: no weight does what the method does; it runs by jlora.lift alone."
+    return f"Together with the leaves beside: {', '.join(method.beside)}." if method.beside else ""
+
+
+def _trained(adapted: Adapted, method: Method, sites: tuple[Site, ...]) -> str:
+    """How many values a method trains, those of the leaves and those that they share, with the docstring's formulas."""
+    own = sum(count(paths.lookup(adapted.params, site.keys)) for site in sites)
+    _, shared = shared_counts(adapted).get(method, ("", 0))
+    formula, whole = docstrings.count_formula(type(method)), docstrings.shared_count_formula(type(method))
+    text = _values(own + shared) + (f", {formula} a matrix" if formula else "")
+    return text + (f", {shared:,} of them shared by all leaves" + (f" ({whole})" if whole else "") if shared else "")
 
 
 def _values(number: int) -> str:
@@ -66,7 +81,7 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     """What the method adds to the products of the forward pass, counted from what it gives as data."""
     if not any(site.method.matrix for site in sites):
         return "A forward pass as the base's, and the gradient of the leaf itself."
-    found = [(site, _of_one_matrix(adapted, site)) for site in sites]
+    found = [(site, of_one_matrix(adapted, site)) for site in sites]
     formed = [site for site, update in found if update is None]
     if formed:
         values = sum(_matrices(site) * site.in_size * site.out_size for site in formed)
@@ -84,18 +99,19 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     )
 
 
-def _of_one_matrix(adapted: Adapted, site: Site) -> Any:
+def of_one_matrix(adapted: Adapted, site: Site) -> Any:
     """The shapes of a site's `Update` for one matrix; None where its method has no form."""
-    depth, names = len(site.batch_axes), adapted.plan.shared_names()
+    depth = len(site.batch_axes)
 
     def one(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
 
     w: Any = jax.ShapeDtypeStruct((site.in_size, site.out_size), site.dtype)
     params, frozen = (jax.tree.map(one, paths.lookup(tree, site.keys)) for tree in (adapted.params, adapted.frozen))
-    shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method, "")))
+    shared = adapted.shared(adapted.plan.shared_names().get(site.method, ""))
     shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
-    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes))
+    beside: dict[str, Any] = dict.fromkeys(site.beside, jax.ShapeDtypeStruct((site.out_size,), site.dtype))
+    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside))
 
 
 def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:

@@ -86,6 +86,8 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: for a change that is not finite.
     """
+    if not site.method.mergeable or weight.beside:
+        raise ValueError(f"{site.path}: {site.method} does more than change the weight, so no LoRA is nearest to it")
     if site.method.matrix:
         delta = np.asarray(weights.over_batch(_delta(site.method), weight))
     else:
@@ -122,7 +124,7 @@ def _compacted(adapted: Adapted, wanted: Callable[[Method], bool]) -> Adapted:
     if all(method is None for method in methods):
         return adapted
     params, sites = adapted.params, []
-    frozen: dict[str, Any] = {SHARED: adapted.frozen[SHARED]} if SHARED in adapted.frozen else {}
+    frozen: dict[str, Any] = {}
     for site, method, weight in zip(adapted.plan.sites, methods, adapted.weights(), strict=True):
         if method is not None:
             weight = _of_used_ranks(weight, method)
@@ -130,7 +132,18 @@ def _compacted(adapted: Adapted, wanted: Callable[[Method], bool]) -> Adapted:
         sites.append(weight.site)
         if weight.frozen:
             paths.insert(frozen, site.keys, weight.frozen)
-    return adapted.replace(params=params, frozen=frozen, plan=Plan(tuple(sites)))
+    plan = Plan(tuple(sites))
+    params = {name: tree for name, tree in params.items() if name != SHARED} | _drawers(
+        adapted.params, adapted.plan, plan
+    )
+    return adapted.replace(params=params, frozen=frozen | _drawers(adapted.frozen, adapted.plan, plan), plan=plan)
+
+
+def _drawers(tree: dict[str, Any], old: Plan, new: Plan) -> dict[str, Any]:
+    """What leaves share, of the methods that remain and under their names in the new plan."""
+    before, drawers = old.shared_names(), tree.get(SHARED, {})
+    kept = {name: drawers[before[m]] for m, name in new.shared_names().items() if before[m] in drawers}
+    return {SHARED: kept} if kept else {}
 
 
 def _of_used_ranks(weight: Weight, method: Method) -> Weight:

@@ -19,11 +19,10 @@ import ml_dtypes  # noqa: F401  (makes numpy know bfloat16 and the like)
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
-from jlora.core.tree import placement
+from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.disk.checksums import checksums, difference
 from jlora.disk.fingerprint import fingerprint
@@ -33,6 +32,8 @@ from jlora.disk.serialize import method_from_dict, method_to_dict
 FORMAT = 1
 MANIFEST = "jlora.json"
 ARRAYS = "arrays"
+# What is written of a site; its method is a table of its own, and what is beside it the base says.
+_SITE = [field for field in dataclasses.fields(Site) if field.name not in ("method", "beside")]
 # The first release wrote neither the checksums of the arrays' files nor the digest of the manifest.
 _KEYS, _LATER = {"format", "base", "adapters", "sites", "arrays"}, {"files", "digest"}
 
@@ -156,6 +157,8 @@ def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
     if len({site.keys for site in sites}) < len(sites):
         raise ValueError(f"{directory / MANIFEST} describes a leaf twice")
+    leaves = dict(paths.flatten_with_keys(params)[0])
+    sites = tuple(dataclasses.replace(site, beside=beside.present(site, leaves)) for site in sites)
     blank = Adapted(params, {}, {}, {}, Plan(sites))
     saved = _arrays_from(directory, described, blank.plan)
     _check_digest(directory, described)
@@ -183,7 +186,7 @@ def describe(adapted: Adapted) -> dict[str, Any]:
 
 
 def _site_fields(site: Site) -> dict[str, Any]:
-    return {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name != "method"}
+    return {f.name: getattr(site, f.name) for f in _SITE}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -224,7 +227,7 @@ def _digest(described: dict[str, Any]) -> str:
 
 def _site_from(entry: dict[str, Any], directory: Path) -> Site:
     try:
-        fields = {f.name: _field(entry[f.name], f) for f in dataclasses.fields(Site) if f.name != "method"}
+        fields = {f.name: _field(entry[f.name], f) for f in _SITE}
         site = Site(**fields, method=method_from_dict(entry["method"]))
         axes = sorted((*site.in_axes, *site.out_axes, *site.batch_axes))
         if site.method.matrix and axes != list(range(len(site.shape))):
@@ -247,10 +250,11 @@ def _field(value: Any, field: dataclasses.Field) -> Any:
 def _arrays_from(directory: Path, described: dict[str, Any], plan: Plan) -> dict[tuple[str, ...], Any]:
     """Shape and dtype of every saved array, by its keys."""
     owners, found = {site.keys for site in plan.sites}, {}
+    owners |= {(SHARED, name) for name in plan.shared_names().values()}
     try:
         for entry in described["arrays"]:
             keys = tuple(entry["keys"])
-            if keys[0] not in ("params", "frozen") or (keys[1] != SHARED and keys[1:-1] not in owners):
+            if keys[0] not in ("params", "frozen") or keys[1:-1] not in owners:
                 raise ValueError(f"no described leaf has an array {'/'.join(keys)}")
             found[keys] = jax.ShapeDtypeStruct(tuple(map(operator.index, entry["shape"])), np.dtype(entry["dtype"]))
     except ILL_FORMED as error:
@@ -311,11 +315,12 @@ def _placed(saved: dict[tuple[str, ...], Any], blank: Adapted) -> dict[str, Any]
     """The saved arrays as a tree of shapes, each with the sharding that it gets beside its base."""
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
     fields = {site.keys: placement.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
-    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
-    meshes = [sharding.mesh for each in fields.values() for sharding in each.values()]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else device
+    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
+    whole = placement.replicated(leaves[site.keys] for site in blank.plan.sites) or device
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
+    for site in blank.plan.sites:  # also where a leaf trains nothing of its own
+        paths.insert(shapes["params"], site.keys, {})
     for keys, shape in saved.items():
         sharding = whole if keys[1] == SHARED else fields[keys[1:-1]].get(keys[-1], device)
         paths.insert(shapes, keys, jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))

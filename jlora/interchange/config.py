@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from jlora.interchange import patterns, targets
@@ -27,6 +28,9 @@ USED = {
     "init_r": "`AdaLoRA(rank)`",
     "vera_dropout": "`VeRA(dropout)`",
 }
+
+# Those of every method.
+COMMON = {"peft_type", "modules_to_save", "bias"}
 
 # Settings of the training, of how PEFT finds its modules, or of provenance: they don't change what the tensors mean.
 UNUSED = {
@@ -63,22 +67,25 @@ class Settings:
     Args:
         config: content of `adapter_config.json`.
         where: its path, for messages.
-        known: PEFT's names of the methods that are read.
+        known: for PEFT's name of each method that is read the names of the settings that it has beside those of all; None where
+            they are those of `USED`.
 
     Raises:
         ValueError: for a method that is not read, a setting that jlora can't follow, or one of the wrong type.
     """
 
-    def __init__(self, config: dict[str, Any], where: Any, known: list[str]):
+    def __init__(self, config: dict[str, Any], where: Any, known: Mapping[str, frozenset[str] | None]):
         self._config, self._where = config, where
         peft_type = config.get("peft_type")
         if not isinstance(peft_type, str) or peft_type not in known:
             raise ValueError(f"{where}: peft_type {brief(peft_type)} is not read; known are {', '.join(known)}")
         self.peft_type = peft_type
+        own = known[peft_type]
+        used = USED if own is None else COMMON | own
         for key, value in config.items():
-            if key in REFUSED and value not in OFF:
+            if key in REFUSED and key not in used and value not in OFF:
                 raise ValueError(f"{where}: {key} is {brief(value)}: {REFUSED[key]}, which jlora has not")
-            if key not in USED and key not in UNUSED and key not in REFUSED and value not in OFF:
+            if key not in used and key not in UNUSED and key not in REFUSED and value not in OFF:
                 self._unknown(key, value)
         self.init = self._init()
 
@@ -177,6 +184,12 @@ class Settings:
                 f"{self._where}: {reason}, so PEFT would ignore its tensor {key!r}; change the setting, or take the tensor out"
             )
 
+    def targets(self, module: str) -> bool:
+        """Whether the settings name a module, so that PEFT adapts it; False where they name none."""
+        wanted = self._config.get("target_modules")
+        named = wanted is not None and str(wanted).lower() != "all-linear"
+        return named and targets.left_out(self._config, module) is None
+
     def rank(self, target: str) -> int:
         """The rank of a module, by PEFT's rule: that of the first entry of `rank_pattern` that matches the end of its name."""
         return self._positive(*self._pattern("rank_pattern", target, "r"))
@@ -185,14 +198,68 @@ class Settings:
         """The alpha of a module, likewise by `alpha_pattern`."""
         return self._finite(*self._pattern("alpha_pattern", target, "lora_alpha"))
 
-    def _pattern(self, key: str, target: str, default: str) -> tuple[str, Any]:
-        """For a module the words that name a setting in messages, and its value."""
-        for pattern, value in self.table(key).items():
+    def _pattern(self, key: str, target: str, default: str, value: Any = 8) -> tuple[str, Any]:
+        """For a module the words that name a setting in messages, and its value, which is `value` where it is missing."""
+        for pattern, special in self.table(key).items():
             try:
                 if patterns.matches(pattern, target):
-                    return f"{key} of {target!r}", value
+                    return f"{key} of {target!r}", special
             except ValueError as error:
                 raise ValueError(
                     f"{self._where}: {key} holds {brief(pattern)}, which is no pattern that jlora reads ({error})"
                 ) from None
-        return default, self._config.get(default, 8)
+        return default, self._config.get(default, value)
+
+    def typed(self, key: str, default: Any, pattern: str = "", module: str = "") -> Any:
+        """A setting of the type that its default has, for a module; the default where it is missing.
+
+        Args:
+            key: its name.
+            default: PEFT's default; a float stands for any number.
+            pattern: the table with the values of some modules, or "".
+            module: the module's name.
+        """
+        name, value = self._pattern(pattern, module, key, default) if pattern else (key, self._config.get(key, default))
+        if isinstance(default, float):
+            return self._finite(name, value)
+        fits = value in (*OFF, True) if default is False else type(value) is type(default)
+        if not fits:
+            raise ValueError(f"{self._where}: {name} must be of the type {type(default).__name__}, got {brief(value)}")
+        return bool(value) if default is False else value
+
+    def wanted(self, key: str, value: Any) -> None:
+        """Refuses any value of a setting but one; a setting that is missing is off."""
+        given = self._config.get(key)
+        if given != value and not (given in OFF and value in OFF):
+            raise self.refused(key, given, [value])
+
+    def refused(self, key: str, value: Any, known: list[Any]) -> ValueError:
+        """The error for a value of a setting that jlora has not."""
+        texts = " or ".join(map(repr, known))
+        return ValueError(f"{self._where}: {key} is {brief(value)}, and jlora has {self.peft_type} only with {texts}")
+
+    def left_out(self, key: str) -> None:
+        """Warns of a setting of the training that is on, and that the method has not."""
+        if (value := self._config.get(key)) not in (*OFF, 0):
+            warnings.warn(
+                f"{self._where}: {key} is {brief(value)}, which acts in training only; it is left out, since jlora's method "
+                "has no such setting",
+                stacklevel=5,
+            )
+
+    def lists(self, key: str, module: str) -> bool:
+        """Whether a setting lists a module: by the ends of names, or by a pattern of whole names."""
+        value = self._config.get(key)
+        try:
+            if isinstance(value, str):
+                return patterns.fullmatch(value, module)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {key} is {brief(value)}, which jlora can't match ({error})") from None
+        return any(module.endswith(name) for name in self.names(key))
+
+    def build(self, cls: type, values: dict[str, Any]) -> Any:
+        """A method of these hyperparameters; what it refuses is said of the settings."""
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._where}: {error}") from None

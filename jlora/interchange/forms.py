@@ -9,11 +9,15 @@ import jax
 import numpy as np
 
 from jlora.compose import plain
-from jlora.core.protocol.method import Site, states_peft
-from jlora.core.protocol.peft import Peft
+from jlora.core.protocol.method import Site, stated_kind, states_peft
+from jlora.core.protocol.peft import Peft, PeftKind
 from jlora.core.tree import placement
+from jlora.core.tree.starts import start_of
 from jlora.core.walk.weight import Weight
 from jlora.interchange.names import Slot
+
+# What constants that no tensor holds are made again with; it must not matter.
+KEY = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +50,42 @@ def native(weight: Weight) -> Form | None:
     """
     site = weight.site
     assert site is not None
-    if not states_peft(site.method):
+    kind, stated = stated_kind(site.method), states_peft(site.method)
+    if kind is None and not stated:
         return None
-    found = site.method.peft(*(_numpy(tree) for tree in (weight.params, weight.frozen, weight.shared)))
+    arrays = [_numpy(tree) for tree in (weight.params, weight.frozen, weight.shared)]
+    if kind is not None:
+        return _of_kind(kind, weight, *arrays)
+    found = site.method.peft(*arrays)
     if found is None:
         return None
     held = {name: found.fields.get(name, (name,)) for name in found.arrays}
     return Form(**{**vars(found), "fields": held}, site=site)
+
+
+def _of_kind(kind: PeftKind, weight: Weight, params: Any, frozen: Any, shared: Any) -> Form | None:
+    """The fields that a kind has tensors for; None where PEFT has no such method."""
+    site = weight.site
+    assert site is not None
+    if kind.holds is not None and not kind.holds(site.method):
+        return None
+    fields = {**params, **frozen}
+    arrays = {tensor.field: fields[tensor.field] for tensor in kind.of(site.method) if tensor.field in fields}
+    if not _made_again(weight, {name: value for name, value in frozen.items() if name not in arrays}):
+        return None
+    held = {name: (name,) for name in arrays}
+    return Form(kind.peft_type, arrays, held, shared=dict(shared), site=site)
+
+
+def _made_again(weight: Weight, constants: dict[str, Any]) -> bool:
+    """Whether constants that no tensor holds are what the method makes of its hyperparameters."""
+    if not constants:
+        return True
+    assert weight.site is not None
+    if weight.method.needs:
+        return False
+    made = start_of(weight.site, weight.array, jax.random.key(KEY)).frozen
+    return all(np.array_equal(value, np.asarray(made[name])) for name, value in constants.items())
 
 
 def _numpy(tree: Any) -> Any:

@@ -10,9 +10,9 @@ import numpy as np
 
 from jlora import paths
 from jlora.core.protocol.method import Method, Site
+from jlora.core.tree import beside
 from jlora.interchange import layout
 from jlora.interchange.names import Slot
-from jlora.methods import Full
 
 Keys = tuple[str, ...]
 # The last word of the parameter that an adapter of a module adapts: the first of these that the module has.
@@ -28,12 +28,14 @@ class Read:
         params: the trained arrays.
         frozen: the constants.
         shared: the constants that all leaves of the method have in common.
+        shared_params: the trained arrays that they have in common.
     """
 
     site: Site
     params: dict[str, Any]
     frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared_params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Index:
@@ -106,10 +108,11 @@ class Index:
         """The site of a leaf, with the axes that the names give."""
         leaf, slot = self.leaves[keys], self.slots[keys][0]
         blank = Site(keys, tuple(leaf.shape), str(leaf.dtype), (), (), (), "dot", method)
-        if isinstance(method, Full):
+        if not method.matrix:
             return blank
         kind = {"embedding": "gather", "conv": "conv"}.get(slot.kind, "dot")
         batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))
+        blank = dataclasses.replace(blank, beside=beside.present(blank, self.leaves))
         return dataclasses.replace(
             blank, in_axes=slot.axes("in"), out_axes=slot.axes("out", "part"), batch_axes=batch, kind=kind
         )

@@ -17,7 +17,7 @@ from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.interchange import manifest, read_wholes, rows
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
-from jlora.interchange.formats import FORMATS
+from jlora.interchange.formats import formats
 from jlora.interchange.index import Index, Read
 from jlora.interchange.names import Names, resolve
 from jlora.interchange.parse import parse
@@ -58,10 +58,11 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
 
 def _read(folder: AdapterFolder, index: Index) -> list[Read]:
     """The adapters of a folder, by leaf."""
-    settings = Settings(folder.config, folder.path / CONFIG, list(FORMATS))
-    format = FORMATS[settings.peft_type]
+    known = formats()
+    settings = Settings(folder.config, folder.path / CONFIG, {name: each.settings for name, each in known.items()})
+    format = known[settings.peft_type]
     recorded = Recorded(manifest.read(folder.path, folder.file, folder.config), folder.path / manifest.FILE)
-    contents = parse(folder, settings.peft_type)
+    contents = parse(folder, format.ends, format.shared)
     found = format.find(folder, settings, contents, index)
     tokens = rows.find(folder, settings, contents, index)
     read_wholes.check(folder, settings, contents, index)
@@ -94,9 +95,10 @@ def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read])
         paths.insert(trained, read.site.keys, placed.params)
         if placed.frozen:
             paths.insert(frozen, read.site.keys, placed.frozen)
-        if read.shared and read.site.method in names:
-            drawer = frozen.setdefault(SHARED, {})
-            drawer.setdefault(names[read.site.method], placement.replicate(_on_device(read.shared), leaf))
+        for tree, arrays in ((frozen, read.shared), (trained, read.shared_params)):
+            if arrays and read.site.method in names:
+                drawer = tree.setdefault(SHARED, {})
+                drawer.setdefault(names[read.site.method], placement.replicate(_on_device(arrays), [leaf]))
     return Adapted(params, trained, frozen, {}, plan)
 
 

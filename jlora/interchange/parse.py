@@ -27,8 +27,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPED = ".base_layer"
 SAVED = "modules_to_save"
 # In memory, the adapter's name follows these words in a key. PEFT removes it when it saves; other programs may not.
-NAMED = {end.split(".")[1] for ends in ENDS.values() for end in ends}
-NAMED |= {SAVED, "trainable_tokens_delta", "vera_A", "vera_B"}
+NAMED = {SAVED, "trainable_tokens_delta"}
 
 
 @dataclass
@@ -50,22 +49,28 @@ class Contents:
     rows: dict[str, str] = field(default_factory=dict)
 
 
-def parse(folder: AdapterFolder, peft_type: str) -> Contents:
+def parse(folder: AdapterFolder, ends: dict[str, str], shared: dict[str, str]) -> Contents:
     """The contents of a folder; a key that is nothing known is an error.
+
+    Args:
+        folder: the folder.
+        ends: the ends of keys of a module's tensors, and the role of each.
+        shared: keys of tensors that all modules share, and the role of each.
 
     Raises:
         ValueError: for a key that no adapter of this method has, two keys of one meaning, or several adapters.
     """
     found, adapter = Contents(), None
+    named = NAMED | {key.split(".")[1] for key in (*ends, *shared)}
     for key in folder.keys:
-        name, called = _without_adapter(key)
+        name, called = _without_adapter(key, named)
         if called is not None and adapter not in (None, called):
             raise ValueError(f"{folder.file} holds the adapters {adapter!r} and {called!r}; save them to a folder each")
         adapter = adapter or called
-        if name in SHARED and peft_type == "VERA":
-            where, role = found.shared, SHARED[name]
+        if name in shared:
+            where, role = found.shared, shared[name]
         elif name.startswith(PREFIX):
-            where, role = _place(found, name.removeprefix(PREFIX), ENDS[peft_type])
+            where, role = _place(found, name.removeprefix(PREFIX), ends)
         else:
             raise ValueError(f"{folder.file}: {key!r} doesn't begin with {PREFIX!r}, as the tensors of an adapter do")
         if role in where:
@@ -76,13 +81,13 @@ def parse(folder: AdapterFolder, peft_type: str) -> Contents:
     return found
 
 
-def _without_adapter(name: str) -> tuple[str, str | None]:
+def _without_adapter(name: str, named: set[str]) -> tuple[str, str | None]:
     """A key without the adapter's name that PEFT has in it in memory, and that name, or None.
 
     Of `up.lora_A.default.weight` these are `up.lora_A.weight` and `default`.
     """
     words = name.split(".")
-    at = max((n for n, word in enumerate(words) if word in NAMED), default=len(words))
+    at = max((n for n, word in enumerate(words) if word in named), default=len(words))
     called = words[at + 1] if at + 1 < len(words) and words[at + 1] not in ("weight", "bias") else None
     kept = words[:at] if words[at : at + 1] == [SAVED] else words[: at + 1]
     return ".".join([*kept, *words[at + 1 + (called is not None) :]]), called

@@ -95,11 +95,11 @@ class Recorded:
         methods = {line["method"] for line in mine}
         return methods.pop() if len(methods) == 1 and "residual" not in mine[0] else None
 
-    def one(self, slots: list[Slot], kind: type[Method]) -> Any:
-        """The one method that was written for all of these parameters, if its class is `kind`; else None."""
+    def one(self, slots: list[Slot], kind: type[Method] | None = None) -> Any:
+        """The one method that was written for all of these parameters, if its class is `kind` (None: any); else None."""
         methods = {self.described(slot) for slot in slots}
         method = methods.pop() if len(methods) == 1 else None
-        return method if type(method) is kind else None
+        return method if kind is None or type(method) is kind else None
 
     def method(self, slots: list[Slot], found: Method) -> Method | None:
         """The one LoRA or DoRA that was written for all of these parameters, if `found` has its rank and scale; else None."""

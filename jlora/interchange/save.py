@@ -14,12 +14,12 @@ from safetensors import safe_open
 
 from jlora import paths
 from jlora.compose.plain import unchained
-from jlora.core.protocol.method import Site
-from jlora.core.tree.adapted import Adapted
+from jlora.core.protocol.method import Method, Site
+from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.walk.weight import Weight
 from jlora.interchange import layout, manifest, serving, wholes
 from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
-from jlora.interchange.formats import FORMATS
+from jlora.interchange.formats import BY_HAND, Format, formats
 from jlora.interchange.forms import Form, as_lora, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
@@ -129,9 +129,10 @@ def _forms(
     found = [native(weight) for weight, _ in adapters]
     kinds = {form.kind if form is not None else None for form in found} - {"whole"}
     matrices = [(form, slots) for form, (_, slots) in zip(found, adapters) if form is None or form.kind != "whole"]
-    peft_type = next((f for f in FORMATS.values() if kinds == {f.kind} and f.holds(matrices)), FORMATS["LORA"])
+    known = _formats([weight.method for weight, _ in adapters])
+    peft_type = next((f for f in known if kinds == {f.kind} and f.holds(matrices)), BY_HAND["LORA"])
     if profile == "serving":
-        peft_type = FORMATS["LORA"]
+        peft_type = BY_HAND["LORA"]
     chosen = []
     for form, (weight, places) in zip(found, adapters):
         if profile == "serving" or form is None or form.kind not in (peft_type.kind, "whole", "rows"):
@@ -140,6 +141,11 @@ def _forms(
             form = truncated(weight, places, svd_rank)
         chosen.append((form, places))
     return chosen
+
+
+def _formats(methods: list[Method]) -> list[Format]:
+    """All formats, those of methods outside of the catalogue too."""
+    return list(formats(type(method) for method in methods).values())
 
 
 def _slots_of(weight: Weight, slots: Mapping[Keys, list[Slot]]) -> list[Slot]:
@@ -179,6 +185,11 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
     if form is None or form.kind != "lora":
         site = weight.site
         assert site is not None
+        if weight.acts_alone:
+            raise ValueError(
+                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what it "
+                "does beside changing the weight; keep it by jlora.save"
+            )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "
             "svd_rank= to turn its change of the weight into LoRA, or save the merged model (jlora merge)"
@@ -195,9 +206,10 @@ def _written(
     parameters = Parameters(slots, base, trained)
     adapters = [(form, places) for form, places in forms if form.kind != "whole"]
     kind = next((form.kind for form, _ in adapters if form.kind != "rows"), "lora")
-    format = next(format for format in FORMATS.values() if format.kind == kind)
+    known = _formats([form.site.method for form, _ in adapters])
+    format = next(format for format in known if format.kind == kind)
     out = Written()
-    targets = format.write(out, adapters, parameters.modules, profile == "serving")
+    targets = format.write(out, adapters, parameters, profile == "serving")
     wholes.write(out, parameters, targets, format.own_biases)
     return out
 
@@ -205,11 +217,16 @@ def _written(
 def _check_accounts(adapted: Adapted, out: Written) -> None:
     """Refuses to leave out a trained array: each must be an origin of some tensor in the folder."""
     told = {(line["leaf"], name) for lines in out.origins.values() for line in lines for name in line["fields"]}
+    drawers = adapted.plan.shared_names()
     for site in adapted.plan.sites:
-        for name in paths.lookup(adapted.params, site.keys):
-            if (site.path, name) not in told:
+        own = [(site.path, name) for name in paths.lookup(adapted.params, site.keys)]
+        shared = paths.lookup(adapted.params, (SHARED, drawers.get(site.method, "")))
+        # What leaves share is in each leaf's tensors, or in one of its own, whose origin is no leaf.
+        own += [(site.path, name) for name in shared if ("", name) not in told]
+        for path, name in own:
+            if (path, name) not in told:
                 raise ValueError(
-                    f"{site.path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
+                    f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
                 )
 
 

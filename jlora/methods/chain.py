@@ -51,7 +51,7 @@ class Chain(Around):
     the weight (PiSSA) is taken from the weight with the finished links.
 
     Raises:
-        TypeError: for an inner method that is no low-rank sum, keeps constants that leaves share, or can't begin anew.
+        TypeError: for an inner method that is no low-rank sum, has arrays that leaves share, or can't begin anew.
         ValueError: for links, ranks, steps, prune or by out of range.
 
     Example:

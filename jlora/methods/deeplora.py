@@ -8,9 +8,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.protocol.data_starts import randomised_svd
 from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.lora import randomised_svd, trained_dtype
+from jlora.methods.lora import trained_dtype
 
 # What float16 can't tell from zero.
 _FLOAT16_TINIEST = 2.0**-24

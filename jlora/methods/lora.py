@@ -11,12 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core.protocol.data_starts import (
+    DIRECTIONS,
+    SCALES,
+    lora_ga_options,
+    of_gradient,
+    principal_axes,
+    randomised_svd,
+    through_covariance,
+)
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.job import Recipe
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import Peft
 
 SCALINGS = ("standard", "rslora")
 INITS = ("default", "kaiming", "gaussian", "orthonormal", "orthogonal", "embedding", "random", "olora", "pissa")
+INITS += ("eva", "corda", "corda_kpm", "lora_ga")
+#: Names with a part to choose, for messages.
+PATTERNS = ("pissa_niter_<k>", "lora_ga_<direction>_<scale>")
+#: What starts from data needs (see `Method.needs`).
+_NEEDS = {"eva": {"covariance", "mean"}, "corda": {"normalised_covariance"}, "corda_kpm": {"normalised_covariance"}}
 _FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -45,25 +60,42 @@ class LoRA(Method):
             "olora": `b` orthonormal rows, the first `rank` of the QR factorisation of `w.T`, and `a = w @ b.T` (OLoRA).
             "pissa": the top singular triplets of `w`, `a = u sqrt(S / s)`, `b = sqrt(S / s) v.T` (PiSSA).
             "pissa_niter_<k>": the same by a randomised SVD with k subspace iterations, for wide matrices.
+            "eva": `a` the directions of the inputs' largest variances, orthonormal, `b` zero (EVA; with ranks given out by
+            these variances it is `jlora.EVA`).
+            "corda", "corda_kpm": the first, or the last, triplets of the SVD of `c w`, with `c` the covariance of the
+            inputs, `a = inv(c) u sqrt(S / s)`, `b = sqrt(S / s) v.T` (CorDA's instruction-previewed mode, which learns fastest,
+            and its knowledge-preserved mode, which forgets least).
+            "lora_ga": `a` the first `rank` left singular vectors of the gradient, `b` the next `rank` right ones times their
+            singular values and `out ** (1 / 4) / sqrt(gamma)`, with `gamma` 16 (LoRA-GA). "lora_ga_<direction>_<scale>", or one
+            of the two, for PEFT's other ways: the directions "ArB2r" (the default), "A2rBr", "ArBr" and "random", the scales
+            "stable" (the default), "stable_<gamma>", "weight_svd", "gd_scale" and "unit".
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given; an
             embedding's lookup has no such input, and no dropout.
 
-    "olora" and "pissa" start at factors `a0`, `b0` taken from the weight, and the weight is `w + s * (a @ b - a0 @ b0)`. The
-    papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for bit, whatever its dtype; the
-    start is exact, and so is taking the adapter away. `a0` and `b0` are constants, kept and saved with the adapter, and
-    the update is the plain LoRA `[a - a0 | a0] @ [b; b - b0]` of twice the rank, which is how it runs and ships. Under
-    dropout only this update drops its input (PEFT drops the moved part of the base too). Use no weight decay: it would
-    shrink what was moved out of the base.
+    The last three kinds start from data, of which `jlora.prepare` takes what they need: EVA and CorDA forward passes over many
+    more tokens than the matrix has inputs, and `4 * in**2` bytes a matrix meanwhile; LoRA-GA the gradients of some batches.
+
+    "olora", "pissa", "corda" and "lora_ga" start at factors `a0`, `b0` that are not zero, and the weight is
+    `w + s * (a @ b - a0 @ b0)`. The papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for
+    bit, whatever its dtype; the start is exact, and so is taking the adapter away. `a0` and `b0` are constants, kept and saved
+    with the adapter, and the update is the plain LoRA `[a - a0 | a0] @ [b; b - b0]` of twice the rank, which is how it runs and
+    ships. Under dropout only this update drops its input (PEFT drops the moved part of the base too). Use no weight decay: it
+    would shrink what was moved out of the base.
 
     Raises:
-        ValueError: for a rank, alpha, dropout or name out of range.
+        ValueError: for a rank, alpha, dropout or name out of range, and (by `adapterize`) for a start from inputs of what is
+            looked up, which has none.
 
     Example:
         >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, alpha=16)})
+        >>> spec = {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=2, init="eva")}
+        >>> loss_fn = lambda params, tokens: jnp.mean(model.apply({"params": params}, tokens) ** 2)
+        >>> adapted = jlora.adapterize(params, spec, prepared=jlora.prepare(params, spec, loss_fn, [tokens]))
 
     Reference:
         Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; OLoRA: Büyükakyüz 2024,
-        arXiv:2406.01775; PiSSA: Meng et al. 2024, arXiv:2404.02948.
+        arXiv:2406.01775; PiSSA: Meng et al. 2024, arXiv:2404.02948; EVA: Paischer et al. 2024, arXiv:2410.07170; CorDA: Yang et
+        al. 2024, arXiv:2406.05223; LoRA-GA: Wang et al. 2024, arXiv:2407.05000.
     """
 
     rank: int = 8
@@ -75,8 +107,11 @@ class LoRA(Method):
     family: ClassVar[str] = "LoRA and its variants"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
 
+    # Starts from inputs want some ten thousand tokens.
+    recipe: ClassVar[Recipe] = Recipe(batches=8)
+
     def __post_init__(self) -> None:
-        init = (lambda v: v in INITS or bool(_FAST_PISSA.fullmatch(str(v))), f"one of {(*INITS, 'pissa_niter_<k>')}")
+        init = (_is_init, f"one of {(*INITS, *PATTERNS)}, with the directions {DIRECTIONS} and scales {SCALES}")
         bounds = {"rank": integer(1, "a positive integer"), "scaling": one_of(SCALINGS), "init": init}
         check_hyperparameters(self, bounds=bounds, of=LoRA)
         if self.init == "orthogonal" and self.rank % 2:
@@ -89,8 +124,13 @@ class LoRA(Method):
 
     @property
     def from_weight(self) -> bool:
-        """Whether the factors start as a part of the weight, `a0 @ b0`, which is subtracted again."""
-        return self.init == "olora" or self.init.startswith("pissa")
+        """Whether the factors start at `a0`, `b0` whose product is not zero and is subtracted again."""
+        return self.init.startswith(("olora", "pissa", "corda", "lora_ga"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of the inputs, or the gradient, for starts from data."""
+        return frozenset({"gradient"} if self.init.startswith("lora_ga") else _NEEDS.get(self.init, ()))
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
@@ -107,11 +147,18 @@ class LoRA(Method):
         return self.dropout > 0
 
     def check(self, site: Site) -> None:
-        """Refuses a rank above the matrix's sides."""
+        """Refuses a rank above the matrix's sides, and a start from data that the matrix has not."""
         if self.rank > min(site.in_size, site.out_size):
             raise ValueError(
                 f"rank {self.rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix; "
                 f"use rank {min(site.in_size, site.out_size)} or less, or jlora.Full()"
+            )
+        if self.init in _NEEDS and site.kind == "gather":
+            raise ValueError(f'the init "{self.init}" is of inputs, and a lookup has none; use "default" here')
+        if self.init.startswith("lora_ga") and 2 * self.rank > min(site.in_size, site.out_size):
+            raise ValueError(
+                f"LoRA-GA takes {2 * self.rank} singular vectors of the gradient for rank {self.rank}, but the matrix is "
+                f"{site.in_size} x {site.out_size}; use rank {min(site.in_size, site.out_size) // 2} or less"
             )
 
     def init_name(self, site: Site) -> str:
@@ -120,24 +167,32 @@ class LoRA(Method):
             return self.init
         return "embedding" if site.kind == "gather" else "kaiming"
 
-    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        """The factors by `init`; those taken from the weight are constants as well, `a0` and `b0`."""
+    def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
+        """The factors by `init`; where their product is not zero they are constants as well, `a0` and `b0`."""
         key_a, key_b = jax.random.split(key)
         a, b = (w.shape[0], self.rank), (self.rank, w.shape[1])
         name, dtype = self.init_name(site), trained_dtype(w)
         if self.from_weight:
-            start_a, start_b = self._of_weight(key, w.astype(dtype))
+            start_a, start_b = (each.astype(dtype) for each in self._nonzero(key, w.astype(dtype), statistics))
             return Start({"a": start_a, "b": start_b}, {"a0": start_a, "b0": start_b})
         if name == "orthogonal":
             return Start(dict(zip("ab", _orthogonal_halves(key, a, b, dtype))))
         if name == "embedding":
             return Start({"a": jnp.zeros(a, dtype), "b": jax.random.normal(key_b, b, dtype)})
+        if name == "eva":
+            axes, _ = principal_axes(**statistics, number=self.rank)
+            return Start({"a": axes.astype(dtype), "b": jnp.zeros(b, dtype)})
         draw = {"gaussian": _gaussian, "orthonormal": jax.nn.initializers.orthogonal()}.get(name, kaiming)
         start_b = kaiming(key_b, b, dtype) if name == "random" else jnp.zeros(b, dtype)
         return Start({"a": draw(key_a, a, dtype), "b": start_b})
 
-    def _of_weight(self, key: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`a0` and `b0` of "olora" and "pissa"."""
+    def _nonzero(self, key: jax.Array, w: jax.Array, statistics: Arrays) -> tuple[jax.Array, jax.Array]:
+        """`a0` and `b0` of "olora", "pissa", "corda" and "lora_ga"."""
+        if (options := lora_ga_options(self.init)) is not None:
+            return of_gradient(key, statistics["gradient"], w, self.rank, self.scale, options)
+        if self.init.startswith("corda"):
+            covariance = statistics["normalised_covariance"]
+            return through_covariance(covariance, w, self.rank, self.scale, least=self.init == "corda_kpm")
         if self.init == "olora":
             # Columns of the unpivoted QR's Q depend only on the columns before them, so a thin QR is enough.
             q = jnp.linalg.qr(w[: self.rank].T)[0]
@@ -168,7 +223,7 @@ class LoRA(Method):
         return Factors(a, self.scale * b, dropout=self.dropout)
 
     def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
-        """PEFT's LoRA; where it starts from a part of the weight, `[a | a0] @ [b; -b0]` of twice the rank."""
+        """PEFT's LoRA; where its start is subtracted again, `[a | a0] @ [b; -b0]` of twice the rank."""
         a, b, fields, alpha, root = params["a"], params["b"], {}, self.alpha, self.scaling == "rslora"
         if self.from_weight:
             a, b = np.concatenate([a, frozen["a0"]], axis=-1), np.concatenate([b, -frozen["b0"]], axis=-2)
@@ -180,6 +235,12 @@ class LoRA(Method):
         if self.init_name(site) == "embedding":
             return {"a": "embedding", "b": "embedding"}
         return {"a": "a", "b": "b"}
+
+
+def _is_init(name: object) -> bool:
+    """Whether a start has this name."""
+    text = str(name)
+    return name in INITS or _FAST_PISSA.fullmatch(text) is not None or lora_ga_options(text) is not None
 
 
 def trained_dtype(w: jax.Array) -> jnp.dtype:
@@ -206,19 +267,6 @@ def _orthogonal_halves(key: jax.Array, a: Any, b: Any, dtype: jnp.dtype) -> tupl
     return left @ q[0::2], q[1::2].T @ right
 
 
-def randomised_svd(key: jax.Array, w: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`u [in, rank]`, `sigma [rank]`, `vt [rank, out]` of about the best approximation of `w` of that rank.
-
-    Subspace iteration from a Gaussian start, a few columns wider than the rank (Halko et al. 2011, arXiv:0909.4061).
-    """
-    width = min(rank + 8, *w.shape)
-    q = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], width), w.dtype))[0]
-    for _ in range(iterations):
-        q = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
-    u, sigma, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
-    return (q @ u)[:, :rank], sigma[:rank], vt[:rank]
-
-
 LoRA.CASES = (
     LoRA(rank=4, alpha=8),
     LoRA(rank=3, alpha=5, scaling="rslora", init="gaussian"),
@@ -227,4 +275,7 @@ LoRA.CASES = (
     LoRA(rank=2, alpha=4, init="pissa", scaling="rslora"),
     LoRA(rank=2, init="embedding"),
     LoRA(rank=2, init="random"),
+    LoRA(rank=2, init="eva"),
+    LoRA(rank=2, alpha=3, init="corda"),
+    LoRA(rank=3, init="lora_ga"),
 )

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.merge import check_mergeable, merged_beside
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 
@@ -37,6 +38,16 @@ def lazily_merged(adapted: Adapted) -> Any:
     """As `jlora.merge`, with leaves that are formed when read, for `jlora.models.save`.
 
     One leaf is held at a time, beside the base; `np.asarray` of a leaf forms it.
+
+    Raises:
+        ValueError: as `jlora.merge`.
     """
     last: dict[MergedLeaf, np.ndarray] = {}
-    return adapted.with_leaves([MergedLeaf(weight, last) for weight in adapted.weights()])
+    found = adapted.weights()
+    check_mergeable(found)
+    merged: dict[tuple[str, ...], Any] = {}
+    for weight in found:
+        assert weight.site is not None
+        merged[weight.site.keys] = MergedLeaf(weight, last)
+        merged |= merged_beside(adapted, weight)  # vectors, which cost no memory to speak of
+    return adapted.with_replaced(merged)

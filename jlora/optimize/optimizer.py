@@ -10,7 +10,8 @@ import jax
 import optax
 
 from jlora import paths
-from jlora.core.tree.adapted import Adapted
+from jlora.core.protocol.method import Method
+from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.optimize.allocate import inside
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
@@ -22,24 +23,35 @@ def labels(adapted: Adapted) -> dict[str, Any]:
 
     Raises:
         ValueError: for a method that labels other fields than it trains, or uses an unknown group; for a trained array that
-            no method's site has.
+            is no method's.
     """
     tree: dict[str, Any] = {}
     for site in adapted.plan.sites:
-        given = site.method.labels(site)
-        trained = paths.lookup(adapted.params, site.keys)
-        if unlabelled := sorted(set(trained) - set(given)):
-            raise ValueError(
-                f"{site.path}/{unlabelled[0]}: {site.method} trains this array but gives it no learning-rate group: name it in "
-                f"the method's axes, or in its labels (it labels {given}; the groups are {GROUPS})"
-            )
-        if set(given) != set(trained) or not set(given.values()) <= set(GROUPS):
-            raise ValueError(
-                f"{site.path}: {site.method} labels {given}, but trains {sorted(trained)}; the groups are {GROUPS}"
-            )
+        given, trained = site.method.labels(site), paths.lookup(adapted.params, site.keys)
+        _check(site.path, site.method, given, trained, "in the method's axes, or in its labels")
         paths.insert(tree, site.keys, given)
+    for method, name in adapted.plan.shared_names().items():
+        if trained := paths.lookup(adapted.params, (SHARED, name)):
+            given = method.shared_labels(trained)
+            _check(f"{SHARED}/{name}", method, given, trained, "in the method's shared_labels")
+            paths.insert(tree, (SHARED, name), given)
     _labelled(adapted.params, tree)
     return tree
+
+
+def _check(path: str, method: Method, given: dict[str, str], trained: Any, where: str) -> None:
+    """Refuses labels of other arrays than those that are trained, or of an unknown group.
+
+    Raises:
+        ValueError: with the arrays and the labels.
+    """
+    if unlabelled := sorted(set(trained) - set(given)):
+        raise ValueError(
+            f"{path}/{unlabelled[0]}: {method} trains this array but gives it no learning-rate group: name it {where} "
+            f"(it labels {given}; the groups are {GROUPS})"
+        )
+    if set(given) != set(trained) or not set(given.values()) <= set(GROUPS):
+        raise ValueError(f"{path}: {method} labels {given}, but trains {sorted(trained)}; the groups are {GROUPS}")
 
 
 def _labelled(trained: Any, tree: dict[str, Any]) -> Any:
@@ -80,8 +92,8 @@ def optimizer(
     | vector | biases, norms, DoRA's magnitude | `ratio * learning_rate` | none |
     | embedding | factors of an embedding | `embedding_learning_rate` | as given |
 
-    Fields for which a method gives a rate of its own (`Method.rates`) have that multiple of their group's. What methods ask
-    for beyond rates, such as rank allocation, is wrapped around the whole (`with_rules`).
+    Fields for which a method gives a rate of its own (`Method.rates`, `Method.shared_rates`) have that multiple of their
+    group's. What methods ask for beyond rates, such as rank allocation, is wrapped around the whole (`with_rules`).
 
     With `ratio` this is LoRA+. Its rule gives all trained vectors the rate of `b`; DoRA's magnitude belongs to them, and
     never decays, since decay would shrink the base.
@@ -165,15 +177,23 @@ def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     links: dict[Any, int] = {}
     for site in adapted.plan.sites:
         fields, method = paths.lookup(tree, site.keys), site.method
-        for name, factor in method.rates(site).items():
-            if factor != 1:
-                fields[name] = f"{fields[name]} x {factor!r}"
+        _multiply(fields, method.rates(site))
         if not method.restarts:
             fields |= {name: f"{label}, kept" for name, label in fields.items()}
         elif method.kept_fields and method.event is not None:
             number = links.setdefault(method.event, len(links))
             fields |= {name: f"{label}, link {number}" for name, label in fields.items()}
+    for method, name in adapted.plan.shared_names().items():
+        if fields := paths.lookup(tree, (SHARED, name)):
+            _multiply(fields, method.shared_rates())
     return tree
+
+
+def _multiply(fields: dict[str, str], rates: dict[str, float]) -> None:
+    """Writes the factors of fields with a rate of their own into their labels."""
+    for name, factor in rates.items():
+        if factor != 1:
+            fields[name] = f"{fields[name]} x {factor!r}"
 
 
 def scaled(rate: optax.ScalarOrSchedule, factor: float | jax.Array) -> optax.ScalarOrSchedule:

@@ -20,7 +20,7 @@ from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site
 from jlora.core.protocol.renewal import Renewal
 from jlora.core.tree import placement
-from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.tree.merge import effective_leaf
 from jlora.core.tree.starts import starts_of
 from jlora.core.walk import weight as weights
@@ -87,8 +87,9 @@ def restart(
 
     Raises:
         ValueError: for a base of 16 bits, in which a small link would be rounded away; a full chain; a method that starts
-            elsewhere than at the base, from data, or follows a schedule of its own; a share or choice out of range, or
-            chains that disagree about them; an optimizer that accumulates gradients, in the middle of that.
+            elsewhere than at the base, from data, or follows a schedule of its own, or trains arrays that leaves share; a share
+            or choice out of range, or chains that disagree about them; an optimizer that accumulates gradients, in the middle
+            of that.
         TypeError: for a `Chain` under `jit`, where the number of finished links can't be read.
 
     Example:
@@ -153,12 +154,23 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
         raise ValueError(
             "nothing adapted here can begin anew: restart is for methods such as LoRA, not for Full or Rows"
         )
+    drawers = adapted.plan.shared_names()
     for site in sites:
         if not site.method.exact_start:
             raise ValueError(
                 f"{site.path}: {site.method} does not start at the base's output, so a restart would move it"
             )
+        if not site.method.mergeable or site.method.beside:
+            raise ValueError(
+                f"{site.path}: {site.method} changes more than the weight, so that no new base can take its place; it can't be "
+                "restarted"
+            )
         scheduled = site.method.optimizer_rule is not None or not (site.method.event is None or site.method.kept_fields)
+        if paths.lookup(adapted.params, (SHARED, drawers.get(site.method, ""))):
+            raise ValueError(
+                f"{site.path}: {site.method} trains arrays that its leaves share, which no leaf can begin anew; merge, and "
+                "adapterize the merged params anew"
+            )
         if site.method.needs or scheduled:
             what = "starts from data" if site.method.needs else "follows a schedule of its own over the whole run"
             raise ValueError(

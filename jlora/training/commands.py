@@ -109,8 +109,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not prompt:
         raise ValueError("--prompt must not be empty: the model has no token to begin with")
     written = models.generate(
-        run.subject.model.apply,
-        run.merged(),
+        *run.runnable(),
         [prompt],
         max_new_tokens=arguments.tokens,
         temperature=arguments.temperature,

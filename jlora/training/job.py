@@ -232,7 +232,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
     if settings.task == "lm" and settings.sample_tokens:
         prompt = prompt_tokens(subject, trainer.data, settings)
         say("a text before the training, whose program is compiled first …")
-        texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, subject.params, prompt, settings)}
+        texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, prompt, settings)}
         say(f"before: {texts['prompt']} | {texts['before']!r}")
     try:
         adapted, metrics = trainer.run()
@@ -240,7 +240,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         raise _gave_up(trainer, about, texts, error, start) from error
     adapted = processes.whole_adapters(adapted)
     if texts:
-        texts["after"] = sample(subject, jlora.merge(adapted), prompt, settings)
+        texts["after"] = sample(subject, prompt, settings, adapted)
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
     found = complaint(metrics, settings)

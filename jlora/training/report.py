@@ -11,6 +11,7 @@ from typing import Any
 import jlora
 from jlora import paths
 from jlora.core.tree.adapted import count
+from jlora.core.tree.summary import shared_counts
 from jlora.training import folder
 from jlora.training.files import write_whole
 from jlora.training.metrics import Metrics
@@ -133,6 +134,7 @@ def _sites(adapted: jlora.Adapted) -> str:
     for site in adapted.plan.sites:
         trained = count(paths.lookup(adapted.params, site.keys))
         rows.append((site.path, " × ".join(map(str, site.shape)), str(site.method), f"{trained:,}"))
+    rows += [(path, "shared", str(method), f"{n:,}") for method, (path, n) in shared_counts(adapted).items()]
     return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 

@@ -28,6 +28,7 @@ from jlora.training.packing import packed
 from jlora.training.pipeline import validation_batches
 from jlora.training.placement import make_mesh
 from jlora.training.rows import read_rows
+from jlora.training.samples import runnable
 from jlora.training.settings import Settings
 from jlora.training.subject import Subject, load_subject, open_codec
 from jlora.training.trainer import summarize
@@ -51,9 +52,10 @@ class Run:
     directory: Path
     template: chat.Template | None = None
 
-    def merged(self) -> Any:
-        """Ordinary params."""
-        return self.subject.params if self.adapted is None else jlora.merge(self.adapted)
+    def runnable(self) -> tuple[Callable[..., Any], Any]:
+        """The model's function and its params, with the adapters if there are any."""
+        apply, params = self.subject.model.apply, self.subject.params
+        return (apply, params) if self.adapted is None else runnable(apply, self.adapted)
 
 
 def open_run(out: str | Path, model: str | None = None) -> Run:

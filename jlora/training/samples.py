@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+import jlora
 from jlora import models
 from jlora.training.data import Data
 from jlora.training.settings import Settings
@@ -24,18 +26,25 @@ def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]
     return first.tokens[first.segments == 1][:_PROMPT_TOKENS].tolist()
 
 
-def sample(subject: Subject, params: Any, prompt: list[int], settings: Settings) -> str:
+def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callable[..., Any], Any]:
+    """A model's function and its params with the adapters: merged, or lifted where a method has no weight to merge."""
+    if all(site.method.mergeable for site in adapted.plan.sites):
+        return apply, jlora.merge(adapted)
+    return jlora.lift(apply), adapted
+
+
+def sample(subject: Subject, prompt: list[int], settings: Settings, adapted: jlora.Adapted | None = None) -> str:
     """What the model writes after the prompt.
 
     Args:
         subject: the model.
-        params: ordinary params.
         prompt: token ids, at least one.
         settings: seed and number of tokens.
+        adapted: its base with adapters; by default the base alone.
     """
+    apply = subject.model.apply
     written = models.generate(
-        subject.model.apply,
-        params,
+        *((apply, subject.params) if adapted is None else runnable(apply, adapted)),
         [prompt],
         max_new_tokens=settings.sample_tokens,
         temperature=_TEMPERATURE,

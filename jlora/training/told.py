@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
-from jlora.methods.lora import INITS
+from jlora.methods.lora import INITS, PATTERNS
 
 #: The method of a run that names none, and the job's own word for training a classifier's head alone.
 DEFAULT, PROBE = "lora", "probe"
@@ -66,9 +66,7 @@ def rate_help() -> str:
 
 def init_help() -> str:
     """What `--init` may be."""
-    return (
-        f"how the adapters start, where the method has a choice: {', '.join(INITS)} or pissa_niter_<k>, as LoRA's init"
-    )
+    return f"how the adapters start, where the method has a choice: {', '.join((*INITS, *PATTERNS))}, as LoRA's init"
 
 
 def _grouped(value: Callable[[Recipe], Any]) -> dict[Any, list[str]]:

@@ -1,6 +1,7 @@
 """The contract: what every method must do. Each check takes a method and knows nothing of it but what it declares."""
 
 import copy
+import functools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +20,7 @@ import jlora
 from contract import problems
 from contract.problems import adapt, by_hand, close, jit, perturbed
 from jlora import paths
+from jlora.core.tree.adapted import SHARED, count
 from jlora.optimize.optimizer import GROUPS
 
 
@@ -40,22 +43,43 @@ def check_start(method):
 
 def check_agree(method):
     """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
-    tried = problems.shapes(method)[1:]  # a square one hides mistakes that the others show
-    for lifted, written in jit(lambda: [_both(problem) for problem in tried])():
-        close(lifted, written)
+    _agree(problems.shapes(method)[1:])  # a square one hides mistakes that the others show
 
 
-def _both(problem):
-    """(output, gradient) of the lifted function and of the one with the weights written out."""
-    adapted = problem.perturbed()
+def _agree(tried):
+    """Asserts that the lifted functions equal those with the weights written out, in outputs and gradients.
 
-    def lifted(p):
-        return _outputs(problem, adapted.replace(params=p))
+    What is written out is taken apart where the weights are: the functions of them are the same for all methods, and so are
+    compiled once.
+    """
 
-    def written(p):
-        return problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+    @jit
+    def first():
+        perturbed = [problem.perturbed() for problem in tried]
+        return [
+            (_value_and_gradient(lambda p: _outputs(problem, a.replace(params=p)), a.params), _written(a))
+            for problem, a in zip(tried, perturbed, strict=True)
+        ]
 
-    return [_value_and_gradient(f, adapted.params) for f in (lifted, written)]
+    lifted, written = zip(*first(), strict=True)
+    outputs, gradients = zip(
+        *(_of_weights(p.fn, w, p.x) for p, (w, _) in zip(tried, written, strict=True)), strict=True
+    )
+    pulls = [pull for _, pull in written]
+    back = jit(lambda pulls, gradients: [pull(g)[0] for pull, g in zip(pulls, gradients, strict=True)])(
+        pulls, gradients
+    )
+    close(list(lifted), list(zip(outputs, back, strict=True)))
+
+
+def _written(adapted):
+    """The weights written out, and the pull of their gradients back to the params."""
+    return jax.vjp(lambda p: by_hand(adapted.replace(params=p)), adapted.params)
+
+
+@functools.partial(jit, static_argnums=0)
+def _of_weights(fn, weights, x):
+    return _value_and_gradient(lambda weights: fn(weights, x), weights)
 
 
 def _value_and_gradient(f, p):
@@ -71,6 +95,10 @@ def check_merge(method):
     problem = problems.plain(method)
     base = {"w": jax.device_put(problem.adapted.base["w"], sharding), "other": jnp.ones(3)}
     adapted = perturbed(problem.adapted).replace(base=base)
+    if not method.mergeable:
+        with pytest.raises(ValueError, match="w can't be merged"):
+            jlora.merge(adapted)
+        return
     merged = jlora.merge(adapted)
     assert merged["w"].sharding == sharding, f"merged leaf has {merged['w'].sharding}, the base {sharding}"
     assert merged["other"] is base["other"], "a leaf that is not adapted was copied"
@@ -164,7 +192,7 @@ def check_dtype(method):
         cast = problems.Problem(problem.fn, problem.params, problem.x.astype(dtype), problem.spec)
         other = perturbed(adapted)
         y, gradient = _value_and_gradient(lambda p: _outputs(cast, adapted.replace(params=p)), other.params)
-        return adapted.params, gradient, y, problem.fn(jlora.merge(other), cast.x)
+        return adapted.params, gradient, y, problem.fn(by_hand(other), cast.x)
 
     with jax.numpy_dtype_promotion("strict"):
         starts = [
@@ -208,6 +236,8 @@ def check_keys(method):
     for tree in (adapted.params, adapted.frozen):
         for name, u in tree.get("u", {}).items():
             matrices = [np.asarray(matrix) for leaf in (u, tree["v"][name]) for matrix in leaf]
+            if name == getattr(method, "gate", None):
+                continue  # given out, not drawn
             if name in method.alike or all(np.ptp(matrix) > 0 for matrix in matrices):
                 distinct = len({matrix.tobytes() for matrix in matrices})
                 wanted = 1 if name in method.alike else len(matrices)
@@ -218,7 +248,8 @@ def check_mesh(method):
     """On eight devices, with bases cut along every axis, under `jit` and `shard_map`: as on one device, cut as the base is."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     cuts = {"rows": P("model", None), "columns": P(None, "model"), "both": P("data", "model")}
-    cuts |= {"manual_rows": cuts["rows"], "manual_columns": cuts["columns"]}
+    if method.mergeable:  # what acts alone needs its whole input
+        cuts |= {"manual_rows": cuts["rows"], "manual_columns": cuts["columns"]}
     manual = {"manual_rows": (P(None, "model"), P()), "manual_columns": (P(), P(None, "model"))}
     params = {name: problems.weight(seed, 8, 8) for seed, name in enumerate(cuts)}
     placed = {name: jax.device_put(leaf, NamedSharding(mesh, cuts[name])) for name, leaf in params.items()}
@@ -250,27 +281,29 @@ def check_mesh(method):
         start, jax.device_put(x, NamedSharding(mesh, P("data")))
     )
     close(y, alone(*jax.device_put((start, x), jax.devices()[0])))
-    for name, leaf in jlora.merge(start).items():
+    for name, leaf in jlora.merge(start).items() if method.mergeable else ():
         assert leaf.sharding == placed[name].sharding, f"{name}: {leaf.sharding}"
 
 
 def _check_cuts(adapted, mesh, cuts):
-    """Every field's axes are cut as those axes of the base that they stand for, all others are whole."""
+    """Every field's axes are cut as those axes of the base that they stand for, all others are whole; so is what is shared."""
+    for leaf in jax.tree.leaves([tree.get(SHARED) for tree in (adapted.params, adapted.frozen)]):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P()), leaf.ndim), f"shared lies as {leaf.sharding}"
     for site in adapted.plan.sites:
         cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
         fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
-        for name, axes in site.method.axes.items():
+        for name, field in fields.items():
+            axes = site.method.axes[name]
             wanted = P(*(cut.get(role) for role in axes)) if site.method.matrix else cuts[site.path]
-            got = fields[name].sharding
-            assert got.is_equivalent_to(NamedSharding(mesh, wanted), fields[name].ndim), (
+            got = field.sharding
+            assert got.is_equivalent_to(NamedSharding(mesh, wanted), field.ndim), (
                 f"{name} lies as {got}, wanted {wanted}"
             )
 
 
 def check_lift(method):
     """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
-    problem = problems.model(method)
-    close(*jit(lambda: _both(problem))())
+    _agree([problems.model(method)])
 
 
 def check_labels(method):
@@ -282,12 +315,18 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    assert set(method.axes) == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    names = (
+        set(method.axes) & set(fields) if method.beside else set(method.axes)
+    )  # some fields only go with a leaf beside
+    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
     for name, axes in method.axes.items() if method.matrix else ():
         assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"
         )
+    shared = [tree.get(SHARED, {}).get(type(method).__name__, {}) for tree in (adapted.params, adapted.frozen)]
+    names = sorted([*shared[0], *shared[1]])
+    assert sorted(method.shared_fields) == names, f"shared_fields name {method.shared_fields}, shared are {names}"
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=1e-2, ratio=16, embedding_learning_rate=1e-2)
 
     @jit
@@ -318,18 +357,35 @@ def check_count(method):
     """The number of trained values is the one that the docstring states."""
     for problem in problems.shapes(method)[:3]:
         rows, columns = problem.params["w"].shape
-        start = jax.eval_shape(problem.start, jax.random.key(0))
-        trained = sum(leaf.size for leaf in jax.tree.leaves(start.params))
-        stated = stated_count(method, rows, columns)
-        assert trained == stated, f"{rows} x {columns}: {trained} values are trained, the docstring says {stated}"
+        start = jax.eval_shape(problem.start, jax.random.key(0)).params
+        shared, trained = start.get(SHARED, {}), {name: tree for name, tree in start.items() if name != SHARED}
+        for tree, sentence in ((trained, TRAINS), (shared, SHARES)):
+            if tree or sentence.search(_doc(method)):
+                found, stated = count(tree), stated_count(method, rows, columns, sentence)
+                assert found == stated, f"{rows} x {columns}: {found} values are trained, the docstring says {stated}"
+    if shared:
+        found, stated = count(problems.stack(method).adapted.params[SHARED]), stated_count(method, 8, 8, SHARES, 3)
+        assert found == stated, f"three matrices share {found} trained values, the docstring says {stated}"
 
 
-def stated_count(method, rows, columns):
-    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out."""
-    sentence = re.search(r"Trains\s+`([^`]+)`\s+values", type(method).__doc__ or "")
-    assert sentence, f'{type(method).__name__}\'s docstring must say "Trains `<closed form>` values"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", sentence[1]))
-    names = {"rows": rows, "columns": columns, "count": lambda inner: stated_count(inner, rows, columns)}
+TRAINS, SHARES = re.compile(r"Trains\s+`([^`]+)`\s+values"), re.compile(r"Shares\s+`([^`]+)`\s+trained\s+values")
+
+
+def _doc(method):
+    return type(method).__doc__ or ""
+
+
+def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
+    """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
+
+    Of "Shares `...` trained values", which all leaves do together, in their numbers too: `matrices`, `layers` and `kinds`.
+    """
+    found = sentence.search(_doc(method))
+    assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
+    names = {"rows": rows, "columns": columns, "matrices": matrices, "layers": matrices, "kinds": 1}
+    names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
+    names["number"] = getattr(method, "number", None)
     return eval(
         formula,
         {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},

@@ -14,6 +14,7 @@ from jax import lax
 import jlora
 from jlora import paths
 from jlora.core.protocol.method import View
+from jlora.core.protocol.statistics import INPUTS
 from jlora.core.tree.adapted import SHARED
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
@@ -39,16 +40,26 @@ def layers(params, x):
 
 
 def adapt(params, spec, key=None, sites=None):
-    """`adapterize`, with gradients of some loss for the methods that start from gradients."""
-    methods = [getattr(method, "method", method) for method in spec.values()]
+    """`adapterize`, with gradients of some loss, or inputs, for the methods that start from them."""
+    methods = [method for method in (getattr(method, "method", method) for method in spec.values()) if method]
+    inputs = frozenset().union(*(method.needs for method in methods)) & INPUTS.keys()
 
     def loss(params, batch):
+        if inputs:
+            return sum(_used(params, site, batch) for site in jlora.watch(params, spec, sites).plan.sites)
         return sum(jnp.sum(jnp.sin(batch * leaf)) for leaf in jax.tree.leaves(params)).astype(jnp.float32)
 
     batches = [jnp.asarray(x, jax.tree.leaves(params)[0].dtype) for x in (3.0, 5.0)]
     needing = any(method.needs for method in methods)
     prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing else None
     return jlora.adapterize(params, spec, key, sites, prepared)
+
+
+def _used(params, site, batch):
+    """The product of a leaf's matrices with inputs of their own."""
+    w = site.fold(paths.lookup(params, site.keys))
+    x = normal(paths.number(site.path), *site.batch_shape, 5, site.in_size).astype(w.dtype)
+    return jnp.sum(jnp.sin(jnp.einsum("...ti,...io->...to", batch * x, w))).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,10 @@ def model(method):
     shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
-    return ready(model_function, params, x, {".*": method}, jlora.sites(model_function, params, x), LAYERS_NOISE)
+    spec = {"embedding": None} if method.needs & INPUTS.keys() else {}  # a lookup has no input
+    # What acts alone takes products `x @ w`; the other uses it refuses.
+    spec |= {".*" if method.mergeable else "stack|up": method}
+    return ready(model_function, params, x, spec, jlora.sites(model_function, params, x), LAYERS_NOISE)
 
 
 def perturbed(adapted, seed=2, size=0.3):
@@ -142,22 +156,39 @@ def observed(adapted):
     return {"inputs": seen} if seen else {}
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Acts:
+    """Stands where a weight would, for a method that has none: `x @ Acts(view)` is what the method makes of `x`."""
+
+    view: View
+
+    def __rmatmul__(self, x):
+        return self.view.site.method.apply(x, lambda z: z @ self.view.w.astype(z.dtype), self.view).astype(x.dtype)
+
+
 def by_hand(adapted):
     """The params with every adapted leaf replaced by its method's `weight`, without jlora's merge or lift."""
     params = dict(adapted.base)
     names = adapted.plan.shared_names()
     for site in adapted.plan.sites:
         leaf = params[site.path]
-        shared = paths.lookup(adapted.frozen, (SHARED, names.get(site.method)))
+        drawers = [paths.lookup(tree, (SHARED, names.get(site.method))) for tree in (adapted.params, adapted.frozen)]
+        shared = {**drawers[0], **drawers[1]}
 
         def function(w, trained, frozen, site=site, shared=shared):
-            return site.method.weight(View(w, trained, frozen, site, shared))
+            view = View(w, trained, frozen, site, shared)
+            return site.method.weight(view) if site.method.mergeable else Acts(view)
 
         for _ in site.batch_axes:
             function = jax.vmap(function)
         w = site.fold(leaf) if site.method.matrix else leaf
         trained, frozen = (paths.lookup(tree, site.keys) for tree in (adapted.params, adapted.frozen))
-        effective = function(w, trained, frozen).astype(leaf.dtype)
+        effective = function(w, trained, frozen)
+        if not site.method.mergeable:
+            params[site.path] = effective
+            continue
+        effective = effective.astype(leaf.dtype)
         params[site.path] = site.unfold(effective) if site.method.matrix else effective
     return params
 

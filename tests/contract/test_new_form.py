@@ -174,7 +174,7 @@ def test_a_method_that_gives_factors_alone_is_told_to_give_its_weight_too():
 
     adapted = adapt({"w": weight(0, 8, 8)}, {"w": Thin(2)})
     with pytest.raises(
-        NotImplementedError, match=r"Thin must give weight\(view\), .*, beside factors, sparse or update"
+        NotImplementedError, match=r"Thin must give weight\(view\), .*, beside factors, sparse, update or apply"
     ):
         jlora.merge(adapted)
 

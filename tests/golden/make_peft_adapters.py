@@ -1,17 +1,18 @@
 """Writes `peft_adapters/`: adapters that PEFT 0.21 made, each with its base and what the model computes.
 
 For `tests/interchange/`. Run with a Python that has torch, transformers and peft:
-`python tests/golden/make_peft_adapters.py`. Each case is a folder as `save_pretrained` writes it, with `case.npz` beside
-the adapter: the base by torch names (`base/...`), the input and the output.
+`python tests/golden/make_peft_adapters.py [name ...]`, all cases or those that are named. Each is a folder as `save_pretrained`
+writes it, with `case.npz` beside the adapter: the base by torch names (`base/...`), the input and the output.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -134,6 +135,8 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
+    "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
     "shira": (Text, ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
 }
@@ -154,10 +157,11 @@ def randomise(model):
 
 
 def sorted_targets(file):
-    """PEFT keeps them as a set, whose order is another one in each run."""
+    """PEFT keeps lists of modules as sets, whose order is another one in each run."""
     config = json.loads(file.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
+    for key, value in config.items():
+        if key.endswith("_modules") and isinstance(value, list):
+            config[key] = sorted(value)
     file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -181,8 +185,8 @@ def write(name, build, config):
 
 
 def main():
-    for name, (build, config) in CASES.items():
-        write(name, build, config)
+    for name in sys.argv[1:] or CASES:
+        write(name, *CASES[name])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Writes `peft_training/`: ten AdamW steps of PEFT 0.21 on a tiny Llama, from adapters that lie beside the losses.
 
 For `tests/interchange/test_training_golden.py`; `tests/parity/` runs the same live. Run with a Python that has torch,
-transformers and peft: `python tests/golden/make_peft_training.py`.
+transformers and peft: `python tests/golden/make_peft_training.py [name ...]`, all cases or those that are named.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -25,6 +26,8 @@ def lora(**options):
 
 
 CONFIGS = {
+    "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
+    "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),
     "rslora": lambda: lora(use_rslora=True),
     "dora": lambda: lora(use_dora=True),
@@ -56,7 +59,8 @@ def start(name, folder, base=BASE):
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     config = json.loads((folder / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+    lists = {key: sorted(value) for key, value in config.items() if key.endswith("_modules") and value}
+    config |= {"base_model_name_or_path": None, **lists}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return model
 
@@ -94,7 +98,7 @@ def ranks(model):
 
 
 def main():
-    for name in CONFIGS:
+    for name in sys.argv[1:] or CONFIGS:
         model = start(name, FOLDER / name)
         result = {"tokens": tokens().tolist(), **train(model, name)}
         (FOLDER / name / "losses.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -23,6 +23,11 @@ DECAYS = {"olora": 0.0, "pissa": 0.0}
 ADALORA = {"target": 2, "steps": STEPS, "start_steps": 2, "final_steps": 3, "interval": 2, "orthogonality": 0.3}
 
 
+def names():
+    """The cases of `make_peft_training.py`."""
+    return sorted(folder.name for folder in GOLDEN.iterdir())
+
+
 def expected(name):
     return json.loads((GOLDEN / name / "losses.json").read_text())
 

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.interchange.folder import AdapterFolder
 
+pytestmark = pytest.mark.newest
+
 PARAMS = {"up": {"kernel": jnp.ones((6, 5)), "bias": jnp.ones(5)}, "head": {"kernel": jnp.ones((5, 3))}}
 NAMES = {"(?P<module>.*)/(kernel|bias)": "{module}"}
 STEM = "base_model.model.up"
@@ -95,7 +97,7 @@ def test_tensors_that_are_wrong_are_refused_before_any_is_read(change, message, 
 
 
 CONFIGS = {
-    "another method": ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; known are LORA, ADALORA, VERA, SHIRA"),
+    "another method": ({"peft_type": "BONE"}, "peft_type 'BONE' is not read; known are LORA, ADALORA, VERA, SHIRA"),
     "no method": ({"peft_type": None}, "peft_type None is not read"),
     "a text for r": ({"r": "4"}, "r must be a positive integer, got '4'"),
     "r of 0": ({"r": 0}, "r must be a positive integer, got 0"),

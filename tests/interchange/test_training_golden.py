@@ -4,8 +4,10 @@ import numpy as np
 import peft_training_steps as training
 import pytest
 
+pytestmark = pytest.mark.newest
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])
+
+@pytest.mark.parametrize("name", training.names())
 def test_ten_steps_of_adamw_have_the_losses_of_peft(name):
     expected = training.expected(name)
     losses, ranks = training.train(training.GOLDEN / name, name, expected["tokens"])

@@ -131,7 +131,7 @@ OUT = (
     Mutation(
         "an array without a place is left out in silence",
         "jlora/interchange/save.py",
-        "            if (site.path, name) not in told:\n",
+        "            if (path, name) not in told:\n",
         "            if False:\n",
         (PROFILES + "a_trained_array_without_a_place_is_an_error",),
     ),

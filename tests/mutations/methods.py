@@ -156,9 +156,9 @@ FORMULAS = (
     ),
     Mutation(
         "a randomised SVD is no wider than the rank",
-        "jlora/methods/lora.py",
-        "width = min(rank + 8, *w.shape)",
-        "width = min(rank, *w.shape)",
+        "jlora/core/protocol/data_starts.py",
+        "width = min(rank + 8 if width is None else width, *w.shape)",
+        "width = min(rank if width is None else width, *w.shape)",
         (INITS + "the_randomised_svd_comes_as_close_as_its_iterations_let_it",),
     ),
     Mutation(
@@ -367,8 +367,8 @@ FORMULAS = (
     Mutation(
         "a class that changes the weight alone is used by its parent's factors",
         "jlora/core/protocol/method.py",
-        '_WEIGHT = {"weight", "factors", "sparse", "update", "form"}',
-        '_WEIGHT = {"factors", "sparse", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "weight", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "update", "form"}',
         (LORA + "a_derived_class_that_changes_the_weight_alone_is_used_by_that_weight",),
     ),
 )

@@ -68,9 +68,9 @@ ADAPTED = (
     ),
     Mutation(
         "gradients of several batches are added up and not averaged",
-        "jlora/core/tree/prepare.py",
-        "gradient.astype(accumulation_dtype(gradient.dtype)) / len(data)",
-        "gradient.astype(accumulation_dtype(gradient.dtype))",
+        "jlora/core/transforms/prepare.py",
+        "return total / count.reshape(*count.shape, *[1] * (total.ndim - count.ndim))",
+        "return total",
         (PREPARE + "starts_are_made_of_the_mean_gradients",),
     ),
     Mutation(
@@ -111,8 +111,8 @@ ADAPTED = (
     Mutation(
         "a gradient flows through what was seen",
         "jlora/core/transforms/observe.py",
-        "measure(jax.lax.stop_gradient(x))",
-        "measure(x)",
+        "measure(jax.lax.stop_gradient(x), *given)",
+        "measure(x, *given)",
         (OBSERVE + "outputs_and_gradients_are_those_of_lift_even_where_the_loss_uses_what_was_seen",),
     ),
     Mutation(

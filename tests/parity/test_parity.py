@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 from jlora import models
+from jlora.core.protocol.method import stated_kind
+from jlora.disk import catalog
 
 pytestmark = pytest.mark.parity
 GOLDEN = training.BASE.parent
@@ -44,6 +46,9 @@ EXPORTS = {
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
 }
+# Methods that state their place in PEFT, by their first case.
+STATED = {name.lower(): cls for name, cls in catalog.methods().items() if stated_kind(cls) is not None}
+EXPORTS |= {name: ("llama_yarn", {LINEAR: cls.CASES[0]}) for name, cls in STATED.items() if name not in EXPORTS}
 
 
 def moved(adapted):
@@ -149,7 +154,7 @@ def test_jlora_computes_what_peft_computes_with_what_peft_wrote(name, scan_layer
     np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "olora", "pissa", "vera", "adalora"])
+@pytest.mark.parametrize("name", training.names())
 def test_ten_steps_of_adamw_have_equal_losses_on_both_sides(name, tmp_path):
     import make_peft_training as theirs
 

@@ -25,6 +25,16 @@ def count_formula(cls: type) -> str | None:
     return _joined(found[1]) if found else None
 
 
+def shared_count_formula(cls: type) -> str | None:
+    """The closed form of the sentence "Shares `...` trained values", for all leaves of a method together.
+
+    In the method's hyperparameters; in `in` and `out`, the largest input and output; and in the numbers of `matrices`, of
+    `layers` and of `kinds` of leaves.
+    """
+    found = re.search(r"Shares\s+`([^`]+)`\s+trained\s+values", _text(cls))
+    return _joined(found[1]) if found else None
+
+
 def costs(cls: type) -> str | None:
     """The sentences that begin with "Costs", as one line."""
     body = _joined(re.split(rf"\n(?:{'|'.join(_SECTIONS)}):\n", _text(cls))[0])

@@ -9,6 +9,7 @@ static data without retracing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.core.products.acting import Acting
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.job import KnownToTheJob
-from jlora.core.protocol.peft import Peft
+from jlora.core.protocol.peft import Peft, PeftKind
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
 
@@ -44,6 +46,7 @@ class Site:
         batch_axes: axes over which separate matrices are stacked (layers, experts).
         kind: how the function reads it: "dot", "conv", "grouped conv" (in feature groups) or "gather" (an embedding's lookup).
         method: the method that adapts it.
+        beside: which of the leaves that the method's `beside` names the tree has.
     """
 
     keys: tuple[str, ...]
@@ -54,6 +57,7 @@ class Site:
     batch_axes: tuple[int, ...]
     kind: str
     method: Method
+    beside: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -97,7 +101,9 @@ class View:
         params: the trained arrays that `start` named.
         frozen: the constants that `start` named.
         site: the leaf this is a matrix of; static.
-        shared: the constants that `Method.shared` made for all leaves of the method.
+        shared: the arrays that `Method.shared` made for all leaves of the method, trained ones and constants by name.
+        beside: the leaves that `Method.beside` names and the tree has, as `[out]`.
+        key: dropout key, in `Method.apply` alone; None where nothing is dropped.
     """
 
     w: jax.Array
@@ -105,12 +111,14 @@ class View:
     frozen: Arrays
     site: Site = field(metadata={"static": True})
     shared: Arrays = field(default_factory=dict)
+    beside: Arrays = field(default_factory=dict)
+    key: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Start:
-    """What a method starts from.
+    """What a method starts from: one matrix (`Method.start`), or all its leaves together (`Method.shared`).
 
     Attributes:
         params: trained arrays by name.
@@ -148,8 +156,14 @@ class Method(KnownToTheJob):
         axes: for each field the role of each of its axes: "in", "out", "rank" or "" (anything else).
         form: the form of update in which the method gives its weight, known before there are arrays; None where the weight
             is always formed. It follows from the most derived class that says anything of its weight: `Factors` where that
-            has `factors`, `Sparse` where it has `sparse`, None where it has `weight` alone, whatever its parents have. A class
-            that has an `update` of its own names it.
+            has `factors`, `Sparse` where it has `sparse`, `Acting` where it has `apply`, None where it has `weight` alone,
+            whatever its parents have. A class that has an `update` of its own names it.
+        mergeable: False for methods that act in a way that no weight can, such as a network beside the product; they have no
+            `weight`.
+        beside: names of leaves beside the adapted one that the method changes too, such as ("bias",). Where the tree has
+            them, `apply` sees them in `View.beside` and adds to its result what changes, `merged_beside` gives them anew.
+        peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
+            class that states it, not for those derived from it.
         CASES: examples of the method for the contract test; every method has some.
     """
 
@@ -159,6 +173,9 @@ class Method(KnownToTheJob):
     local: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = True
     form: ClassVar[type[Update] | None] = None
+    mergeable: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
+    peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -173,7 +190,7 @@ class Method(KnownToTheJob):
             raise TypeError(
                 f"{cls.__name__} must state both or neither: update(view), and form, the class that it returns"
             )
-        given = Factors if "factors" in last else Sparse if "sparse" in last else None
+        given = next((form for name, form in _FORMS.items() if name in last), None)
         cls.form, cls.update = last.get("form", given), last.get("update", Method.update)
 
     @property
@@ -208,12 +225,12 @@ class Method(KnownToTheJob):
 
     @property
     def shared_fields(self) -> tuple[str, ...]:
-        """Names of the constants that all leaves of this method have in common (see `shared`)."""
+        """Names of the arrays that all leaves of this method have in common, trained ones and constants (see `shared`)."""
         return ()
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: "gradient", "absolute_gradient"."""
+        """What `start` takes by keyword beside the matrix, from `jlora.prepare`: names of `jlora.core.protocol.statistics`."""
         return frozenset()
 
     @property
@@ -238,12 +255,16 @@ class Method(KnownToTheJob):
             ValueError: with what is wanted; the core adds the path and the shape.
         """
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
-        """The constants that all leaves of this method share, given all of them; replicated on every mesh."""
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
+        """The arrays that all leaves of this method share, given all of them; whole on every device of a mesh.
+
+        A dict holds constants; a `Start` may hold trained arrays too, whose gradients are sums over the leaves. They lie in
+        `adapted.params["~shared"]` and `adapted.frozen["~shared"]`, each method's under a name of its own.
+        """
         return {}
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
-        """The starting arrays for one matrix `w [in, out]`; `statistics [in, out]` are those that `needs` names."""
+        """The starting arrays for one matrix `w [in, out]`; `statistics` are those that `needs` names."""
         raise NotImplementedError(f"{type(self).__name__} has no start")
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
@@ -257,15 +278,37 @@ class Method(KnownToTheJob):
     def weight(self, view: View) -> jax.Array:
         """The effective weight `[in, out]`. It defines the method: every other form must agree with it."""
         raise NotImplementedError(
-            f"{type(self).__name__} must give weight(view), the effective weight [in, out], beside factors, sparse or update: "
-            "merging and some uses need it"
+            f"{type(self).__name__} must give weight(view), the effective weight [in, out], beside factors, sparse, update or "
+            "apply: merging and some uses need it. A method that has none says mergeable = False"
         )
+
+    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
+        """What the matrix does to its input: overriding it makes the method act, where a weight alone can't say it well.
+
+        A method that has a weight too is linear in `x`, and the contract checks that both agree.
+
+        Args:
+            x: `[..., in]`, in the function's dtype.
+            product: the base's product, `[..., in] -> [..., out]`, as often as wanted; it adds up in float32 at least, and
+                takes inputs of more bits than `x` has without losing them.
+            view: the matrix, its arrays, and the dropout key.
+
+        Returns:
+            `[..., out]`, which the core rounds to the function's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not act")
+
+    def merged_beside(self, view: View) -> Arrays:
+        """The leaves that `beside` names and the tree has, `[out]`, as `merge` puts them into the params."""
+        return {}
 
     def update(self, view: View) -> Update | None:
         """The effective weight as a value of `form`, which owns how it is used: the fast path. None where there is none.
 
-        By default what `factors` or `sparse` gives; a method whose form is another one gives that here.
+        By default what `factors`, `sparse` or `apply` gives; a method whose form is another one gives that here.
         """
+        if self.form is Acting:
+            return Acting(view)
         return self.factors(view) if self.form is Factors else self.sparse(view) if self.form is Sparse else None
 
     def factors(self, view: View) -> Factors | None:
@@ -288,17 +331,26 @@ class Method(KnownToTheJob):
         """Factors of the group's learning rate for fields that learn slower or faster than their group."""
         return {}
 
+    def shared_labels(self, trained: Arrays) -> dict[str, str]:
+        """The learning-rate group of each trained array of `shared`, by default that of its number of axes."""
+        return {name: default_label(array.ndim) for name, array in trained.items()}
+
+    def shared_rates(self) -> dict[str, float]:
+        """`rates` for the trained arrays of `shared`."""
+        return {}
+
     def peft(self, params: Any, frozen: Any, shared: Any) -> Peft | None:
         """The adapter as PEFT has it, from numpy arrays `[*batch, ...]`; None where PEFT has no such thing.
 
         Asked of a class that defines it, not of those derived from it (see `states_peft`). Without one, a weight `w + a @ b`
-        goes out as plain LoRA by `factors`.
+        goes out as plain LoRA by `factors`. A method that PEFT has with tensors of its own states `peft_kind` instead.
         """
         return None
 
 
-#: What a class says its weight by.
-_WEIGHT = {"weight", "factors", "sparse", "update", "form"}
+#: What a class says its weight by, with the form that it then has.
+_FORMS: dict[str, type[Update]] = {"factors": Factors, "sparse": Sparse, "apply": Acting}
+_WEIGHT = {*_FORMS, "weight", "update", "form"}
 
 
 def states_peft(method: Method) -> bool:
@@ -308,6 +360,11 @@ def states_peft(method: Method) -> bool:
     weight is its parent's says so: `peft = LoRA.peft`.
     """
     return "peft" in vars(type(method))
+
+
+def stated_kind(method: Method | type[Method]) -> PeftKind | None:
+    """The place in PEFT that a method's own class states; an inherited one is not used, as with `states_peft`."""
+    return vars(method if isinstance(method, type) else type(method)).get("peft_kind")
 
 
 def default_label(ndim: int) -> str:

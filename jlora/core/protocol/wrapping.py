@@ -29,6 +29,14 @@ class Around(Method):
         return self.inner.exact_start
 
     @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        return self.inner.mergeable
+
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.beside
+
+    @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.local
 
@@ -63,7 +71,7 @@ class Around(Method):
     def check(self, site: Site) -> None:
         self.inner.check(site)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Arrays:
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
         return self.inner.shared(key, self._inside(sites))
 
     def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
@@ -78,6 +86,12 @@ class Around(Method):
 
     def rates(self, site: Site) -> dict[str, float]:
         return self.inner.rates(site)
+
+    def shared_labels(self, trained: Arrays) -> dict[str, str]:
+        return self.inner.shared_labels(trained)
+
+    def shared_rates(self) -> dict[str, float]:
+        return self.inner.shared_rates()
 
     @classmethod
     def job(cls, rank: int | None, steps: int | None, **options: Any) -> Method:

@@ -12,10 +12,11 @@ import numpy as np
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Method, Site
+from jlora.core.tree import beside
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 
-#: Where `Adapted.frozen` keeps the arrays that several leaves share. No leaf's path starts so.
+#: Where `Adapted.params` and `Adapted.frozen` keep the arrays that several leaves share. No leaf's path starts so.
 SHARED = "~shared"
 
 
@@ -26,7 +27,7 @@ class Plan:
     sites: tuple[Site, ...]
 
     def shared_names(self) -> dict[Method, str]:
-        """For each method with shared constants the name of their drawer, `frozen[SHARED][name]`."""
+        """For each method whose leaves share arrays the name of their drawer under `SHARED`, in `params` and `frozen`."""
         names: dict[Method, str] = {}
         for method in (site.method for site in self.sites):
             if method.shared_fields and method not in names:
@@ -44,8 +45,9 @@ class Adapted:
     Attributes:
         base: the params tree; never trained.
         params: what is trained: a nested dict along the base's own keys with the method's fields at the end, such as
-            `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front.
-        frozen: constants of the methods, laid out like `params`; those that several leaves share are under `SHARED`.
+            `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front. What several leaves
+            share is under `SHARED`; a leaf that trains nothing of its own has an empty dict.
+        frozen: constants of the methods, laid out like `params`.
         context: read-only inputs of a call; `{"dropout": key}` switches dropout on.
         plan: path, method and axis roles of every adapted leaf; static.
     """
@@ -68,23 +70,30 @@ class Adapted:
         """
         leaves = dict(paths.flatten_with_keys(self.base)[0])
         names = self.plan.shared_names() if names is None else names
-        drawers = self.frozen.get(SHARED, {})
-        return [
-            self._weight(site, leaves[site.keys], drawers.get(names.get(site.method), {})) for site in self.plan.sites
-        ]
+        return [self._weight(site, leaves, self.shared(names.get(site.method, ""))) for site in self.plan.sites]
 
-    def _weight(self, site: Site, leaf: Any, shared: Arrays) -> Weight:
+    def shared(self, name: str) -> Arrays:
+        """The arrays that the leaves of a method share, trained ones and constants, by the name of their drawer."""
+        return {**paths.lookup(self.params, (SHARED, name)), **paths.lookup(self.frozen, (SHARED, name))}
+
+    def _weight(self, site: Site, leaves: dict[tuple[str, ...], Any], shared: Arrays) -> Weight:
         key = self.context.get("dropout")
         if key is not None:
             key = jax.random.fold_in(key, paths.number(site.path)) if site.method.uses_key else None
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
+        leaf = leaves[site.keys]
         leaf = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-        return weights.start(leaf, site, params, frozen, shared, key)
+        found = {name: leaves.get(keys) for name, keys in beside.keys_of(site).items()}
+        there = {name: beside.fold(site, jnp.asarray(leaf)) for name, leaf in found.items() if leaf is not None}
+        return weights.start(leaf, site, params, frozen, shared, key, there)
 
     def with_leaves(self, arrays: list[Any]) -> Any:
         """The base tree with its adapted leaves replaced, in the order of the plan."""
+        return self.with_replaced(dict(zip((site.keys for site in self.plan.sites), arrays, strict=True)))
+
+    def with_replaced(self, new: dict[tuple[str, ...], Any]) -> Any:
+        """The base tree with some leaves replaced, by their keys."""
         leaves, treedef = paths.flatten_with_keys(self.base)
-        new = dict(zip((site.keys for site in self.plan.sites), arrays, strict=True))
         return jax.tree.unflatten(treedef, [new.get(keys, leaf) for keys, leaf in leaves])
 
     def __repr__(self) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from jlora import _compat, paths
+from jlora.core.protocol.method import Start
 from jlora.core.protocol.readings import Sites
-from jlora.core.tree import placement
+from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
 from jlora.core.tree.starts import Prepared, starts_of
@@ -50,8 +51,8 @@ def adapterize(
     _check_keys(leaves)
     plan = Plan(tuple(resolve(leaves, spec, sites)))
     by_keys = dict(leaves)
-    trained: dict[str, Any] = {}
-    frozen = _shared(plan, key, by_keys)
+    beside.check(plan.sites, by_keys)
+    trained, frozen = _shared(plan, key, by_keys)
     for site, start in starts_of(plan.sites, by_keys, key, prepared).items():
         start = placement.place(start, site, by_keys[site.keys])
         paths.insert(trained, site.keys, start.params)
@@ -61,14 +62,28 @@ def adapterize(
     return Adapted(base, trained, frozen, {}, plan)
 
 
-def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    """The drawer of the arrays that several leaves share, or an empty one."""
-    drawers = {}
+def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained arrays that several leaves share, and the constants, by drawer; each in an empty tree where there are none.
+
+    Raises:
+        ValueError: for a method that gives other arrays than it names.
+    """
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for method, name in plan.shared_names().items():
         sites = tuple(site for site in plan.sites if site.method == method)
-        arrays = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
-        drawers[name] = placement.replicate(arrays, leaves[sites[0].keys])
-    return {SHARED: drawers} if drawers else {}
+        found = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
+        found = found if isinstance(found, Start) else Start({}, found)
+        if sorted([*found.params, *found.frozen]) != sorted(method.shared_fields):
+            raise ValueError(
+                f"{method} shares {sorted(found.params)} trained and {sorted(found.frozen)} frozen, but its shared_fields name "
+                f"{sorted(method.shared_fields)}: name each array once"
+            )
+        found = placement.replicate(found, [leaves[site.keys] for site in sites])
+        for tree, arrays in ((trained, found.params), (frozen, found.frozen)):
+            if arrays:
+                paths.insert(tree, (SHARED, name), arrays)
+    return trained, frozen
 
 
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -106,12 +106,17 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
     return Start(params, frozen)
 
 
-def replicate(tree: Any, leaf: Any) -> Any:
-    """Arrays put whole onto every device of the mesh that a base leaf lies on."""
-    sharding = named_sharding(leaf)
-    if sharding is None:
-        return tree
-    return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+def replicate(tree: Any, leaves: Iterable[Any]) -> Any:
+    """Arrays put whole onto every device of the mesh that some base leaves lie on."""
+    sharding = replicated(leaves)
+    return tree if sharding is None else jax.device_put(tree, sharding)
+
+
+def replicated(leaves: Iterable[Any]) -> NamedSharding | None:
+    """Whole on every device of the mesh of the first leaf that lies on one; None where none does."""
+    meshes = (sharding.mesh for sharding in map(named_sharding, leaves) if sharding is not None)
+    mesh = next(meshes, None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def complete(tree: Any) -> Any:

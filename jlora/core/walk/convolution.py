@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.products.contraction import matmul
+from jlora.core.products.contraction import Options, matmul
 from jlora.core.products.update import Linear
 from jlora.core.walk import weight as weights
 from jlora.core.walk.folding import big, is_float, regroup, side_of, single_matrix, sized
@@ -24,10 +24,23 @@ def convolution(walk: Walk, eqn: Any, x: Any, weight: Any) -> list[Any] | None:
     x = walk.materialise(x, eqn)
     out_axis = numbers.rhs_spec[0]
     taps = tuple(axis for axis in range(x.ndim) if axis != out_axis)
-    if side_of(weight, taps, ()) != "in" or not weight.owns("convolve") or not is_float(x) or big(weight.batch):
+    if side_of(weight, taps, ()) != "in" or not is_float(x) or big(weight.batch):
+        return None
+    if weight.acts_alone and eqn.params["feature_group_count"] == 1:
+        walk.seen.add(weight.name)
+        return [_by_patches(walk, eqn, x, weight)]
+    if not weight.owns("convolve"):
         return None
     walk.seen.add(weight.name)
     return [_convolve(walk, eqn, x, weight)]
+
+
+def _by_patches(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
+    """A convolution as the product of its patches with the matrix, for what has to see its input so."""
+    w, update = single_matrix(weight)
+    options = Options(eqn.outvars[0].aval.dtype, eqn.params["precision"])
+    y = update.dense(patches(eqn, x, weight), w, walk.next_key(weight.key), options)
+    return jnp.moveaxis(y, -1, eqn.params["dimension_numbers"].out_spec[1])
 
 
 def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:

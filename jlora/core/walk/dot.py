@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jlora.core.products.contraction import Options, check_plan
-from jlora.core.products.update import Update
+from jlora.core.protocol.method import View
 from jlora.core.walk import weight as weights
 from jlora.core.walk.folding import Label, arrange, big, is_float, regroup, side_of, single_matrix, sized
 from jlora.core.walk.interpreter import Walk, rule
@@ -94,11 +94,11 @@ def together(walk: Walk, uses: list[Use]) -> list[list[Any]] | None:
 
     They must be plain products `x @ w` over the last axis of the activation, without dropout, with updates of one form.
     """
-    form = uses[0].weight.method.form
-    if form is None or not form.owns("together"):
+    form = uses[0].weight.form
+    if not form.owns("together"):
         return None
     for use in uses:
-        if use.weight.method.form is not form or not _is_plain(use) or use.options(walk) != uses[0].options(walk):
+        if use.weight.form is not form or not _is_plain(use) or use.options(walk) != uses[0].options(walk):
             return None
     members = [single_matrix(use.weight) for use in uses]
     products = form.together(uses[0].x, members, uses[0].options(walk))
@@ -128,16 +128,16 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     weight, side, options = use.weight, "in" if use.side == "in" else "out", use.options(walk)
     x, shared, free = folded_input(use, side)
 
-    def product(x: jax.Array, w: jax.Array, update: Update, key: jax.Array | None) -> jax.Array:
+    def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> jax.Array:
+        update = weights.update_of(weight, view)
         return update.dense(x, w, key, options) if side == "in" else update.transposed(x, w, key, options)
 
-    for piece in reversed(weight.batch):
-        product = jax.vmap(product, in_axes=(0 if piece in shared else None, 0, 0, 0))
     walk.seen.add(weight.name)
     key = walk.next_key(weight.key)
     if key is not None and weight.batch:
         key = jax.random.split(key, tuple(piece.size for piece in weight.batch))  # every expert drops on its own
-    y = product(x, weights.matrix(weight), weights.update(weight), key)
+    along = lambda piece: (0, 0, 0 if piece in shared else None)  # noqa: E731
+    y = weights.over_batch(product, weight, (weights.matrix(weight), key, x), along)
     remaining = weight.with_role("out" if side == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from jlora import _compat
+from jlora.core.protocol.method import Method
 from jlora.core.protocol.readings import PRODUCTS, Reading
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Several, Weight
@@ -137,6 +138,16 @@ class Walk:
             raise ValueError(
                 f"{value.name}: the effective weight has to be formed for {_where(eqn)}, and dropout can't act there. "
                 "Set dropout=0 for this leaf, or give no dropout key"
+            )
+        if value.acts_alone:
+            raise ValueError(
+                f"{value.name}: {value.method} acts on the input of a product `x @ w`, and no weight in its place does the "
+                f"same, as {_where(eqn)} needs one; leave this leaf out of the spec, or adapt it by another method"
+            )
+        if type(value.method).weight is Method.weight:
+            raise TypeError(
+                f"{value.name}: {_where(eqn)} needs the effective weight, and {value.method} gives none: let it "
+                "have weight(view), or say mergeable = False"
             )
         if self.strict and value.method.form is not None and value.method.form.refuses_forming:
             raise ValueError(

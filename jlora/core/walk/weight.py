@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jlora.core.products.formed import Formed
 from jlora.core.products.update import Update
 from jlora.core.protocol.method import Arrays, Method, Site, View
 
@@ -61,6 +62,7 @@ class Weight:
         batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
         factor: the number by which the function multiplied the weight, or None.
         stored: `array` without that factor, which is what the method sees; None where they are the same.
+        beside: what `Method.beside` names and the tree has; laid out like the fields.
         lookups: the lookups that it went through, noted as readings of a table; while roles are being found out they are
             taken back where what was looked up turns out to be matrices of a stack. Static.
     """
@@ -77,6 +79,7 @@ class Weight:
     batch: tuple[Piece, ...] = field(metadata={"static": True})
     factor: jax.Array | None = None
     stored: jax.Array | None = None
+    beside: Arrays = field(default_factory=dict)
     lookups: tuple[Any, ...] = field(default=(), metadata={"static": True})
 
     @property
@@ -85,9 +88,19 @@ class Weight:
         assert self.site is not None
         return self.site.method
 
+    @property
+    def form(self) -> type[Update]:
+        """The form of the method's update; `Formed` where it gives the weight alone."""
+        return self.method.form or Formed
+
+    @property
+    def acts_alone(self) -> bool:
+        """Whether what the leaf does can't be said by another weight in its place: its input is needed, or its neighbours."""
+        return not self.method.mergeable or bool(self.beside)
+
     def owns(self, use: str) -> bool:
         """Whether the method's form has a use of its own by that name (see `jlora.core.products.update`)."""
-        return self.method.form is not None and self.method.form.owns(use)
+        return self.method.matrix and self.form.owns(use) and (use == "dense" or not self.acts_alone)
 
     def role(self, piece: Piece) -> str:
         """ "in", "out" or "batch"."""
@@ -107,8 +120,8 @@ class Weight:
 
     def on_fields(self, change: Any) -> Weight:
         """The weight with `change` applied to every array of the method that is the leaf's own."""
-        params, frozen = jax.tree.map(change, (self.params, self.frozen))
-        return replace(self, params=params, frozen=frozen)
+        params, frozen, beside = jax.tree.map(change, (self.params, self.frozen, self.beside))
+        return replace(self, params=params, frozen=frozen, beside=beside)
 
 
 @jax.tree_util.register_dataclass
@@ -139,11 +152,19 @@ def joined(array: jax.Array, found: Sequence[Weight]) -> Any:
     return array if not found else found[0] if len(distinct) == 1 else Several(tuple(distinct))
 
 
-def start(array: Any, site: Site, params: Arrays, frozen: Arrays, shared: Arrays, key: jax.Array | None) -> Weight:
+def start(
+    array: Any,
+    site: Site,
+    params: Arrays,
+    frozen: Arrays,
+    shared: Arrays,
+    key: jax.Array | None,
+    beside: Arrays,
+) -> Weight:
     """A leaf of the base as the function receives it."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
     batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
-    return Weight(array, params, frozen, shared, key, site, site.path, site.shape, axes, batch)
+    return Weight(array, params, frozen, shared, key, site, site.path, site.shape, axes, batch, beside=beside)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
@@ -190,29 +211,46 @@ def _stored(weight: Weight) -> jax.Array:
     return weight.array if weight.stored is None else weight.stored
 
 
-def over_batch(function: Any, weight: Weight) -> Any:
-    """`function(View)` mapped over the batch axes of a weight; results have them in front."""
+def over_batch(
+    function: Any, weight: Weight, extra: tuple[Any, ...] = (), along: Callable[[Piece], Any] = lambda piece: 0
+) -> Any:
+    """`function(View, *extra)` mapped over the batch axes of a weight; results have them in front.
+
+    Args:
+        function: of one matrix.
+        weight: the weight.
+        extra: more arguments, with the batch axes in front that they share with the weight.
+        along: `in_axes` of the extra arguments for a batch piece.
+    """
     site, shared = weight.site, weight.shared
     assert site is not None
 
-    def one(w: jax.Array, params: Arrays, frozen: Arrays) -> Any:
-        return function(View(w, params, frozen, site, shared))
+    def one(w: jax.Array, fields: tuple[Arrays, Arrays, Arrays], *extra: Any) -> Any:
+        params, frozen, beside = fields
+        return function(View(w, params, frozen, site, shared, beside), *extra)
 
-    for _ in weight.batch:
-        one = jax.vmap(one)
-    return one(rearrange(_stored(weight), weight.axes, canonical_axes(weight)), weight.params, weight.frozen)
+    for piece in reversed(weight.batch):
+        one = jax.vmap(one, in_axes=(0, 0, *(along(piece) if extra else ())))
+    stored = rearrange(_stored(weight), weight.axes, canonical_axes(weight))
+    return one(stored, (weight.params, weight.frozen, weight.beside), *extra)
 
 
 def update(weight: Weight) -> Update:
-    """The update of a method that has a form, beside `matrix(weight)`, with the batch axes in front.
+    """The update of a weight, beside `matrix(weight)`, with the batch axes in front."""
+    return over_batch(lambda view: update_of(weight, view), weight)
+
+
+def update_of(weight: Weight, view: View) -> Update:
+    """The update of one matrix of a weight.
 
     Raises:
         TypeError: where the method gives it in another form than it says.
     """
-    found, form = over_batch(weight.method.update, weight), weight.method.form
-    if form is None or not isinstance(found, form):
+    form = weight.method.form
+    found = Formed(view) if form is None else weight.method.update(view)
+    if not isinstance(found, weight.form):
         raise TypeError(
-            f"{weight.name}: {weight.method} has the form {getattr(form, '__name__', form)}, but its update is of the form "
+            f"{weight.name}: {weight.method} has the form {weight.form.__name__}, but its update is of the form "
             f"{type(found).__name__}; let form name the class that update returns"
         )
     return found if weight.factor is None else found.times(weight.factor)
@@ -354,6 +392,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         params={name: field_spec(name) for name in weight.params},
         frozen={name: field_spec(name) for name in weight.frozen},
         shared={name: PartitionSpec() for name in weight.shared},
+        beside={name: PartitionSpec(*leading, cuts.get("out")) for name in weight.beside},
     )
 
 

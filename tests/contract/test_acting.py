@@ -1,0 +1,170 @@
+"""Methods that act on the input of a product, that change the bias beside, and dense updates that no pass keeps."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+
+import jlora
+from contract import checks, discovery
+from contract.acting import Gain, Network
+from contract.problems import adapt, by_hand, close, jit, normal, perturbed, weight
+from jlora import LoRA
+
+CHECKS = discovery.checks(checks)
+FIRST = {"check_agree", "check_lift", "check_dtype", "check_mesh", "check_merge"}
+EACH = [pytest.param(check, marks=() if check in FIRST else pytest.mark.long) for check in CHECKS]
+
+
+@pytest.mark.parametrize("check", EACH)
+@pytest.mark.parametrize("method", [Network(), pytest.param(Network(side="input"), marks=pytest.mark.long), Gain()])
+def test_a_method_that_acts_keeps_the_contract(method, check):
+    CHECKS[check](method)
+
+
+def biased(params, x):
+    """Stacked layers under scan and remat, an attention kernel of three axes, a convolution, each with its bias."""
+
+    def layer(x, one):
+        return jnp.tanh(x @ one["kernel"] + one["bias"]), None
+
+    x = lax.scan(jax.checkpoint(layer), x, params["stack"])[0]
+    x = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["heads"]["kernel"]) + params["heads"]["bias"])
+    x = x.reshape(*x.shape[:2], -1)
+    last = params["convolution"]
+    x = lax.conv_general_dilated(x, last["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    return x + last["bias"]
+
+
+def biased_params():
+    shapes = {"stack": ((3, 8, 8), (3, 8)), "heads": ((8, 2, 3), (2, 3)), "convolution": ((3, 6, 5), (5,))}
+    return {
+        name: {"kernel": weight(2 * n, *kernel), "bias": normal(2 * n + 1, *bias)}
+        for n, (name, (kernel, bias)) in enumerate(shapes.items())
+    }
+
+
+def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
+    params, x = biased_params(), normal(9, 2, 5, 8)
+    adapted = perturbed(adapt(params, {".*/kernel": Gain()}, sites=jlora.sites(biased, params, x)))
+    merged = jlora.merge(adapted)
+    for name in params:
+        before, after = params[name]["bias"], merged[name]["bias"]
+        assert after.shape == before.shape and not jnp.allclose(after, before)
+    close(*jit(lambda a: (jlora.lift(biased)(a, x), biased(merged, x)))(adapted))
+    gain = adapted.params["heads"]["kernel"]["g"].reshape(2, 3)
+    close(merged["heads"]["bias"], params["heads"]["bias"] * gain)
+
+
+def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_its_path():
+    params = biased_params()
+    roles = jlora.sites(biased, params, normal(9, 2, 5, 8))
+    with pytest.raises(
+        ValueError, match=r"stack/bias is adapted by Full\(\), but Gain\(\) of stack/kernel changes it too"
+    ):
+        jlora.adapterize(params, {"stack/bias": jlora.Full(), ".*/kernel": Gain()}, sites=roles)
+    params["heads"]["bias"], heads = jnp.zeros(6), jlora.Axes("in out out", Gain())
+    with pytest.raises(ValueError, match=r"heads/bias: .* wants a value for each output, shape \(2, 3\), got \(6,\)"):
+        jlora.adapterize(params, {"heads/kernel": heads})
+
+
+@pytest.mark.parametrize("side", ["parallel", "output"])
+def test_a_network_acts_on_every_position_of_a_convolution(side):
+    def fn(params, x):
+        return lax.conv_general_dilated(x, params["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
+
+    params, x = {"kernel": weight(0, 3, 2, 4, 6)}, normal(1, 2, 4, 5, 7)
+    adapted = perturbed(adapt(params, {"kernel": Network(2, side)}, sites=jlora.sites(fn, params, x)))
+    d, u = adapted.params["kernel"].values()
+    numbers = {"dimension_numbers": ("NCHW", "HWIO", "NCHW")}
+    y = fn(params, x)
+    if side == "parallel":  # the network's first matrix is a convolution's kernel too
+        kernel = adapted.plan.sites[0]
+        thin = lax.conv_general_dilated(x, d.reshape(*kernel.shape[:3], 2), (1, 2), "SAME", **numbers)
+    else:
+        thin = jnp.einsum("nohw,or->nrhw", y, d)
+    close(jlora.lift(fn)(adapted, x), y + jnp.einsum("nrhw,ro->nohw", jnp.tanh(thin), u))
+
+
+def test_a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line():
+    params, x = {"w": weight(0, 8, 8)}, normal(1, 3, 8)
+    uses = {
+        "dot_general": lambda p, x: x @ p["w"].T,
+        "gather": lambda p, x: p["w"][jnp.array([1, 2])],
+        "sin": lambda p, x: x @ jnp.sin(p["w"]),
+    }
+    for primitive, fn in uses.items():
+        with pytest.raises(ValueError, match=rf"w: Network.* acts on the input .* `{primitive}` at .*test_acting.py"):
+            jlora.lift(fn)(adapt(params, {"w": Network()}), x)
+    biased = adapt({"w": params["w"], "bias": jnp.ones(8)}, {"w": Gain()})
+    with pytest.raises(ValueError, match=r"w: Gain\(\) acts on the input .* `dot_general`"):
+        jlora.lift(lambda p, x: x @ p["w"].T + p["bias"])(biased, x)
+    with pytest.raises(TypeError, match="DoRA needs the weight that its inner method gives"):
+        jlora.DoRA(Network())
+    adapted, tx = adapt(params, {"w": Network()}), optax.adam(1e-3)
+    with pytest.raises(ValueError, match=r"w: Network.* can't be restarted"):
+        jlora.restart(adapted, tx.init(adapted.params), tx, jax.random.key(0))
+
+
+def test_a_linear_method_that_acts_is_transposed_by_what_it_does():
+    fn = lambda p, x: (2 * (x @ p["w"])) @ p["w"].T
+    x = normal(1, 4, 8)
+    adapted = perturbed(adapt({"w": weight(0, 8, 6)}, {"w": Gain()}))
+    close(*jit(lambda a: (jlora.lift(fn)(a, x), fn(by_hand(a), x)))(adapted))
+
+
+def test_a_number_on_the_weight_multiplies_what_a_method_makes_of_the_input():
+    x = normal(1, 4, 8)
+    adapted = perturbed(adapt({"w": weight(0, 8, 8)}, {"w": Network()}))
+    halved = jlora.lift(lambda p, x: x @ (0.5 * p["w"]))(adapted, x)
+    close(halved, 0.5 * jlora.lift(lambda p, x: x @ p["w"])(adapted, x))
+
+
+class OnlyWeight(LoRA):
+    """LoRA by its formed weight alone."""
+
+    def weight(self, view):
+        return LoRA.weight(self, view)
+
+
+def temporary_bytes(method, unroll):
+    """Temporary memory of a gradient through six layers of width 128."""
+
+    def fn(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"], unroll=unroll)[0]
+
+    params, x = {"w": weight(0, 6, 128, 128)}, normal(1, 8, 128)
+    adapted = adapt(params, {"w": jlora.Axes("batch in out", method)})
+    loss = lambda p, base, x: jnp.sum(jlora.lift(fn)(adapted.replace(params=p, base=base), x) ** 2)
+    compiled = jit(jax.grad(loss)).lower(adapted.params, adapted.base, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("unroll", [1, 6])
+def test_no_formed_weight_is_kept_for_the_backward_pass(unroll):
+    one_matrix = 128 * 128 * 4
+    formed, factored = temporary_bytes(OnlyWeight(4), unroll), temporary_bytes(LoRA(4), unroll)
+    assert formed - factored < 4 * one_matrix, f"{(formed - factored) / one_matrix:.1f} matrices more"
+
+
+def test_a_small_update_of_a_16_bit_weight_reaches_the_output():
+    w = jnp.ones((64, 64), jnp.bfloat16)
+    x = jnp.asarray(normal(1, 16, 64), jnp.bfloat16)
+    fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+    for method in (OnlyWeight(4, alpha=4), Gain()):
+        adapted = adapt({"w": w}, {"w": method})
+        small = jax.tree.map(lambda leaf: leaf * 1.0, adapted.params)
+        if "g" in small["w"]:
+            small["w"]["g"] = small["w"]["g"] + 1e-4
+            wanted = jnp.float32(1e-4) * fn({"w": w}, x)
+        else:
+            small["w"]["b"] = small["w"]["b"] + 1e-4
+            wanted = x.astype(jnp.float32) @ (small["w"]["a"] @ small["w"]["b"])
+        arrived = jlora.lift(fn)(adapted.replace(params=small), x) - fn({"w": w}, x)
+        assert jnp.sum(arrived * wanted) / jnp.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
+
+
+def test_explain_counts_what_a_method_that_acts_multiplies():
+    adapted = adapt({"w": weight(0, 24, 40)}, {"w": Network(3)})
+    assert f"{3 * (24 + 40)} multiply-adds more" in jlora.explain(adapted)
