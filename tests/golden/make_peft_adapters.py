@@ -12,7 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    C3AConfig,
+    FourierFTConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoraConfig,
+    RandLoraConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -135,8 +146,14 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "c3a": (Text, C3AConfig(target_modules=LINEAR, block_size=2, block_size_pattern={"mix": 4})),
+    "fourierft": (
+        Text,
+        FourierFTConfig(target_modules=[*LINEAR, "head"], n_frequency=9, scaling=40.0, n_frequency_pattern={"mix": 64}),
+    ),
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
+    "randlora": (Text, RandLoraConfig(target_modules=[*LINEAR, "head"], r=3, randlora_alpha=7)),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
     "shira": (Text, ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
 }
