@@ -74,7 +74,9 @@ def find(
     return table
 
 
-def _check_whole(kind: PeftKind, folder: AdapterFolder, settings: Settings, found: dict[str, Found], index: Index) -> None:
+def _check_whole(
+    kind: PeftKind, folder: AdapterFolder, settings: Settings, found: dict[str, Found], index: Index
+) -> None:
     """Refuses a file without any tensor of a module that the settings name: with one tensor a module, nothing else shows it."""
     wanted = kind.tensors[0].name
     if not found:
@@ -82,7 +84,9 @@ def _check_whole(kind: PeftKind, folder: AdapterFolder, settings: Settings, foun
     for name in index.by_name:
         module, _, last = name.rpartition(".")
         if last in MATRICES and name not in found and settings.targets(module):
-            raise ValueError(f"{folder.file}: {module!r} has no {wanted}, and target_modules names it; the file is not whole")
+            raise ValueError(
+                f"{folder.file}: {module!r} has no {wanted}, and target_modules names it; the file is not whole"
+            )
 
 
 def _parameter(kind: PeftKind, module: str, key: str, index: Index) -> str:

@@ -1,8 +1,8 @@
 """Writes `dense_updates.npz`: what PEFT 0.21 does with FourierFT, RandLoRA and C3A on two tiny layers.
 
 For `tests/methods/test_dense_updates.py`. Run with a Python that has torch and peft:
-`python tests/golden/make_dense_updates.py`. Torch keeps weights as `[out, in]`; those are written transposed, as `[in, out]`, and
-what the methods train as PEFT has it.
+`python tests/golden/make_dense_updates.py`. Torch keeps weights as `[out, in]`; those are written transposed, as `[in,
+out]`, and what the methods train as PEFT has it.
 """
 
 from pathlib import Path
@@ -16,7 +16,10 @@ STEPS, RATE = 10, 0.02
 TARGETS = ["wide", "square", "tall"]
 # A method's name, its configuration and its trained fields.
 CASES = {
-    "fourierft": (lambda: FourierFTConfig(n_frequency=13, scaling=40.0, target_modules=TARGETS), ["fourierft_spectrum"]),
+    "fourierft": (
+        lambda: FourierFTConfig(n_frequency=13, scaling=40.0, target_modules=TARGETS),
+        ["fourierft_spectrum"],
+    ),
     "fourierft_all": (
         lambda: FourierFTConfig(n_frequency=24, scaling=9.0, random_loc_seed=3, target_modules=TARGETS),
         ["fourierft_spectrum"],
@@ -49,7 +52,9 @@ def case(out, name):
     torch.manual_seed(0)
     model = get_peft_model(Layers(), config())
     inner = model.base_model.model
-    trained = {f"{layer}/{field}": getattr(getattr(inner, layer), field)["default"] for layer in TARGETS for field in fields}
+    trained = {
+        f"{layer}/{field}": getattr(getattr(inner, layer), field)["default"] for layer in TARGETS for field in fields
+    }
     for key, tensor in trained.items():
         out[f"{name}/start/{key}"] = array(tensor)
         with torch.no_grad():
