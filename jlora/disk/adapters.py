@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
-from jlora.core.tree import placement
+from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.disk.checksums import checksums, difference
 from jlora.disk.fingerprint import fingerprint
@@ -32,6 +32,8 @@ from jlora.disk.serialize import method_from_dict, method_to_dict
 FORMAT = 1
 MANIFEST = "jlora.json"
 ARRAYS = "arrays"
+# What is written of a site; its method is a table of its own, and what is beside it the base says.
+_SITE = [field for field in dataclasses.fields(Site) if field.name not in ("method", "beside")]
 # The first release wrote neither the checksums of the arrays' files nor the digest of the manifest.
 _KEYS, _LATER = {"format", "base", "adapters", "sites", "arrays"}, {"files", "digest"}
 
@@ -155,6 +157,8 @@ def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
     sites = tuple(_site_from(entry, directory) for entry in described["sites"])
     if len({site.keys for site in sites}) < len(sites):
         raise ValueError(f"{directory / MANIFEST} describes a leaf twice")
+    leaves = dict(paths.flatten_with_keys(params)[0])
+    sites = tuple(dataclasses.replace(site, beside=beside.present(site, leaves)) for site in sites)
     blank = Adapted(params, {}, {}, {}, Plan(sites))
     saved = _arrays_from(directory, described, blank.plan)
     _check_digest(directory, described)
@@ -182,7 +186,7 @@ def describe(adapted: Adapted) -> dict[str, Any]:
 
 
 def _site_fields(site: Site) -> dict[str, Any]:
-    return {f.name: getattr(site, f.name) for f in dataclasses.fields(site) if f.name != "method"}
+    return {f.name: getattr(site, f.name) for f in _SITE}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def _digest(described: dict[str, Any]) -> str:
 
 def _site_from(entry: dict[str, Any], directory: Path) -> Site:
     try:
-        fields = {f.name: _field(entry[f.name], f) for f in dataclasses.fields(Site) if f.name != "method"}
+        fields = {f.name: _field(entry[f.name], f) for f in _SITE}
         site = Site(**fields, method=method_from_dict(entry["method"]))
         axes = sorted((*site.in_axes, *site.out_axes, *site.batch_axes))
         if site.method.matrix and axes != list(range(len(site.shape))):

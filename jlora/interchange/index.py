@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora import paths
 from jlora.core.protocol.method import Method, Site
+from jlora.core.tree import beside
 from jlora.interchange import layout
 from jlora.interchange.names import Slot
 
@@ -111,6 +112,7 @@ class Index:
             return blank
         kind = {"embedding": "gather", "conv": "conv"}.get(slot.kind, "dot")
         batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))
+        blank = dataclasses.replace(blank, beside=beside.present(blank, self.leaves))
         return dataclasses.replace(
             blank, in_axes=slot.axes("in"), out_axes=slot.axes("out", "part"), batch_axes=batch, kind=kind
         )

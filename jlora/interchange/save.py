@@ -185,6 +185,11 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
     if form is None or form.kind != "lora":
         site = weight.site
         assert site is not None
+        if weight.acts_alone:
+            raise ValueError(
+                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what it "
+                "does beside changing the weight; keep it by jlora.save"
+            )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "
             "svd_rank= to turn its change of the weight into LoRA, or save the merged model (jlora merge)"
@@ -220,7 +225,9 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
         own += [(site.path, name) for name in shared if ("", name) not in told]
         for path, name in own:
             if (path, name) not in told:
-                raise ValueError(f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora")
+                raise ValueError(
+                    f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
+                )
 
 
 def _check_finite(out: Written, problem: str) -> None:

@@ -3,11 +3,13 @@
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
+from jlora.methods.bottleneck import Bottleneck as Bottleneck
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.chain import Chain as Chain
 from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
+from jlora.methods.dropout import Dropout as Dropout
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT
@@ -17,7 +19,9 @@ from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.lorafa import LoRAFA as LoRAFA
 from jlora.methods.loramini import LoRAMini as LoRAMini
+from jlora.methods.lorta import LoRTA as LoRTA
 from jlora.methods.melora import MELoRA as MELoRA
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.prilora import PRILoRA as PRILoRA
@@ -29,6 +33,7 @@ from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.spectral_tensor_train import SpectralTensorTrain as SpectralTensorTrain
+from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 from jlora.methods.xgblora import XGBLoRA as XGBLoRA
 

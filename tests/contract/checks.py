@@ -1,6 +1,7 @@
 """The contract: what every method must do. Each check takes a method and knows nothing of it but what it declares."""
 
 import copy
+import functools
 import json
 import math
 import re
@@ -42,22 +43,43 @@ def check_start(method):
 
 def check_agree(method):
     """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
-    tried = problems.shapes(method)[1:]  # a square one hides mistakes that the others show
-    for lifted, written in jit(lambda: [_both(problem) for problem in tried])():
-        close(lifted, written)
+    _agree(problems.shapes(method)[1:])  # a square one hides mistakes that the others show
 
 
-def _both(problem):
-    """(output, gradient) of the lifted function and of the one with the weights written out."""
-    adapted = problem.perturbed()
+def _agree(tried):
+    """Asserts that the lifted functions equal those with the weights written out, in outputs and gradients.
 
-    def lifted(p):
-        return _outputs(problem, adapted.replace(params=p))
+    What is written out is taken apart where the weights are: the functions of them are the same for all methods, and so are
+    compiled once.
+    """
 
-    def written(p):
-        return problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+    @jit
+    def first():
+        perturbed = [problem.perturbed() for problem in tried]
+        return [
+            (_value_and_gradient(lambda p: _outputs(problem, a.replace(params=p)), a.params), _written(a))
+            for problem, a in zip(tried, perturbed, strict=True)
+        ]
 
-    return [_value_and_gradient(f, adapted.params) for f in (lifted, written)]
+    lifted, written = zip(*first(), strict=True)
+    outputs, gradients = zip(
+        *(_of_weights(p.fn, w, p.x) for p, (w, _) in zip(tried, written, strict=True)), strict=True
+    )
+    pulls = [pull for _, pull in written]
+    back = jit(lambda pulls, gradients: [pull(g)[0] for pull, g in zip(pulls, gradients, strict=True)])(
+        pulls, gradients
+    )
+    close(list(lifted), list(zip(outputs, back, strict=True)))
+
+
+def _written(adapted):
+    """The weights written out, and the pull of their gradients back to the params."""
+    return jax.vjp(lambda p: by_hand(adapted.replace(params=p)), adapted.params)
+
+
+@functools.partial(jit, static_argnums=0)
+def _of_weights(fn, weights, x):
+    return _value_and_gradient(lambda weights: fn(weights, x), weights)
 
 
 def _value_and_gradient(f, p):
@@ -270,18 +292,18 @@ def _check_cuts(adapted, mesh, cuts):
     for site in adapted.plan.sites:
         cut = dict(zip(("in", "out"), cuts[site.path], strict=True))
         fields = {**adapted.params[site.path], **adapted.frozen.get(site.path, {})}
-        for name, axes in site.method.axes.items():
+        for name, field in fields.items():
+            axes = site.method.axes[name]
             wanted = P(*(cut.get(role) for role in axes)) if site.method.matrix else cuts[site.path]
-            got = fields[name].sharding
-            assert got.is_equivalent_to(NamedSharding(mesh, wanted), fields[name].ndim), (
+            got = field.sharding
+            assert got.is_equivalent_to(NamedSharding(mesh, wanted), field.ndim), (
                 f"{name} lies as {got}, wanted {wanted}"
             )
 
 
 def check_lift(method):
     """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
-    problem = problems.model(method)
-    close(*jit(lambda: _both(problem))())
+    _agree([problems.model(method)])
 
 
 def check_labels(method):
@@ -293,7 +315,10 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    assert set(method.axes) == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    names = (
+        set(method.axes) & set(fields) if method.beside else set(method.axes)
+    )  # some fields only go with a leaf beside
+    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
     for name, axes in method.axes.items() if method.matrix else ():
         assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
@@ -353,12 +378,12 @@ def _doc(method):
 def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
 
-    Of "Shares `...` trained values", which all leaves do together, in `matrices`, their number, too.
+    Of "Shares `...` trained values", which all leaves do together, in their numbers too: `matrices`, `layers` and `kinds`.
     """
     found = sentence.search(_doc(method))
     assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
     formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
-    names = {"rows": rows, "columns": columns, "matrices": matrices}
+    names = {"rows": rows, "columns": columns, "matrices": matrices, "layers": matrices, "kinds": 1}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
     return eval(

@@ -164,7 +164,7 @@ class Acts:
     view: View
 
     def __rmatmul__(self, x):
-        return self.view.site.method.apply(x, lambda z: z @ self.view.w, self.view).astype(x.dtype)
+        return self.view.site.method.apply(x, lambda z: z @ self.view.w.astype(z.dtype), self.view).astype(x.dtype)
 
 
 def by_hand(adapted):

@@ -60,7 +60,9 @@ def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
 def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_its_path():
     params = biased_params()
     roles = jlora.sites(biased, params, normal(9, 2, 5, 8))
-    with pytest.raises(ValueError, match=r"stack/bias is adapted by Full\(\), but Gain\(\) of stack/kernel changes it too"):
+    with pytest.raises(
+        ValueError, match=r"stack/bias is adapted by Full\(\), but Gain\(\) of stack/kernel changes it too"
+    ):
         jlora.adapterize(params, {"stack/bias": jlora.Full(), ".*/kernel": Gain()}, sites=roles)
     params["heads"]["bias"], heads = jnp.zeros(6), jlora.Axes("in out out", Gain())
     with pytest.raises(ValueError, match=r"heads/bias: .* wants a value for each output, shape \(2, 3\), got \(6,\)"):
@@ -70,9 +72,7 @@ def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_it
 @pytest.mark.parametrize("side", ["parallel", "output"])
 def test_a_network_acts_on_every_position_of_a_convolution(side):
     def fn(params, x):
-        return lax.conv_general_dilated(
-            x, params["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW")
-        )
+        return lax.conv_general_dilated(x, params["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
 
     params, x = {"kernel": weight(0, 3, 2, 4, 6)}, normal(1, 2, 4, 5, 7)
     adapted = perturbed(adapt(params, {"kernel": Network(2, side)}, sites=jlora.sites(fn, params, x)))

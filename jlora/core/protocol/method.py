@@ -46,6 +46,7 @@ class Site:
         batch_axes: axes over which separate matrices are stacked (layers, experts).
         kind: how the function reads it: "dot", "conv", "grouped conv" (in feature groups) or "gather" (an embedding's lookup).
         method: the method that adapts it.
+        beside: which of the leaves that the method's `beside` names the tree has.
     """
 
     keys: tuple[str, ...]
@@ -56,6 +57,7 @@ class Site:
     batch_axes: tuple[int, ...]
     kind: str
     method: Method
+    beside: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -128,7 +130,10 @@ class Start:
 
 
 class OptimizerRule(Protocol):
-    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget)."""
+    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget).
+
+    One that needs the adapters' constants has a second function, `with_constants(frozen)`, which gives the rule for these.
+    """
 
     def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
         """An optimizer of all trained arrays that applies the rule to those of `sites` and leaves the rest to `tx`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -14,6 +15,11 @@ from jlora.core.protocol.method import Site
 def keys_of(site: Site) -> dict[str, tuple[str, ...]]:
     """The keys of the leaves that the site's method names, whether or not the tree has them."""
     return {name: (*site.keys[:-1], name) for name in site.method.beside}
+
+
+def present(site: Site, leaves: Container[tuple[str, ...]]) -> tuple[str, ...]:
+    """Which of the leaves that the site's method names the tree has: `Site.beside`."""
+    return tuple(name for name, keys in keys_of(site).items() if keys in leaves)
 
 
 def _axes(site: Site) -> list[int]:

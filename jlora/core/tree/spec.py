@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora import _compat, paths
 from jlora.core.protocol.method import GROUPED, Method, Site
 from jlora.core.protocol.readings import Leaf, Sites
+from jlora.core.tree import beside
 
 Keys = tuple[str, ...]
 
@@ -79,7 +80,8 @@ def resolve(leaves: Iterable[tuple[Keys, Any]], spec: Spec, sites: Sites | None)
         if matching:
             taken[matching[0]] += 1
             if (method := entries[matching[0]][1]) is not None:
-                found.append(_site(keys, leaf, method, found_roles))
+                site = _site(keys, leaf, method, found_roles)
+                found.append(replace(site, beside=beside.present(site, shapes)))
     left_out = {
         n: _left_out(method, entries, found_roles)
         for n, (pattern, method) in enumerate(entries)
