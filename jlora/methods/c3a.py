@@ -22,19 +22,19 @@ INITS = ("zero", "xavier_uniform", "kaiming_uniform", "gaussian")
 class C3A(Method):
     """Circular convolution adaptation: `w + u / in` with `u` of circulant blocks, each given by one trained vector.
 
-    The block of rows `n` and columns `m` has the entries `kernel[m, n, (row - column) % block]`, with `kernel [out / block,
-    in / block, block]`: a product with it is a circular convolution. Trains `in * out // block` values a matrix, and the update
-    may have full rank.
+    The block of rows `n` and columns `m` has the entries `kernel[m, n, (row - column) % block]`, with the shape
+    `[out / block, in / block, block]`: a product with it is a circular convolution. Trains `in * out // block` values a matrix, and the
+    update may have full rank.
 
     Worth trying for updates of high rank with few values. Every step forms the update. Merges, but has no smaller form:
     servers of LoRA can't take it.
 
     Args:
-        block: side of the blocks; must divide both sides of every matrix. PEFT advises the greatest common divisor of the sides of
-            all matrices.
-        init: "zero" starts at the base exactly. "xavier_uniform" (PEFT's default), "kaiming_uniform" and "gaussian" draw the
-            kernel uniform within `sqrt(6 / (in + out))`, uniform within `1 / sqrt(in)`, or standard normal, as PEFT does: the
-            start is not the base's output then.
+        block: side of the blocks; must divide both sides of every matrix. PEFT advises the greatest common divisor of the
+            sides of all matrices.
+        init: "zero" starts at the base exactly. "xavier_uniform" (PEFT's default), "kaiming_uniform" and "gaussian" draw
+            the kernel uniform within `sqrt(6 / (in + out))`, uniform within `1 / sqrt(in)`, or standard normal, as PEFT
+            does: the start is not the base's output then.
 
     Raises:
         ValueError: for a hyperparameter out of range, or a block that does not divide both sides of a matrix.
@@ -103,8 +103,8 @@ class C3A(Method):
 
 def circulant(first: jax.Array) -> jax.Array:
     """The matrices `[..., n, n]` with the entries `first[..., (row - column) % n]`."""
-    # Repeated, and cut into lines one longer than its period, a vector moves on by one from line to line. So there is no gather,
-    # whose gradient would be a scatter.
+    # Repeated, and cut into lines one longer than its period, a vector moves on by one from line to line. So there is no
+    # gather, whose gradient would be a scatter.
     n = first.shape[-1]
     lines = jnp.tile(first, n + 1).reshape(*first.shape[:-1], n, n + 1)
     return lines[..., :0:-1]

@@ -20,22 +20,22 @@ BASES = ("dense", "sparse", "very_sparse")
 
 @dataclass(frozen=True)
 class RandLoRA(Method):
-    """Full-rank adaptation by random bases: `w + s * sum over n of B[n] @ (lambda[:, n] * A * gamma[n])`, `s = alpha / rank`.
+    """Full-rank adaptation by random bases: `w + s * sum over n of B[n] @ (lambda[:, n] * A * gamma[n])`.
 
-    For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n] [in, rank]` and `A [rank, out]`, so many that
-    the sum has full rank; else it is the transpose of the same with `in` and `out` changed. `lambda [rank, bases]` and
-    `gamma [bases, min(in, out)]` are trained. Trains `(rank + min(in, out)) * -(-min(in, out) // rank)` values a matrix: as many
-    as a LoRA of about half the rank `min(in, out) / rank`. `lambda` starts at zero, so that the start is the base's output, and
-    `gamma` has no gradient in the first step.
+    `s = alpha / rank`. For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n] [in, rank]` and `A [rank, out]`, so many
+    that the sum has full rank; else it is the transpose of the same with `in` and `out` changed. `lambda [rank, bases]` and
+    `gamma [bases, min(in, out)]` are trained. Trains `(rank + min(in, out)) * -(-min(in, out) // rank)` values a matrix: as
+    many as a LoRA of about half the rank `min(in, out) / rank`. `lambda` starts at zero, so that the start is the base's
+    output, and `gamma` has no gradient in the first step.
 
-    In the sum each row of `A` meets the column of `B` that PEFT pairs it with: row `k` under base `n` is number `k * bases + n`
-    of the one, and column `k` of base `n` number `n * rank + k` of the other. So the bases that PEFT's sum has are not those
-    of the paper, but as random as they are.
+    In the sum each row of `A` meets the column of `B` that PEFT pairs it with: row `k` under base `n` has the number
+    `k * bases + n` there, and column `k` of base `n` the number `n * rank + k`. So the bases of PEFT's sum are not those of
+    the paper, but as random as they are.
 
     The bases are the first rows and columns of one frozen pair that all leaves of the method share, as large as the largest
-    needs. It is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies in
-    `adapted.frozen["~shared"]["RandLoRA"]`, whole on every device of a mesh, and is saved with the adapters, since no generator
-    is promised to stay the same forever.
+    needs. It is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies
+    in `adapted.frozen["~shared"]["RandLoRA"]`, whole on every device of a mesh, and is saved with the adapters, since no
+    generator is promised to stay the same forever.
 
     Worth trying where LoRA of every affordable rank falls short of full fine-tuning. With its full rank a step costs
     what it does for a LoRA of rank `min(in, out)`; for 32-bit bases and many tokens the weight is formed instead.

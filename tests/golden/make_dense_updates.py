@@ -1,8 +1,8 @@
 """Writes `dense_updates.npz`: what PEFT 0.21 does with FourierFT, RandLoRA and C3A on two tiny layers.
 
 For `tests/methods/test_dense_updates.py`. Run with a Python that has torch and peft:
-`python tests/golden/make_dense_updates.py`. Torch keeps weights as `[out, in]`; those are written transposed, as `[in, out]`, and
-what the methods train as PEFT has it.
+`python tests/golden/make_dense_updates.py`. Torch keeps weights as `[out, in]`; those are written transposed, as `[in,
+out]`, and what the methods train as PEFT has it.
 """
 
 from pathlib import Path

@@ -10,7 +10,19 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    C3AConfig,
+    FourierFTConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -28,6 +40,9 @@ def lora(**options):
 CONFIGS = {
     "lokr": lambda: LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
     "miss": lambda: MissConfig(r=4, target_modules=TARGETS),
+    # For larger blocks PEFT's gradient of a layer's input is wrong (`BlockCircularConvolution.backward`).
+    "c3a": lambda: C3AConfig(block_size=2, target_modules=TARGETS),
+    "fourierft": lambda: FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
     "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),
@@ -35,6 +50,7 @@ CONFIGS = {
     "dora": lambda: lora(use_dora=True),
     "olora": lambda: lora(init_lora_weights="olora"),
     "pissa": lambda: lora(init_lora_weights="pissa"),
+    "randlora": lambda: RandLoraConfig(r=3, randlora_alpha=1, target_modules=TARGETS),
     "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
     # Without a task PEFT's model passes its own forward by, and the penalty with it.
     "adalora": lambda: AdaLoraConfig(
