@@ -20,10 +20,10 @@ from jlora.methods.oft import cayley, check_block, check_inputs, side_of, turned
 class BOFT(Method):
     """Orthogonal butterfly fine-tuning: `(b_m ... b_2 b_1 w) * s`, each `b` of orthogonal blocks after a change of places.
 
-    The blocks of `b_1` lie on the diagonal. Those of `b_j` join halves of blocks that are `2**(j - 2)` blocks apart, so that with
-    `m` factors each input is mixed with `2**(m - 1) * block` others. A block is `(i - q) (i + q)⁻¹` with the skew-symmetric
-    `q = (r - r.T) / 2`, `r` trained. `r` starts at zero and `s [out]` at 1, so the start is the base's output. Trains
-    `depth * (in if block else in // blocks * blocks) * (block or in // blocks) + out` values a matrix, of which half the `r` counts.
+    The blocks of `b_1` lie on the diagonal; those of a later `b_j` join halves of blocks among `2**(j - 1)` neighbours, so that
+    factors together mix what no one of them does. A block is `(i - q) (i + q)⁻¹` with the skew-symmetric `q = (r - r.T) / 2`,
+    `r` trained. `r` starts at zero and `s [out]` at 1, so the start is the base's output. A bias is not scaled. Trains
+    `depth * in * (block or in // blocks) + out` values a matrix; of `r` only the skew-symmetric half counts.
 
     Worth trying where OFT's blocks should reach further for the same number of values. Costs `depth` products with small
     blocks, and one inverse of each of these in every step.
@@ -31,8 +31,8 @@ class BOFT(Method):
     Args:
         block: side of the blocks; must divide the inputs of every matrix. 0 where `blocks` is given.
         blocks: number of blocks of every matrix instead; must divide its inputs. 0 where `block` is given.
-        depth: number of factors, `m`; above 1 the block must be even, and `2**(m - 1)` blocks must divide the inputs. PEFT without
-            its CUDA extension has one factor whatever its configuration says.
+        depth: number of factors, `m`; above 1 blocks must be even, and `2**(m - 1)` of them must divide the inputs. PEFT
+            without its CUDA extension has one factor, whatever its configuration says.
 
     Raises:
         ValueError: for a hyperparameter out of range, both or none of `block` and `blocks`, and (by `adapterize`) inputs that

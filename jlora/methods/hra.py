@@ -19,13 +19,14 @@ from jlora.methods.oft import EXACT
 
 @dataclass(frozen=True)
 class HRA(Method):
-    """Householder reflections: `h_rank ... h_2 h_1 w` with `h_k = 1 - 2 u_k u_kᵀ`, `u_k` the columns of `u [in, rank]` at length 1.
+    """Householder reflections: `h_rank ... h_2 h_1 w` with `h_k = 1 - 2 u_k u_kᵀ`, where `u_k` is column `k` of `u` at length 1.
 
-    A product of reflections is orthogonal, and differs from the identity by a matrix of rank `rank`. Columns start in equal pairs,
-    each drawn uniform, so that reflections cancel and the start is the base's output. Trains `rank * in` values a matrix.
+    A product of reflections is orthogonal, and differs from the identity by a matrix of rank `rank` at most. The columns of
+    `u [in, rank]` start in equal pairs, each drawn uniform, so that reflections cancel and the start is the base's output. Trains
+    `rank * in` values a matrix.
 
-    Worth trying between LoRA and OFT: orthogonal as this, and of low rank as that. Costs two thin products, as LoRA does, with the
-    input on both sides.
+    Worth trying between LoRA and OFT: orthogonal as the latter, of low rank as the former. Costs two thin products, each with
+    the input on one side.
 
     Args:
         rank: number of reflections; at most the inputs of the matrix. An odd one can't start as the base: its columns are drawn

@@ -27,10 +27,11 @@ class OFT(Method):
     `i + 2 s + 2 s² + 2 s³ + s⁴`, which is nearly orthogonal for small `s` and needs no inverse. With `neumann=False` it is
     `(i - s) (i + s)⁻¹`, exactly orthogonal, and a rotation the other way: arrays trained with one setting mean another
     function under the other. `q` starts at zero, so the start is the base's output. Trains
-    `(1 if block_share else blocks or in // block) * (block or in // blocks) * ((block or in // blocks) - 1) // 2` values a matrix.
+    `(1 if block_share else blocks or in // block) * (block or in // blocks) * ((block or in // blocks) - 1) // 2` values a
+    matrix.
 
-    Worth trying where the angles between what neurons answer to should stay, as for images of a subject. It has no smaller form:
-    servers of LoRA can't take it. Costs a product with the blocks, `block` multiply-adds for each entry of the input.
+    Worth trying where the angles between what neurons answer to should stay, as for images of a subject. Merges, but has no
+    smaller form: servers of LoRA can't take it. Costs a product with the blocks, `block` multiply-adds for each entry of the input.
 
     Args:
         block: side of the blocks; must divide the inputs of every matrix. 0 where `blocks` is given.

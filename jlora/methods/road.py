@@ -20,19 +20,19 @@ VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 @dataclass(frozen=True)
 class RoAd(Method):
-    """Two-dimensional rotary adaptation: `w @ r`, where `r` turns pairs of outputs by angles `theta` and scales them by `alpha`.
+    """Two-dimensional rotary adaptation: `w @ r`, where `r` turns pairs of outputs by `theta` and scales them by `alpha`.
 
-    Outputs, with their bias, come in groups, and the first half of a group is paired with the second. Of a pair `(y1, y2)` becomes
-    `(c1 y1 - s1 y2, s2 y1 + c2 y2)` with `c = alpha * cos(theta)`, `s = alpha * sin(theta)`: one angle and one scale a pair in the
-    variant "road_1", one for each output in "road_2", and apart for `c` and `s` in "road_4". Angles start at 0 and scales at 1, so
-    the start is the base's output. Trains `{"road_1": 1, "road_2": 2, "road_4": 4}[variant] * out` values a matrix.
+    Outputs, with their bias, come in groups, and the first half of a group is paired with the second. A pair `(y1, y2)` becomes
+    `(c1 y1 - s1 y2, s2 y1 + c2 y2)` with `c = alpha * cos(theta)` and `s = alpha * sin(theta)`. The variant "road_1" has one
+    angle and one scale for a pair, "road_2" for each output, "road_4" for each `c` and each `s`. Angles start at 0 and scales at
+    1, so the start is the base's output. Trains `{"road_1": 1, "road_2": 2, "road_4": 4}[variant] * out` values a matrix.
 
     Worth trying where IA3 is too little: a task costs a few vectors, too, which may differ from row to row of a batch.
     Costs next to nothing: some multiplications for each output.
 
     Args:
         variant: "road_1", "road_2" or "road_4".
-        group: outputs of a group, an even number; must divide the outputs of every matrix. It only says which outputs are pairs.
+        group: outputs of a group, an even number; must divide the outputs of every matrix. It says which are pairs.
 
     Raises:
         ValueError: for a hyperparameter out of range, and (by `adapterize`) outputs that the groups don't divide.
