@@ -19,11 +19,11 @@ from jlora.methods.oft import EXACT
 
 @dataclass(frozen=True)
 class HRA(Method):
-    """Householder reflections: `h_rank ... h_2 h_1 w` with `h_k = 1 - 2 u_k u_kᵀ`, where `u_k` is column `k` of `u` at length 1.
+    """Householder reflections: `h_rank ... h_2 h_1 w` with `h_k = 1 - 2 u_k u_kᵀ`, `u_k` column `k` of `u` at length 1.
 
     A product of reflections is orthogonal, and differs from the identity by a matrix of rank `rank` at most. The columns of
-    `u [in, rank]` start in equal pairs, each drawn uniform, so that reflections cancel and the start is the base's output. Trains
-    `rank * in` values a matrix.
+    `u [in, rank]` start in equal pairs, each drawn uniform, so that reflections cancel and the start is the base's output.
+    Trains `rank * in` values a matrix.
 
     Worth trying between LoRA and OFT: orthogonal as the latter, of low rank as the former. Costs two thin products, each with
     the input on one side.
@@ -116,4 +116,4 @@ def _joined(v: jax.Array) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(lower, v.T, lower=True)
 
 
-HRA.CASES = (HRA(rank=4), HRA(rank=3), HRA(rank=2, gram_schmidt=True))
+HRA.CASES = (HRA(rank=4), HRA(rank=2, gram_schmidt=True))

@@ -31,7 +31,7 @@ class OFT(Method):
     matrix.
 
     Worth trying where the angles between what neurons answer to should stay, as for images of a subject. Merges, but has no
-    smaller form: servers of LoRA can't take it. Costs a product with the blocks, `block` multiply-adds for each entry of the input.
+    smaller form: servers of LoRA can't take it. Costs a product with the blocks, `block` multiply-adds for each input.
 
     Args:
         block: side of the blocks; must divide the inputs of every matrix. 0 where `blocks` is given.

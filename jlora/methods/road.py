@@ -23,9 +23,9 @@ class RoAd(Method):
     """Two-dimensional rotary adaptation: `w @ r`, where `r` turns pairs of outputs by `theta` and scales them by `alpha`.
 
     Outputs, with their bias, come in groups, and the first half of a group is paired with the second. A pair `(y1, y2)` becomes
-    `(c1 y1 - s1 y2, s2 y1 + c2 y2)` with `c = alpha * cos(theta)` and `s = alpha * sin(theta)`. The variant "road_1" has one
-    angle and one scale for a pair, "road_2" for each output, "road_4" for each `c` and each `s`. Angles start at 0 and scales at
-    1, so the start is the base's output. Trains `{"road_1": 1, "road_2": 2, "road_4": 4}[variant] * out` values a matrix.
+    `(c1 y1 - s1 y2, s2 y1 + c2 y2)` with `c = alpha * cos(theta)` and `s = alpha * sin(theta)`. The variant "road_1" has an
+    angle and a scale for a pair, "road_2" for each output, "road_4" for each `c` and each `s`. Angles start at 0 and scales
+    at 1, so the start is the base's output. Trains `{"road_1": 1, "road_2": 2, "road_4": 4}[variant] * out` values a matrix.
 
     Worth trying where IA3 is too little: a task costs a few vectors, too, which may differ from row to row of a batch.
     Costs next to nothing: some multiplications for each output.
@@ -118,4 +118,4 @@ class RoAd(Method):
         return {name: self.turned(leaf, view.params) for name, leaf in view.beside.items()}
 
 
-RoAd.CASES = (RoAd(group=4), RoAd("road_4", group=2), RoAd("road_2", group=8))
+RoAd.CASES = (RoAd(group=4), RoAd("road_4", group=2))
