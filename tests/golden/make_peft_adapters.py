@@ -12,7 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    RoadConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +148,17 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "boft": (Text, BOFTConfig(target_modules=LINEAR, boft_block_size=2)),
+    "hra": (Text, HRAConfig(target_modules=LINEAR, r=4)),
+    "hra_gram_schmidt": (Text, HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
+    "ia3": (Text, IA3Config(target_modules=[*LINEAR, "head"], feedforward_modules=["head"])),
+    "oft": (Text, OFTConfig(target_modules=["mix", "head"], oft_block_size=4)),
+    "oft_exact": (
+        Text,
+        OFTConfig(target_modules=LINEAR, r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),
+    ),
+    "road": (Text, RoadConfig(target_modules=LINEAR, group_size=4)),
+    "road_4": (Text, RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),

@@ -10,7 +10,19 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    RoadConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -26,6 +38,13 @@ def lora(**options):
 
 
 CONFIGS = {
+    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
+    "hra_gram_schmidt": lambda: HRAConfig(r=2, apply_GS=True, target_modules=TARGETS),
+    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft_exact": lambda: OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
+    "road": lambda: RoadConfig(group_size=4, target_modules=TARGETS),
     "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),
