@@ -73,6 +73,7 @@ class OFT(Method):
         ),
         only={"coft": False},
         unused=("eps",),
+        changed=("use_cayley_neumann", "0.18.0"),
         training=("module_dropout",),
         own_biases="oft_only",
         fan_in_fan_out=True,

@@ -26,6 +26,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -148,6 +149,7 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "boft_deep": (Text, BOFTConfig(target_modules=["mix", "head"], boft_block_size=2, boft_n_butterfly_factor=3)),
     "boft": (Text, BOFTConfig(target_modules=LINEAR, boft_block_size=2)),
     "hra": (Text, HRAConfig(target_modules=LINEAR, r=4)),
     "hra_gram_schmidt": (Text, HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
@@ -208,7 +210,14 @@ def write(name, build, config):
     np.savez(folder / "case.npz", **arrays)
 
 
+def butterflies_in_torch():
+    """Puts torch's own blocks on the diagonal in the place of PEFT's CUDA extension, without which there is one factor."""
+    boft.get_fbd_cuda = lambda: True
+    boft.FastBlockDiag.apply = staticmethod(lambda blocks: torch.stack([torch.block_diag(*each) for each in blocks]))
+
+
 def main():
+    butterflies_in_torch()
     for name in sys.argv[1:] or CASES:
         write(name, *CASES[name])
 
