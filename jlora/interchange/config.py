@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -248,6 +249,19 @@ class Settings:
                 f"{self._where}: {key} is {brief(value)}, which acts in training only; it is left out, since jlora's method "
                 "has no such setting",
                 stacklevel=6,
+            )
+
+    def older(self, key: str, default: Any, release: str) -> None:
+        """Warns of a setting that is on, in a folder of a release of PEFT in which it meant something else."""
+        written = self._config.get("peft_version")
+        found = re.match(r"(\d+)\.(\d+)\.", written) if isinstance(written, str) else None
+        before = found is None or [*map(int, found.groups())] < [*map(int, release.split(".")[:2])]
+        if self._config.get(key, default) not in OFF and before:
+            warnings.warn(
+                f"{self._where}: peft_version is {brief(written)}, and {key} meant something else before PEFT {release}; the "
+                "adapters are read as PEFT reads them now, which is another function than was trained: merge them with the "
+                "release that made them, or train them anew",
+                stacklevel=5,
             )
 
     def lists(self, key: str, module: str) -> bool:

@@ -3,6 +3,7 @@
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
+from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.bottleneck import Bottleneck as Bottleneck
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.chain import Chain as Chain
@@ -17,6 +18,8 @@ from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
+from jlora.methods.hra import HRA as HRA
+from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
@@ -28,10 +31,12 @@ from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.mora import MoRA as MoRA
 from jlora.methods.mpo import MPO as MPO
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
+from jlora.methods.oft import OFT as OFT
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
 from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
+from jlora.methods.road import RoAd as RoAd
 from jlora.methods.rows import Rows as Rows
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
