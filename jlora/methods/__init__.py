@@ -14,7 +14,9 @@ from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
+from jlora.methods.glora import GLoRA as GLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
+from jlora.methods.hadamard import Hadamard as Hadamard
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lora import LoRA as LoRA

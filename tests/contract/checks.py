@@ -294,14 +294,13 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    names = (
-        set(method.axes) & set(fields) if method.beside else set(method.axes)
-    )  # some fields only go with a leaf beside
-    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
-    for name, axes in method.axes.items() if method.matrix else ():
-        assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
-        assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
-            f"{name}: {axes}"
+    # Some fields are there only where the tree has a leaf beside.
+    axes = {name: roles for name, roles in method.axes.items() if name in fields or not method.beside}
+    assert set(axes) == set(fields), f"axes name {sorted(axes)}, the fields are {sorted(fields)}"
+    for name, roles in axes.items() if method.matrix else ():
+        assert len(roles) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {roles}"
+        assert all(size == 8 for role, size in zip(roles, fields[name].shape) if role in ("in", "out")), (
+            f"{name}: {roles}"
         )
     shared = [tree.get(SHARED, {}).get(type(method).__name__, {}) for tree in (adapted.params, adapted.frozen)]
     names = sorted([*shared[0], *shared[1]])
