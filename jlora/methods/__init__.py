@@ -16,7 +16,9 @@ from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
 from jlora.methods.gelora import GeLoRA as GeLoRA
+from jlora.methods.glora import GLoRA as GLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
+from jlora.methods.hadamard import Hadamard as Hadamard
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.hra import HRA as HRA
 from jlora.methods.ia3 import IA3 as IA3
