@@ -14,16 +14,16 @@ RENEWAL = "tests/chains/test_renewal.py::test_"
 RESTART = "tests/chains/test_restart.py::test_"
 SHIRA = "tests/test_shira.py::test_"
 VERA = "tests/test_vera.py::test_"
+TOGETHER = "tests/test_shared.py::test_"
+LORTA, VBLORA, MPO, TIED = (f"tests/methods/test_{name}.py::test_" for name in ("lorta", "vblora", "mpo", "tiedpair"))
 ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
     f"tests/allocate/test_{name}.py::test_"
     for name in ("adalora", "allocation", "beamlora", "elalora", "alora", "prilora", "rmlora", "sora")
 )
 
-
 def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
-
 
 PRODUCTS_OF_FACTORS = (
     Mutation(
@@ -654,4 +654,77 @@ PRODUCTS = (
     ),
 )
 
-MUTATIONS = (*FORMULAS, *PRODUCTS_OF_FACTORS, *RATES, *RANKS, *PRODUCTS)
+SHARED = (
+    Mutation(
+        "LoRTA leaves a leaf's kind out",
+        "jlora/methods/lorta.py",
+        'shared["c_h"] * shared["c_m"][view.frozen["kind"]] * shared["c_l"]',
+        'shared["c_h"] * shared["c_l"]',
+        (LORTA + "merged_weights_are_those_of_the_reference",),
+    ),
+    Mutation(
+        "layers of one stack are kinds of their own",
+        "jlora/core/protocol/layers.py",
+        'layer[-1].rstrip("0123456789")',
+        "layer[-1]",
+        (LORTA + "merged_weights_are_those_of_the_reference",),
+    ),
+    Mutation(
+        "VB-LoRA mixes by the logits themselves",
+        "jlora/methods/vblora.py",
+        "jax.nn.softmax(largest)",
+        "largest",
+        (VBLORA + "merged_weights_are_those_of_peft",),
+    ),
+    Mutation(
+        "VB-LoRA's bank learns as fast as its logits",
+        "jlora/methods/vblora.py",
+        'return {"bank": 0.1}',
+        'return {"bank": 1.0}',
+        (VBLORA + "outputs_gradients_and_steps_are_those_of_peft",),
+    ),
+    Mutation(
+        "MPO takes the first kind's central core",
+        "jlora/methods/mpo.py",
+        '["central"][view.frozen["kind"]]',
+        '["central"][0]',
+        (MPO + "an_entry_is_the_product_of_the_matrices_that_its_digits_choose_also_where_the_matrix_is_cut",),
+    ),
+    Mutation(
+        "the second of a square pair has the update of the first",
+        "jlora/methods/tiedpair.py",
+        "jnp.where(turned, b.T, a), jnp.where(turned, a.T, b)",
+        "a, b",
+        (TIED + "square_matrices_are_paired_by_patterns_and_pairs_of_other_sizes_take_their_part",),
+    ),
+    Mutation(
+        "rates of shared arrays are left out",
+        "jlora/optimize/optimizer.py",
+        "_multiply(fields, method.shared_rates())",
+        "_multiply(fields, {})",
+        (TOGETHER + "the_optimizer_gives_them_their_groups_and_rates",),
+    ),
+    Mutation(
+        "a leaf that trains nothing of its own is lost in loading",
+        "jlora/disk/adapters.py",
+        'paths.insert(shapes["params"], site.keys, {})',
+        "pass",
+        (TOGETHER + "they_are_saved_loaded_and_counted_once",),
+    ),
+    Mutation(
+        "a restart leaves shared trained arrays in the folded weight and in the adapter",
+        "jlora/optimize/restart.py",
+        'if paths.lookup(adapted.params, (SHARED, drawers.get(site.method, ""))):',
+        "if False:",
+        (TOGETHER + "a_restart_refuses_them_and_so_does_a_chain",),
+    ),
+    Mutation(
+        "shared trained arrays are not counted",
+        "jlora/analysis/explain.py",
+        "_values(own + shared)",
+        "_values(own)",
+        (TOGETHER + "they_are_saved_loaded_and_counted_once",),
+    ),
+)
+
+MUTATIONS = (*PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED)
