@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import kaiming, trained_dtype
 from jlora.methods.melora import block_numbers, check_blocks
 
@@ -49,6 +51,31 @@ class GraLoRA(Method):
     dropout: float = 0.0
 
     family: ClassVar[str] = "LoRA and its variants"
+
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "GRALORA",
+        tensors=(
+            PeftTensor("gralora_A", "a", lambda method: (lambda a: a.reshape(method.blocks, -1, method.rank), _rows)),
+            PeftTensor(
+                "gralora_B", "b", lambda method: (lambda b: np.stack(np.split(b, method.blocks, axis=-1)), _columns)
+            ),
+            PeftTensor(
+                "gralora_A_general.weight", "a_general", "transposed", when=lambda method: method.hybrid_rank > 0
+            ),
+            PeftTensor(
+                "gralora_B_general.weight", "b_general", "transposed", when=lambda method: method.hybrid_rank > 0
+            ),
+        ),
+        settings=(
+            PeftSetting("r", "rank", 32),
+            PeftSetting("gralora_k", "blocks", 2),
+            PeftSetting("hybrid_r", "hybrid_rank", 0),
+            PeftSetting("alpha", "alpha", 64.0),
+            PeftSetting("gralora_dropout", "dropout", 0.0),
+        ),
+        own_biases="gralora_only",
+        fan_in_fan_out=True,
+    )
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "blocks"), {"hybrid_rank": integer(0)})
@@ -116,6 +143,16 @@ class GraLoRA(Method):
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
         return dict.fromkeys(self.axes, "embedding") if site.kind == "gather" else {name: name[0] for name in self.axes}
+
+
+def _rows(blocks: np.ndarray) -> np.ndarray:
+    """Blocks `[blocks, rows, rank]` below each other."""
+    return blocks.reshape(-1, blocks.shape[-1])
+
+
+def _columns(blocks: np.ndarray) -> np.ndarray:
+    """Blocks `[blocks, rank, columns]` beside each other."""
+    return np.concatenate(list(blocks), axis=-1)
 
 
 GraLoRA.CASES = (GraLoRA(rank=4, alpha=6), GraLoRA(rank=4, blocks=4, hybrid_rank=2, alpha=6, dropout=0.25))
