@@ -55,10 +55,8 @@ class GraLoRA(Method):
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "GRALORA",
         tensors=(
-            PeftTensor("gralora_A", "a", lambda method: (lambda a: a.reshape(method.blocks, -1, method.rank), _rows)),
-            PeftTensor(
-                "gralora_B", "b", lambda method: (lambda b: np.stack(np.split(b, method.blocks, axis=-1)), _columns)
-            ),
+            PeftTensor("gralora_A", "a", layout_of=lambda method: (method.row_blocks, _rows)),
+            PeftTensor("gralora_B", "b", layout_of=lambda method: (method.column_blocks, _columns)),
             PeftTensor(
                 "gralora_A_general.weight", "a_general", "transposed", when=lambda method: method.hybrid_rank > 0
             ),
@@ -139,6 +137,14 @@ class GraLoRA(Method):
             a = jnp.concatenate([a, view.params["a_general"]], axis=1)
             b = jnp.concatenate([b, view.params["b_general"]])
         return Factors(a, self.scale * b, dropout=self.dropout)
+
+    def row_blocks(self, a: np.ndarray) -> np.ndarray:
+        """`a` as PEFT has it, `[blocks, in / blocks, rank]`."""
+        return a.reshape(self.blocks, -1, self.rank)
+
+    def column_blocks(self, b: np.ndarray) -> np.ndarray:
+        """`b` as PEFT has it, `[blocks, rank, out / blocks]`."""
+        return np.stack(np.split(b, self.blocks, axis=-1))
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
