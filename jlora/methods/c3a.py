@@ -23,8 +23,8 @@ class C3A(Method):
     """Circular convolution adaptation: `w + u / in` with `u` of circulant blocks, each given by one trained vector.
 
     The block of rows `n` and columns `m` has the entries `kernel[m, n, (row - column) % block]`, with the shape
-    `[out / block, in / block, block]`: a product with it is a circular convolution. Trains `in * out // block` values a matrix, and the
-    update may have full rank.
+    `[out / block, in / block, block]`: a product with it is a circular convolution. Trains `in * out // block` values a
+    matrix, and the update may have full rank.
 
     Worth trying for updates of high rank with few values. Every step forms the update. Merges, but has no smaller form:
     servers of LoRA can't take it.

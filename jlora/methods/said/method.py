@@ -88,8 +88,8 @@ class SAID(Method):
         matrices = sum(math.prod(site.batch_shape) for site in sites) if self.structure_aware else 0
         if matrices >= self.dimension:
             raise ValueError(
-                f"dimension {self.dimension} leaves nothing to share beside a scale for each of the {matrices} matrices; take a "
-                "larger one, or structure_aware=False"
+                f"dimension {self.dimension} leaves nothing to share beside a scale for each of the {matrices} matrices; "
+                "take a larger one, or structure_aware=False"
             )
         double = any(site.dtype == "float64" for site in sites)
         return Start({"theta": jnp.zeros(self.dimension - matrices, "float64" if double else "float32")})
