@@ -2,11 +2,11 @@
 
     taskset -c 0 python experiments/benchmarks/methods_time.py [--shape llama|minilm|scanned] [--only lora,oft,...] ...
 
-Each method as `jlora finetune --method NAME --rank R` makes it, on all kernels of the shape (see step_time.py). All are compiled
-first and then run in turns. Printed, and written to results/ as JSON and Markdown: the median ratio of a step's time to the
-bound's, and what XLA says of flops, bytes moved and temporary memory, which no noise reaches. On one core (`taskset`) the time
-is the process's own, which others on the machine don't lengthen. Methods that start from data, or that take no matrix, are left
-out, and named.
+Each method as `jlora finetune --method NAME --rank R` makes it, on all kernels of the shape (see step_time.py). All are
+compiled first and then run in turns. Printed, and written to results/ as JSON and Markdown: the median ratio of a step's
+time to the bound's, and what XLA says of flops, bytes moved and temporary memory, which no noise reaches. On one core
+(`taskset`) the time is the process's own, which others on the machine don't lengthen. Methods that start from data, or that
+take no matrix, are left out, and named.
 
 Wanted: at most 1.15 of the bound for methods with a form of update, at most 1.5 for those that form their weight.
 """

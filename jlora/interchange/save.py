@@ -34,7 +34,7 @@ class PeftReport:
 
     Attributes:
         peft_type: PEFT's name of the method.
-        rank: the rank, or the commonest.
+        rank: the rank, or the commonest; None for a method without.
         tensors: how many.
         residuals: for each leaf that was truncated `|delta - a b| / |delta|`, the largest of its matrices.
         notes: what to know about the result.
@@ -47,7 +47,8 @@ class PeftReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.peft_type}, rank {self.rank}, {self.tensors} tensors"]
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        lines = [f"{self.peft_type}{rank}, {self.tensors} tensors"]
         lines += [f"{path}: truncated, relative residual {value:.3g}" for path, value in self.residuals.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -187,8 +188,8 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
         assert site is not None
         if weight.acts_alone:
             raise ValueError(
-                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what it "
-                "does beside changing the weight; keep it by jlora.save"
+                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what "
+                "it does beside changing the weight; keep it by jlora.save"
             )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "

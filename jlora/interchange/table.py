@@ -71,6 +71,8 @@ def write(
     targets, listed = table_settings.targets(kind, methods, parameters.modules, shortest)
     out.config.update(peft_type=kind.peft_type, target_modules=targets, **kind.only, **listed)
     out.config.update(table_settings.written(kind, methods))
+    if kind.changed is not None and out.config[kind.changed[0]]:
+        out.config["peft_version"] = kind.changed[1]
     if kind.fan_in_fan_out:
         out.config["fan_in_fan_out"] = any(slot.kind == "conv1d_gpt2" for _, slots in adapters for slot in slots)
     return set(methods)

@@ -38,8 +38,8 @@ class Dropout(Around):
         >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.Dropout(jlora.HiRA(rank=8), rate=0.1)})
 
     Reference:
-        Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15; on the update alone
-        as in LoRA's reference code.
+        Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15; on the update
+        alone as in LoRA's reference code.
     """
 
     inner: Method = field(default_factory=HiRA)

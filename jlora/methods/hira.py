@@ -33,7 +33,7 @@ class HiRA(Method):
         ValueError: for a rank or a name out of range.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.HiRA(rank=32)})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.HiRA(rank=8)})
 
     Reference:
         Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR; starting

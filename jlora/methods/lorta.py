@@ -102,7 +102,7 @@ class LoRTA(Method):
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
         """The factors, as large as the largest leaf needs."""
-        cut, whole = zip(*(self._sides(site) for site in sites))
+        cut, whole = zip(*(_heads_first(site.in_size, site.out_size, self._cuts_rows(site)) for site in sites))
         sizes = {"c_h": self.heads, "c_m": kinds(sites)[1], "c_l": layer_numbers(sites)[1]}
         dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
         key, key_a = jax.random.split(key)
@@ -115,11 +115,6 @@ class LoRTA(Method):
         bound = 1 / math.sqrt(self.rank)
         a = jax.random.uniform(key_a, (max(whole), self.rank), dtype, -bound, bound)
         return Start({"a": a, "b": jnp.zeros((self.rank, -(-max(cut) // self.heads)), dtype), **factors})
-
-    def _sides(self, site: Site) -> tuple[int, int]:
-        """The size that is cut into heads, and the other."""
-        sides = (site.in_size, site.out_size)
-        return sides if self._cuts_rows(site) else sides[::-1]
 
     def _cuts_rows(self, site: Site) -> bool:
         return re.fullmatch(self.by_rows, site.path) is not None
@@ -138,17 +133,15 @@ class LoRTA(Method):
 
     def factors(self, view: View) -> Factors:
         """The side with the heads `[side, rank]`, and `a`, in the order of the matrix's sides."""
-        shared, (cut, whole) = view.shared, self._sides_of(view)
+        shared, by_rows = view.shared, self._cuts_rows(view.site)
+        rows, columns = view.w.shape
+        cut, whole = _heads_first(rows, columns, by_rows)
         c = shared["c_h"] * shared["c_m"][view.frozen["kind"]] * shared["c_l"][view.frozen["layer"]]
         heads = (c[:, None, :] * shared["b"].T).reshape(-1, self.rank)[:cut]
         a = shared["a"][:whole]
-        if self._cuts_rows(view.site):
+        if by_rows:
             return Factors(heads, self.scale * a.T, dropout=self.dropout)
         return Factors(a, self.scale * heads.T, dropout=self.dropout)
-
-    def _sides_of(self, view: View) -> tuple[int, int]:
-        rows, columns = view.w.shape
-        return (rows, columns) if self._cuts_rows(view.site) else (columns, rows)
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * ...`, of the factors."""
@@ -162,6 +155,11 @@ class LoRTA(Method):
     def shared_labels(self, trained: Arrays) -> dict[str, str]:
         """`b`, which starts at zero, is LoRA's `b`."""
         return {name: "b" if name == "b" else "a" for name in trained}
+
+
+def _heads_first(rows: int, columns: int, by_rows: bool) -> tuple[int, int]:
+    """The side that is cut into heads, and the other."""
+    return (rows, columns) if by_rows else (columns, rows)
 
 
 LoRTA.CASES = (

@@ -315,11 +315,10 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    names = (
-        set(method.axes) & set(fields) if method.beside else set(method.axes)
-    )  # some fields only go with a leaf beside
-    assert names == set(fields), f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
-    for name, axes in method.axes.items() if method.matrix else ():
+    always = set(method.axes) if not method.beside else set(fields)  # some fields only go with a leaf beside
+    named = always - method.optional <= set(fields) <= set(method.axes)
+    assert named, f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    for name, axes in ((name, method.axes[name]) for name in fields) if method.matrix else ():
         assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"
@@ -378,19 +377,26 @@ def _doc(method):
 def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
 
-    Of "Shares `...` trained values", which all leaves do together, in their numbers too: `matrices`, `layers` and `kinds`.
+    Of "Shares `...` trained values", which all leaves do together, in numbers of them too (see `shared_count_formula`).
     """
     found = sentence.search(_doc(method))
     assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
-    names = {"rows": rows, "columns": columns, "matrices": matrices, "layers": matrices, "kinds": 1}
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", " ".join(found[1].split())))
+    names = {"rows": rows, "columns": columns, "kinds": 1, **dict.fromkeys(("matrices", "layers", "pairs"), matrices)}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
-    return eval(
-        formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt},
-        {**vars(method), **names},
-    )
+    known = {
+        "len": len,
+        "min": min,
+        "max": max,
+        "round": round,
+        "sqrt": math.sqrt,
+        "sum": sum,
+        "map": map,
+        "range": range,
+    }
+    # As globals, so that a lambda sees them.
+    return eval(formula, {"__builtins__": {}, **known, **vars(method), **names})
 
 
 def check_serialisation(method):

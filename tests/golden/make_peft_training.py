@@ -12,12 +12,19 @@ from pathlib import Path
 import torch
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
     C3AConfig,
     FourierFTConfig,
     HiraConfig,
+    HRAConfig,
+    IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
+    OFTConfig,
     RandLoraConfig,
+    RoadConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -36,9 +43,18 @@ def lora(**options):
 
 
 CONFIGS = {
+    "lokr": lambda: LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
+    "miss": lambda: MissConfig(r=4, target_modules=TARGETS),
     # For larger blocks PEFT's gradient of a layer's input is wrong (`BlockCircularConvolution.backward`).
     "c3a": lambda: C3AConfig(block_size=2, target_modules=TARGETS),
     "fourierft": lambda: FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
+    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
+    "hra_gram_schmidt": lambda: HRAConfig(r=2, apply_GS=True, target_modules=TARGETS),
+    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft_exact": lambda: OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
+    "road": lambda: RoadConfig(group_size=4, target_modules=TARGETS),
     "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),

@@ -56,8 +56,9 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and
 
 
 @pytest.mark.long
-def test_a_run_with_masks_by_gradients_ends_with_the_same_bits_after_a_stop(stopped_and_resumed):
-    result = stopped_and_resumed(dataclasses.replace(SETTINGS, method="shira", steps=6, set={"mask": "snip"}))
+def test_a_run_with_masks_by_gradients_ends_with_the_same_bits_after_a_stop(stopped_and_resumed, tmp_path):
+    given = {"method": "shira", "set": {"mask": "snip"}, "data": sentences(tmp_path)}
+    result = stopped_and_resumed(dataclasses.replace(SETTINGS, steps=6, **given))
     index = np.asarray(result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"]["index"])
     assert index.shape == (5, 2 * (64 + 64)) and np.all(np.diff(index) > 0)
 

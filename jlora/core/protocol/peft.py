@@ -116,6 +116,8 @@ class PeftKind:
         only: settings that jlora has one value of: they are written with it, and refused with any other. One that is missing
             in a folder counts as off.
         unused: settings that change nothing of what the tensors mean, such as names of starts.
+        changed: a setting that means something else in folders of older releases of PEFT, and its first release of today's
+            meaning: this is written as `peft_version`, and reading an older folder in which the setting is on warns.
         training: settings that act in training only and that the method has not: where they are on, reading warns.
         own_biases: the value of `bias` for training the biases of adapted modules alone, such as "hra_only"; "" where PEFT's
             configuration has no `bias`.
@@ -129,6 +131,7 @@ class PeftKind:
     shared: tuple[PeftShared, ...] = ()
     only: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    changed: tuple[str, str] | None = None
     training: tuple[str, ...] = ()
     own_biases: str = ""
     fan_in_fan_out: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,8 +80,7 @@ def resolve(leaves: Iterable[tuple[Keys, Any]], spec: Spec, sites: Sites | None)
         if matching:
             taken[matching[0]] += 1
             if (method := entries[matching[0]][1]) is not None:
-                site = _site(keys, leaf, method, found_roles)
-                found.append(replace(site, beside=beside.present(site, shapes)))
+                found.append(_site(keys, leaf, method, found_roles, shapes))
     left_out = {
         n: _left_out(method, entries, found_roles)
         for n, (pattern, method) in enumerate(entries)
@@ -168,7 +167,9 @@ def _is_matrix(leaf: Leaf) -> bool:
     return leaf.roles is None or bool(leaf.roles[0] and leaf.roles[1])
 
 
-def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf] | None) -> Site:
+def _site(
+    keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf] | None, leaves: Container[Keys]
+) -> Site:
     path, shape = "/".join(keys), tuple(getattr(leaf, "shape", ()))
     if not _compat.is_array(leaf):
         raise TypeError(f"{path} is {leaf!r} and no array; only arrays can be adapted, so leave it out of the pattern")
@@ -185,6 +186,7 @@ def _site(keys: Keys, leaf: Any, method: Method | Axes, traced: dict[Keys, Leaf]
         return blank
     if roles is None:
         kind, *roles = _roles(path, shape, bare, None if traced is None else traced[keys])
+    blank = replace(blank, beside=beside.present(blank, leaves))
     site = replace(blank, in_axes=roles[0], out_axes=roles[1], batch_axes=roles[2], kind=kind)
     try:
         bare.check(site)
