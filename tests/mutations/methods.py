@@ -7,6 +7,8 @@ DEEP = "tests/test_deeplora.py::test_"
 DORA = "tests/test_dora.py::test_"
 HADAMARD = "tests/methods/test_hadamard.py::test_weight_and_gradients_are_those_of_the_formula"
 INITS = "tests/test_weight_inits.py::test_"
+DENSE = "tests/methods/test_dense_updates.py::test_"
+FASTFOOD = "tests/methods/test_said.py::test_"
 LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
 DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in ("deeplinear", "lorafa", "products"))
@@ -24,6 +26,80 @@ ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
 def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
+
+PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
+DENSE_UPDATES = (
+    Mutation(
+        "SineLoRA's gain is that of the other side",
+        "jlora/methods/sinelora.py",
+        'view.site.in_size if self.gain == "sqrt_in" else view.site.out_size',
+        'view.site.out_size if self.gain == "sqrt_in" else view.site.in_size',
+        (DENSE + "sinelora_is_the_sine_of_numpy_in_values_gradients_and_steps",),
+    ),
+    Mutation(
+        "FourierFT's spectrum is not made even",
+        "jlora/methods/fourierft.py",
+        "even = even.at[-row % rows, -column % columns].add(values",
+        "even = even.at[row, column].add(values",
+        (DENSE + "fourierft_is_the_real_part_of_the_inverse_transform_of_numpy",),
+    ),
+    Mutation(
+        "FourierFT takes its positions of the matrix as it is here",
+        "jlora/methods/fourierft.py",
+        "(chosen % rows * columns + chosen // rows)",
+        "chosen",
+        (DENSE + "the_positions_of_fourierft_are_the_first_of_the_permutation_of_torch",),
+    ),
+    Mutation(
+        "RandLoRA pairs the rows of A by base",
+        "jlora/methods/randlora.py",
+        "b[:larger, :bases].reshape(",
+        "b[:larger, :bases].swapaxes(1, 2).reshape(",
+        (DENSE + PEFT_STEPS + "[randlora]",),
+    ),
+    Mutation(
+        "a block of C3A is transposed",
+        "jlora/methods/c3a.py",
+        "(1, 2, 0, 3)",
+        "(1, 3, 0, 2)",
+        (DENSE + "a_block_of_c3a_is_a_circular_convolution",),
+    ),
+    Mutation(
+        "a reflection is no reflection",
+        "jlora/methods/spectral_tensor_train.py",
+        "jnp.eye(columns, dtype=y.dtype) / 2",
+        "jnp.eye(columns, dtype=y.dtype) / 3",
+        (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
+    ),
+    Mutation(
+        "the outputs of a tensor train come in the order of the inputs",
+        "jlora/methods/spectral_tensor_train.py",
+        'order = "ar,rmc->amc" if last else "ar,rmc->mac"',
+        'order = "ar,rmc->amc"',
+        (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
+    ),
+    Mutation(
+        "SAID's map does not keep the norm of a padded matrix",
+        "jlora/methods/said/fastfood.py",
+        "jnp.sum(gaussian**2) * size",
+        "jnp.sum(gaussian**2) * len(signs)",
+        (FASTFOOD + "the_map_keeps_norms_on_average_and_differs_from_seed_to_seed",),
+    ),
+    Mutation(
+        "SAID's scales are no part of its dimension",
+        "jlora/methods/said/method.py",
+        'jnp.zeros(self.dimension - matrices, "float64"',
+        'jnp.zeros(self.dimension, "float64"',
+        (FASTFOOD + "every_matrix_of_a_stack_has_its_map_and_takes_its_scale_from_the_budget",),
+    ),
+    Mutation(
+        "a folder of PEFT's may lack the one tensor of a module",
+        "jlora/interchange/read_table.py",
+        "if last in MATRICES and name not in found and settings.targets(module):",
+        "if False:",
+        ("tests/interchange/test_stated_kinds.py::test_any_missing_tensor_is_named[c3a]",),
+    ),
+)
 
 PRODUCTS_OF_FACTORS = (
     Mutation(
@@ -727,4 +803,4 @@ SHARED = (
     ),
 )
 
-MUTATIONS = (*PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED)
+MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED)
