@@ -15,6 +15,7 @@ DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in 
 RENEWAL = "tests/chains/test_renewal.py::test_"
 RESTART = "tests/chains/test_restart.py::test_"
 SHIRA = "tests/test_shira.py::test_"
+STARTS = "tests/methods/test_starts.py::test_"
 VERA = "tests/test_vera.py::test_"
 TOGETHER = "tests/test_shared.py::test_"
 LORTA, VBLORA, MPO, TIED = (f"tests/methods/test_{name}.py::test_" for name in ("lorta", "vblora", "mpo", "tiedpair"))
@@ -237,6 +238,55 @@ FORMULAS = (
         "width = min(rank + 8 if width is None else width, *w.shape)",
         "width = min(rank if width is None else width, *w.shape)",
         (INITS + "the_randomised_svd_comes_as_close_as_its_iterations_let_it",),
+    ),
+    Mutation(
+        "EVA takes the directions of the least variances",
+        "jlora/core/protocol/data_starts.py",
+        "first = vectors[:, ::-1][:, :number]",
+        "first = vectors[:, :number]",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[eva]",),
+    ),
+    Mutation(
+        "EVA looks at inputs around zero",
+        "jlora/core/protocol/data_starts.py",
+        "covariance - jnp.outer(mean, mean)",
+        "covariance",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[eva]",),
+    ),
+    Mutation(
+        "EVA gives out ranks as if there were one matrix",
+        "jlora/methods/eva.py",
+        "[: self.rank * matrices]",
+        "[: self.rank]",
+        (STARTS + "eva_gives_ranks_to_the_matrices_that_peft_gives_them",),
+    ),
+    Mutation(
+        "CorDA keeps what the inputs use in neither mode",
+        "jlora/core/protocol/data_starts.py",
+        "slice(len(sigma) - rank, None) if least else slice(rank)",
+        "slice(rank)",
+        (STARTS + "of_isotropic_inputs_corda_is_pissa_up_to_the_balance_of_its_factors",),
+    ),
+    Mutation(
+        "CorDA takes an inexact inverse",
+        "jlora/core/protocol/data_starts.py",
+        "(error >= 0.05)",
+        "(error < 0)",
+        (STARTS + "corda_doubles_the_damping_until_the_inverse_is_one",),
+    ),
+    Mutation(
+        "LoRA-GA's scale forgets gamma",
+        "jlora/core/protocol/data_starts.py",
+        "w.shape[1] ** 0.25 / gamma**0.5",
+        "w.shape[1] ** 0.25",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[lora_ga]",),
+    ),
+    Mutation(
+        "LoRA-GA gives both factors the same triplets",
+        "jlora/core/protocol/data_starts.py",
+        '(every[:rank], every[rank:]) if direction == "ArB2r"',
+        '(every[:rank], every[:rank]) if direction == "ArB2r"',
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[lora_ga]",),
     ),
     Mutation(
         "factors from the weight run as large parts that cancel",
