@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 
@@ -234,10 +236,34 @@ def test_an_older_folder_of_a_series_of_rotations_warns_that_it_means_another_fu
         jlora.save_peft(folder, jlora.adapterize(PARAMS, {"down/kernel": method}), names)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config.get("peft_version") == ("0.18.0" if method.neumann else None)
+        (folder / "jlora_manifest.json").unlink()
         for version in ("0.17.1", None):
             (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
             if method.neumann:
-                with pytest.warns(UserWarning, match="use_cayley_neumann meant something else before PEFT 0.18.0"):
+                with pytest.warns(
+                    UserWarning, match="use_cayley_neumann meant something else before PEFT 0.18.0"
+                ) as warned:
                     jlora.load_peft(folder, PARAMS, names)
+                assert [each.filename for each in warned] == [__file__]
             else:
                 jlora.load_peft(folder, PARAMS, names)
+
+
+# --- meshes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_beside_is_not_changed_once_for_each_part_of_the_inputs():
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
+    params, x = (
+        {"kernel": BASE["w"], "bias": jnp.ones(COLUMNS)},
+        jnp.asarray(RNG.standard_normal((3, ROWS)), jnp.float32),
+    )
+
+    def fn(params, x):
+        body = lambda x, w: jax.lax.psum(x @ w, "model")
+        run = jax.shard_map(body, mesh=mesh, in_specs=(P(None, "model"), P("model")), out_specs=P())
+        return run(x, params["kernel"]) + params["bias"]
+
+    scaled = jlora.adapterize(params, {"kernel": jlora.IA3()})
+    with pytest.raises(ValueError, match=r"kernel: IA3\(.*\) acts on the input .* `shard_map`"):
+        jlora.lift(fn)(scaled, x)
