@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
@@ -49,7 +50,7 @@ class OFT(Method):
 
     Reference:
         Qiu et al. 2023, arXiv:2306.07280; the rotated input and the series: Qiu et al. 2025, arXiv:2506.19847. Formula and
-        defaults as in PEFT.
+        defaults as in PEFT, whose constrained variant (`coft`) is refused where a folder has it.
     """
 
     block: int = 32
@@ -60,6 +61,7 @@ class OFT(Method):
 
     family: ClassVar[str] = "Rotations and scales"
     local: ClassVar[frozenset[str]] = frozenset({"out"})
+    recipe: ClassVar[Recipe] = Recipe(rank=0)
 
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "OFT",
