@@ -14,7 +14,7 @@ from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
-from jlora.methods.oft import cayley, check_block, check_inputs, side_of, turned
+from jlora.methods.oft.method import cayley, check_block, check_inputs, side_of, turned
 
 
 @dataclass(frozen=True)

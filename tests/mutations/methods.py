@@ -659,21 +659,21 @@ PRODUCTS = (
 ROTATIONS = (
     Mutation(
         "the last term of OFT's series counts twice",
-        "jlora/methods/oft.py",
+        "jlora/methods/oft/method.py",
         "        total += jnp.matmul(power, s, precision=EXACT)",
         "        total += 2 * jnp.matmul(power, s, precision=EXACT)",
         (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[5]",),
     ),
     Mutation(
         "OFT's exact blocks turn as its series does",
-        "jlora/methods/oft.py",
+        "jlora/methods/oft/method.py",
         "dtype=s.dtype) + s, s)",
         "dtype=s.dtype) - s, -s)",
         (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[0]",),
     ),
     Mutation(
         "OFT's rotated input is rounded to 16 bits",
-        "jlora/methods/oft.py",
+        "jlora/methods/oft/method.py",
         "return product(turned(x.astype(change.dtype), change))",
         "return product(turned(x.astype(change.dtype), change).astype(x.dtype))",
         (ROTATED + "a_small_change_reaches_the_output_of_a_16_bit_base[OFT(block=4)]",),
