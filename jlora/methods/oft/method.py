@@ -50,7 +50,7 @@ class OFT(Method):
             they don't divide.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.OFT(block=32)})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.OFT(block=16)})
 
     Reference:
         Qiu et al. 2023, arXiv:2306.07280; the rotated input and the series: Qiu et al. 2025, arXiv:2506.19847. Formula and
