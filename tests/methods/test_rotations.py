@@ -176,6 +176,7 @@ def test_a_small_change_reaches_the_output_of_a_16_bit_base(method):
         (lambda: jlora.OFT(block=8, blocks=2), "OFT takes either block, .* or blocks, .* got block=8 and blocks=2"),
         (lambda: jlora.BOFT(block=0), "BOFT takes either block, .* got block=0 and blocks=0"),
         (lambda: jlora.OFT(terms=1), "terms must be an integer of at least 2, got 1"),
+        (lambda: jlora.OFT(coft=True, eps=0.0), "eps must be positive and finite, got 0.0"),
         (lambda: jlora.OFT(neumann=1), "neumann must be True or False, got 1"),
         (lambda: jlora.BOFT(depth=0), "depth must be a positive whole number, got 0"),
         (lambda: jlora.IA3("both"), r"side must be one of \('output', 'input'\), got 'both'"),

@@ -679,6 +679,13 @@ ROTATIONS = (
         (ROTATED + "a_small_change_reaches_the_output_of_a_16_bit_base[OFT(block=4)]",),
     ),
     Mutation(
+        "COFT's bound is that of one block",
+        "jlora/methods/oft/rule.py",
+        "bound = eps / math.sqrt(2 * q.shape[-2])",
+        "bound = eps / math.sqrt(2)",
+        (FROM_PEFT + "[oft_bounded]",),
+    ),
+    Mutation(
         "HRA's reflections come in the other order",
         "jlora/methods/hra.py",
         "self.reflected(view.w.astype(u.dtype).T, u[:, ::-1]).T",
