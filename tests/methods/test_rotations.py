@@ -167,6 +167,14 @@ def test_a_small_change_reaches_the_output_of_a_16_bit_base(method):
     assert np.sum((after - before) * wanted) / np.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("method", "number"), [(jlora.OFT(4), 24 * 4), (jlora.HRA(4), 2 * 24 * 4), (jlora.IA3(), 40)], ids=str
+)
+def test_explain_counts_what_a_row_costs_and_not_what_the_blocks_are_made_of(method, number):
+    text = jlora.explain(jlora.adapterize({"w": jnp.ones((24, 40))}, {"w": method}))
+    assert f" {number} multiply-adds more" in text
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +237,12 @@ def test_one_folder_of_peft_holds_scales_of_outputs_and_of_inputs(tmp_path):
     again = jlora.load_peft(tmp_path / "out", PARAMS, names)
     assert again.plan == adapted.plan
     jax.tree.map(np.testing.assert_array_equal, again.params, noisy)
+
+
+def test_servers_of_lora_take_reflections_without_loss(tmp_path):
+    adapted = jlora.adapterize(PARAMS, {"down/kernel": jlora.HRA(3)})
+    report = jlora.save_peft(tmp_path / "out", adapted, names, profile="serving", svd_rank=3)
+    assert report.peft_type == "LORA" and report.residuals["down/kernel"] < 1e-5
 
 
 def test_an_older_folder_of_a_series_of_rotations_warns_that_it_means_another_function(tmp_path):
