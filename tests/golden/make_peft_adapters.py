@@ -166,6 +166,7 @@ CASES = {
     "hra_gram_schmidt": (Text, HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
     "ia3": (Text, IA3Config(target_modules=[*LINEAR, "head"], feedforward_modules=["head"])),
     "oft": (Text, OFTConfig(target_modules=["mix", "head"], oft_block_size=4)),
+    "oft_bounded": (Text, OFTConfig(target_modules=LINEAR, oft_block_size=2, coft=True, eps=0.5)),
     "oft_exact": (OFTConfig(target_modules=LINEAR, r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),),
     "road": (Text, RoadConfig(target_modules=LINEAR, group_size=4)),
     "road_4": (Text, RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),

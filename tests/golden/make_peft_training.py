@@ -54,6 +54,7 @@ CONFIGS = {
     "hra_gram_schmidt": lambda: HRAConfig(r=2, apply_GS=True, target_modules=TARGETS),
     "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft_bounded": lambda: OFTConfig(oft_block_size=4, coft=True, eps=0.4, target_modules=TARGETS),
     "oft_exact": lambda: OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
     "road": lambda: RoadConfig(group_size=4, target_modules=TARGETS),
     "gralora": lambda: GraloraConfig(r=4, alpha=6, target_modules=TARGETS),

@@ -13,6 +13,8 @@ LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
 DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in ("deeplinear", "lorafa", "products"))
 RENEWAL = "tests/chains/test_renewal.py::test_"
+ROTATED = "tests/methods/test_rotations.py::test_"
+FROM_PEFT = "tests/interchange/test_from_peft.py::test_an_adapter_of_peft_computes_what_peft_computes"
 RESTART = "tests/chains/test_restart.py::test_"
 SHIRA = "tests/test_shira.py::test_"
 STARTS = "tests/methods/test_starts.py::test_"
@@ -853,4 +855,84 @@ SHARED = (
     ),
 )
 
-MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED)
+ROTATIONS = (
+    Mutation(
+        "the last term of OFT's series counts twice",
+        "jlora/methods/oft/method.py",
+        "        total += jnp.matmul(power, s, precision=EXACT)",
+        "        total += 2 * jnp.matmul(power, s, precision=EXACT)",
+        (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[5]",),
+    ),
+    Mutation(
+        "OFT's exact blocks turn as its series does",
+        "jlora/methods/oft/method.py",
+        "dtype=s.dtype) + s, s)",
+        "dtype=s.dtype) - s, -s)",
+        (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[0]",),
+    ),
+    Mutation(
+        "OFT's rotated input is rounded to 16 bits",
+        "jlora/methods/oft/method.py",
+        "return product(turned(x.astype(change.dtype), change))",
+        "return product(turned(x.astype(change.dtype), change).astype(x.dtype))",
+        (ROTATED + "a_small_change_reaches_the_output_of_a_16_bit_base[OFT(block=4)]",),
+    ),
+    Mutation(
+        "COFT's bound is that of one block",
+        "jlora/methods/oft/rule.py",
+        "bound = eps / math.sqrt(2 * q.shape[-2])",
+        "bound = eps / math.sqrt(2)",
+        (FROM_PEFT + "[oft_bounded]",),
+    ),
+    Mutation(
+        "HRA's reflections come in the other order",
+        "jlora/methods/hra.py",
+        "self.reflected(view.w.astype(u.dtype).T, u[:, ::-1]).T",
+        "self.reflected(view.w.astype(u.dtype).T, u).T",
+        (ROTATED + "hra_reflects_the_weight_by_one_column_after_the_other[3]",),
+    ),
+    Mutation(
+        "HRA's columns all start apart",
+        "jlora/methods/hra.py",
+        "return self.rank % 2 == 0 and not self.gram_schmidt",
+        "return False",
+        (ROTATED + "reflections_start_in_equal_pairs_and_where_they_can_not_as_another_function",),
+    ),
+    Mutation(
+        "BOFT's first factor comes last",
+        "jlora/methods/boft.py",
+        "for number in reversed(range(self.depth)):",
+        "for number in range(self.depth):",
+        (FROM_PEFT + "[boft_deep]",),
+    ),
+    Mutation(
+        "BOFT's factors all reach equally far",
+        "jlora/methods/boft.py",
+        "halves = (2, 2**number, change.shape[-1] // 2)",
+        "halves = (2, 2, change.shape[-1] // 2)",
+        (ROTATED + "boft_is_the_product_of_its_factors_with_the_first_one_next_to_the_weight[2-3-16]",),
+    ),
+    Mutation(
+        "IA3 leaves the bias as it was",
+        "jlora/methods/ia3.py",
+        "(scale - 1) if",
+        "0 if",
+        (FROM_PEFT + "[ia3]",),
+    ),
+    Mutation(
+        "RoAd turns the other way",
+        "jlora/methods/road.py",
+        "jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2)",
+        "jnp.stack([pairs[..., 1, :], -pairs[..., 0, :]], axis=-2)",
+        (FROM_PEFT + "[road]",),
+    ),
+    Mutation(
+        "every device adds what a bias beside changes",
+        "jlora/core/walk/weight.py",
+        'if role == "in" and weight.beside:',
+        'if role == "none" and weight.beside:',
+        (ROTATED + "a_bias_beside_is_not_changed_once_for_each_part_of_the_inputs",),
+    ),
+)
+
+MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED, *ROTATIONS)
