@@ -203,9 +203,9 @@ class GLoRA(Method):
         """The numbers of an entangled configuration: the kept ones, or, with a key, any."""
         if not self.entangled or view.key is None:
             return view.frozen.get("choice")
-        tables = [jnp.array([KINDS.index(kind) for kind in kinds], jnp.int32) for kinds in CHOICES.values()]
-        keys = jax.random.split(view.key, len(tables))
-        return jnp.stack([jax.random.choice(key, table) for key, table in zip(keys, tables)])
+        drawn = jax.random.randint(view.key, (len(CHOICES),), 0, jnp.array([len(kinds) for kinds in CHOICES.values()]))
+        tables = jnp.array([np.resize([KINDS.index(kind) for kind in kinds], len(KINDS)) for kinds in CHOICES.values()])
+        return tables[jnp.arange(len(CHOICES)), drawn]
 
     def _support(self, view: View, name: str, choice: jax.Array | None) -> Support:
         params, fields = view.params, self._fields(name)
