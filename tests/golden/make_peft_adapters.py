@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +135,7 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "glora": (Text, GloraConfig(target_modules=LINEAR, r=3, config_D_E="vector")),
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),

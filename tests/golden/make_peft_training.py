@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -26,6 +26,7 @@ def lora(**options):
 
 
 CONFIGS = {
+    "glora": lambda: GloraConfig(r=4, target_modules=TARGETS),
     "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),

@@ -75,6 +75,19 @@ class PeftShared:
 
 
 @dataclass(frozen=True)
+class PeftZeros:
+    """A tensor that PEFT has for a module and that holds only zeros, where a part of the method is left away.
+
+    Attributes:
+        name: as that of a `PeftTensor`.
+        shape: its shape for a method and a site; None where it isn't there.
+    """
+
+    name: str
+    shape: Callable[[Any, Any], tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
 class PeftSetting:
     """A setting of `adapter_config.json` that is a hyperparameter of the method.
 
@@ -110,6 +123,7 @@ class PeftKind:
         tensors: those of a module.
         settings: the settings that are hyperparameters.
         shared: tensors of the whole model.
+        zeros: tensors of a module that hold only zeros.
         only: settings that jlora has one value of: they are written with it, and refused with any other. One that is missing
             in a folder counts as off.
         unused: settings that change nothing of what the tensors mean, such as names of starts.
@@ -124,6 +138,7 @@ class PeftKind:
     tensors: tuple[PeftTensor, ...]
     settings: tuple[PeftSetting, ...] = ()
     shared: tuple[PeftShared, ...] = ()
+    zeros: tuple[PeftZeros, ...] = ()
     only: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
@@ -134,6 +149,11 @@ class PeftKind:
     def of(self, method: Any) -> tuple[PeftTensor, ...]:
         """The tensors that a method has."""
         return tuple(tensor for tensor in self.tensors if tensor.when is None or tensor.when(method))
+
+    def zeros_of(self, method: Any, site: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of zeros that a method has at a site."""
+        shapes = {each.name: each.shape(method, site) for each in self.zeros}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
 
     @property
     def names(self) -> frozenset[str]:
