@@ -10,9 +10,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from peft_table import attempt
 
 import jlora
+from jlora.analysis.explain import of_one_matrix
 from jlora.core.protocol import docstrings
+from jlora.core.tree.starts import blank
 from jlora.disk import catalog
 from jlora.disk.catalog import FAMILIES
 
@@ -49,15 +52,19 @@ def tables() -> str:
 
 
 def table(members: list[type[jlora.Method]]) -> str:
-    """Name, first sentence of the docstring, values trained by the first case, papers."""
-    head = f"| method | what it does | example | trains, of {SHAPE[0]} x {SHAPE[1]} | paper |"
-    return "\n".join([head, "|---|---|---|---|---|", *(row(cls) for cls in members)])
+    """Name, first sentence of the docstring; what the first case trains and costs, and where it can go; papers."""
+    names = ("method", "what it does", "example", f"trains, of {SHAPE[0]} x {SHAPE[1]}", "a pass costs", "merges")
+    head = "| " + " | ".join([*names, "in PEFT", "for servers", "paper"]) + " |"
+    return "\n".join([head, "|---" * 9 + "|", *(row(cls) for cls in members)])
 
 
 def row(cls: type[jlora.Method]) -> str:
     """The line of a method."""
     case = cls.CASES[0]
-    cells = (f"`{cls.__name__}`", docstrings.first_sentence(cls), f"`{case}`", f"{_trained(case):,}", _papers(cls))
+    adapted = _adapted(case)
+    numbers = (f"{sum(leaf.size for leaf in jax.tree.leaves(adapted.params)):,}", _cost(adapted))
+    places = (_merges(case), attempt(case, "peft"), attempt(case, "serving"))
+    cells = (f"`{cls.__name__}`", docstrings.first_sentence(cls), f"`{case}`", *numbers, *places, _papers(cls))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -68,10 +75,27 @@ def _papers(cls: type) -> str:
     return ", ".join(links) or (told if re.search(r"\b(19|20)\d\d\b", told) else "–")
 
 
-def _trained(method: jlora.Method) -> int:
-    params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
-    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, {"w": method}), params)
-    return sum(leaf.size for leaf in jax.tree.leaves(adapted.params))
+def _adapted(method: jlora.Method) -> jlora.Adapted:
+    """The shapes of a method's arrays."""
+    params, spec = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, {"w": method}
+    return jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
+
+
+def _cost(adapted: jlora.Adapted) -> str:
+    """Multiply-adds for each token beyond those of the matrix itself."""
+    (site,) = adapted.plan.sites
+    if not site.method.matrix:
+        return "nothing"
+    update = of_one_matrix(adapted, site)
+    if update is None:
+        return "forms `w`"
+    return f"{100 * update.cost(*SHAPE, site.kind == 'gather') / (SHAPE[0] * SHAPE[1]):.2g} %"
+
+
+def _merges(method: jlora.Method) -> str:
+    if not method.mergeable:
+        return "no"
+    return f"yes, with the {', '.join(method.beside)}" if method.beside else "yes"
 
 
 def sections() -> str:

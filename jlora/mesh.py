@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import paths
@@ -42,6 +42,8 @@ def logical_axes(adapted: Adapted, names: Any = None) -> Adapted:
         >>> shardings = flax.linen.logical_to_mesh_sharding(names, mesh, rules)
     """
     if names is None:
+        from flax import nnx  # takes half a second, which no other function here needs
+
         names = (nnx if isinstance(adapted.base, nnx.State) else linen).get_partition_spec(adapted.base)
     found = dict(_flatten_specs(names))
     leaves, treedef = paths.flatten_with_keys(adapted.base)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from flax import nnx
 from flax.core.meta import AxisMetadata
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-#: What holds an array and facts about it, under an attribute `value` that names nothing (`Partitioned` is `AxisMetadata`).
-BOXES = (nnx.Variable, AxisMetadata)
+
+def _is_box(node: Any) -> bool:
+    """Whether a node holds an array and facts about it, under an attribute `value` that names nothing.
+
+    Such are Flax's `Partitioned`, an `AxisMetadata`, and NNX's variables. NNX takes half a second to import, and where nobody
+    has imported it there are none.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    return isinstance(node, AxisMetadata) or (nnx is not None and isinstance(node, nnx.Variable))
 
 
 def _key_string(key: Any) -> str:
@@ -38,9 +45,9 @@ def flatten_with_keys(
 
 def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], Any]]:
     found = []
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, BOXES) or is_leaf(node))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: _is_box(node) or is_leaf(node))
     for path, node in nodes:
-        inside = _in_box(node, is_leaf) if isinstance(node, BOXES) and not is_leaf(node) else [((), node)]
+        inside = _in_box(node, is_leaf) if _is_box(node) and not is_leaf(node) else [((), node)]
         found += [((*map(_key_string, path), *keys), leaf) for keys, leaf in inside]
     return found
 

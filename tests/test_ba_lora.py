@@ -8,6 +8,8 @@ import pytest
 import jlora
 from jlora.losses import consistency, diversity, spectrum
 
+pytestmark = pytest.mark.newest
+
 RNG = np.random.default_rng(0)
 Z, T = RNG.standard_normal((2, 5, 4, 6)).astype(np.float32)  # rows, tokens, classes
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], np.float32)

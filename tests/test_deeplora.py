@@ -12,6 +12,8 @@ import pytest
 import jlora
 from jlora.methods.deeplora import bases
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "deeplora.npz"))
 KERNELS = ("square", "wide", "tall")
 RNG = np.random.default_rng(0)

@@ -7,6 +7,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) / 3, jnp.float32)

@@ -10,6 +10,9 @@ from contract import discovery
 import jlora
 import jlora.methods
 from jlora.core.protocol import docstrings
+from jlora.core.tree.starts import blank
+
+pytestmark = pytest.mark.newest
 
 FIRST = [
     cls.CASES[0]
@@ -22,7 +25,7 @@ FIRST = [
 def adapted(spec, **shapes):
     """The shapes of adapters; nothing is computed."""
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return jax.eval_shape(lambda params: jlora.adapterize(params, spec), params)
+    return jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
 
 
 @pytest.mark.parametrize("method", FIRST, ids=lambda method: type(method).__name__)

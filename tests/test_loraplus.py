@@ -10,6 +10,8 @@ import jlora
 from jlora.core.protocol.method import Start
 from jlora.optimize.optimizer import labels
 
+pytestmark = pytest.mark.newest
+
 
 def model(params, tokens):
     x = jnp.take(params["embedding"], tokens, axis=0)

@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "peft.npz"))
 LORA = jlora.LoRA(rank=2, alpha=3)
 RSLORA = jlora.LoRA(rank=2, alpha=3, scaling="rslora")

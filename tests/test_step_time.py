@@ -14,6 +14,8 @@ import step_time
 import variants
 from problems import problem, settings_for
 
+pytestmark = pytest.mark.newest
+
 TINY = {"layers": 2, "width": 32, "hidden": 48, "heads": 2, "vocab": 64, "batch": 2, "length": 16, "rank": 2}
 
 

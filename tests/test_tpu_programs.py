@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "be
 import hlo
 import tpu_programs
 
+pytestmark = pytest.mark.newest
+
 SMALL = LlamaConfig(
     vocab_size=64,
     hidden_size=32,

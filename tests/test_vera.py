@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "vera.npz"))
 CHECKS = discovery.checks(checks)
 LAYERS = ("up", "down")

@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "inits.npz"))
 METHODS = {
     "olora": jlora.LoRA(rank=3, alpha=4, init="olora"),

@@ -42,12 +42,22 @@ def _explained(adapted: Adapted, method: Method) -> str:
         "costs": " ".join(
             part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part
         ),
+        "merges": _merges(method),
         "source": docstrings.reference(cls) or "no paper",
     }
     text = [f"{method}, {len(sites)} {'leaf' if len(sites) == 1 else 'leaves'}"]
     for name, line in lines.items():
+        if not line:
+            continue
         text.append(textwrap.fill(line, _WIDTH, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10))
     return "\n".join(text)
+
+
+def _merges(method: Method) -> str:
+    """What to know of merging; nothing where the weight says it all."""
+    if not method.mergeable:
+        return "No: no weight does what the method does; it runs by jlora.lift alone."
+    return f"Together with the leaves beside: {', '.join(method.beside)}." if method.beside else ""
 
 
 def _trained(adapted: Adapted, method: Method, sites: tuple[Site, ...]) -> str:
@@ -71,7 +81,7 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     """What the method adds to the products of the forward pass, counted from what it gives as data."""
     if not any(site.method.matrix for site in sites):
         return "A forward pass as the base's, and the gradient of the leaf itself."
-    found = [(site, _of_one_matrix(adapted, site)) for site in sites]
+    found = [(site, of_one_matrix(adapted, site)) for site in sites]
     formed = [site for site, update in found if update is None]
     if formed:
         values = sum(_matrices(site) * site.in_size * site.out_size for site in formed)
@@ -89,7 +99,7 @@ def _forward(adapted: Adapted, sites: tuple[Site, ...]) -> str:
     )
 
 
-def _of_one_matrix(adapted: Adapted, site: Site) -> Any:
+def of_one_matrix(adapted: Adapted, site: Site) -> Any:
     """The shapes of a site's `Update` for one matrix; None where its method has no form."""
     depth = len(site.batch_axes)
 

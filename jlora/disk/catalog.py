@@ -21,6 +21,7 @@ FAMILIES = {
     "Shared tensors": "train arrays that all matrices share, and little for each",
     "Rotations and scales": "multiply the weight, its inputs or its outputs",
     "Bottleneck adapters": "add a small network beside or behind the weight",
+    "Around another method": "change how another method is applied",
     "Sparse updates": "train a few entries of the weight",
     "Trained leaves and rows": "train a leaf, or some of its rows, without an adapter",
 }

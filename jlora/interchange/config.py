@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -184,6 +185,12 @@ class Settings:
                 f"{self._where}: {reason}, so PEFT would ignore its tensor {key!r}; change the setting, or take the tensor out"
             )
 
+    def targets(self, module: str) -> bool:
+        """Whether the settings name a module, so that PEFT adapts it; False where they name none."""
+        wanted = self._config.get("target_modules")
+        named = wanted is not None and str(wanted).lower() != "all-linear"
+        return named and targets.left_out(self._config, module) is None
+
     def rank(self, target: str) -> int:
         """The rank of a module, by PEFT's rule: that of the first entry of `rank_pattern` that matches the end of its name."""
         return self._positive(*self._pattern("rank_pattern", target, "r"))
@@ -204,7 +211,9 @@ class Settings:
                 ) from None
         return default, self._config.get(default, value)
 
-    def typed(self, key: str, default: Any, pattern: str = "", module: str = "") -> Any:
+    def typed(
+        self, key: str, default: Any, pattern: str = "", module: str = "", types: frozenset[type] = frozenset()
+    ) -> Any:
         """A setting of the type that its default has, for a module; the default where it is missing.
 
         Args:
@@ -212,12 +221,13 @@ class Settings:
             default: PEFT's default; a float stands for any number.
             pattern: the table with the values of some modules, or "".
             module: the module's name.
+            types: other types that its values may have.
         """
         name, value = self._pattern(pattern, module, key, default) if pattern else (key, self._config.get(key, default))
         if isinstance(default, float):
             return self._finite(name, value)
         fits = value in (*OFF, True) if default is False else type(value) is type(default)
-        if not fits:
+        if not fits and type(value) not in types:
             raise ValueError(f"{self._where}: {name} must be of the type {type(default).__name__}, got {brief(value)}")
         return bool(value) if default is False else value
 
@@ -238,6 +248,19 @@ class Settings:
             warnings.warn(
                 f"{self._where}: {key} is {brief(value)}, which acts in training only; it is left out, since jlora's method "
                 "has no such setting",
+                stacklevel=6,
+            )
+
+    def older(self, key: str, default: Any, release: str) -> None:
+        """Warns of a setting that is on, in a folder of a release of PEFT in which it meant something else."""
+        written = self._config.get("peft_version")
+        found = re.match(r"(\d+)\.(\d+)\.", written) if isinstance(written, str) else None
+        before = found is None or [*map(int, found.groups())] < [*map(int, release.split(".")[:2])]
+        if self._config.get(key, default) not in OFF and before:
+            warnings.warn(
+                f"{self._where}: peft_version is {brief(written)}, and {key} meant something else before PEFT {release}; the "
+                "adapters are read as PEFT reads them now, which is another function than was trained: merge them with the "
+                "release that made them, or train them anew",
                 stacklevel=5,
             )
 

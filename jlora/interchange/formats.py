@@ -10,10 +10,11 @@ from typing import Any
 from jlora.core.protocol.method import Method, stated_kind
 from jlora.core.protocol.peft import PeftKind
 from jlora.disk import catalog
-from jlora.interchange import adalora, lora, parse, read_lora, read_table, shira, table, vera
+from jlora.interchange import adalora, leaf_table, lora, parse, read_lora, read_table, shira, table, vera
 from jlora.interchange.forms import Form
 from jlora.interchange.index import Read
 from jlora.interchange.names import Slot
+from jlora.interchange.wholes import Parameters
 from jlora.interchange.written import Written
 
 Adapters = list[tuple[Form, list[Slot]]]
@@ -41,7 +42,7 @@ class Format:
     kind: str
     own_biases: str
     holds: Callable[[list[tuple[Form | None, list[Slot]]]], bool]
-    write: Callable[[Written, Adapters, set[str], bool], set[str]]
+    write: Callable[[Written, Adapters, Parameters, bool], set[str]]
     find: Callable[..., Any]
     read: Callable[..., list[Read]]
     ends: dict[str, str] = field(default_factory=dict)
@@ -51,7 +52,11 @@ class Format:
 
 def _by_hand(peft_type: str, own_biases: str, holds: Any, write: Any, reader: Any) -> Format:
     kind, shared = peft_type.lower(), parse.SHARED if peft_type == "VERA" else {}
-    return Format(peft_type, kind, own_biases, holds, write, reader.find, reader.read, parse.ENDS[peft_type], shared)
+
+    def written(out: Written, adapters: Adapters, parameters: Parameters, serve: bool) -> set[str]:
+        return write(out, adapters, parameters.modules, serve)
+
+    return Format(peft_type, kind, own_biases, holds, written, reader.find, reader.read, parse.ENDS[peft_type], shared)
 
 
 BY_HAND: dict[str, Format] = {
@@ -64,14 +69,15 @@ BY_HAND: dict[str, Format] = {
 
 def stated(kind: PeftKind, cls: type[Method]) -> Format:
     """The format that a method's class states."""
+    writer, reader = (table, read_table) if cls.matrix else (leaf_table, leaf_table)
     return Format(
         kind.peft_type,
         kind.peft_type,
         kind.own_biases,
-        partial(table.holds, kind),
-        partial(table.write, kind),
-        partial(read_table.find, kind, cls),
-        partial(read_table.read, kind),
+        partial(writer.holds, kind),
+        partial(writer.write, kind),
+        partial(reader.find, kind, cls),
+        partial(reader.read, kind),
         {f".{each.name}": each.name for each in (*kind.tensors, *kind.zeros, *(t for t in kind.shared if t.repeated))},
         {f"base_model.{tensor.name}": tensor.name for tensor in kind.shared},
         kind.names,

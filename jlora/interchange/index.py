@@ -13,7 +13,6 @@ from jlora.core.protocol.method import Method, Site
 from jlora.core.tree import beside
 from jlora.interchange import layout
 from jlora.interchange.names import Slot
-from jlora.methods import Full
 
 Keys = tuple[str, ...]
 # The last word of the parameter that an adapter of a module adapts: the first of these that the module has.
@@ -109,7 +108,7 @@ class Index:
         """The site of a leaf, with the axes that the names give."""
         leaf, slot = self.leaves[keys], self.slots[keys][0]
         blank = Site(keys, tuple(leaf.shape), str(leaf.dtype), (), (), (), "dot", method)
-        if isinstance(method, Full):
+        if not method.matrix:
             return blank
         kind = {"embedding": "gather", "conv": "conv"}.get(slot.kind, "dot")
         batch = tuple(sorted((*slot.stacked, *slot.axes("expert"))))

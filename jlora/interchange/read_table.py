@@ -15,7 +15,7 @@ from jlora.interchange import table_settings
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import FLOATS, INTEGERS, AdapterFolder
 from jlora.interchange.forms import KEY
-from jlora.interchange.index import Index, Keys, Read, trained_dtype
+from jlora.interchange.index import MATRICES, Index, Keys, Read, trained_dtype
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import Contents
 from jlora.interchange.recorded import Recorded
@@ -71,11 +71,25 @@ def find(
         zeros = kind.zeros_of(method, index.site(slot.keys, method))
         found[name] = Found(keys, method, _shapes(method, index, slot), zeros)
         _check(kind, folder, name, found[name])
-    if not found:
-        raise ValueError(f"{folder.file}: has no {kind.tensors[0].name}; the file is not whole")
+    _check_whole(kind, folder, settings, found, index)
     table = Table(found, contents.shared)
     _check_shared(kind, folder, table, index)
     return table
+
+
+def _check_whole(
+    kind: PeftKind, folder: AdapterFolder, settings: Settings, found: dict[str, Found], index: Index
+) -> None:
+    """Refuses a file without any tensor of a module that the settings name: with one tensor a module, nothing else shows it."""
+    wanted = kind.tensors[0].name
+    if not found:
+        raise ValueError(f"{folder.file}: has no {wanted}; the file is not whole")
+    for name in index.by_name:
+        module, _, last = name.rpartition(".")
+        if last in MATRICES and name not in found and settings.targets(module):
+            raise ValueError(
+                f"{folder.file}: {module!r} has no {wanted}, and target_modules names it; the file is not whole"
+            )
 
 
 def _parameter(kind: PeftKind, module: str, key: str, index: Index) -> str:

@@ -10,6 +10,7 @@ from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
 from jlora.interchange.index import Index, Keys, Read, trained_dtype
+from jlora.interchange.names import Slot
 from jlora.interchange.parse import Contents
 from jlora.interchange.recorded import Recorded
 from jlora.methods import Full
@@ -49,7 +50,7 @@ def read(folder: AdapterFolder, contents: Contents, index: Index, recorded: Reco
         slots = [slot for slot in index.slots[keys] if slot.name in stored]
         copies = [slot for slot in slots if recorded.is_copy(stored[slot.name], slot)]
         for slot in copies:
-            _check_copy(folder, stored[slot.name], slot, index)
+            check_copy(folder, stored[slot.name], slot, index)
         if len(copies) == len(slots):
             continue
         if keys in adapted:
@@ -87,10 +88,11 @@ def _without_tied(folder: AdapterFolder, parameters: dict[str, str], index: Inde
 def _check_copies(folder: AdapterFolder, contents: Contents, index: Index) -> None:
     for name, key in contents.copies.items():
         for slot in index.by_name[index.tied.get(name, name)]:
-            _check_copy(folder, key, slot, index)
+            check_copy(folder, key, slot, index)
 
 
-def _check_copy(folder: AdapterFolder, key: str, slot, index: Index) -> None:
+def check_copy(folder: AdapterFolder, key: str, slot: Slot, index: Index) -> None:
+    """Refuses a tensor that is said to be a copy of the base's, and differs from it."""
     base = layout.whole_to_torch(slot, np.asarray(index.leaves[slot.keys]))
     stored = layout.take_columns(slot, folder.read(key))
     if not np.array_equal(stored.astype(base.dtype), base):

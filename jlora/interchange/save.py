@@ -34,7 +34,7 @@ class PeftReport:
 
     Attributes:
         peft_type: PEFT's name of the method.
-        rank: the rank, or the commonest.
+        rank: the rank, or the commonest; None for a method without.
         tensors: how many.
         residuals: for each leaf that was truncated `|delta - a b| / |delta|`, the largest of its matrices.
         notes: what to know about the result.
@@ -47,7 +47,8 @@ class PeftReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.peft_type}, rank {self.rank}, {self.tensors} tensors"]
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        lines = [f"{self.peft_type}{rank}, {self.tensors} tensors"]
         lines += [f"{path}: truncated, relative residual {value:.3g}" for path, value in self.residuals.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -185,6 +186,11 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
     if form is None or form.kind != "lora":
         site = weight.site
         assert site is not None
+        if weight.acts_alone:
+            raise ValueError(
+                f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what "
+                "it does beside changing the weight; keep it by jlora.save"
+            )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "
             "svd_rank= to turn its change of the weight into LoRA, or save the merged model (jlora merge)"
@@ -204,7 +210,7 @@ def _written(
     known = _formats([form.site.method for form, _ in adapters])
     format = next(format for format in known if format.kind == kind)
     out = Written()
-    targets = format.write(out, adapters, parameters.modules, profile == "serving")
+    targets = format.write(out, adapters, parameters, profile == "serving")
     wholes.write(out, parameters, targets, format.own_biases)
     return out
 
@@ -220,7 +226,9 @@ def _check_accounts(adapted: Adapted, out: Written) -> None:
         own += [(site.path, name) for name in shared if ("", name) not in told]
         for path, name in own:
             if (path, name) not in told:
-                raise ValueError(f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora")
+                raise ValueError(
+                    f"{path}: its trained array {name!r} has no place in the adapter; this is a bug of jlora"
+                )
 
 
 def _check_finite(out: Written, problem: str) -> None:

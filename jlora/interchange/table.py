@@ -12,6 +12,7 @@ from jlora.interchange import layout, table_settings
 from jlora.interchange.forms import Form
 from jlora.interchange.lora import shortest
 from jlora.interchange.names import Slot
+from jlora.interchange.wholes import Parameters
 from jlora.interchange.written import PREFIX, Written, origin
 
 _LAYOUTS: dict[str, Any] = {
@@ -55,7 +56,7 @@ def methods_of(forms: list[tuple[Form, list[Slot]]]) -> dict[str, Method]:
 
 
 def write(
-    kind: PeftKind, out: Written, adapters: list[tuple[Form, list[Slot]]], modules: set[str], serve: bool
+    kind: PeftKind, out: Written, adapters: list[tuple[Form, list[Slot]]], parameters: Parameters, serve: bool
 ) -> set[str]:
     """Adds adapters and their settings to a folder; returns the adapted modules."""
     methods = methods_of(adapters)
@@ -70,9 +71,11 @@ def write(
                 dtype = next(iter(form.arrays.values())).dtype
                 out.add(f"{stem}.{name}", np.zeros(shape, dtype), [origin(slot, ())])
     _write_shared(kind, out, adapters[0][0], methods)
-    targets, listed = table_settings.targets(kind, methods, modules, shortest)
+    targets, listed = table_settings.targets(kind, methods, parameters.modules, shortest)
     out.config.update(peft_type=kind.peft_type, target_modules=targets, **kind.only, **listed)
     out.config.update(table_settings.written(kind, methods))
+    if kind.changed is not None and out.config[kind.changed[0]]:
+        out.config["peft_version"] = kind.changed[1]
     if kind.fan_in_fan_out:
         out.config["fan_in_fan_out"] = any(slot.kind == "conv1d_gpt2" for _, slots in adapters for slot in slots)
     return set(methods)

@@ -76,7 +76,7 @@ def targets(
 
 
 def check(kind: PeftKind, settings: Settings) -> None:
-    """Refuses settings that jlora has another value of, and warns of those of the training that it has not.
+    """Refuses settings that jlora has another value of; warns of those of the training that it has not, and of old ones.
 
     Raises:
         ValueError: naming the setting.
@@ -85,6 +85,9 @@ def check(kind: PeftKind, settings: Settings) -> None:
         settings.wanted(name, value)
     for name in kind.training:
         settings.left_out(name)
+    if kind.changed is not None:
+        name, release = kind.changed
+        settings.older(name, next(setting.default for setting in kind.settings if setting.name == name), release)
 
 
 def read(kind: PeftKind, settings: Settings, module: str) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def read(kind: PeftKind, settings: Settings, module: str) -> dict[str, Any]:
 def _read(setting: PeftSetting, settings: Settings, module: str) -> Any:
     if setting.listed is not None:
         return setting.listed if settings.lists(setting.name, module) else setting.default
-    value = settings.typed(setting.name, setting.default, setting.pattern, module)
+    types = frozenset(type(theirs) for _, theirs in setting.values)
+    value = settings.typed(setting.name, setting.default, setting.pattern, module, types)
     if not setting.values:
         return value
     for ours, theirs in setting.values:

@@ -9,9 +9,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
+from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
 
 INITS = ("zero", "xavier_uniform", "kaiming_uniform", "gaussian")
@@ -21,19 +22,19 @@ INITS = ("zero", "xavier_uniform", "kaiming_uniform", "gaussian")
 class C3A(Method):
     """Circular convolution adaptation: `w + u / in` with `u` of circulant blocks, each given by one trained vector.
 
-    The block of rows `n` and columns `m` has the entries `kernel[m, n, (row - column) % block]`, with `kernel [out / block,
-    in / block, block]`: a product with it is a circular convolution. Trains `in * out // (block or gcd(in, out))` values a matrix,
-    and the update may have full rank.
+    The block of rows `n` and columns `m` has the entries `kernel[m, n, (row - column) % block]`, with the shape
+    `[out / block, in / block, block]`: a product with it is a circular convolution. Trains `in * out // block` values a
+    matrix, and the update may have full rank.
 
     Worth trying for updates of high rank with few values. Every step forms the update. Merges, but has no smaller form:
     servers of LoRA can't take it.
 
     Args:
-        block: side of the blocks; must divide both sides of every matrix. PEFT advises the greatest common divisor of the sides of
-            all matrices. None for that of each matrix, which makes one block of a square one.
-        init: "zero" starts at the base exactly. "xavier_uniform" (PEFT's default), "kaiming_uniform" and "gaussian" draw the
-            kernel uniform within `sqrt(6 / (in + out))`, uniform within `1 / sqrt(in)`, or standard normal, as PEFT does: the
-            start is not the base's output then.
+        block: side of the blocks; must divide both sides of every matrix. PEFT advises the greatest common divisor of the
+            sides of all matrices.
+        init: "zero" starts at the base exactly. "xavier_uniform" (PEFT's default), "kaiming_uniform" and "gaussian" draw
+            the kernel uniform within `sqrt(6 / (in + out))`, uniform within `1 / sqrt(in)`, or standard normal, as PEFT
+            does: the start is not the base's output then.
 
     Raises:
         ValueError: for a hyperparameter out of range, or a block that does not divide both sides of a matrix.
@@ -42,7 +43,7 @@ class C3A(Method):
         Chen et al. 2024, arXiv:2407.19342; formula and starts as in PEFT.
     """
 
-    block: int | None = 256
+    block: int = 256
     init: str = "zero"
 
     family: ClassVar[str] = "Structured updates"
@@ -50,10 +51,15 @@ class C3A(Method):
     # The update is divided by `in`, which wants a rate far above LoRA's: that of PEFT's comparison of methods.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=0.3)
 
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "C3A",
+        tensors=(PeftTensor("c3a_kernel", "kernel"),),
+        settings=(PeftSetting("block_size", "block", 256, pattern="block_size_pattern"),),
+        own_biases="c3a_only",
+    )
+
     def __post_init__(self) -> None:
-        block = integer(1)
-        bounds = {"block": (lambda v: v is None or block[0](v), "a positive whole number, or None"), "init": one_of(INITS)}
-        check_hyperparameters(self, bounds=bounds)
+        check_hyperparameters(self, ("block",), {"init": one_of(INITS)})
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
@@ -65,14 +71,10 @@ class C3A(Method):
         """A block is no slice of a side, so that the kernel lies whole on every device of a mesh."""
         return {"kernel": ("", "", "")}
 
-    def side(self, rows: int, columns: int) -> int:
-        """The side of the blocks of a matrix."""
-        return self.block or math.gcd(rows, columns)
-
     def check(self, site: Site) -> None:
         """Refuses a matrix of whose sides the block is no divisor."""
         sides = site.in_size, site.out_size
-        if any(side % self.side(*sides) for side in sides):
+        if any(side % self.block for side in sides):
             raise ValueError(
                 f"block {self.block} must divide both sides of the {sides[0]} x {sides[1]} matrix; use "
                 f"{math.gcd(*sides)} or a divisor of it"
@@ -81,11 +83,14 @@ class C3A(Method):
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """The kernel by `init`."""
         (rows, columns), dtype = w.shape, trained_dtype(w)
-        side = self.side(rows, columns)
-        shape = (columns // side, rows // side, side)
+        shape = (columns // self.block, rows // self.block, self.block)
         if self.init == "gaussian":
             return Start({"kernel": jax.random.normal(key, shape, dtype)})
-        bounds = {"zero": 0.0, "xavier_uniform": math.sqrt(6 / (rows + columns)), "kaiming_uniform": 1 / math.sqrt(rows)}
+        bounds = {
+            "zero": 0.0,
+            "xavier_uniform": math.sqrt(6 / (rows + columns)),
+            "kaiming_uniform": 1 / math.sqrt(rows),
+        }
         bound = bounds[self.init]
         return Start({"kernel": jax.random.uniform(key, shape, dtype, -bound, bound)})
 
@@ -98,11 +103,11 @@ class C3A(Method):
 
 def circulant(first: jax.Array) -> jax.Array:
     """The matrices `[..., n, n]` with the entries `first[..., (row - column) % n]`."""
-    # Repeated, and cut into lines one longer than its period, a vector moves on by one from line to line. So there is no gather,
-    # whose gradient would be a scatter.
+    # Repeated, and cut into lines one longer than its period, a vector moves on by one from line to line. So there is no
+    # gather, whose gradient would be a scatter.
     n = first.shape[-1]
     lines = jnp.tile(first, n + 1).reshape(*first.shape[:-1], n, n + 1)
     return lines[..., :0:-1]
 
 
-C3A.CASES = (C3A(None), C3A(1, init="xavier_uniform"))
+C3A.CASES = (C3A(4), C3A(2, init="xavier_uniform"))

@@ -16,13 +16,13 @@ from jlora.methods.lora import trained_dtype
 
 @dataclass(frozen=True)
 class DeepLinear(Method):
-    """A compressed deep linear network: `w + f_1 @ .. @ f_depth`, which starts at `eps**depth` along the first gradient.
+    """A compressed deep linear network: `w + f1 @ f2 @ f3`, which starts at `eps**depth` along the first gradient.
 
-    `f1 [in, rank]`, `[rank, rank]` between, the last `[rank, out]`. Where the loss wants the weight to go is the negative
-    gradient, `-g = u S v.T`. Of its first `rank` singular vectors the start has `f1 = eps * u`, the last `eps * v.T`, and
-    `eps` times the identity between; the singular values are not used. The two outer factors learn at `gamma` times the
-    learning rate. So it starts from a gradient, `jlora.prepare(params, spec, loss_fn, batches)`, of as many batches as may be
-    had. Trains `rank * (in + out) + (depth - 2) * rank * rank` values a matrix. There is no scale.
+    There are `depth` factors: `f1 [in, rank]`, the last `[rank, out]`, and `[rank, rank]` between. Where the loss wants the
+    weight to go is the negative gradient, `-g = u S v.T`. Of its first `rank` singular vectors the start has `f1 = eps * u`,
+    the last `eps * v.T`, and `eps` times the identity between; the singular values are not used. The two outer factors learn
+    at `gamma` times the learning rate. So it starts from a gradient, `jlora.prepare(params, spec, loss_fn, batches)`, of as
+    many batches as may be had. Trains `rank * (in + out) + (depth - 2) * rank * rank` values a matrix. There is no scale.
 
     The start is the base's output to `eps**depth`, 1e-6 by default; factors and update are float32 or wider. Gradients start
     at `eps**(depth - 1)`: use Adam, or a large rate.
@@ -103,7 +103,7 @@ class DeepLinear(Method):
         return Start({"f1": self.eps * u, **inner, f"f{self.depth}": self.eps * v.T})
 
     def weight(self, view: View) -> jax.Array:
-        """`w + f_1 @ .. @ f_depth`."""
+        """`w + f1 @ f2 @ f3`."""
         factors = self.factors(view)
         return view.w.astype(factors.a.dtype) + factors.a @ factors.b
 

@@ -47,7 +47,9 @@ class DoRA(Around):
         if not isinstance(self.inner, Method) or not self.inner.matrix or isinstance(self.inner, DoRA):
             raise TypeError(f"DoRA goes around a method that adapts a matrix, such as LoRA(8); got {self.inner!r}")
         if not self.inner.mergeable or self.inner.beside:
-            raise TypeError(f"DoRA needs the weight that its inner method gives, and {self.inner!r} is more, or less, than one")
+            raise TypeError(
+                f"DoRA needs the weight that its inner method gives, and {self.inner!r} is more, or less, than one"
+            )
         if isinstance(self.inner, Chain):
             raise TypeError(
                 "DoRA can't go around Chain: a link of DoRA is no sum of low rank; use jlora.restart on DoRA(LoRA(8)) and "

@@ -51,7 +51,7 @@ class EVA(Gated):
         2.0
 
     Reference:
-        Paischer et al. 2024, arXiv:2410.07170. Directions are those around the mean of the inputs, and shares those of the whole
+        Paischer et al. 2024, arXiv:2410.07170. Directions are those around the mean of the inputs, and shares of the whole
         variance, as in PEFT's incremental PCA.
     """
 
@@ -65,7 +65,9 @@ class EVA(Gated):
     recipe: ClassVar[Recipe] = Recipe(rank_means="mean rank", batches=LoRA.recipe.batches)
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self, ("rank",), {"rho": number(lambda v: 1 <= v < float("inf"), "finite and at least 1")})
+        check_hyperparameters(
+            self, ("rank",), {"rho": number(lambda v: 1 <= v < float("inf"), "finite and at least 1")}
+        )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, integer, number, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
 
 INITS = ("zero", "normal")
@@ -23,23 +24,24 @@ _MOST = 2**32 // 20
 class FourierFT(Method):
     """Fourier transform fine-tuning: `w + scale * real(ifft2(S))`, with `S [in, out]` zero but for the trained `spectrum`.
 
-    `spectrum [frequencies]` holds the entries of `S` at the flat positions `row * out + column` in `index`, which are fixed,
-    drawn from `seed` alone, and the same for all matrices of a shape. Trains `frequencies` values a matrix, whatever its size,
-    and the update's rank is not bounded.
+    `spectrum [frequencies]` holds the entries of `S` at the flat positions `row * out + column` in `index`, which are
+    fixed, drawn from `seed` alone, and the same for all matrices of a shape. Trains `frequencies` values a matrix, whatever
+    its size, and the update's rank is not bounded.
 
-    Worth trying where many adapters have to be kept. Every step forms the update by one transform, `in * out * log(in * out)`
-    operations. Merges, but has no smaller form: servers of LoRA can't take it.
+    Worth trying where many adapters have to be kept. Every step forms the update by one transform, of about
+    `in * out * log(in * out)` operations. Merges, but has no smaller form: servers of LoRA can't take it.
 
     Args:
         frequencies: entries of the spectrum that are trained (PEFT's `n_frequency`); at most those of the matrix.
         scale: factor of the update. The transform divides by `in * out`, so it is large: PEFT advises 100 to 300.
-        seed: the number that the positions are drawn from, by the rule of PEFT, so that equal seeds mean equal positions there.
+        seed: the number that the positions are drawn from, by the rule of PEFT, so that equal seeds mean equal positions
+            there.
         init: "zero" starts at the base exactly. "normal" draws the spectrum standard normal, as the paper and PEFT do by
             default: the start is not the base's output then.
 
     Raises:
-        ValueError: for a hyperparameter out of range, more frequencies than the matrix has entries, or a matrix of more than
-            2**32 / 20 entries, for which PEFT's positions are drawn in another way.
+        ValueError: for a hyperparameter out of range, more frequencies than the matrix has entries, or a matrix of more
+            than 2**32 / 20 entries, for which PEFT's positions are drawn in another way.
 
     Example:
         >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.FourierFT(1000, scale=300.0)})
@@ -55,9 +57,21 @@ class FourierFT(Method):
 
     family: ClassVar[str] = "Structured updates"
 
-    # An entry of the update is about `scale * sqrt(frequencies) / (in * out)` times one of the spectrum, which so has to become
-    # as large as one: a rate far above LoRA's. No run here chose it.
+    # An entry of the update is about `scale * sqrt(frequencies) / (in * out)` times one of the spectrum, which so has to
+    # become as large as one: a rate far above LoRA's. No run here chose it.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=3e-2)
+
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "FOURIERFT",
+        tensors=(PeftTensor("fourierft_spectrum", "spectrum"),),
+        settings=(
+            PeftSetting("n_frequency", "frequencies", 1000, pattern="n_frequency_pattern"),
+            PeftSetting("scaling", "scale", 150.0),
+            PeftSetting("random_loc_seed", "seed", 777),
+        ),
+        own_biases="fourier_only",
+        fan_in_fan_out=True,
+    )
 
     def __post_init__(self) -> None:
         seed = number(lambda v: isinstance(v, int) and 0 <= v < 2**32, "a whole number of at least 0 and below 2**32")
@@ -88,13 +102,16 @@ class FourierFT(Method):
                 "matrix; take fewer"
             )
         if size >= _MOST:
-            raise ValueError(f"{size} entries are {_MOST} or more, for which PEFT draws in another way; leave the leaf out")
+            raise ValueError(
+                f"{size} entries are {_MOST} or more, for which PEFT draws in another way; leave the leaf out"
+            )
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """The spectrum by `init`, and the positions."""
-        dtype, shape = trained_dtype(w), (self.frequencies,)
+        dtype, shape, (rows, columns) = trained_dtype(w), (self.frequencies,), w.shape
         spectrum = jnp.zeros(shape, dtype) if self.init == "zero" else jax.random.normal(key, shape, dtype)
-        return Start({"spectrum": spectrum}, {"index": jnp.asarray(positions(*w.shape, self.frequencies, self.seed))})
+        index = positions(rows, columns, self.frequencies, self.seed)
+        return Start({"spectrum": spectrum}, {"index": jnp.asarray(index)})
 
     def weight(self, view: View) -> jax.Array:
         """`w + scale * real(ifft2(S))`."""
@@ -122,7 +139,7 @@ def positions(rows: int, columns: int, number: int, seed: int) -> np.ndarray:
     """
     size, moved, chosen = rows * columns, dict[int, int](), np.zeros(number, np.int64)
     # The legacy generator, whose numbers numpy promises never to change.
-    for here, draw in enumerate(np.random.RandomState(seed).randint(0, 2**32, number, np.uint32)):
+    for here, draw in enumerate(np.random.RandomState(seed).randint(0, 2**32, number, dtype=np.uint32)):
         there = here + int(draw) % (size - here)
         chosen[here], moved[there] = moved.get(there, there), moved.get(here, here)
     return (chosen % rows * columns + chosen // rows).astype(np.int32)

@@ -33,7 +33,7 @@ class HiRA(Method):
         ValueError: for a rank or a name out of range.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.HiRA(rank=32)})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.HiRA(rank=8)})
 
     Reference:
         Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR; starting
@@ -47,10 +47,12 @@ class HiRA(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
     recipe: ClassVar[Recipe] = Recipe(rank=32)
 
+    # PEFT 0.21 has a rank_pattern in HiRA's configuration that it does not use.
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "HIRA",
         tensors=(PeftTensor("hira_A", "a", "transposed"), PeftTensor("hira_B", "b", "transposed")),
-        settings=(PeftSetting("r", "rank", 32, pattern="rank_pattern"),),
+        settings=(PeftSetting("r", "rank", 32),),
+        unused=("rank_pattern",),
         training=("hira_dropout",),
         fan_in_fan_out=True,
     )

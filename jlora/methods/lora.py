@@ -76,11 +76,11 @@ class LoRA(Method):
     more tokens than the matrix has inputs, and `4 * in**2` bytes a matrix meanwhile; LoRA-GA the gradients of some batches.
 
     "olora", "pissa", "corda" and "lora_ga" start at factors `a0`, `b0` that are not zero, and the weight is
-    `w + s * (a @ b - a0 @ b0)`. The papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for bit, whatever its dtype; the
-    start is exact, and so is taking the adapter away. `a0` and `b0` are constants, kept and saved with the adapter, and
-    the update is the plain LoRA `[a - a0 | a0] @ [b; b - b0]` of twice the rank, which is how it runs and ships. Under
-    dropout only this update drops its input (PEFT drops the moved part of the base too). Use no weight decay: it would
-    shrink what was moved out of the base.
+    `w + s * (a @ b - a0 @ b0)`. The papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for
+    bit, whatever its dtype; the start is exact, and so is taking the adapter away. `a0` and `b0` are constants, kept and saved
+    with the adapter, and the update is the plain LoRA `[a - a0 | a0] @ [b; b - b0]` of twice the rank, which is how it runs and
+    ships. Under dropout only this update drops its input (PEFT drops the moved part of the base too). Use no weight decay: it
+    would shrink what was moved out of the base.
 
     Raises:
         ValueError: for a rank, alpha, dropout or name out of range, and (by `adapterize`) for a start from inputs of what is

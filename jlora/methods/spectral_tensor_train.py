@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +43,7 @@ class Core:
 
 @dataclass(frozen=True)
 class SpectralTensorTrain(Method):
-    """Spectral tensor train parametrization, as an adapter: `w + scale * u @ diag(sigma) @ v.T`, with orthonormal `u` and `v`.
+    """Spectral tensor train parametrization, as an adapter: `w + scale * u @ diag(sigma) @ v.T`.
 
     `u [in, rank]` and `v [out, rank]` have orthonormal columns for whatever values are trained: they are products of
     Householder reflections, whose vectors are. So `scale * abs(sigma)` are the singular values of the update. Two forms:
@@ -52,21 +51,23 @@ class SpectralTensorTrain(Method):
     `cores="svd"`: `u` and `v` are one core each, with as many values as a matrix of that rank has degrees of freedom,
     `rank * (in + out - rank)`: as LoRA, less what LoRA has twice.
 
-    `cores="tt"`: each of `u` and `v` is a tensor train. Its side is split into its prime factors, and row `(i1, i2, ..)` of `u` is
-    the product of the slices `i1`, `i2`, .. of small cores, which pass on at most `rank` ranks; modes are
-    joined where a core would pass on all it gets. The number of values then grows with the logarithm of the sides; a prime side is one core, as in "svd".
+    `cores="tt"`: each of `u` and `v` is a tensor train. Its side is split into its prime factors, and row `(i1, i2, ..)` of
+    `u` is the product of the slices `i1`, `i2`, .. of small cores, which pass on at most `rank` ranks; modes are joined
+    where a core would pass on all it gets. The number of values then grows with the logarithm of the sides; a prime side is
+    one core, as in "svd".
 
-    Trains `rank * (in + out - rank) if cores == "svd" else number(in, out)` values a matrix; `number` adds up, over the cores,
-    `(rows - columns) * columns`, and `rank`, and `rank * (rank - 1)` for the two cores beside the singular values. For 768 x 768
-    and rank 8 these are 12,224 for "svd" and 960 for "tt"; at full rank both are 768 * 768.
+    Trains `rank * (in + out - rank) if cores == "svd" else number(in, out)` values a matrix; `number` adds up, over the
+    cores, `(rows - columns) * columns`, and `rank`, and `rank * (rank - 1)` for the two cores beside the singular values.
+    For 768 x 768 and rank 8 these are 12,224 for "svd" and 960 for "tt"; at full rank both are 768 * 768.
 
     `sigma` starts at zero, so the start is the base's output, and the cores have no gradient in the first step. The paper
-    instead trains the layer itself in this form, divides `sigma` by its largest, and starts at one. The other values start where
-    the columns of a core are uniformly random ("tt": nearly so), and not near the identity as in the paper, since the first
-    update would lie in the first `rank` inputs and outputs.
+    instead trains the layer itself in this form, divides `sigma` by its largest, and starts at one. The other values start
+    where the columns of a core are uniformly random ("tt": nearly so), and not near the identity as in the paper, since the
+    first update would lie in the first `rank` inputs and outputs.
 
-    Worth trying where LoRA is wanted without its redundancy, with singular values that can be read and bounded, or with very
-    few values ("tt"). It merges, and ships as plain LoRA. The reflections cost `(in + out) * rank**2` operations a step and matrix.
+    Worth trying where LoRA is wanted without its redundancy, with singular values that can be read and bounded, or with
+    very few values ("tt"). It merges, and ships as plain LoRA. The reflections cost `(in + out) * rank**2` operations a
+    step and matrix.
 
     Args:
         rank: columns of `u` and `v`; at most the smaller side of the matrix.
@@ -155,9 +156,9 @@ def prime_factors(number: int) -> list[int]:
 def reflected(values: jax.Array, core: Core) -> jax.Array:
     """The first columns of a product of Householder reflections: `[rows, columns]`, orthonormal.
 
-    Reflection `k` has the vector `(0, .., 0, 1, t)` with the one at place `k`, and `values` are the `t`. With the vectors as the
-    columns of `y`, the product is `1 - y @ inv(s) @ y.T`, `s` the upper triangle of `y.T @ y` with half its diagonal (the compact
-    WY form), so that it is three products and a triangular solution, which all have derivatives.
+    Reflection `k` has the vector `(0, .., 0, 1, t)` with the one at place `k`, and `values` are the `t`. With the vectors
+    as the columns of `y`, the product is `1 - y @ inv(s) @ y.T`, `s` the upper triangle of `y.T @ y` with half its diagonal
+    (the compact WY form), so that it is three products and a triangular solution, which all have derivatives.
     """
     rows, columns = core.rows, core.columns
     eye = jnp.eye(rows, columns, dtype=values.dtype)
@@ -166,9 +167,9 @@ def reflected(values: jax.Array, core: Core) -> jax.Array:
     if core.full:
         top = top.at[jnp.tril_indices(columns, -1)].set(values[core.below :])
     y = jnp.concatenate([top, below])
-    products = jnp.matmul(y.T, y, precision="highest")
-    s = jnp.triu(products) - jnp.diag(jnp.diagonal(products) / 2)
-    solved = jax.scipy.linalg.solve_triangular(s, top.T)
+    upper = jnp.triu(jnp.ones_like(top)) - jnp.eye(columns, dtype=y.dtype) / 2
+    s = upper * jnp.matmul(y.T, y, precision="highest")
+    solved = jax.lax.linalg.triangular_solve(s, top.T, left_side=True)
     return eye - jnp.matmul(y, solved, precision="highest")
 
 
@@ -192,8 +193,8 @@ def train(values: jax.Array, cores: list[Core], last: bool = True) -> jax.Array:
 def _values(key: jax.Array, cores: list[Core], dtype: jnp.dtype) -> jax.Array:
     """Those of reflections that turn the columns of a Gaussian matrix onto the axes, one after the other."""
     found = []
-    for core, key in zip(cores, jax.random.split(key, len(cores))):
-        drawn = jnp.tril(jax.random.normal(key, (core.rows, core.columns), dtype))
+    for core, own in zip(cores, jax.random.split(key, len(cores))):
+        drawn = jnp.tril(jax.random.normal(own, (core.rows, core.columns), dtype))
         diagonal, length = jnp.diagonal(drawn), jnp.linalg.norm(drawn, axis=0)
         # The larger of two ways to reflect: then no vector is longer than the square root of two.
         drawn = drawn / (diagonal + jnp.where(diagonal < 0, -length, length))

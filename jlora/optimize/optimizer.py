@@ -162,7 +162,9 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
     tx = inside.around(tx, adapted, sites[0])
     for rule in dict.fromkeys(site.method.optimizer_rule for site in sites):
         assert rule is not None
-        tx = rule.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
+        given = getattr(rule, "with_constants", None)
+        bound = rule if given is None else given(adapted.frozen)
+        tx = bound.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
     return tx
 
 

@@ -48,7 +48,7 @@ def resolve(settings: Settings) -> Settings:
     if recipe is None or settings.spec:
         return settings
     if settings.alpha is None and settings.rank is not None and recipe.has("alpha"):
-        settings = dataclasses.replace(settings, alpha=2.0 * settings.rank)
+        settings = dataclasses.replace(settings, alpha=recipe.alpha * settings.rank)
     # As the types that they have, so that settings from a flag and from a file are the same.
     settings = dataclasses.replace(settings, set=checked(chosen(settings), settings.set))
     named(settings)  # refuses hyperparameters that can't be, before model and data are read

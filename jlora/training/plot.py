@@ -6,10 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from jlora.training.metrics import Record
 
@@ -24,6 +21,11 @@ def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
         train: records of kind `train`.
         validation: records of kind `validation`.
     """
+    # Imported here: nothing but the end of a run needs it, and it takes most of a second.
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     classify = "accuracy" in validation[0]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11 if classify else 8, 4.2), dpi=130, layout="constrained")

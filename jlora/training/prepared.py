@@ -1,15 +1,15 @@
-"""Starts that methods take from gradients on the training data: compressed Deep LoRA, SHiRA's gradient masks."""
+"""Starts that methods take from the training data, its gradients or its inputs: SHiRA's gradient masks, EVA."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
 from jlora.core.protocol.wrapping import innermost
+from jlora.core.tree.starts import blank
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.losses import sums
@@ -26,36 +26,38 @@ def prepared(
     mesh: Mesh,
     key: jax.Array,
 ) -> jlora.Prepared | None:
-    """The starts of the methods that need gradients, from the first batches of the run; None where none does.
+    """The starts of the methods that need data, from the first batches of the run; None where none does.
 
     Each takes as many batches as its recipe says. A gradient is that of the mean loss of a batch, as in a step, taken in the
-    parts of `--accumulate`. (A resumed run finds the same, and then reads what its checkpoint holds.)
+    parts of `--accumulate`; inputs are those of all tokens but padding, whether or not they are predicted. (A resumed run
+    finds the same, and then reads what its checkpoint holds.)
     """
     needing = [method for method in spec.values() if method is not None and method.needs]
     starts: dict[Any, Any] = {}
     for number in dict.fromkeys(_batches_of(method) for method in needing):
         own = {p: m if m in needing and _batches_of(m) == number else None for p, m in spec.items()}
         parts = _parts(settings, data, mesh, number)
-        starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites).starts
+        starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites, mask=_no_padding).starts
     return jlora.Prepared(starts) if starts else None
 
 
 def adapted_shapes(params: Any, spec: dict[Any, Any], sites: jlora.Sites) -> jlora.Adapted:
     """What `adapterize` gives, in shapes alone, whatever its methods take from data."""
 
-    def total(params: Any, batch: Any) -> jax.Array:
-        return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(())).astype(jnp.float32)
-
     def make(params: Any) -> jlora.Adapted:
         needs = any(method is not None and method.needs for method in spec.values())
-        starts = jlora.prepare(params, spec, total, [jnp.zeros(())], sites=sites) if needs else None
-        return jlora.adapterize(params, spec, sites=sites, prepared=starts)
+        return jlora.adapterize(params, spec, sites=sites, prepared=blank(params, spec, sites) if needs else None)
 
     return jax.eval_shape(make, params)
 
 
 def _batches_of(method: jlora.Method) -> int:
     return innermost(method).recipe.batches
+
+
+def _no_padding(part: tuple[dict[str, jax.Array], float]) -> jax.Array:
+    """Which tokens of a part are none of padding."""
+    return part[0]["segment_ids"] > 0
 
 
 def _loss(subject: Subject) -> Any:

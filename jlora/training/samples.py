@@ -33,9 +33,7 @@ def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callabl
     return jlora.lift(apply), adapted
 
 
-def sample(
-    subject: Subject, prompt: list[int], settings: Settings, adapted: jlora.Adapted | None = None
-) -> str:
+def sample(subject: Subject, prompt: list[int], settings: Settings, adapted: jlora.Adapted | None = None) -> str:
     """What the model writes after the prompt.
 
     Args:

@@ -105,7 +105,9 @@ class Settings:
     method: str = _setting(told.DEFAULT, told.method_help, group="method", choices=told.method_names)
     rank: int | None = _setting(None, told.rank_help, group="method")
     alpha: float | None = _setting(
-        None, "the update is scaled by alpha over the rank at the start (twice the rank)", group="method"
+        None,
+        "the update is scaled by alpha over the rank at the start (twice the rank, for most methods)",
+        group="method",
     )
     dropout: float | None = _setting(None, "dropout on the adapters' input (0)", group="method")
     init: str | None = _setting(None, told.init_help, group="method")

@@ -66,9 +66,7 @@ def rate_help() -> str:
 
 def init_help() -> str:
     """What `--init` may be."""
-    return (
-        f"how the adapters start, where the method has a choice: {', '.join((*INITS, *PATTERNS))}, as LoRA's init"
-    )
+    return f"how the adapters start, where the method has a choice: {', '.join((*INITS, *PATTERNS))}, as LoRA's init"
 
 
 def _grouped(value: Callable[[Recipe], Any]) -> dict[Any, list[str]]:

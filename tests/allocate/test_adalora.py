@@ -13,6 +13,8 @@ import jlora
 from jlora.optimize.allocate import budget, orthogonality, triplets
 from jlora.optimize.allocate.budget import Phases
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "adalora.npz"))
 SHAPES = {"down": (5, 9), "query": (6, 8), "up": (7, 4)}
 # As in tests/golden/make_adalora.py: rank, target, steps, start_steps, final_steps, interval.

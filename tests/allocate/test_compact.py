@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora.core.tree.starts import blank
 
 BASE = {"p": weight(0, 8, 6), "q": weight(1, 6, 8), "stack": weight(2, 3, 8, 8), "rest": weight(3, 8, 8)}
 BASE |= {"gated": weight(4, 8, 8), "beams": weight(5, 8, 8)}
@@ -92,7 +93,8 @@ SAID = [cls.CASES[-1] for cls in CLASSES if cls.plain is not jlora.Method.plain]
 @pytest.mark.parametrize("method", SAID, ids=lambda method: type(method).__name__)
 def test_what_a_method_says_it_is_as_plain_lora_has_its_weight(method):
     base = {"stack": BASE["stack"][:2]}
-    adapted = perturbed(jlora.adapterize(base, {"stack": jlora.Axes("batch in out", method)}))
+    spec = {"stack": jlora.Axes("batch in out", method)}
+    adapted = perturbed(jlora.adapterize(base, spec, prepared=blank(base, spec)))
     small = jlora.compact(adapted)
     assert type(small.plan.sites[0].method) is jlora.LoRA and not small.frozen
     np.testing.assert_allclose(jlora.merge(small)["stack"], jlora.merge(adapted)["stack"], rtol=1e-5, atol=1e-6)

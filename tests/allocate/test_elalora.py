@@ -13,6 +13,8 @@ from jlora.methods.elalora import rule
 from jlora.optimize.allocate import budget, orthogonality
 from jlora.optimize.allocate.budget import Phases
 
+pytestmark = pytest.mark.newest
+
 RATE, MOMENTUM, RANK, ROOM, STEPS, START, FINAL, INTERVAL, MOVED, EACH = 0.1, 0.5, 2, 4, 33, 3, 5, 4, 3, 2
 METHOD = jlora.ElaLoRA(RANK, ROOM, 6, STEPS, START, FINAL, INTERVAL, MOVED, EACH, orthogonality=0.0)
 BASE = {"down": jnp.zeros((5, 9)), "layers": jnp.zeros((2, 6, 8)), "up": jnp.zeros((7, 4))}

@@ -9,6 +9,8 @@ from contract.problems import jit
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 RATE, MOMENTUM, RANK, UPDATED, STEPS, WEIGHT = 0.1, 0.5, 4, 3, 6, 0.7
 BASE = {"down": jnp.zeros((5, 9)), "layers": jnp.zeros((2, 6, 8)), "head": jnp.zeros(3)}
 

@@ -12,6 +12,8 @@ from jlora import paths
 from jlora.methods.sora import rule
 from jlora.optimize.allocate.budget import Phases
 
+pytestmark = pytest.mark.newest
+
 RATE, DECAY, RANK, TARGET, STEPS, START, FINAL, L1 = 0.05, 0.3, 4, 2, 16, 3, 4, 3.0
 THRESHOLDS = (0.0, 0.03, 0.06)
 STAGES = {"threshold": 0.06, "first_threshold": 0.0, "stages": 3}

@@ -9,6 +9,8 @@ import pytest
 import jlora
 from jlora import paths
 
+pytestmark = pytest.mark.newest
+
 
 def masks(params, spec, seed=0):
     adapted = jlora.adapterize(params, spec, jax.random.key(seed))

@@ -10,6 +10,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "cola.npz"))
 LAYERS = ("up", "down")
 

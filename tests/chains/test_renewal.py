@@ -10,6 +10,8 @@ import jlora
 from jlora.core.protocol.renewal import Renewal
 from jlora.optimize.moments import renewed
 
+pytestmark = pytest.mark.newest
+
 PARAMS = {"stack": jnp.ones((3, 4, 5)), "head": jnp.ones((4, 4))}
 
 

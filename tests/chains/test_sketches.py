@@ -8,6 +8,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 RNG = np.random.default_rng(3)
 
 

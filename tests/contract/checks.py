@@ -1,6 +1,7 @@
 """The contract: what every method must do. Each check takes a method and knows nothing of it but what it declares."""
 
 import copy
+import functools
 import json
 import math
 import re
@@ -42,22 +43,43 @@ def check_start(method):
 
 def check_agree(method):
     """The lifted product equals `x @ weight` for random params, in values and in the gradient of the params."""
-    tried = problems.shapes(method)[1:]  # a square one hides mistakes that the others show
-    for lifted, written in jit(lambda: [_both(problem) for problem in tried])():
-        close(lifted, written)
+    _agree(problems.shapes(method)[1:])  # a square one hides mistakes that the others show
 
 
-def _both(problem):
-    """(output, gradient) of the lifted function and of the one with the weights written out."""
-    adapted = problem.perturbed()
+def _agree(tried):
+    """Asserts that the lifted functions equal those with the weights written out, in outputs and gradients.
 
-    def lifted(p):
-        return _outputs(problem, adapted.replace(params=p))
+    What is written out is taken apart where the weights are: the functions of them are the same for all methods, and so are
+    compiled once.
+    """
 
-    def written(p):
-        return problem.fn(by_hand(adapted.replace(params=p)), problem.x)
+    @jit
+    def first():
+        perturbed = [problem.perturbed() for problem in tried]
+        return [
+            (_value_and_gradient(lambda p: _outputs(problem, a.replace(params=p)), a.params), _written(a))
+            for problem, a in zip(tried, perturbed, strict=True)
+        ]
 
-    return [_value_and_gradient(f, adapted.params) for f in (lifted, written)]
+    lifted, written = zip(*first(), strict=True)
+    outputs, gradients = zip(
+        *(_of_weights(p.fn, w, p.x) for p, (w, _) in zip(tried, written, strict=True)), strict=True
+    )
+    pulls = [pull for _, pull in written]
+    back = jit(lambda pulls, gradients: [pull(g)[0] for pull, g in zip(pulls, gradients, strict=True)])(
+        pulls, gradients
+    )
+    close(list(lifted), list(zip(outputs, back, strict=True)))
+
+
+def _written(adapted):
+    """The weights written out, and the pull of their gradients back to the params."""
+    return jax.vjp(lambda p: by_hand(adapted.replace(params=p)), adapted.params)
+
+
+@functools.partial(jit, static_argnums=0)
+def _of_weights(fn, weights, x):
+    return _value_and_gradient(lambda weights: fn(weights, x), weights)
 
 
 def _value_and_gradient(f, p):
@@ -281,8 +303,7 @@ def _check_cuts(adapted, mesh, cuts):
 
 def check_lift(method):
     """A lifted model equals the hand-written one in values and gradients, whatever its weights look like."""
-    problem = problems.model(method)
-    close(*jit(lambda: _both(problem))())
+    _agree([problems.model(method)])
 
 
 def check_labels(method):
@@ -294,13 +315,13 @@ def check_labels(method):
     assert set(labels) == set(trained), f"labels name {sorted(labels)}, trained are {sorted(trained)}"
     assert set(labels.values()) <= set(GROUPS), f"unknown groups in {labels}"
     fields = {**trained, **frozen}
-    # Some fields are there only where the tree has a leaf beside.
-    axes = {name: roles for name, roles in method.axes.items() if name in fields or not method.beside}
-    assert set(axes) == set(fields), f"axes name {sorted(axes)}, the fields are {sorted(fields)}"
-    for name, roles in axes.items() if method.matrix else ():
-        assert len(roles) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {roles}"
-        assert all(size == 8 for role, size in zip(roles, fields[name].shape) if role in ("in", "out")), (
-            f"{name}: {roles}"
+    always = set(method.axes) if not method.beside else set(fields)  # some fields only go with a leaf beside
+    named = always - method.optional <= set(fields) <= set(method.axes)
+    assert named, f"axes name {sorted(method.axes)}, the fields are {sorted(fields)}"
+    for name, axes in ((name, method.axes[name]) for name in fields) if method.matrix else ():
+        assert len(axes) == fields[name].ndim, f"{name} has shape {fields[name].shape} but axes {axes}"
+        assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
+            f"{name}: {axes}"
         )
     shared = [tree.get(SHARED, {}).get(type(method).__name__, {}) for tree in (adapted.params, adapted.frozen)]
     names = sorted([*shared[0], *shared[1]])
@@ -356,19 +377,26 @@ def _doc(method):
 def stated_count(method, rows, columns, sentence=TRAINS, matrices=1):
     """The closed form of a docstring's sentence "Trains `...` values", in the method's hyperparameters, in and out.
 
-    Of "Shares `...` trained values", which all leaves do together, in `matrices`, their number, too.
+    Of "Shares `...` trained values", which all leaves do together, in numbers of them too (see `shared_count_formula`).
     """
     found = sentence.search(_doc(method))
     assert found, f'{type(method).__name__}\'s docstring must have a sentence "{sentence.pattern}"'
-    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", found[1]))
-    names = {"rows": rows, "columns": columns, "matrices": matrices}
+    formula = re.sub(r'(?<!")\bin\b', "rows", re.sub(r'(?<!")\bout\b', "columns", " ".join(found[1].split())))
+    names = {"rows": rows, "columns": columns, "kinds": 1, **dict.fromkeys(("matrices", "layers", "pairs"), matrices)}
     names["count"] = lambda inner: stated_count(inner, rows, columns, sentence, matrices)
     names["number"] = getattr(method, "number", None)
-    return eval(
-        formula,
-        {"__builtins__": {}, "len": len, "min": min, "max": max, "round": round, "sqrt": math.sqrt, "gcd": math.gcd},
-        {**vars(method), **names},
-    )
+    known = {
+        "len": len,
+        "min": min,
+        "max": max,
+        "round": round,
+        "sqrt": math.sqrt,
+        "sum": sum,
+        "map": map,
+        "range": range,
+    }
+    # As globals, so that a lambda sees them.
+    return eval(formula, {"__builtins__": {}, **known, **vars(method), **names})
 
 
 def check_serialisation(method):

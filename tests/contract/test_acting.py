@@ -1,5 +1,7 @@
 """Methods that act on the input of a product, that change the bias beside, and dense updates that no pass keeps."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -60,7 +62,9 @@ def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
 def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_its_path():
     params = biased_params()
     roles = jlora.sites(biased, params, normal(9, 2, 5, 8))
-    with pytest.raises(ValueError, match=r"stack/bias is adapted by Full\(\), but Gain\(\) of stack/kernel changes it too"):
+    with pytest.raises(
+        ValueError, match=r"stack/bias is adapted by Full\(\), but Gain\(\) of stack/kernel changes it too"
+    ):
         jlora.adapterize(params, {"stack/bias": jlora.Full(), ".*/kernel": Gain()}, sites=roles)
     params["heads"]["bias"], heads = jnp.zeros(6), jlora.Axes("in out out", Gain())
     with pytest.raises(ValueError, match=r"heads/bias: .* wants a value for each output, shape \(2, 3\), got \(6,\)"):
@@ -70,9 +74,7 @@ def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_it
 @pytest.mark.parametrize("side", ["parallel", "output"])
 def test_a_network_acts_on_every_position_of_a_convolution(side):
     def fn(params, x):
-        return lax.conv_general_dilated(
-            x, params["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW")
-        )
+        return lax.conv_general_dilated(x, params["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
 
     params, x = {"kernel": weight(0, 3, 2, 4, 6)}, normal(1, 2, 4, 5, 7)
     adapted = perturbed(adapt(params, {"kernel": Network(2, side)}, sites=jlora.sites(fn, params, x)))
@@ -163,6 +165,45 @@ def test_a_small_update_of_a_16_bit_weight_reaches_the_output():
             wanted = x.astype(jnp.float32) @ (small["w"]["a"] @ small["w"]["b"])
         arrived = jlora.lift(fn)(adapted.replace(params=small), x) - fn({"w": w}, x)
         assert jnp.sum(arrived * wanted) / jnp.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
+
+
+@dataclass(frozen=True)
+class Turned(jlora.Method):
+    """The inputs turned a little: `r @ w` with `r` close to the identity; trains `1` values."""
+
+    @property
+    def axes(self):
+        return {"angle": ()}
+
+    def start(self, key, w, site):
+        return jlora.Start({"angle": jnp.float32(0)})
+
+    def apply(self, x, product, view):
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        angle = view.params["angle"]
+        return product(jnp.concatenate([first - angle * second, second + angle * first], axis=-1))
+
+
+def test_a_small_change_of_the_input_of_a_16_bit_product_arrives():
+    fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+    w, x = (jnp.asarray(normal(n, 64, 64), jnp.bfloat16) for n in range(2))
+    adapted = adapt({"w": w}, {"w": Turned()}).replace(params={"w": {"angle": jnp.float32(1e-4)}})
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    wanted = 1e-4 * jnp.concatenate([-second, first], axis=-1) @ w.astype(jnp.float32)
+    arrived = jlora.lift(fn)(adapted, x) - fn({"w": w}, x)
+    assert jnp.sum(arrived * wanted) / jnp.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
+
+
+def test_gradients_through_a_16_bit_formed_weight_are_those_of_the_merged_one():
+    w, x = jnp.asarray(weight(0, 32, 32), jnp.bfloat16), jnp.asarray(normal(1, 16, 32), jnp.bfloat16)
+    adapted = perturbed(adapt({"w": w}, {"w": OnlyWeight(4)}), size=1.0)
+    cotangent = normal(3, 16, 32)  # a linear loss: rounding of the output is not in its gradient
+    loss = lambda w, x, p: jnp.sum(cotangent * (x @ w(p)))
+    lifted = lambda x, p: jnp.sum(cotangent * jlora.lift(lambda p, x: x @ p["w"])(adapted.replace(params=p), x))
+    whole = lambda p: by_hand(adapted.replace(base={"w": w.astype(jnp.float32)}, params=p))["w"]
+    got = jit(jax.grad(lifted, argnums=(0, 1)))(x, adapted.params)
+    wanted = jit(jax.grad(lambda x, p: loss(whole, x, p), argnums=(0, 1)))(x.astype(jnp.float32), adapted.params)
+    close(got, wanted, 0.05)
 
 
 def test_explain_counts_what_a_method_that_acts_multiplies():

@@ -9,10 +9,21 @@ import jlora.methods
 from contract import checks, discovery
 
 CHECKS = discovery.checks(checks)
-# The first case of a method is tried by plain `pytest`; the others, which cost as much each, are among the long tests.
-CASES = [
-    pytest.param(case, id=str(case), marks=() if case == type(case).CASES[0] else pytest.mark.long)
+# What another release of JAX could change for one method alone: its use in a program, on a mesh, and its files.
+RELEASES = {"check_lift", "check_mesh", "check_io"}
+
+
+def marks(case, check):
+    """Plain `pytest` tries the first case of a method: the others cost as much each. The oldest JAX tries LoRA whole."""
+    if case != type(case).CASES[0]:
+        return pytest.mark.long
+    return () if check in RELEASES or type(case) is jlora.LoRA else pytest.mark.newest
+
+
+EACH = [
+    pytest.param(case, check, id=f"{case}-{check}", marks=marks(case, check))
     for case in discovery.cases()
+    for check in CHECKS
 ]
 
 
@@ -21,8 +32,7 @@ def test_every_method_module_has_cases_and_exports_what_is_public(module):
     assert not discovery.problems_of(module, jlora.methods)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(("method", "check"), EACH)
 def test_contract(method, check):
     CHECKS[check](method)
 

@@ -4,6 +4,8 @@ import pytest
 
 from contract import broken, checks, discovery
 
+pytestmark = pytest.mark.newest
+
 CHECKS = discovery.checks(checks)
 
 

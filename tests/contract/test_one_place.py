@@ -26,6 +26,8 @@ from jlora.training.named import named
 from jlora.training.schedule import make_optimizer, restarts_of
 from jlora.training.selection import make_spec
 
+pytestmark = pytest.mark.newest
+
 PARAMS = {name: {"kernel": jnp.cos(jnp.arange(80.0) + n).reshape(10, 8)} for n, name in enumerate(("up", "down"))}
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from jlora.models import Bert, BertConfig
 
+pytestmark = pytest.mark.newest
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--judged", "16"]
 RANK = ["--rank", "2"]

@@ -1,8 +1,8 @@
 """Writes `peft_adapters/`: adapters that PEFT 0.21 made, each with its base and what the model computes.
 
 For `tests/interchange/`. Run with a Python that has torch, transformers and peft:
-`python tests/golden/make_peft_adapters.py [name ...]`, all cases or those that are named. Each is a folder as `save_pretrained` writes it, with `case.npz` beside
-the adapter: the base by torch names (`base/...`), the input and the output.
+`python tests/golden/make_peft_adapters.py [name ...]`, all cases or those that are named. Each is a folder as `save_pretrained`
+writes it, with `case.npz` beside the adapter: the base by torch names (`base/...`), the input and the output.
 """
 
 import json
@@ -12,7 +12,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoHaConfig, LoraConfig, ShiraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
+    GloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -135,10 +155,28 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
+    "c3a": (Text, C3AConfig(target_modules=LINEAR, block_size=2, block_size_pattern={"mix": 4})),
+    "fourierft": (
+        Text,
+        FourierFTConfig(target_modules=[*LINEAR, "head"], n_frequency=9, scaling=40.0, n_frequency_pattern={"mix": 64}),
+    ),
+    "boft_deep": (Text, BOFTConfig(target_modules=["mix", "head"], boft_block_size=2, boft_n_butterfly_factor=3)),
+    "boft": (Text, BOFTConfig(target_modules=LINEAR, boft_block_size=2)),
+    "hra": (Text, HRAConfig(target_modules=LINEAR, r=4)),
+    "hra_gram_schmidt": (Text, HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
+    "ia3": (Text, IA3Config(target_modules=[*LINEAR, "head"], feedforward_modules=["head"])),
+    "oft": (Text, OFTConfig(target_modules=["mix", "head"], oft_block_size=4)),
+    "oft_exact": (OFTConfig(target_modules=LINEAR, r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),),
+    "road": (Text, RoadConfig(target_modules=LINEAR, group_size=4)),
+    "road_4": (Text, RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),
     "glora": (Text, GloraConfig(target_modules=LINEAR, r=3, config_D_E="vector")),
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
+    "randlora": (Text, RandLoraConfig(target_modules=[*LINEAR, "head"], r=3, randlora_alpha=7)),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
+    "lokr": (Text, LoKrConfig(target_modules=[*LINEAR, "head"], r=1, alpha=3, decompose_both=True)),
+    "miss": (Text, MissConfig(target_modules=LINEAR, r=4)),
+    "miss_bat": (Text, MissConfig(target_modules=["mix"], r=2, init_weights="bat")),
     "shira": (Text, ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
 }
 
@@ -185,7 +223,14 @@ def write(name, build, config):
     np.savez(folder / "case.npz", **arrays)
 
 
+def butterflies_in_torch():
+    """Puts torch's own blocks on the diagonal in the place of PEFT's CUDA extension, without which there is one factor."""
+    boft.get_fbd_cuda = lambda: True
+    boft.FastBlockDiag.apply = staticmethod(lambda blocks: torch.stack([torch.block_diag(*each) for each in blocks]))
+
+
 def main():
+    butterflies_in_torch()
     for name in sys.argv[1:] or CASES:
         write(name, *CASES[name])
 

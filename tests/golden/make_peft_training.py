@@ -10,7 +10,25 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, GloraConfig, HiraConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
+    GloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RandLoraConfig,
+    RoadConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -26,6 +44,18 @@ def lora(**options):
 
 
 CONFIGS = {
+    "lokr": lambda: LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
+    "miss": lambda: MissConfig(r=4, target_modules=TARGETS),
+    # For larger blocks PEFT's gradient of a layer's input is wrong (`BlockCircularConvolution.backward`).
+    "c3a": lambda: C3AConfig(block_size=2, target_modules=TARGETS),
+    "fourierft": lambda: FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
+    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
+    "hra_gram_schmidt": lambda: HRAConfig(r=2, apply_GS=True, target_modules=TARGETS),
+    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft_exact": lambda: OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
+    "road": lambda: RoadConfig(group_size=4, target_modules=TARGETS),
     "glora": lambda: GloraConfig(r=4, target_modules=TARGETS),
     "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
     "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
@@ -34,6 +64,7 @@ CONFIGS = {
     "dora": lambda: lora(use_dora=True),
     "olora": lambda: lora(init_lora_weights="olora"),
     "pissa": lambda: lora(init_lora_weights="pissa"),
+    "randlora": lambda: RandLoraConfig(r=3, randlora_alpha=1, target_modules=TARGETS),
     "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
     # Without a task PEFT's model passes its own forward by, and the penalty with it.
     "adalora": lambda: AdaLoraConfig(

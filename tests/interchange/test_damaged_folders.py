@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "damaged_files"))
 import peft_folders
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("count, seed", [(80, 0), pytest.param(3000, 10_000, marks=pytest.mark.long)])
 def test_a_damaged_folder_is_refused_by_name_or_is_what_was_saved(count, seed, tmp_path):

@@ -9,6 +9,8 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import TorchParameter
 
+pytestmark = pytest.mark.newest
+
 
 def filled(tree):
     """Params of these shapes with values all their own."""

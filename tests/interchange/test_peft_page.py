@@ -6,7 +6,7 @@ from pathlib import Path
 import jlora
 from jlora.disk import catalog
 from jlora.interchange import config
-from jlora.interchange.formats import FORMATS
+from jlora.interchange.formats import formats
 
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
@@ -19,7 +19,7 @@ def test_the_tables_are_up_to_date_and_have_every_method_and_setting():
     assert generated.filled(text, generated.makers(peft_table.PAGE)) == text, "run `python docs/generated.py`"
     assert all(f"| `{name}(" in text for name in catalog.methods())
     assert all(f"| `{key}` |" in text for key in (*config.USED, *config.REFUSED))
-    assert all(f"`{kind}`" in text for kind in FORMATS)
+    assert all(f"`{kind}`" in text for kind in formats())
 
 
 def test_the_table_tells_what_is_tried():

@@ -14,6 +14,8 @@ import jlora
 from jlora import TorchParameter
 from jlora.core.protocol.peft import Peft
 
+pytestmark = pytest.mark.newest
+
 PARAMS = {
     "up": {"kernel": jnp.cos(jnp.arange(80.0)).reshape(10, 8), "bias": jnp.ones(8)},
     "down": {"kernel": jnp.sin(jnp.arange(80.0)).reshape(8, 10)},

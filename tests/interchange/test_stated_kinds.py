@@ -1,4 +1,4 @@
-"""Every method that states its place in PEFT goes out and comes back bit for bit, and damaged folders of it are refused by name."""
+"""Every method that states its place in PEFT goes out and comes back bit for bit; damaged folders of it are refused by name."""
 
 import json
 import shutil
@@ -147,9 +147,10 @@ def test_settings_of_another_type_unknown_ones_and_those_that_it_has_not_are_nam
     with pytest.raises(ValueError, match="'a_switch' = True is unknown"):
         jlora.load_peft(folder, PARAMS, NAMES)
     for key in kind.training:
-        configure(folder, **{**config, "a_switch": None, key: 0.5})
-        with pytest.warns(UserWarning, match=f"{key} is 0.5, which acts in training only"):
+        configure(folder, **{**config, **dict.fromkeys(kind.training), "a_switch": None, key: 0.5})
+        with pytest.warns(UserWarning, match=f"{key} is 0.5, which acts in training only") as warned:
             jlora.load_peft(folder, PARAMS, NAMES)
+        assert [each.filename for each in warned] == [__file__]
 
 
 @pytest.mark.parametrize("name", KINDS)

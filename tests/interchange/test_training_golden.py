@@ -4,6 +4,8 @@ import numpy as np
 import peft_training_steps as training
 import pytest
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("name", training.names())
 def test_ten_steps_of_adamw_have_the_losses_of_peft(name):

@@ -9,6 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 import jlora.models as models
 
+pytestmark = pytest.mark.newest
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 

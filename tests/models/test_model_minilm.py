@@ -5,9 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from models_data import shared_data
 
 import jlora.models as models
+
+pytestmark = pytest.mark.newest
 
 FOLDER = shared_data("minilm_l6_v2")
 REFERENCE = json.loads((FOLDER / "reference.json").read_text())

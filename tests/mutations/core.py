@@ -735,4 +735,78 @@ ROLES = (
     ),
 )
 
-MUTATIONS = (*PRODUCTS, *PASSES, *LOOPS, *ROLES)
+ACTS = "tests/contract/test_acting.py::test_"
+ACTING = (
+    Mutation(
+        "a formed weight is kept for the backward pass",
+        "jlora/core/products/formed.py",
+        "return jax.checkpoint(lambda x, w, update: update._product(x, w, options))(x, w, self)",
+        "return self._product(x, w, options)",
+        (ACTS + "no_formed_weight_is_kept_for_the_backward_pass[1]",),
+    ),
+    Mutation(
+        "the weights of all layers are formed first",
+        "jlora/core/products/formed.py",
+        "        x, self = jax.lax.optimization_barrier((x, self))\n",
+        "",
+        (ACTS + "no_formed_weight_is_kept_for_the_backward_pass[6]",),
+    ),
+    Mutation(
+        "a formed weight is rounded to 16 bits",
+        "jlora/core/products/formed.py",
+        "        if x.dtype == accumulation_dtype(x.dtype):\n",
+        "        if True:\n",
+        (ACTS + "a_small_update_of_a_16_bit_weight_reaches_the_output",),
+    ),
+    Mutation(
+        "the gradient of a formed product's input is the base's",
+        "jlora/core/products/formed.py",
+        "matmul(dx, w + delta, dtype, precision)",
+        "matmul(dx, w, dtype, precision)",
+        (ACTS + "gradients_through_a_16_bit_formed_weight_are_those_of_the_merged_one",),
+    ),
+    Mutation(
+        "a small change of a 16-bit input is rounded away",
+        "jlora/core/products/acting.py",
+        "    if z.dtype.itemsize <= jnp.dtype(dtype).itemsize:\n",
+        "    if True:\n",
+        (ACTS + "a_small_change_of_the_input_of_a_16_bit_product_arrives",),
+    ),
+    Mutation(
+        "a number on the weight does not multiply what a method adds",
+        "jlora/core/products/acting.py",
+        "(y if self.number is None else y * self.number.astype(y.dtype))",
+        "y",
+        (ACTS + "a_number_on_the_weight_multiplies_what_a_method_makes_of_the_input",),
+    ),
+    Mutation(
+        "the weight is formed where the bias beside would be left out",
+        "jlora/core/walk/weight.py",
+        "return not self.method.mergeable or bool(self.beside)",
+        "return not self.method.mergeable",
+        (ACTS + "a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line",),
+    ),
+    Mutation(
+        "a merged bias keeps the heads in another order",
+        "jlora/core/tree/beside.py",
+        "    return jnp.transpose(folded.reshape(shape), [order.index(n) for n in range(len(order))])",
+        "    return folded.reshape([site.shape[axis] for axis in _axes(site)])[..., ::-1]",
+        (ACTS + "a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params",),
+    ),
+    Mutation(
+        "merge leaves the bias beside as it was",
+        "jlora/core/tree/merge.py",
+        "        merged |= merged_beside(adapted, weight)\n",
+        "",
+        (ACTS + "a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params",),
+    ),
+    Mutation(
+        "dropout around a method drops the base's input",
+        "jlora/core/products/dropped.py",
+        "return (matmul(x, turned, wide.out_dtype, options.precision) + change).astype(options.out_dtype)",
+        "return (matmul(few, turned, wide.out_dtype, options.precision) + change).astype(options.out_dtype)",
+        ("tests/test_dropout_around.py::test_what_is_dropped_is_the_updates_input_alone",),
+    ),
+)
+
+MUTATIONS = (*PRODUCTS, *PASSES, *LOOPS, *ROLES, *ACTING)

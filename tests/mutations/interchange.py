@@ -5,8 +5,10 @@ from mutations.mutation import Mutation
 FROM = "tests/interchange/test_from_peft.py::test_"
 HOSTILE = "tests/interchange/test_hostile_files.py::test_"
 INVARIANTS = "tests/interchange/test_invariants.py::test_"
+MADE_UP = "tests/interchange/test_made_up_kinds.py::test_"
 NAMES = "tests/interchange/test_names.py::test_"
 PROFILES = "tests/interchange/test_profiles.py::test_"
+STATED = "tests/interchange/test_stated_kinds.py::test_"
 READS = "tests/interchange/test_as_peft_reads.py::test_"
 COMPUTES = FROM + "an_adapter_of_peft_computes_what_peft_computes"
 SAME_BYTES = FROM + "an_adapter_of_peft_goes_out_with_the_same_bytes"
@@ -131,7 +133,7 @@ OUT = (
     Mutation(
         "an array without a place is left out in silence",
         "jlora/interchange/save.py",
-        "            if (site.path, name) not in told:\n",
+        "            if (path, name) not in told:\n",
         "            if False:\n",
         (PROFILES + "a_trained_array_without_a_place_is_an_error",),
     ),
@@ -231,4 +233,49 @@ OUT = (
     ),
 )
 
-MUTATIONS = (*IN, *OUT)
+STATED_KINDS = (
+    Mutation(
+        "a missing tensor of a stated kind is passed over",
+        "jlora/interchange/read_table.py",
+        "for missing in sorted(names - set(found.keys)):",
+        "for missing in ():",
+        (STATED + "any_missing_tensor_is_named",),
+    ),
+    Mutation(
+        "a superfluous tensor of a stated kind is passed over",
+        "jlora/interchange/read_table.py",
+        "for other in sorted(set(found.keys) - names):",
+        "for other in ():",
+        (MADE_UP + "a_field_that_only_some_matrices_have_is_written_and_wanted_for_these",),
+    ),
+    Mutation(
+        "constants that are in no tensor are not compared",
+        "jlora/interchange/forms.py",
+        "    if not constants:\n        return True\n",
+        "    return True\n",
+        (MADE_UP + "a_constant_that_nobody_can_make_again_has_no_place",),
+    ),
+    Mutation(
+        "one folder has two values of one setting",
+        "jlora/interchange/table_settings.py",
+        "if _MISSING in values or (len(values) > 1 and not setting.pattern):",
+        "if _MISSING in values:",
+        (MADE_UP + "settings_that_no_one_folder_holds_have_no_place",),
+    ),
+    Mutation(
+        "settings of a stated kind that jlora has not are passed over",
+        "jlora/interchange/table_settings.py",
+        "        settings.wanted(name, value)\n",
+        "        pass\n",
+        (MADE_UP + "settings_that_it_has_not_are_refused_by_name",),
+    ),
+    Mutation(
+        "copies of a tensor of the whole model may differ",
+        "jlora/interchange/read_table.py",
+        "folder.read(one.keys[tensor.name]).tobytes() != folder.read(key).tobytes()",
+        "False",
+        (MADE_UP + "tensors_of_the_whole_model_go_out_once_and_with_every_module_and_may_be_larger",),
+    ),
+)
+
+MUTATIONS = (*IN, *OUT, *STATED_KINDS)

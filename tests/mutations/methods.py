@@ -5,9 +5,11 @@ from mutations.mutation import Mutation
 BOOSTING = "tests/chains/test_boosting.py::test_"
 DEEP = "tests/test_deeplora.py::test_"
 DORA = "tests/test_dora.py::test_"
+HADAMARD = "tests/methods/test_hadamard.py::test_weight_and_gradients_are_those_of_the_formula"
 INITS = "tests/test_weight_inits.py::test_"
 LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
+DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in ("deeplinear", "lorafa", "products"))
 RENEWAL = "tests/chains/test_renewal.py::test_"
 RESTART = "tests/chains/test_restart.py::test_"
 SHIRA = "tests/test_shira.py::test_"
@@ -22,6 +24,86 @@ def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
 
+
+PRODUCTS_OF_FACTORS = (
+    Mutation(
+        "LoRA-Mini forgets its scale in the products",
+        "jlora/methods/loramini.py",
+        '(self.scale * view.params["b"]) @ view.frozen["b_aux"]',
+        'view.params["b"] @ view.frozen["b_aux"]',
+        (PRODUCTS + "outputs_gradients_and_ten_steps_are_those_of_the_formula_in_numpy",),
+    ),
+    Mutation(
+        "MELoRA's blocks start as one",
+        "jlora/methods/melora.py",
+        "a = math.sqrt(self.blocks) * kaiming",
+        "a = kaiming",
+        (PRODUCTS + "factors_start_uniformly_as_in_the_references",),
+    ),
+    Mutation(
+        "MELoRA's update is not cut to its blocks",
+        "jlora/methods/melora.py",
+        "b = jnp.where(diagonal[:, None] == columns, jnp.tile(b, (self.blocks, 1)), 0)",
+        "b = jnp.tile(b, (self.blocks, 1))",
+        (PRODUCTS + "melora_is_that_of_the_authors",),
+    ),
+    Mutation(
+        "MultiLoRA's scales start at one",
+        "jlora/methods/multilora.py",
+        '"s": jnp.zeros(',
+        '"s": jnp.ones(',
+        (PRODUCTS + "the_scales_of_multilora_learn_first_and_never_decay",),
+    ),
+    Mutation(
+        "MultiLoRA's scales decay",
+        "jlora/methods/multilora.py",
+        'return {**groups, "s": "vector"}',
+        'return {**groups, "s": "b"}',
+        (PRODUCTS + "the_scales_of_multilora_learn_first_and_never_decay",),
+    ),
+    Mutation(
+        "GraLoRA's ranks and blocks change places",
+        "jlora/methods/gralora.py",
+        'jnp.einsum("nijq,nqjo->nijo", a, b)',
+        'jnp.einsum("nijq,jqno->nijo", a, b)',
+        (PRODUCTS + "gralora_is_that_of_peft",),
+    ),
+    Mutation(
+        "GraLoRA's scale leaves its ordinary LoRA out",
+        "jlora/methods/gralora.py",
+        "return self.alpha / (self.rank + self.hybrid_rank)",
+        "return self.alpha / self.rank",
+        (PRODUCTS + "gralora_is_that_of_peft",),
+    ),
+    Mutation(
+        "a deep linear network starts against the gradient",
+        "jlora/methods/deeplinear.py",
+        "first_directions(key, -statistics",
+        "first_directions(key, statistics",
+        (DEEP_LINEAR + "the_start_goes_where_a_step_of_gradient_descent_would",),
+    ),
+    Mutation(
+        "the last factor of a deep linear network learns as the inner ones",
+        "jlora/methods/deeplinear.py",
+        'return {"f1": self.gamma, f"f{self.depth}": self.gamma}',
+        'return {"f1": self.gamma}',
+        (DEEP_LINEAR + "the_outer_factors_learn_at_gamma_times_the_rate",),
+    ),
+    Mutation(
+        "LoRA-FA's gradient is divided by the scale once",
+        "jlora/methods/lorafa/rule.py",
+        "xp.linalg.inv(gram) / self.scale**2",
+        "xp.linalg.inv(gram) / self.scale",
+        (FA + "a_step_changes_each_matrix_as_the_weight_s_own_gradient_would_within_the_columns_of_a",),
+    ),
+    Mutation(
+        "a rule does not get the constants",
+        "jlora/optimize/optimizer.py",
+        "bound = rule if given is None else given(adapted.frozen)",
+        "bound = rule",
+        (FA + "ten_steps_are_those_of_peft",),
+    ),
+)
 
 FORMULAS = (
     Mutation(
@@ -286,8 +368,8 @@ FORMULAS = (
     Mutation(
         "a class that changes the weight alone is used by its parent's factors",
         "jlora/core/protocol/method.py",
-        '_WEIGHT = {"weight", "factors", "sparse", "update", "form"}',
-        '_WEIGHT = {"factors", "sparse", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "weight", "update", "form"}',
+        '_WEIGHT = {*_FORMS, "update", "form"}',
         (LORA + "a_derived_class_that_changes_the_weight_alone_is_used_by_that_weight",),
     ),
 )
@@ -555,4 +637,21 @@ RANKS = (
     ),
 )
 
-MUTATIONS = (*FORMULAS, *RATES, *RANKS)
+PRODUCTS = (
+    Mutation(
+        "LoHa's products are added",
+        "jlora/methods/loha.py",
+        'update = (p["a1"] @ p["b1"]) * (p["a2"] @ p["b2"])',
+        'update = (p["a1"] @ p["b1"]) + (p["a2"] @ p["b2"])',
+        (HADAMARD,),
+    ),
+    Mutation(
+        "HiRA's update is LoRA's",
+        "jlora/methods/hira.py",
+        "return w + w * (a @ b)",
+        "return w + a @ b",
+        (HADAMARD,),
+    ),
+)
+
+MUTATIONS = (*FORMULAS, *PRODUCTS_OF_FACTORS, *RATES, *RANKS, *PRODUCTS)

@@ -111,8 +111,8 @@ ADAPTED = (
     Mutation(
         "a gradient flows through what was seen",
         "jlora/core/transforms/observe.py",
-        "measure(jax.lax.stop_gradient(x))",
-        "measure(x)",
+        "measure(jax.lax.stop_gradient(x), *given)",
+        "measure(x, *given)",
         (OBSERVE + "outputs_and_gradients_are_those_of_lift_even_where_the_loss_uses_what_was_seen",),
     ),
     Mutation(

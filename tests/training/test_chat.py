@@ -23,6 +23,8 @@ from jlora.training.settings import Settings
 from jlora.training.subject import load_subject, open_codec
 from jlora.training.tokens import Codec
 
+pytestmark = pytest.mark.newest
+
 TWO_TURNS = [
     {"role": "user", "content": "Q1"},
     {"role": "assistant", "content": "<think>T1</think>A1"},

@@ -11,6 +11,8 @@ import pytest
 from jlora import models
 from jlora.training.cli import main
 
+pytestmark = pytest.mark.newest
+
 WORDS = {"good": ["fine", "kind", "nice", "happy"], "bad": ["mean", "sad", "poor", "ugly"]}
 
 

@@ -1,6 +1,7 @@
-"""Methods that look at data, in the job: PRILoRA's inputs, GeLoRA's dimensions, ALoRA's held-out batch; with a stop."""
+"""Methods that look at data, in the job: PRILoRA's inputs, GeLoRA's dimensions, ALoRA's held-out batch, starts; with a stop."""
 
 import dataclasses
+from datetime import datetime
 
 import jax
 import numpy as np
@@ -9,8 +10,15 @@ from little_data import sentences
 
 import jlora
 from jlora.training import measured
+from jlora.training.cli import main
+from jlora.training.data import load_data
+from jlora.training.defaults import resolve
 from jlora.training.job import finetune
+from jlora.training.placement import make_mesh
+from jlora.training.prepared import prepared
+from jlora.training.selection import trace_sites
 from jlora.training.settings import Settings
+from jlora.training.subject import load_subject, open_codec
 
 SETTINGS = Settings(
     steps=12, batch=4, accumulate=2, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", checkpoint_every=2,
@@ -48,10 +56,57 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(method, stopped_and
 
 
 @pytest.mark.long
-def test_a_run_with_masks_by_gradients_ends_with_the_same_bits_after_a_stop(stopped_and_resumed):
-    result = stopped_and_resumed(dataclasses.replace(SETTINGS, method="shira", steps=6, set={"mask": "snip"}))
+def test_a_run_with_masks_by_gradients_ends_with_the_same_bits_after_a_stop(stopped_and_resumed, tmp_path):
+    given = {"method": "shira", "set": {"mask": "snip"}, "data": sentences(tmp_path)}
+    result = stopped_and_resumed(dataclasses.replace(SETTINGS, steps=6, **given))
     index = np.asarray(result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"]["index"])
     assert index.shape == (5, 2 * (64 + 64)) and np.all(np.diff(index) > 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{"method": "eva"}, {"method": "dora", "init": "corda_kpm"}], ids=str)
+def test_a_run_that_starts_from_data_ends_with_the_same_bits_after_a_stop(options, stopped_and_resumed):
+    result = stopped_and_resumed(dataclasses.replace(SETTINGS, steps=6, **options))
+    fields = result.adapted.frozen["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert ("gate" if options["method"] == "eva" else "a0") in fields
+    if options["method"] == "eva":
+        assert sum(jlora.ranks(result.adapted).values()) == 2 * 2 * 5
+
+
+@pytest.mark.parametrize("flags", [["--method", "eva"], ["--init", "corda"], ["--init", "lora_ga_unit"]], ids=str)
+def test_inspect_shows_starts_from_data_without_data(flags, capsys):
+    assert main(["inspect", "--rank", "3", *flags]) == 0
+    assert ("EVA(rank=3" if "eva" in flags else f"init={flags[1]}") in capsys.readouterr().out
+
+
+class Mean(jlora.LoRA):
+    """Keeps the mean of the inputs."""
+
+    @property
+    def needs(self):
+        return frozenset({"mean"})
+
+    def start(self, key, w, site, **statistics):
+        return jlora.Start(statistics)
+
+
+@pytest.mark.long
+def test_inputs_of_a_run_are_those_of_its_first_eight_batches_without_padding(tmp_path):
+    settings = resolve(dataclasses.replace(SETTINGS, method="lora", init="eva", data=sentences(tmp_path), accumulate=2))
+    codec, config = open_codec(settings)
+    data, mesh = load_data(settings, codec, datetime.now()), make_mesh({})
+    subject = load_subject(settings, codec, config)
+    sites = trace_sites(subject, settings)
+    found = prepared({".*/q_proj/kernel": Mean()}, subject, settings, sites, data, mesh, jax.random.key(0))
+    (start,) = found.starts.values()
+    batches = data.training_batches(settings.batch, settings.seed)
+    watched, rows, padded = jlora.watch(subject.params, ".*/q_proj/kernel", sites), [], 0
+    for batch in (next(batches) for _ in range(8)):
+        _, seen = jax.jit(jlora.observe(subject.forward, lambda x: x))(watched, batch)
+        rows.append(np.asarray(seen["layers"]["self_attn"]["q_proj"]["kernel"])[:, batch["segment_ids"] > 0])
+        padded += (batch["segment_ids"] == 0).sum()
+    assert padded
+    np.testing.assert_allclose(start.params["mean"], np.concatenate(rows, 1).mean(1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.long

@@ -26,6 +26,8 @@ from jlora.training.prepared import prepared
 from jlora.training.selection import make_spec
 from jlora.training.settings import Settings
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "job_methods.json").read_text())
 ASKED = {name: {key: [3, 7] for key in recipe.asks} for name, recipe in catalog.recipes().items()}
 

@@ -93,4 +93,3 @@ def _multiplications(jaxpr: Any) -> int:
         elif eqn.primitive.name in ("mul", "div"):
             total += eqn.outvars[0].aval.size
     return total
-

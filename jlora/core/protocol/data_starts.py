@@ -116,7 +116,7 @@ def of_gradient(
         b *= w.shape[1] ** 0.25 / gamma**0.5
     elif scaling == "weight_svd":
         first = sigma[b_of][0]
-        largest = randomised_svd(jax.random.fold_in(key, 1), w, rank, 4, rank)[1][0]
+        largest = randomised_svd(jax.random.fold_in(key, 1), w, 1, 4)[1][0]
         b *= jnp.where(first > 0, largest / jnp.where(first > 0, first, 1), 1)
     elif scaling == "gd_scale":
         a, b = a / scale, b / scale

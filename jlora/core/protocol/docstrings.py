@@ -28,8 +28,8 @@ def count_formula(cls: type) -> str | None:
 def shared_count_formula(cls: type) -> str | None:
     """The closed form of the sentence "Shares `...` trained values", for all leaves of a method together.
 
-    In the method's hyperparameters, and in `in` and `out`, the sizes of its largest input and output, and `matrices`, their
-    number.
+    In the method's hyperparameters; in `in` and `out`, the largest input and output; and in the numbers of `matrices`, of
+    `layers`, of `kinds` of leaves, or of `pairs` of matrices.
     """
     found = re.search(r"Shares\s+`([^`]+)`\s+trained\s+values", _text(cls))
     return _joined(found[1]) if found else None

@@ -23,6 +23,7 @@ class Recipe:
         takes: which of the settings rank, alpha, dropout and links it takes; None for those that the method has as fields.
         rank: default of `--rank`; None for the job's own, 0 for a method that does without.
         rank_means: what `--rank` is, in a few words, where it is not the rank of every adapter.
+        alpha: default of `--alpha`, as a multiple of `--rank`.
         links: default of `--links`.
         learning_rate: default of the peak learning rate.
         targets: what is adapted by default: "all-linear", "embedding" (what tokens are looked up in), or "all", every
@@ -35,6 +36,7 @@ class Recipe:
     takes: frozenset[str] | None = None
     rank: int | None = None
     rank_means: str = ""
+    alpha: float = 2.0
     links: int = 4
     learning_rate: float = 5e-4
     targets: str = "all-linear"

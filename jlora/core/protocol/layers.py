@@ -49,6 +49,26 @@ def _places(site: Site, by_path: bool) -> list[tuple[int, int, Any]] | None:
     return [(0, number, ())] * (site.batch_shape[0] if site.batch_shape else 1)
 
 
+def layer_paths(sites: Sequence[Site]) -> list[tuple[str, ...] | None]:
+    """For each leaf the part of its path that names its layer; None where a stacked axis counts layers, or nothing does."""
+    own = [numbered(site.keys) for site in sites]
+    unstacked = {path for site, path in zip(sites, own) if not site.batch_shape}
+    return [path if path in unstacked else None for path in own]
+
+
+def kinds(sites: Sequence[Site]) -> tuple[list[int], int]:
+    """For each leaf its kind, counted from 0 in the order of the leaves, and the number of kinds.
+
+    Leaves whose paths differ in nothing but the number of the layer are of one kind: the queries of all layers, say.
+    """
+    names = []
+    for site, layer in zip(sites, layer_paths(sites)):
+        bare = () if layer is None else (*layer[:-1], layer[-1].rstrip("0123456789"))
+        names.append((*bare, *site.keys[len(bare) :]))
+    known = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [known[name] for name in names], len(known)
+
+
 def numbered(keys: tuple[str, ...]) -> tuple[str, ...] | None:
     """The part of a path that names a layer: up to the first key that ends in digits."""
     at = next((n for n, key in enumerate(keys) if key[-1:].isdigit()), None)

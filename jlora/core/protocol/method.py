@@ -130,7 +130,10 @@ class Start:
 
 
 class OptimizerRule(Protocol):
-    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget)."""
+    """What a method asks of the optimizer beyond learning rates; sites with equal rules share one (one rank budget).
+
+    One that needs the adapters' constants has a second function, `with_constants(frozen)`, which gives the rule for these.
+    """
 
     def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
         """An optimizer of all trained arrays that applies the rule to those of `sites` and leaves the rest to `tx`."""
@@ -159,6 +162,7 @@ class Method(KnownToTheJob):
             `weight`.
         beside: names of leaves beside the adapted one that the method changes too, such as ("bias",). Where the tree has
             them, `apply` sees them in `View.beside` and adds to its result what changes, `merged_beside` gives them anew.
+        optional: names of fields that only some matrices have, such as large ones.
         peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
             class that states it, not for those derived from it.
         CASES: examples of the method for the contract test; every method has some.
@@ -172,6 +176,7 @@ class Method(KnownToTheJob):
     form: ClassVar[type[Update] | None] = None
     mergeable: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[frozenset[str]] = frozenset()
     peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
 

@@ -118,6 +118,9 @@ class PeftKind:
     is adapted goes out as LoRA by `svd_rank=`, or is refused by name. Constants that no tensor holds must be what `start`
     makes of the hyperparameters, whatever its key: so they are made again.
 
+    A method that takes leaves in their own shape (`matrix = False`) and trains them whole states one tensor for each
+    parameter of a module, all with its one field: "ln_tuning_layers.weight" and "ln_tuning_layers.bias".
+
     Attributes:
         peft_type: PEFT's name of the method: "LOHA".
         tensors: those of a module.
@@ -127,6 +130,8 @@ class PeftKind:
         only: settings that jlora has one value of: they are written with it, and refused with any other. One that is missing
             in a folder counts as off.
         unused: settings that change nothing of what the tensors mean, such as names of starts.
+        changed: a setting that means something else in folders of older releases of PEFT, and its first release of today's
+            meaning: this is written as `peft_version`, and reading an older folder in which the setting is on warns.
         training: settings that act in training only and that the method has not: where they are on, reading warns.
         own_biases: the value of `bias` for training the biases of adapted modules alone, such as "hra_only"; "" where PEFT's
             configuration has no `bias`.
@@ -141,6 +146,7 @@ class PeftKind:
     zeros: tuple[PeftZeros, ...] = ()
     only: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    changed: tuple[str, str] | None = None
     training: tuple[str, ...] = ()
     own_biases: str = ""
     fan_in_fan_out: bool = False

@@ -193,13 +193,15 @@ class Observer:
     """Takes the taps while a walk goes through a function.
 
     Attributes:
-        measure: see `Statistic`.
+        measure: see `Statistic`; it is called with `given` as well.
         refuses: whether a use that can't be observed is an error; else it is passed over.
+        given: arrays of the call, such as a mask, which `measure` could not close over on a mesh with explicit axes.
         _tapped: the equation that was tapped last.
     """
 
-    measure: Callable[[jax.Array], Any]
+    measure: Callable[..., Any]
     refuses: bool = True
+    given: tuple[jax.Array, ...] = ()
     _tapped: Any = None
 
     def tap(self, walk: Walk, eqn: Any, values: list[Any], where: str) -> None:
@@ -219,11 +221,11 @@ class Observer:
         self._tapped = eqn
         measure = functools.partial(_measured, self.measure)
         for piece in reversed(weight.batch):
-            measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0))
+            measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0, *[None] * len(self.given)))
         numbers = weight.frozen[_NUMBERS]
-        measure = _replicated(measure, eqn.outvars[0].aval, x, numbers)
         try:
-            walk.taps.append(Tap(numbers, measure(x, numbers), weight.name))
+            measure = _replicated(measure, eqn.outvars[0].aval, x, numbers, *self.given)
+            walk.taps.append(Tap(numbers, measure(x, numbers, *self.given), weight.name))
         except ValueError as error:
             raise ValueError(f"observe: {weight.name} is used by {where}: {error}; {_ADVICE}") from error
 
@@ -252,8 +254,8 @@ def _input(eqn: Any, values: list[Any]) -> tuple[jax.Array, list[Any]]:
     return x, shared_pieces
 
 
-def _measured(measure: Callable[[jax.Array], Any], x: jax.Array, number: jax.Array) -> Any:
-    return jax.tree.map(jnp.asarray, measure(jax.lax.stop_gradient(x)))
+def _measured(measure: Callable[..., Any], x: jax.Array, number: jax.Array, *given: jax.Array) -> Any:
+    return jax.tree.map(jnp.asarray, measure(jax.lax.stop_gradient(x), *given))
 
 
 def _replicated(measure: Any, aval: Any, *args: jax.Array) -> Any:

@@ -174,19 +174,19 @@ def _measured(loss: _Loss, group: list[Site], arrays: dict[Any, Any], batch: Any
 def _seen(loss: _Loss, group: list[Site], arrays: dict[Any, Any], batch: Any) -> dict[str, dict[str, Any]]:
     """By path the sums and counts of all that the group needs of inputs; JAX leaves out what is then not used."""
     names = sorted(frozenset().union(*(site.method.needs for site in group)) & INPUTS.keys())
-    mask = None if loss.mask is None else loss.mask(batch)
+    given = () if loss.mask is None else (loss.mask(batch),)
 
-    def measure(x: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def measure(x: jax.Array, *mask: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         x = x.astype(accumulation_dtype(x.dtype))
-        return {name: INPUTS[name].measure(x, _counts(x, mask)) for name in names}
+        return {name: INPUTS[name].measure(x, _counts(x, *mask)) for name in names}
 
     watching = tuple(replace(site, method=Watched()) for site in group)
     watched = Adapted(loss.params(arrays), {}, {}, {}, Plan(watching))
-    _, taps = tapped(loss.fn, (watched, batch), {}, Observer(measure), watching, Walk())
+    _, taps = tapped(loss.fn, (watched, batch), {}, Observer(measure, given=given), watching, Walk())
     return {site.path: finished([tap for tap in taps if tap.name == site.path], site) for site in watching}
 
 
-def _counts(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _counts(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Which of an input's tokens count, `[*leading]`, as ones and zeros.
 
     Raises:

@@ -70,9 +70,7 @@ class Adapted:
         """
         leaves = dict(paths.flatten_with_keys(self.base)[0])
         names = self.plan.shared_names() if names is None else names
-        return [
-            self._weight(site, leaves, self.shared(names.get(site.method, ""))) for site in self.plan.sites
-        ]
+        return [self._weight(site, leaves, self.shared(names.get(site.method, ""))) for site in self.plan.sites]
 
     def shared(self, name: str) -> Arrays:
         """The arrays that the leaves of a method share, trained ones and constants, by the name of their drawer."""

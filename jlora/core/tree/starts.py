@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site, Start
-from jlora.core.protocol.statistics import INPUTS
+from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.statistics import INPUTS, needed
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED
+from jlora.core.tree.spec import Spec, resolve
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,23 @@ class Prepared:
             known = [f"{other.path} with {other.method}" for other in self.starts]
             raise ValueError(f"{site.path} with {site.method} was not prepared; prepared are: {', '.join(known)}")
         return self.starts[site]
+
+
+def blank(params: Any, spec: Spec, sites: Sites | None = None) -> Prepared:
+    """What stands for the starts of methods that need data where there is none and shapes are all that counts.
+
+    Args:
+        params: as for `adapterize`.
+        spec: as for `adapterize`.
+        sites: as for `adapterize`.
+    """
+    leaves, _ = paths.flatten_with_keys(params)
+    by_keys, key, starts = dict(leaves), jax.random.key(0), {}
+    for site in resolve(leaves, spec, sites):
+        if site.method.needs:
+            zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in needed(site).items()}
+            starts[site] = start_of(site, by_keys[site.keys], key, **zeros)
+    return Prepared(starts)
 
 
 def starts_of(

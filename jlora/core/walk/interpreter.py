@@ -145,8 +145,10 @@ class Walk:
                 f"same, as {_where(eqn)} needs one; leave this leaf out of the spec, or adapt it by another method"
             )
         if type(value.method).weight is Method.weight:
-            raise TypeError(f"{value.name}: {_where(eqn)} needs the effective weight, and {value.method} gives none: let it "
-                "have weight(view), or say mergeable = False")
+            raise TypeError(
+                f"{value.name}: {_where(eqn)} needs the effective weight, and {value.method} gives none: let it "
+                "have weight(view), or say mergeable = False"
+            )
         if self.strict and value.method.form is not None and value.method.form.refuses_forming:
             raise ValueError(
                 f"strict: the effective weight of {value.name}, shape {value.array.shape}, would have to be formed for "

@@ -365,7 +365,8 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
 def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
     """How the arrays of a weight are cut where its base array is cut by `spec`; a `Weight` of partition specs.
 
-    None where the method may not be cut that way, or where a cut would not fall on the outermost part of a role.
+    None where the method may not be cut that way, where a cut would not fall on the outermost part of a role, or where a leaf
+    beside would be changed on several devices.
     """
     if weight.site is None:
         return replace(weight, array=spec)
@@ -377,6 +378,8 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         role = weight.role(group[0]) if group else ""
         first = group[:1] == (weight.with_role(role)[:1] if role != "batch" else group)
         if not group or not first or not (role == "batch" or role in weight.method.local):
+            return None
+        if role == "in" and weight.beside:  # each device would add the whole of what a leaf beside changes
             return None
         cuts[group[0] if role == "batch" else role] = names
     leading = [cuts.get(piece) for piece in weight.batch]

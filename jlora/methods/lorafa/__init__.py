@@ -1,0 +1,3 @@
+"""LoRA-FA, and its rule."""
+
+from jlora.methods.lorafa.method import LoRAFA as LoRAFA
