@@ -128,18 +128,18 @@ def _tensors(kind: PeftKind, found: Found) -> list[tuple[PeftTensor, Any]]:
 def _check(kind: PeftKind, folder: AdapterFolder, name: str, found: Found) -> None:
     module, wanted = name.rpartition(".")[0], _tensors(kind, found)
     repeated = {tensor.name for tensor in kind.shared if tensor.repeated}
-    names = {tensor.name for tensor, _ in wanted} | repeated
+    names = {tensor.name for tensor, _ in wanted} | repeated | set(found.zeros)
     for missing in sorted(names - set(found.keys)):
         raise ValueError(f"{folder.file}: {module!r} has no {missing}; the file is not whole")
-    for other in sorted(set(found.keys) - names - set(found.zeros)):
+    for other in sorted(set(found.keys) - names):
         raise ValueError(
             f"{folder.file}: {found.keys[other]!r} has no place: {found.method} has {', '.join(sorted(names))} there"
         )
     for zeros, shape in found.zeros.items():
-        if (key := found.keys.get(zeros)) is not None:
-            folder.check(key, shape, f"{found.method} of {name!r}", FLOATS)
-            if np.any(folder.read(key)):
-                raise ValueError(f"{folder.file}: {key!r} must hold zeros with {found.method}, which leaves that away")
+        key = found.keys[zeros]
+        folder.check(key, shape, f"{found.method} of {name!r}", FLOATS)
+        if np.any(folder.read(key)):
+            raise ValueError(f"{folder.file}: {key!r} must hold zeros, since {found.method} leaves that away at {name!r}")
     for tensor, field in wanted:
         _check_one(folder, found.keys[tensor.name], tensor.layout, field, f"{found.method} of {name!r}")
 

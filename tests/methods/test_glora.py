@@ -11,6 +11,7 @@ import optax
 import pytest
 from contract.problems import close as near
 from contract.problems import jit, normal, perturbed, weight
+from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import GLoRA
@@ -220,6 +221,24 @@ def test_a_search_that_can_not_be_is_refused():
         ValueError, match=r"kernel: the kind of c must be one of \[0, 2, 3\] \(none, vector, low-rank\), got 1"
     ):
         jlora.glora_configured(adapted, [[0, 0, 1, 0, 0]] * 3)
+
+
+@pytest.mark.parametrize("kinds", [{}, {"a": "none", "b": "none", "d": "constant", "e": "constant"}])
+def test_fixed_configurations_go_to_peft_and_back_and_its_zeros_must_be_zeros(tmp_path, kinds):
+    adapted = perturbed(jlora.adapterize(BASE, {"kernel": GLoRA(2, **kinds)}))
+    jlora.save_peft(tmp_path / "out", adapted, {"kernel": "up.weight", "bias": "up.bias"})
+    (tmp_path / "out" / "jlora_manifest.json").unlink()
+    loaded = jlora.load_peft(tmp_path / "out", BASE, {"kernel": "up.weight", "bias": "up.bias"})
+    assert loaded.plan == adapted.plan
+    near(loaded.params, adapted.params, 0)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    zeros = [name for name in tensors if name.endswith(".zeros")]
+    assert len(zeros) == (2 if kinds else 0)
+    for name in zeros:
+        save_file({**tensors, name: tensors[name] + 1}, file)
+        with pytest.raises(ValueError, match=r"zeros' must hold zeros, since GLoRA\(.*\) leaves that away at 'up.weight'"):
+            jlora.load_peft(tmp_path / "out", BASE, {"kernel": "up.weight", "bias": "up.bias"})
 
 
 def test_saved_configurations_come_back(tmp_path):
