@@ -54,6 +54,11 @@ from jlora.interchange import save_peft as save_peft
 from jlora.methods import *  # noqa: F403
 from jlora.methods.alora.rule import reallocate as reallocate
 from jlora.methods.gelora import gelora_ranks as gelora_ranks
+from jlora.methods.glora.search import GloraSearch as GloraSearch
+from jlora.methods.glora.search import glora_configuration as glora_configuration
+from jlora.methods.glora.search import glora_configured as glora_configured
+from jlora.methods.glora.search import glora_evolve as glora_evolve
+from jlora.methods.glora.search import glora_size as glora_size
 from jlora.models.torch_parameter import TorchParameter as TorchParameter
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history

@@ -78,7 +78,7 @@ def stated(kind: PeftKind, cls: type[Method]) -> Format:
         partial(writer.write, kind),
         partial(reader.find, kind, cls),
         partial(reader.read, kind),
-        {f".{tensor.name}": tensor.name for tensor in (*kind.tensors, *(t for t in kind.shared if t.repeated))},
+        {f".{each.name}": each.name for each in (*kind.tensors, *kind.zeros, *(t for t in kind.shared if t.repeated))},
         {f"base_model.{tensor.name}": tensor.name for tensor in kind.shared},
         kind.names,
     )

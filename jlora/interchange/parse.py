@@ -62,8 +62,9 @@ def parse(folder: AdapterFolder, ends: dict[str, str], shared: dict[str, str]) -
     """
     found, adapter = Contents(), None
     named = NAMED | {key.split(".")[1] for key in (*ends, *shared)}
+    inner = {"weight", "bias"} | {word for key in ends for word in key.split(".")[2:]}
     for key in folder.keys:
-        name, called = _without_adapter(key, named)
+        name, called = _without_adapter(key, named, inner)
         if called is not None and adapter not in (None, called):
             raise ValueError(f"{folder.file} holds the adapters {adapter!r} and {called!r}; save them to a folder each")
         adapter = adapter or called
@@ -81,14 +82,15 @@ def parse(folder: AdapterFolder, ends: dict[str, str], shared: dict[str, str]) -
     return found
 
 
-def _without_adapter(name: str, named: set[str]) -> tuple[str, str | None]:
+def _without_adapter(name: str, named: set[str], inner: set[str]) -> tuple[str, str | None]:
     """A key without the adapter's name that PEFT has in it in memory, and that name, or None.
 
-    Of `up.lora_A.default.weight` these are `up.lora_A.weight` and `default`.
+    Of `up.lora_A.default.weight` these are `up.lora_A.weight` and `default`. `named` are the words behind which the adapter's
+    name may stand, `inner` those that stand there in a file.
     """
     words = name.split(".")
     at = max((n for n, word in enumerate(words) if word in named), default=len(words))
-    called = words[at + 1] if at + 1 < len(words) and words[at + 1] not in ("weight", "bias") else None
+    called = words[at + 1] if at + 1 < len(words) and words[at + 1] not in inner else None
     kept = words[:at] if words[at : at + 1] == [SAVED] else words[: at + 1]
     return ".".join([*kept, *words[at + 1 + (called is not None) :]]), called
 

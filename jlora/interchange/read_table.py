@@ -30,11 +30,13 @@ class Found:
         keys: the key of each tensor, by its name.
         method: by the settings.
         start: shapes and dtypes of the method's fields for this matrix.
+        zeros: shapes of the tensors that hold only zeros, by name.
     """
 
     keys: dict[str, str]
     method: Method
     start: Start
+    zeros: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def find(
         name = _parameter(kind, module, first, index)
         settings.check_target(module, first)
         method = settings.build(cls, table_settings.read(kind, settings, module))
-        start = _shapes(method, index, index.by_name[name][0])
-        found[name] = Found(keys, method, start)
+        slot = index.by_name[name][0]
+        zeros = kind.zeros_of(method, index.site(slot.keys, method))
+        found[name] = Found(keys, method, _shapes(method, index, slot), zeros)
         _check(kind, folder, name, found[name])
     _check_whole(kind, folder, settings, found, index)
     table = Table(found, contents.shared)
@@ -125,13 +128,20 @@ def _tensors(kind: PeftKind, found: Found) -> list[tuple[PeftTensor, Any]]:
 def _check(kind: PeftKind, folder: AdapterFolder, name: str, found: Found) -> None:
     module, wanted = name.rpartition(".")[0], _tensors(kind, found)
     repeated = {tensor.name for tensor in kind.shared if tensor.repeated}
-    names = {tensor.name for tensor, _ in wanted} | repeated
+    names = {tensor.name for tensor, _ in wanted} | repeated | set(found.zeros)
     for missing in sorted(names - set(found.keys)):
         raise ValueError(f"{folder.file}: {module!r} has no {missing}; the file is not whole")
     for other in sorted(set(found.keys) - names):
         raise ValueError(
             f"{folder.file}: {found.keys[other]!r} has no place: {found.method} has {', '.join(sorted(names))} there"
         )
+    for zeros, shape in found.zeros.items():
+        key = found.keys[zeros]
+        folder.check(key, shape, f"{found.method} of {name!r}", FLOATS)
+        if np.any(folder.read(key)):
+            raise ValueError(
+                f"{folder.file}: {key!r} must hold zeros, since {found.method} leaves that away at {name!r}"
+            )
     for tensor, field in wanted:
         _check_one(folder, found.keys[tensor.name], tensor.layout, field, f"{found.method} of {name!r}")
 

@@ -67,6 +67,9 @@ def write(
                 if tensor.field in form.arrays:
                     array = to_file(tensor.layout, form.arrays[tensor.field][index])
                     out.add(f"{stem}.{tensor.name}", array, [origin(slot, form.fields[tensor.field])])
+            for name, shape in kind.zeros_of(form.site.method, form.site).items():
+                dtype = next(iter(form.arrays.values())).dtype
+                out.add(f"{stem}.{name}", np.zeros(shape, dtype), [origin(slot, ())])
     _write_shared(kind, out, adapters[0][0], methods)
     targets, listed = table_settings.targets(kind, methods, parameters.modules, shortest)
     out.config.update(peft_type=kind.peft_type, target_modules=targets, **kind.only, **listed)

@@ -77,6 +77,19 @@ class PeftShared:
 
 
 @dataclass(frozen=True)
+class PeftZeros:
+    """A tensor that PEFT has for a module and that holds only zeros, where a part of the method is left away.
+
+    Attributes:
+        name: as that of a `PeftTensor`.
+        shape: its shape for a method and a site; None where it isn't there.
+    """
+
+    name: str
+    shape: Callable[[Any, Any], tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
 class PeftSetting:
     """A setting of `adapter_config.json` that is a hyperparameter of the method.
 
@@ -115,6 +128,7 @@ class PeftKind:
         tensors: those of a module.
         settings: the settings that are hyperparameters.
         shared: tensors of the whole model.
+        zeros: tensors of a module that hold only zeros.
         only: settings that jlora has one value of: they are written with it, and refused with any other. One that is missing
             in a folder counts as off.
         unused: settings that change nothing of what the tensors mean, such as names of starts.
@@ -131,6 +145,7 @@ class PeftKind:
     tensors: tuple[PeftTensor, ...]
     settings: tuple[PeftSetting, ...] = ()
     shared: tuple[PeftShared, ...] = ()
+    zeros: tuple[PeftZeros, ...] = ()
     only: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     changed: tuple[str, str] | None = None
@@ -143,6 +158,11 @@ class PeftKind:
         """The tensors that a method has, with their layouts for it."""
         had = [tensor for tensor in self.tensors if tensor.when is None or tensor.when(method)]
         return tuple(replace(each, layout=each.layout_of(method)) if each.layout_of else each for each in had)
+
+    def zeros_of(self, method: Any, site: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of zeros that a method has at a site."""
+        shapes = {each.name: each.shape(method, site) for each in self.zeros}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
 
     @property
     def names(self) -> frozenset[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from jlora.core.products.contraction import matmul
 from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, integer, one_of
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor, PeftZeros
 from jlora.methods.lora import trained_dtype
 
 #: What a support may be. Its place here is its number in a configuration.
@@ -27,6 +29,64 @@ CHOICES = {
     "e": ("none", "constant", "vector"),
 }
 _NEEDS_BIAS = ("c", "d", "e")
+
+
+# What PEFT has of each support: the layouts of its arrays, and the shape of the zeros where it is left away.
+_LAYOUTS = {
+    "a": ("transposed", "transposed", "column"),
+    "b": ("transposed", "transposed", "column"),
+    "c": ("column", "same", "column"),
+    "d": ("", "", "same"),
+    "e": ("", "", "same"),
+}
+
+
+def _tensors(name: str) -> tuple[PeftTensor, ...]:
+    """PEFT's tensors of a support."""
+    up, down, vector = _LAYOUTS[name]
+    of = {kind: functools.partial(_is, name, kind) for kind in KINDS}
+    factors = (
+        PeftTensor(f"glora_{name.upper()}.Xu", f"{name}u", up, of["low-rank"]),
+        PeftTensor(f"glora_{name.upper()}.Xd", f"{name}d", down, of["low-rank"]),
+    )
+    vectors = (
+        PeftTensor(f"glora_{name.upper()}.X", name, vector, of["vector"]),
+        PeftTensor(f"glora_{name.upper()}.X", name, "same", of["constant"]),
+    )
+    return (*(factors if up else ()), *vectors)
+
+
+def _is(name: str, kind: str, method: Any) -> bool:
+    return getattr(method, name) == kind
+
+
+def _zeros(name: str, method: Any, site: Site) -> tuple[int, ...] | None:
+    """The shape of PEFT's zeros in the place of a support."""
+    shapes = {"c": (site.in_size, 1), "d": (site.out_size,), "e": (site.out_size,)}
+    there = method.has(name) and (bool(site.beside) or name not in _NEEDS_BIAS)
+    return None if there else shapes.get(name, (site.out_size, site.in_size))
+
+
+def _setting(name: str, support: str, default: str) -> PeftSetting:
+    """The setting of a support's kind, which two supports have in common."""
+    return PeftSetting(
+        name, support, default, values=tuple((k, "lora" if k == "low-rank" else k) for k in CHOICES[support])
+    )
+
+
+_PEFT = PeftKind(
+    "GLORA",
+    tensors=tuple(tensor for name in CHOICES for tensor in _tensors(name)),
+    settings=(
+        PeftSetting("r", "rank", 8),
+        *(_setting("config_A_B", name, "lora") for name in "ab"),
+        _setting("config_C", "c", "lora"),
+        *(_setting("config_D_E", name, "constant") for name in "de"),
+    ),
+    zeros=tuple(PeftZeros(f"glora_{name.upper()}.zeros", functools.partial(_zeros, name)) for name in CHOICES),
+    own_biases="glora_only",
+    holds=lambda method: not method.entangled and method.a == method.b and method.d == method.e,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +134,7 @@ class GLoRA(Method):
     entangled: bool = False
 
     family: ClassVar[str] = "Structured updates"
+    peft_kind: ClassVar[PeftKind] = _PEFT
 
     def __post_init__(self) -> None:
         kinds = {name: one_of(choices) for name, choices in CHOICES.items()}
@@ -203,9 +264,9 @@ class GLoRA(Method):
         """The numbers of an entangled configuration: the kept ones, or, with a key, any."""
         if not self.entangled or view.key is None:
             return view.frozen.get("choice")
-        tables = [jnp.array([KINDS.index(kind) for kind in kinds], jnp.int32) for kinds in CHOICES.values()]
-        keys = jax.random.split(view.key, len(tables))
-        return jnp.stack([jax.random.choice(key, table) for key, table in zip(keys, tables)])
+        drawn = jax.random.randint(view.key, (len(CHOICES),), 0, jnp.array([len(kinds) for kinds in CHOICES.values()]))
+        tables = jnp.array([np.resize([KINDS.index(kind) for kind in kinds], len(KINDS)) for kinds in CHOICES.values()])
+        return tables[jnp.arange(len(CHOICES)), drawn]
 
     def _support(self, view: View, name: str, choice: jax.Array | None) -> Support:
         params, fields = view.params, self._fields(name)
