@@ -109,9 +109,11 @@ class GLoRA(Method):
 
     Args:
         rank: of the low-rank supports; at most the smaller side of the matrix.
-        a, b: "low-rank", "vector", "constant" or "none".
+        a: "low-rank", "vector", "constant" or "none".
+        b: the same.
         c: "low-rank", "vector" or "none".
-        d, e: "vector", "constant" or "none".
+        d: "vector", "constant" or "none".
+        e: the same.
         entangled: keeps the arrays of all configurations, and the configuration as an array.
 
     Raises:
