@@ -222,7 +222,7 @@ class GLoRA(Method):
     def weight(self, view: View) -> jax.Array:
         """`w + (w * A + B)`."""
         supports, w = self._supports(view), view.w.astype(trained_dtype(view.w))
-        a, b = (sum([*([low[0] @ low[1]] if low else []), row]) for low, row in (supports["a"], supports["b"]))
+        a, b = (low[0] @ low[1] + row if low else row for low, row in (supports["a"], supports["b"]))
         return w + (w * a + b)
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
