@@ -72,8 +72,8 @@ class Bottleneck(Method):
         ValueError: for a hyperparameter out of range.
 
     Example:
-        >>> adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.Bottleneck(rank=64)})
-        >>> spec = jlora.Bottleneck.spec("series", rank=64)  # where the authors have theirs
+        >>> jlora.adapterize(params, {r".*/v_proj/kernel": jlora.Bottleneck(rank=64)})
+        >>> jlora.adapterize(params, jlora.Bottleneck.spec("parallel_attention", rank=64))
 
     Reference:
         Hu et al. 2023 (LLM-Adapters), arXiv:2304.01933; series: Houlsby et al. 2019, arXiv:1902.00751; parallel: He et al.

@@ -44,7 +44,7 @@ class Hadamard(Method):
     Example:
         >>> head = jlora.adapterize(params, {r".*/head/(kernel|bias)": jlora.Full()})
         >>> trained = jlora.merge(head)  # after the first stage, of which the training loop is left out here
-        >>> spec = jlora.Hadamard.spec()  # of the second stage, for models with the usual names
+        >>> adapted = jlora.adapterize(trained, {r".*/v_proj/kernel": jlora.Hadamard()})  # or jlora.Hadamard.spec()
 
     Reference:
         Chen et al. 2023, arXiv:2407.11033. There is no code of the authors; names and formula are the paper's.

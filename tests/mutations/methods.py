@@ -26,11 +26,9 @@ ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
     for name in ("adalora", "allocation", "beamlora", "elalora", "alora", "prilora", "rmlora", "sora")
 )
 
-
 def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
-
 
 PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
 DENSE_UPDATES = (
@@ -937,4 +935,87 @@ ROTATIONS = (
     ),
 )
 
-MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED, *ROTATIONS)
+BOTTLENECK = "tests/methods/test_bottleneck.py::test_"
+HADAMARD = "tests/methods/test_hadamard.py::test_"
+GLORA = "tests/methods/test_glora.py::test_"
+ACTING = (
+    Mutation(
+        "a network behind the product does not see the bias",
+        "jlora/methods/bottleneck.py",
+        'z = z + view.beside["bias"].astype(z.dtype)',
+        "pass",
+        (BOTTLENECK + "output_gradients_and_ten_steps_are_those_of_the_authors_layers[output]",),
+    ),
+    Mutation(
+        "a bottleneck's dropout drops nothing",
+        "jlora/methods/bottleneck.py",
+        "drop(z, self.dropout, view.key)",
+        "drop(z, self.dropout, None)",
+        (BOTTLENECK + "dropout_drops_the_input_of_the_network_alone",),
+    ),
+    Mutation(
+        "a bottleneck's learned scale stays what it was",
+        "jlora/methods/bottleneck.py",
+        'view.params.get("scale", self.scale)',
+        "self.scale",
+        (BOTTLENECK + "output_gradients_and_ten_steps_are_those_of_the_authors_layers[output]",),
+    ),
+    Mutation(
+        "a Hadamard adapter leaves the bias of the function as it is",
+        "jlora/methods/hadamard.py",
+        "(bias * (g - 1) + b)",
+        "b",
+        (HADAMARD + "output_gradients_and_ten_steps_are_those_of_numpy[output]",),
+    ),
+    Mutation(
+        "a Hadamard adapter on inputs merges its shift by the changed weight",
+        "jlora/methods/hadamard.py",
+        "bias + b @ view.w.astype(g.dtype)",
+        "bias + b @ self.weight(view)",
+        (HADAMARD + "merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does[input]",),
+    ),
+    Mutation(
+        "GLoRA shifts by the changed weight",
+        "jlora/methods/glora/method.py",
+        "self._shift(self._supports(view), lambda z: z @ w, view)",
+        "self._shift(self._supports(view), lambda z: z @ self.weight(view), view)",
+        (GLORA + "all_432_configurations_do_what_the_authors_layer_does_and_start_and_merge_exactly",),
+    ),
+    Mutation(
+        "an entangled vector is the last row of its factor",
+        "jlora/methods/glora/method.py",
+        'low[1][0] if name in "ab" else low[1][:, 0]',
+        'low[1][-1] if name in "ab" else low[1][:, 0]',
+        (GLORA + "all_432_configurations_do_what_the_authors_layer_does_and_start_and_merge_exactly",),
+    ),
+    Mutation(
+        "the search for a configuration scores some twice",
+        "jlora/methods/glora/search.py",
+        "if drawn.tobytes() not in seen and (",
+        "if (",
+        (GLORA + "the_search_finds_what_scores_best_within_its_limit_and_compiles_once",),
+    ),
+    Mutation(
+        "the search for a configuration goes beyond its limit",
+        "jlora/methods/glora/search.py",
+        "drawing.size(drawn) <= settings.limit",
+        "drawing.size(drawn) <= 2 * settings.limit",
+        (GLORA + "the_search_finds_what_scores_best_within_its_limit_and_compiles_once",),
+    ),
+    Mutation(
+        "a search that goes on draws otherwise than one that did not end",
+        "jlora/methods/glora/search.py",
+        "np.random.default_rng([*seed, search.generation + 1])",
+        "np.random.default_rng([*seed, search.generation + (1 if resume is None else 2)])",
+        (GLORA + "the_search_is_the_same_with_the_same_key_and_goes_on_from_where_it_was",),
+    ),
+    Mutation(
+        "PEFT's zeros may be anything",
+        "jlora/interchange/read_table.py",
+        "if np.any(folder.read(key)):",
+        "if False:",
+        (GLORA + "fixed_configurations_go_to_peft_and_back_and_its_zeros_must_be_zeros",),
+    ),
+)
+
+MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED, *ROTATIONS, *ACTING)

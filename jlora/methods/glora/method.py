@@ -109,11 +109,11 @@ class GLoRA(Method):
 
     Args:
         rank: of the low-rank supports; at most the smaller side of the matrix.
-        a: "low-rank", "vector", "constant" or "none".
-        b: the same.
+        a: of `A`: "low-rank", "vector", "constant" or "none".
+        b: of `B`: the same.
         c: "low-rank", "vector" or "none".
-        d: "vector", "constant" or "none".
-        e: the same.
+        d: of `D`: "vector", "constant" or "none".
+        e: of `E`: the same.
         entangled: keeps the arrays of all configurations, and the configuration as an array.
 
     Raises:
@@ -222,7 +222,7 @@ class GLoRA(Method):
     def weight(self, view: View) -> jax.Array:
         """`w + (w * A + B)`."""
         supports, w = self._supports(view), view.w.astype(trained_dtype(view.w))
-        a, b = (low[0] @ low[1] + row if low else row for low, row in (supports["a"], supports["b"]))
+        a, b = (row if low is None else low[0] @ low[1] + row for low, row in (supports["a"], supports["b"]))
         return w + (w * a + b)
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:

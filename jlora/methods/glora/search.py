@@ -110,8 +110,10 @@ def glora_evolve(
             that no random configuration keeps.
 
     Example:
-        >>> score = jax.jit(lambda adapted: jnp.mean(predict(adapted, inputs) == labels))
-        >>> best, search = jlora.glora_evolve(supernet, score, jax.random.key(0), limit=100_000)
+        >>> supernet = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.GLoRA(entangled=True)})  # then train it
+        >>> predict = jlora.lift(model.apply)
+        >>> score = jax.jit(lambda adapted: jnp.mean(predict({"params": adapted}, tokens).argmax(-1) == tokens))
+        >>> best, search = jlora.glora_evolve(supernet, score, key, generations=2, population=8, limit=500)
 
     Reference:
         Chavan et al. 2023, arXiv:2306.07967; numbers as in the authors' code, which scores on test data.
