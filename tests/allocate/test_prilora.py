@@ -14,6 +14,8 @@ from jlora.core.protocol.layers import layer_numbers
 from jlora.methods.prilora.method import linear_ranks
 from jlora.methods.prilora.rule import least
 
+pytestmark = pytest.mark.newest
+
 RATE, MOMENTUM, DECAY, STEPS = 0.1, 0.5, 0.01, 9
 OPTIONS = {"first": 2, "last": 5, "alpha": 6, "every": 4, "pruned": 2, "group": 3, "beta": 0.8}
 # An inner axis of 10: three groups of three and one that is not full.
