@@ -237,7 +237,6 @@ def test_pruning_is_idempotent_exact_with_ties_and_by_magnitude_for_equal_norms(
         assert np.array_equal(mask, np.abs(matrix) <= smallest.repeat(4, axis=0))
 
 
-@pytest.mark.newest
 def test_in_a_loop_the_norms_come_from_observe_and_nothing_is_compiled_twice():
     adapted = start(every=2)
     tx = optax.chain(optax.clip_by_global_norm(1.0), jlora.optimizer(adapted, optax.adamw, learning_rate=0.01))
