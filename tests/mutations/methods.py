@@ -26,9 +26,11 @@ ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
     for name in ("adalora", "allocation", "beamlora", "elalora", "alora", "prilora", "rmlora", "sora")
 )
 
+
 def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
+
 
 PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
 DENSE_UPDATES = (
