@@ -52,7 +52,7 @@ CONFIGS = {
     "fourierft": lambda: FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
     "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
     "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
-    "hra_gram_schmidt": lambda: HRAConfig(r=2, apply_GS=True, target_modules=TARGETS),
+    "hra_gram_schmidt": lambda: HRAConfig(r=3, apply_GS=True, target_modules=TARGETS),
     "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
     "oft_bounded": lambda: OFTConfig(oft_block_size=4, coft=True, eps=0.4, target_modules=TARGETS),
