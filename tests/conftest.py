@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight virtual CPU devices, no silent rank promotion, fixed precision, quick compilation."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
+
+# Traces make many objects and few cycles: at Python's own threshold the search for cycles takes a twentieth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 DATA = Path(os.environ.get("JLORA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

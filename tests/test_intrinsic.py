@@ -8,8 +8,6 @@ from contract.problems import normal, weight
 
 import jlora
 
-pytestmark = pytest.mark.newest
-
 
 def flat(dimension, count=1500, coordinates=12, seed=0):
     rng = np.random.default_rng(seed)

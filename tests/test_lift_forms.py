@@ -135,12 +135,17 @@ FORMS = {
 }  # fmt: skip
 
 
-def adapted_form(name, method):
+@functools.cache
+def report(name):
     params, f, needs_weight = FORMS[name]
     matrices = all(leaf.ndim == 2 for leaf in params.values())
     # No product says the roles where the weight is needed, save those of a stack.
-    report = None if needs_weight and matrices else jlora.sites(f, params)
-    return f, jlora.adapterize(params, {".*": METHODS[method]}, sites=report)
+    return None if needs_weight and matrices else jlora.sites(f, params)
+
+
+def adapted_form(name, method):
+    params, f, _ = FORMS[name]
+    return f, jlora.adapterize(params, {".*": METHODS[method]}, sites=report(name))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -241,8 +241,14 @@ def test_a_restart_refuses_them_and_so_does_a_chain():
         jlora.restart(adapted, state, tx, jax.random.key(1))
     with pytest.raises(TypeError, match="factors of its own"):
         jlora.Chain(Common())
-    moved, state = jlora.restart(adapted, state, tx, jax.random.key(1), sites=adapted.plan.sites[1:])
+    ones = jax.tree.map(jnp.ones_like, adapted.params)
+    _, state = tx.update(ones, state, adapted.params)
+    moved, restarted = jlora.restart(adapted, state, tx, jax.random.key(1), sites=adapted.plan.sites[1:], donate=False)
     close(moved.params[SHARED], adapted.params[SHARED])
+    # Their step counts go on with their moments: the second of two equal steps is as long as the first.
+    updates, _ = tx.update(ones, restarted, moved.params)
+    wanted, _ = tx.update(ones, state, adapted.params)
+    close([updates[SHARED], updates["u"]], [wanted[SHARED], wanted["u"]], 1e-6)
 
 
 def test_compact_keeps_them_and_an_export_is_the_same_function(tmp_path):

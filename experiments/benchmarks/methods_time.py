@@ -50,11 +50,16 @@ def methods(rank: int, only: tuple[str, ...]) -> tuple[dict[str, jlora.Method], 
     return found, left
 
 
-def measure(s: Settings, found: dict[str, jlora.Method]) -> dict[str, dict[str, Any]]:
-    """The rows of the table."""
+def measure(s: Settings, found: dict[str, jlora.Method], left: list[str]) -> dict[str, dict[str, Any]]:
+    """The rows of the table; methods that can't adapt the shape are added to `left`."""
     p = problem(s)
     ways = {"bound": variants.bound(p)}
-    ways |= {name: variants.lifted(p, variants.adapt(p, method)) for name, method in found.items()}
+    for name, method in list(found.items()):
+        try:
+            ways[name] = variants.lifted(p, variants.adapt(p, method))
+        except ValueError as error:  # sizes that don't divide
+            left.append(f"{name} ({error})")
+            del found[name]
     compiled = step_time.compile_all(ways)
     times = step_time.interleave(step_time.timers(ways, compiled), s.repeats)
     rows: dict[str, dict[str, Any]] = {}
@@ -98,7 +103,7 @@ def main() -> None:
     only = tuple(filter(None, arguments.pop("only").split(",")))
     s = settings_for(arguments.pop("shape"), **arguments)
     found, left = methods(s.rank, only)
-    result = {"settings": asdict(s), "machine": step_time.machine(), "left_out": left, "rows": measure(s, found)}
+    result = {"settings": asdict(s), "machine": step_time.machine(), "left_out": left, "rows": measure(s, found, left)}
     step_time.RESULTS.mkdir(exist_ok=True)
     stem = step_time.RESULTS / f"methods_time_{s.shape}"
     Path(f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -261,7 +261,7 @@ class Settings:
                 f"{self._where}: peft_version is {brief(written)}, and {key} meant something else before PEFT {release}; the "
                 "adapters are read as PEFT reads them now, which is another function than was trained: merge them with the "
                 "release that made them, or train them anew",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def lists(self, key: str, module: str) -> bool:

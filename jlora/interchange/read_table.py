@@ -139,7 +139,9 @@ def _check(kind: PeftKind, folder: AdapterFolder, name: str, found: Found) -> No
         key = found.keys[zeros]
         folder.check(key, shape, f"{found.method} of {name!r}", FLOATS)
         if np.any(folder.read(key)):
-            raise ValueError(f"{folder.file}: {key!r} must hold zeros, since {found.method} leaves that away at {name!r}")
+            raise ValueError(
+                f"{folder.file}: {key!r} must hold zeros, since {found.method} leaves that away at {name!r}"
+            )
     for tensor, field in wanted:
         _check_one(folder, found.keys[tensor.name], tensor.layout, field, f"{found.method} of {name!r}")
 

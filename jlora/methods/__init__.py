@@ -40,6 +40,7 @@ from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.rmlora import RMLoRA as RMLoRA
 from jlora.methods.road import RoAd as RoAd
 from jlora.methods.rows import Rows as Rows
+from jlora.methods.said import SAID as SAID
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
-from jlora.methods.oft import cayley, check_block, check_inputs, side_of, turned
+from jlora.methods.oft.method import cayley, check_block, check_inputs, side_of, turned
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class BOFT(Method):
 
     family: ClassVar[str] = "Rotations and scales"
     local: ClassVar[frozenset[str]] = frozenset({"out"})
+    recipe: ClassVar[Recipe] = Recipe(rank=0)
 
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "BOFT",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, check_rank, integer
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.methods.deeplora import check_sixteen_bits, first_directions
 from jlora.methods.lora import trained_dtype
@@ -65,6 +66,9 @@ class DeepLinear(Method):
 
     family: ClassVar[str] = "LoRA and its variants"
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
+
+    # As SHiRA's: the directions of a mean gradient hold for more rows than those of one batch.
+    recipe: ClassVar[Recipe] = Recipe(batches=8)
 
     def __post_init__(self) -> None:
         bounds = {"rank": integer(1), "depth": integer(2), "iterations": integer(0), "eps": POSITIVE, "gamma": POSITIVE}

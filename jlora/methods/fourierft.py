@@ -44,7 +44,7 @@ class FourierFT(Method):
             than 2**32 / 20 entries, for which PEFT's positions are drawn in another way.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.FourierFT(1000, scale=300.0)})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.FourierFT(200, scale=300.0)})
 
     Reference:
         Gao et al. 2024, arXiv:2405.03003; formula, positions and "normal" as in PEFT.

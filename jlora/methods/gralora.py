@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import kaiming, trained_dtype
 from jlora.methods.melora import block_numbers, check_blocks
 
@@ -49,6 +51,29 @@ class GraLoRA(Method):
     dropout: float = 0.0
 
     family: ClassVar[str] = "LoRA and its variants"
+
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "GRALORA",
+        tensors=(
+            PeftTensor("gralora_A", "a", layout_of=lambda method: (method.row_blocks, _rows)),
+            PeftTensor("gralora_B", "b", layout_of=lambda method: (method.column_blocks, _columns)),
+            PeftTensor(
+                "gralora_A_general.weight", "a_general", "transposed", when=lambda method: method.hybrid_rank > 0
+            ),
+            PeftTensor(
+                "gralora_B_general.weight", "b_general", "transposed", when=lambda method: method.hybrid_rank > 0
+            ),
+        ),
+        settings=(
+            PeftSetting("r", "rank", 32),
+            PeftSetting("gralora_k", "blocks", 2),
+            PeftSetting("hybrid_r", "hybrid_rank", 0),
+            PeftSetting("alpha", "alpha", 64.0),
+            PeftSetting("gralora_dropout", "dropout", 0.0),
+        ),
+        own_biases="gralora_only",
+        fan_in_fan_out=True,
+    )
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, ("rank", "blocks"), {"hybrid_rank": integer(0)})
@@ -113,9 +138,27 @@ class GraLoRA(Method):
             b = jnp.concatenate([b, view.params["b_general"]])
         return Factors(a, self.scale * b, dropout=self.dropout)
 
+    def row_blocks(self, a: np.ndarray) -> np.ndarray:
+        """`a` as PEFT has it, `[blocks, in / blocks, rank]`."""
+        return a.reshape(self.blocks, -1, self.rank)
+
+    def column_blocks(self, b: np.ndarray) -> np.ndarray:
+        """`b` as PEFT has it, `[blocks, rank, out / blocks]`."""
+        return np.stack(np.split(b, self.blocks, axis=-1))
+
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
         return dict.fromkeys(self.axes, "embedding") if site.kind == "gather" else {name: name[0] for name in self.axes}
+
+
+def _rows(blocks: np.ndarray) -> np.ndarray:
+    """Blocks `[blocks, rows, rank]` below each other."""
+    return blocks.reshape(-1, blocks.shape[-1])
+
+
+def _columns(blocks: np.ndarray) -> np.ndarray:
+    """Blocks `[blocks, rank, columns]` beside each other."""
+    return np.concatenate(list(blocks), axis=-1)
 
 
 GraLoRA.CASES = (GraLoRA(rank=4, alpha=6), GraLoRA(rank=4, blocks=4, hybrid_rank=2, alpha=6, dropout=0.25))

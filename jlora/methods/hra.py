@@ -14,7 +14,7 @@ from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
-from jlora.methods.oft import EXACT
+from jlora.methods.oft.method import EXACT
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class HRA(Method):
     Trains `rank * in` values a matrix.
 
     Worth trying between LoRA and OFT: orthogonal as the latter, of low rank as the former. Costs two thin products, each with
-    the input on one side.
+    the input on one side. The change of the weight has rank `rank` at most, so that servers of LoRA can have it without
+    loss, by `jlora.save_peft(..., profile="serving", svd_rank=rank)`.
 
     Args:
         rank: number of reflections; at most the inputs of the matrix. An odd one can't start as the base: its columns are drawn

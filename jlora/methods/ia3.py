@@ -33,8 +33,7 @@ class IA3(Method):
         ValueError: for another side.
 
     Example:
-        >>> outputs, inputs = jlora.IA3(), jlora.IA3("input")
-        >>> jlora.adapterize(params, {r".*/(k|v)_proj/kernel": outputs, r".*/down_proj/kernel": inputs})
+        >>> jlora.adapterize(params, {r".*/v_proj/kernel": jlora.IA3(), "out/kernel": jlora.IA3("input")})
 
     Reference:
         Liu et al. 2022, arXiv:2205.05638; formula and start as in PEFT.

@@ -68,7 +68,7 @@ class LoRTA(Method):
 
     family: ClassVar[str] = "Shared tensors"
 
-    # So few values learn slowly, but each moves every layer: within 1e-3 to 1e-2, from one short run of the shipped model.
+    # So few values learn slowly: ten times LoRA's. In 80 steps of the shipped model 5e-3 and 2e-2 did far better than 1e-3.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-3)
 
     def __post_init__(self) -> None:

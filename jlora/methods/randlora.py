@@ -22,11 +22,12 @@ BASES = ("dense", "sparse", "very_sparse")
 class RandLoRA(Method):
     """Full-rank adaptation by random bases: `w + s * sum over n of B[n] @ (lambda[:, n] * A * gamma[n])`.
 
-    `s = alpha / rank`. For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n] [in, rank]` and `A
-    [rank, out]`, so many that the sum has full rank; else it is the transpose of the same with `in` and `out` changed.
-    `lambda [rank, bases]` and `gamma [bases, min(in, out)]` are trained. Trains `(rank + min(in, out)) * -(-min(in, out) //
-    rank)` values a matrix: as many as a LoRA of about half the rank `min(in, out) / rank`. `lambda` starts at zero, so that
-    the start is the base's output, and `gamma` has no gradient in the first step.
+    `s = alpha / rank`. For a matrix with `in > out` there are `ceil(out / rank)` products of `B[n]`, `[in, rank]`, and `A`,
+    `[rank, out]`, so many that the sum has full rank; else it is the transpose of the same with `in` and `out` changed.
+    `lambda [rank, bases]` and `gamma [bases, min(in, out)]` are trained. `lambda` starts at zero, so that the start is the
+    base's output, and `gamma` has no gradient in the first step. Trains
+    `(rank + min(in, out)) * -(-min(in, out) // rank)` values a matrix: as many as a LoRA of about half the rank
+    `min(in, out) / rank`.
 
     In the sum each row of `A` meets the column of `B` that PEFT pairs it with: row `k` under base `n` has the number
     `k * bases + n` there, and column `k` of base `n` the number `n * rank + k`. So the bases of PEFT's sum are not those of

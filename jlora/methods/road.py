@@ -38,7 +38,7 @@ class RoAd(Method):
         ValueError: for a hyperparameter out of range, and (by `adapterize`) outputs that the groups don't divide.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.RoAd()})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.RoAd(group=16)})
 
     Reference:
         Liao and Monz 2024, arXiv:2409.00119; formula and defaults as in PEFT.

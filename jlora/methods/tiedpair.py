@@ -37,8 +37,9 @@ class TiedPair(Method):
         rank: columns of `a`.
         alpha: numerator of the scale.
         scaling: "standard" or "rslora".
-        first, second: regexes that match the whole paths of the `w1` and of the `w2`. By default pairs are found by shape,
-            where a layer has no more than two matrices of a shape and its transpose.
+        first: a regex that matches the whole paths of the `w1`, given together with `second`. By default pairs are found by
+            shape, where a layer has no more than two matrices of a shape and its transpose.
+        second: a regex that matches the whole paths of the `w2`.
         unpaired: whether a matrix may be without a partner; it then has factors of its own, as in LoRA.
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 

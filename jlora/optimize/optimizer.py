@@ -175,17 +175,20 @@ def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     and so an optimizer of their own: its step count is renewed together with its moments.
     """
     links: dict[Any, int] = {}
+    shared = {
+        m: fields for m, name in adapted.plan.shared_names().items() if (fields := paths.lookup(tree, (SHARED, name)))
+    }
     for site in adapted.plan.sites:
         fields, method = paths.lookup(tree, site.keys), site.method
         _multiply(fields, method.rates(site))
-        if not method.restarts:
+        if not method.restarts or method in shared:
             fields |= {name: f"{label}, kept" for name, label in fields.items()}
         elif method.kept_fields and method.event is not None:
             number = links.setdefault(method.event, len(links))
             fields |= {name: f"{label}, link {number}" for name, label in fields.items()}
-    for method, name in adapted.plan.shared_names().items():
-        if fields := paths.lookup(tree, (SHARED, name)):
-            _multiply(fields, method.shared_rates())
+    for method, fields in shared.items():
+        _multiply(fields, method.shared_rates())
+        fields |= {name: f"{label}, kept" for name, label in fields.items()}
     return tree
 
 

@@ -99,6 +99,7 @@ def test_sites_with_equal_rules_share_a_budget_and_methods_mix(trained):
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(params["bias"]))
 
 
+@pytest.mark.newest
 def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(trained, tmp_path):
     adapted, step, course = trained
     fresh, tx = start(tuple(adapted.base))
@@ -135,6 +136,7 @@ def test_gradients_accumulated_outside_count_as_one_step():
     assert jlora.rank_history(adapted, many).steps.tolist() == [0, 1]
 
 
+@pytest.mark.newest
 @pytest.mark.long
 @pytest.mark.parametrize("names", [getattr(each, "values", [each])[0] for each in GROUPS], ids=str)
 def test_a_base_in_16_bits_keeps_its_budget(names):

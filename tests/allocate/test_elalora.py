@@ -13,8 +13,6 @@ from jlora.methods.elalora import rule
 from jlora.optimize.allocate import budget, orthogonality
 from jlora.optimize.allocate.budget import Phases
 
-pytestmark = pytest.mark.newest
-
 RATE, MOMENTUM, RANK, ROOM, STEPS, START, FINAL, INTERVAL, MOVED, EACH = 0.1, 0.5, 2, 4, 33, 3, 5, 4, 3, 2
 METHOD = jlora.ElaLoRA(RANK, ROOM, 6, STEPS, START, FINAL, INTERVAL, MOVED, EACH, orthogonality=0.0)
 BASE = {"down": jnp.zeros((5, 9)), "layers": jnp.zeros((2, 6, 8)), "up": jnp.zeros((7, 4))}
@@ -134,6 +132,7 @@ class Loop:
         held.append(rank)
 
 
+@pytest.mark.newest
 def test_values_masks_averages_and_moments_are_those_of_a_loop_over_lists_of_ranks(run):
     _, params, gradients, after, states = run
     loop, moved, full = Loop(params), 0, 0
@@ -163,6 +162,7 @@ def test_values_masks_averages_and_moments_are_those_of_a_loop_over_lists_of_ran
     assert moved >= 8 and full > 0, "the test moves too few ranks to show anything, or no module fills up"
 
 
+@pytest.mark.newest
 def test_the_total_never_changes_and_no_module_loses_its_last_rank(run):
     adapted, _, _, _, states = run
     ranks = states.history.ranks[-1]
@@ -173,6 +173,7 @@ def test_the_total_never_changes_and_no_module_loses_its_last_rank(run):
     assert jlora.ranks(adapted, last) == dict(zip(MODULES, ranks[-1].tolist()))
 
 
+@pytest.mark.newest
 def test_ranks_out_of_use_are_zero_in_all_factors_averages_and_moments(run):
     _, _, _, after, states = run
     for tree in (after, states.memory.sensitivity, states.memory.uncertainty, states.inner[0].trace):
@@ -182,6 +183,7 @@ def test_ranks_out_of_use_are_zero_in_all_factors_averages_and_moments(run):
             assert np.all(tree[name]["e"][gone] == 0) and np.all(tree[name]["b"][gone] == 0)
 
 
+@pytest.mark.newest
 def test_masks_are_constant_in_the_first_and_the_final_steps(run):
     for name in BASE:
         masks = run[4].active[name]
@@ -239,6 +241,7 @@ def test_new_columns_are_orthogonal_also_to_nearly_dependent_ones():
         assert np.all(np.abs(one[:, fresh].T @ (one[:, keep] / lengths)) < 1e-6)
 
 
+@pytest.mark.newest
 def test_growing_changes_the_weight_by_next_to_nothing(run):
     after, states = run[3:]
     grew = [t for t in range(1, STEPS) if np.any(states.active["layers"][t] & ~states.active["layers"][t - 1])]

@@ -10,8 +10,6 @@ from contract.problems import jit, perturbed, weight
 import jlora
 from jlora.optimize.allocate import orthogonality, triplets
 
-pytestmark = pytest.mark.newest
-
 BASE = {"p": weight(0, 8, 6), "stack": weight(1, 2, 6, 8), "head": jnp.zeros(3)}
 PHASES = {"steps": 9, "orthogonality": 0.3}
 METHODS = {"AdaLoRA": jlora.AdaLoRA(3, 2, **PHASES), "ElaLoRA": jlora.ElaLoRA(2, max_rank=4, interval=3, **PHASES)}
@@ -22,6 +20,7 @@ def adapted(method):
     return jlora.adapterize(BASE, spec)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_value_and_gradient_are_those_of_the_penalty_inside_the_transformation(method):
     start = adapted(method)

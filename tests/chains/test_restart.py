@@ -86,6 +86,7 @@ def same(one, other):
     assert all(map(np.array_equal, jax.tree.leaves(jax.device_get(one)), jax.tree.leaves(jax.device_get(other))))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "method", [jlora.LoRA(2, alpha=4), pytest.param(jlora.DoRA(jlora.LoRA(2)), marks=pytest.mark.long)], ids=str
 )
@@ -154,6 +155,7 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
         jax.jit(lambda a, s: jlora.restart(a, s, tx, KEY))(adapted, state)
 
 
+@pytest.mark.newest
 def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     ranks = (3, 1, 2)
     params, adapted, tx, state, step, traces = trained(jlora.Chain(jlora.LoRA(3, alpha=6), links=3, ranks=ranks))
@@ -178,6 +180,7 @@ def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     assert len(traces) == 1 and np.linalg.matrix_rank(change, tol=1e-9) == 6
 
 
+@pytest.mark.newest
 def test_a_restart_prunes_as_the_chain_says_unless_asked_otherwise():
     chain = jlora.Chain(jlora.LoRA(4), links=3, prune=0.5, by="magnitude")
     _, adapted, tx, state, _, _ = trained(chain, steps=2)
@@ -221,6 +224,7 @@ def test_what_is_shared_or_of_numpy_survives_a_restart():
     assert jlora.compact(chain).params["w"]["a"].shape == (8, 2) and int(after.frozen["w"]["link"]) == 1
 
 
+@pytest.mark.newest
 def test_a_restart_in_the_middle_of_a_step_is_refused():
     adapted = start(base(), jlora.LoRA(2))
     for tx, message in (
@@ -338,6 +342,7 @@ def test_a_chain_of_one_link_is_its_inner_method():
     assert jlora.Chain(jlora.LoRA(2), links=1, steps=8).event is None
 
 
+@pytest.mark.newest
 def test_a_run_stopped_between_links_goes_on_with_the_same_bits(tmp_path):
     method = jlora.Chain(jlora.LoRA(2), links=3, steps=6)
     params, adapted, tx, state, step, _ = trained(method, steps=0)

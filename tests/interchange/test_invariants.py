@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import TorchParameter
 
+pytestmark = pytest.mark.newest
+
 WIDTH, LAYERS = 16, 2
 MODES = ("eager", "jit", "scan", "mesh")
 LORA = jlora.LoRA(rank=2, alpha=3, init="random")

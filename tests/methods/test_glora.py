@@ -237,7 +237,9 @@ def test_fixed_configurations_go_to_peft_and_back_and_its_zeros_must_be_zeros(tm
     assert len(zeros) == (2 if kinds else 0)
     for name in zeros:
         save_file({**tensors, name: tensors[name] + 1}, file)
-        with pytest.raises(ValueError, match=r"zeros' must hold zeros, since GLoRA\(.*\) leaves that away at 'up.weight'"):
+        with pytest.raises(
+            ValueError, match=r"zeros' must hold zeros, since GLoRA\(.*\) leaves that away at 'up.weight'"
+        ):
             jlora.load_peft(tmp_path / "out", BASE, {"kernel": "up.weight", "bias": "up.bias"})
 
 

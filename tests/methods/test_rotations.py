@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 
@@ -165,6 +167,14 @@ def test_a_small_change_reaches_the_output_of_a_16_bit_base(method):
     assert np.sum((after - before) * wanted) / np.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("method", "number"), [(jlora.OFT(4), 24 * 4), (jlora.HRA(4), 2 * 24 * 4), (jlora.IA3(), 40)], ids=str
+)
+def test_explain_counts_what_a_row_costs_and_not_what_the_blocks_are_made_of(method, number):
+    text = jlora.explain(jlora.adapterize({"w": jnp.ones((24, 40))}, {"w": method}))
+    assert f" {number} multiply-adds more" in text
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +184,7 @@ def test_a_small_change_reaches_the_output_of_a_16_bit_base(method):
         (lambda: jlora.OFT(block=8, blocks=2), "OFT takes either block, .* or blocks, .* got block=8 and blocks=2"),
         (lambda: jlora.BOFT(block=0), "BOFT takes either block, .* got block=0 and blocks=0"),
         (lambda: jlora.OFT(terms=1), "terms must be an integer of at least 2, got 1"),
+        (lambda: jlora.OFT(coft=True, eps=0.0), "eps must be positive and finite, got 0.0"),
         (lambda: jlora.OFT(neumann=1), "neumann must be True or False, got 1"),
         (lambda: jlora.BOFT(depth=0), "depth must be a positive whole number, got 0"),
         (lambda: jlora.IA3("both"), r"side must be one of \('output', 'input'\), got 'both'"),
@@ -228,16 +239,46 @@ def test_one_folder_of_peft_holds_scales_of_outputs_and_of_inputs(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, noisy)
 
 
+def test_servers_of_lora_take_reflections_without_loss(tmp_path):
+    adapted = jlora.adapterize(PARAMS, {"down/kernel": jlora.HRA(3)})
+    report = jlora.save_peft(tmp_path / "out", adapted, names, profile="serving", svd_rank=3)
+    assert report.peft_type == "LORA" and report.residuals["down/kernel"] < 1e-5
+
+
 def test_an_older_folder_of_a_series_of_rotations_warns_that_it_means_another_function(tmp_path):
     for method in (jlora.OFT(4), jlora.OFT(4, neumann=False)):
         folder = tmp_path / str(method.neumann)
         jlora.save_peft(folder, jlora.adapterize(PARAMS, {"down/kernel": method}), names)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config.get("peft_version") == ("0.18.0" if method.neumann else None)
+        (folder / "jlora_manifest.json").unlink()
         for version in ("0.17.1", None):
             (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
             if method.neumann:
-                with pytest.warns(UserWarning, match="use_cayley_neumann meant something else before PEFT 0.18.0"):
+                with pytest.warns(
+                    UserWarning, match="use_cayley_neumann meant something else before PEFT 0.18.0"
+                ) as warned:
                     jlora.load_peft(folder, PARAMS, names)
+                assert [each.filename for each in warned] == [__file__]
             else:
                 jlora.load_peft(folder, PARAMS, names)
+
+
+# --- meshes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_beside_is_not_changed_once_for_each_part_of_the_inputs():
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
+    params, x = (
+        {"kernel": BASE["w"], "bias": jnp.ones(COLUMNS)},
+        jnp.asarray(RNG.standard_normal((3, ROWS)), jnp.float32),
+    )
+
+    def fn(params, x):
+        body = lambda x, w: jax.lax.psum(x @ w, "model")
+        run = jax.shard_map(body, mesh=mesh, in_specs=(P(None, "model"), P("model")), out_specs=P())
+        return run(x, params["kernel"]) + params["bias"]
+
+    scaled = jlora.adapterize(params, {"kernel": jlora.IA3()})
+    with pytest.raises(ValueError, match=r"kernel: IA3\(.*\) acts on the input .* `shard_map`"):
+        jlora.lift(fn)(scaled, x)

@@ -752,7 +752,7 @@ ACTING = (
         (ACTS + "no_formed_weight_is_kept_for_the_backward_pass[6]",),
     ),
     Mutation(
-        "a formed weight is rounded to 16 bits",
+        "the product with a formed weight has 16 bits of it",
         "jlora/core/products/formed.py",
         "        if x.dtype == accumulation_dtype(x.dtype):\n",
         "        if True:\n",

@@ -7,13 +7,20 @@ DEEP = "tests/test_deeplora.py::test_"
 DORA = "tests/test_dora.py::test_"
 HADAMARD = "tests/methods/test_hadamard.py::test_weight_and_gradients_are_those_of_the_formula"
 INITS = "tests/test_weight_inits.py::test_"
+DENSE = "tests/methods/test_dense_updates.py::test_"
+FASTFOOD = "tests/methods/test_said.py::test_"
 LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
 DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in ("deeplinear", "lorafa", "products"))
 RENEWAL = "tests/chains/test_renewal.py::test_"
+ROTATED = "tests/methods/test_rotations.py::test_"
+FROM_PEFT = "tests/interchange/test_from_peft.py::test_an_adapter_of_peft_computes_what_peft_computes"
 RESTART = "tests/chains/test_restart.py::test_"
 SHIRA = "tests/test_shira.py::test_"
+STARTS = "tests/methods/test_starts.py::test_"
 VERA = "tests/test_vera.py::test_"
+TOGETHER = "tests/test_shared.py::test_"
+LORTA, VBLORA, MPO, TIED = (f"tests/methods/test_{name}.py::test_" for name in ("lorta", "vblora", "mpo", "tiedpair"))
 ADA, ALLOCATION, BEAM, ELA, ALORA, PRILORA, RM, SORA = (
     f"tests/allocate/test_{name}.py::test_"
     for name in ("adalora", "allocation", "beamlora", "elalora", "alora", "prilora", "rmlora", "sora")
@@ -24,6 +31,80 @@ def contract(method: str, check: str) -> tuple[str, ...]:
     """One check of a method's first case."""
     return (f"tests/contract/test_contract.py::test_contract[{method}-check_{check}]",)
 
+
+PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
+DENSE_UPDATES = (
+    Mutation(
+        "SineLoRA's gain is that of the other side",
+        "jlora/methods/sinelora.py",
+        'view.site.in_size if self.gain == "sqrt_in" else view.site.out_size',
+        'view.site.out_size if self.gain == "sqrt_in" else view.site.in_size',
+        (DENSE + "sinelora_is_the_sine_of_numpy_in_values_gradients_and_steps",),
+    ),
+    Mutation(
+        "FourierFT's spectrum is not made even",
+        "jlora/methods/fourierft.py",
+        "even = even.at[-row % rows, -column % columns].add(values",
+        "even = even.at[row, column].add(values",
+        (DENSE + "fourierft_is_the_real_part_of_the_inverse_transform_of_numpy",),
+    ),
+    Mutation(
+        "FourierFT takes its positions of the matrix as it is here",
+        "jlora/methods/fourierft.py",
+        "(chosen % rows * columns + chosen // rows)",
+        "chosen",
+        (DENSE + "the_positions_of_fourierft_are_the_first_of_the_permutation_of_torch",),
+    ),
+    Mutation(
+        "RandLoRA pairs the rows of A by base",
+        "jlora/methods/randlora.py",
+        "b[:larger, :bases].reshape(",
+        "b[:larger, :bases].swapaxes(1, 2).reshape(",
+        (DENSE + PEFT_STEPS + "[randlora]",),
+    ),
+    Mutation(
+        "a block of C3A is transposed",
+        "jlora/methods/c3a.py",
+        "(1, 2, 0, 3)",
+        "(1, 3, 0, 2)",
+        (DENSE + "a_block_of_c3a_is_a_circular_convolution",),
+    ),
+    Mutation(
+        "a reflection is no reflection",
+        "jlora/methods/spectral_tensor_train.py",
+        "jnp.eye(columns, dtype=y.dtype) / 2",
+        "jnp.eye(columns, dtype=y.dtype) / 3",
+        (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
+    ),
+    Mutation(
+        "the outputs of a tensor train come in the order of the inputs",
+        "jlora/methods/spectral_tensor_train.py",
+        'order = "ar,rmc->amc" if last else "ar,rmc->mac"',
+        'order = "ar,rmc->amc"',
+        (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
+    ),
+    Mutation(
+        "SAID's map does not keep the norm of a padded matrix",
+        "jlora/methods/said/fastfood.py",
+        "jnp.sum(gaussian**2) * size",
+        "jnp.sum(gaussian**2) * len(signs)",
+        (FASTFOOD + "the_map_keeps_norms_on_average_and_differs_from_seed_to_seed",),
+    ),
+    Mutation(
+        "SAID's scales are no part of its dimension",
+        "jlora/methods/said/method.py",
+        'jnp.zeros(self.dimension - matrices, "float64"',
+        'jnp.zeros(self.dimension, "float64"',
+        (FASTFOOD + "every_matrix_of_a_stack_has_its_map_and_takes_its_scale_from_the_budget",),
+    ),
+    Mutation(
+        "a folder of PEFT's may lack the one tensor of a module",
+        "jlora/interchange/read_table.py",
+        "if last in MATRICES and name not in found and settings.targets(module):",
+        "if False:",
+        ("tests/interchange/test_stated_kinds.py::test_any_missing_tensor_is_named[c3a]",),
+    ),
+)
 
 PRODUCTS_OF_FACTORS = (
     Mutation(
@@ -161,6 +242,55 @@ FORMULAS = (
         "width = min(rank + 8 if width is None else width, *w.shape)",
         "width = min(rank if width is None else width, *w.shape)",
         (INITS + "the_randomised_svd_comes_as_close_as_its_iterations_let_it",),
+    ),
+    Mutation(
+        "EVA takes the directions of the least variances",
+        "jlora/core/protocol/data_starts.py",
+        "first = vectors[:, ::-1][:, :number]",
+        "first = vectors[:, :number]",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[eva]",),
+    ),
+    Mutation(
+        "EVA looks at inputs around zero",
+        "jlora/core/protocol/data_starts.py",
+        "covariance - jnp.outer(mean, mean)",
+        "covariance",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[eva]",),
+    ),
+    Mutation(
+        "EVA gives out ranks as if there were one matrix",
+        "jlora/methods/eva.py",
+        "[: self.rank * matrices]",
+        "[: self.rank]",
+        (STARTS + "eva_gives_ranks_to_the_matrices_that_peft_gives_them",),
+    ),
+    Mutation(
+        "CorDA keeps what the inputs use in neither mode",
+        "jlora/core/protocol/data_starts.py",
+        "slice(len(sigma) - rank, None) if least else slice(rank)",
+        "slice(rank)",
+        (STARTS + "of_isotropic_inputs_corda_is_pissa_up_to_the_balance_of_its_factors",),
+    ),
+    Mutation(
+        "CorDA takes an inexact inverse",
+        "jlora/core/protocol/data_starts.py",
+        "(error >= 0.05)",
+        "(error < 0)",
+        (STARTS + "corda_doubles_the_damping_until_the_inverse_is_one",),
+    ),
+    Mutation(
+        "LoRA-GA's scale forgets gamma",
+        "jlora/core/protocol/data_starts.py",
+        "w.shape[1] ** 0.25 / gamma**0.5",
+        "w.shape[1] ** 0.25",
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[lora_ga]",),
+    ),
+    Mutation(
+        "LoRA-GA gives both factors the same triplets",
+        "jlora/core/protocol/data_starts.py",
+        '(every[:rank], every[rank:]) if direction == "ArB2r"',
+        '(every[:rank], every[:rank]) if direction == "ArB2r"',
+        (STARTS + "starts_gradients_and_six_steps_are_those_of_peft[lora_ga]",),
     ),
     Mutation(
         "factors from the weight run as large parts that cancel",
@@ -654,6 +784,159 @@ PRODUCTS = (
     ),
 )
 
+SHARED = (
+    Mutation(
+        "LoRTA leaves a leaf's kind out",
+        "jlora/methods/lorta.py",
+        'shared["c_h"] * shared["c_m"][view.frozen["kind"]] * shared["c_l"]',
+        'shared["c_h"] * shared["c_l"]',
+        (LORTA + "merged_weights_are_those_of_the_reference",),
+    ),
+    Mutation(
+        "layers of one stack are kinds of their own",
+        "jlora/core/protocol/layers.py",
+        'layer[-1].rstrip("0123456789")',
+        "layer[-1]",
+        (LORTA + "merged_weights_are_those_of_the_reference",),
+    ),
+    Mutation(
+        "VB-LoRA mixes by the logits themselves",
+        "jlora/methods/vblora.py",
+        "jax.nn.softmax(largest)",
+        "largest",
+        (VBLORA + "merged_weights_are_those_of_peft",),
+    ),
+    Mutation(
+        "VB-LoRA's bank learns as fast as its logits",
+        "jlora/methods/vblora.py",
+        'return {"bank": 0.1}',
+        'return {"bank": 1.0}',
+        (VBLORA + "outputs_gradients_and_steps_are_those_of_peft",),
+    ),
+    Mutation(
+        "MPO takes the first kind's central core",
+        "jlora/methods/mpo.py",
+        '["central"][view.frozen["kind"]]',
+        '["central"][0]',
+        (MPO + "an_entry_is_the_product_of_the_matrices_that_its_digits_choose_also_where_the_matrix_is_cut",),
+    ),
+    Mutation(
+        "the second of a square pair has the update of the first",
+        "jlora/methods/tiedpair.py",
+        "jnp.where(turned, b.T, a), jnp.where(turned, a.T, b)",
+        "a, b",
+        (TIED + "square_matrices_are_paired_by_patterns_and_pairs_of_other_sizes_take_their_part",),
+    ),
+    Mutation(
+        "rates of shared arrays are left out",
+        "jlora/optimize/optimizer.py",
+        "_multiply(fields, method.shared_rates())",
+        "_multiply(fields, {})",
+        (TOGETHER + "the_optimizer_gives_them_their_groups_and_rates",),
+    ),
+    Mutation(
+        "a leaf that trains nothing of its own is lost in loading",
+        "jlora/disk/adapters.py",
+        'paths.insert(shapes["params"], site.keys, {})',
+        "pass",
+        (TOGETHER + "they_are_saved_loaded_and_counted_once",),
+    ),
+    Mutation(
+        "a restart leaves shared trained arrays in the folded weight and in the adapter",
+        "jlora/optimize/restart.py",
+        'if paths.lookup(adapted.params, (SHARED, drawers.get(site.method, ""))):',
+        "if False:",
+        (TOGETHER + "a_restart_refuses_them_and_so_does_a_chain",),
+    ),
+    Mutation(
+        "shared trained arrays are not counted",
+        "jlora/analysis/explain.py",
+        "_values(own + shared)",
+        "_values(own)",
+        (TOGETHER + "they_are_saved_loaded_and_counted_once",),
+    ),
+)
+
+ROTATIONS = (
+    Mutation(
+        "the last term of OFT's series counts twice",
+        "jlora/methods/oft/method.py",
+        "        total += jnp.matmul(power, s, precision=EXACT)",
+        "        total += 2 * jnp.matmul(power, s, precision=EXACT)",
+        (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[5]",),
+    ),
+    Mutation(
+        "OFT's exact blocks turn as its series does",
+        "jlora/methods/oft/method.py",
+        "dtype=s.dtype) + s, s)",
+        "dtype=s.dtype) - s, -s)",
+        (ROTATED + "oft_is_the_product_with_its_blocks_one_by_one[0]",),
+    ),
+    Mutation(
+        "OFT's rotated input is rounded to 16 bits",
+        "jlora/methods/oft/method.py",
+        "return product(turned(x.astype(change.dtype), change))",
+        "return product(turned(x.astype(change.dtype), change).astype(x.dtype))",
+        (ROTATED + "a_small_change_reaches_the_output_of_a_16_bit_base[OFT(block=4)]",),
+    ),
+    Mutation(
+        "COFT's bound is that of one block",
+        "jlora/methods/oft/rule.py",
+        "bound = eps / math.sqrt(2 * q.shape[-2])",
+        "bound = eps / math.sqrt(2)",
+        (FROM_PEFT + "[oft_bounded]",),
+    ),
+    Mutation(
+        "HRA's reflections come in the other order",
+        "jlora/methods/hra.py",
+        "self.reflected(view.w.astype(u.dtype).T, u[:, ::-1]).T",
+        "self.reflected(view.w.astype(u.dtype).T, u).T",
+        (ROTATED + "hra_reflects_the_weight_by_one_column_after_the_other[3]",),
+    ),
+    Mutation(
+        "HRA's columns all start apart",
+        "jlora/methods/hra.py",
+        "return self.rank % 2 == 0 and not self.gram_schmidt",
+        "return False",
+        (ROTATED + "reflections_start_in_equal_pairs_and_where_they_can_not_as_another_function",),
+    ),
+    Mutation(
+        "BOFT's first factor comes last",
+        "jlora/methods/boft.py",
+        "for number in reversed(range(self.depth)):",
+        "for number in range(self.depth):",
+        (FROM_PEFT + "[boft_deep]",),
+    ),
+    Mutation(
+        "BOFT's factors all reach equally far",
+        "jlora/methods/boft.py",
+        "halves = (2, 2**number, change.shape[-1] // 2)",
+        "halves = (2, 2, change.shape[-1] // 2)",
+        (ROTATED + "boft_is_the_product_of_its_factors_with_the_first_one_next_to_the_weight[2-3-16]",),
+    ),
+    Mutation(
+        "IA3 leaves the bias as it was",
+        "jlora/methods/ia3.py",
+        "(scale - 1) if",
+        "0 if",
+        (FROM_PEFT + "[ia3]",),
+    ),
+    Mutation(
+        "RoAd turns the other way",
+        "jlora/methods/road.py",
+        "jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2)",
+        "jnp.stack([pairs[..., 1, :], -pairs[..., 0, :]], axis=-2)",
+        (FROM_PEFT + "[road]",),
+    ),
+    Mutation(
+        "every device adds what a bias beside changes",
+        "jlora/core/walk/weight.py",
+        'if role == "in" and weight.beside:',
+        'if role == "none" and weight.beside:',
+        (ROTATED + "a_bias_beside_is_not_changed_once_for_each_part_of_the_inputs",),
+    ),
+)
+
 BOTTLENECK = "tests/methods/test_bottleneck.py::test_"
 ADAPTER = "tests/methods/test_hadamard_adapter.py::test_"
 GLORA = "tests/methods/test_glora.py::test_"
@@ -737,5 +1020,4 @@ ACTING = (
     ),
 )
 
-
-MUTATIONS = (*ACTING, *FORMULAS, *PRODUCTS_OF_FACTORS, *RATES, *RANKS, *PRODUCTS)
+MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED, *ROTATIONS, *ACTING)

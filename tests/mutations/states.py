@@ -74,6 +74,27 @@ ADAPTED = (
         (PREPARE + "starts_are_made_of_the_mean_gradients",),
     ),
     Mutation(
+        "inputs that the mask leaves out are in the mean",
+        "jlora/core/protocol/statistics.py",
+        "return jnp.sum(x * counts[..., None], axis=",
+        "return jnp.sum(x, axis=",
+        (PREPARE + "means_of_inputs_are_over_all_tokens_that_the_mask_lets_count_in_every_form_of_use",),
+    ),
+    Mutation(
+        "a row's covariance is not divided by the row's largest magnitude",
+        "jlora/core/protocol/statistics.py",
+        "_products(rows / jnp.where(most > 0, most, 1))",
+        "_products(rows)",
+        (PREPARE + "methods_that_need_gradients_inputs_or_nothing_share_a_spec_and_one_reading_of_the_batches",),
+    ),
+    Mutation(
+        "batches are read once whatever the groups need",
+        "jlora/core/transforms/prepare.py",
+        "data = batches if len(groups) == 1 else list(batches)",
+        "data = batches",
+        (PREPARE + "means_of_inputs_are_over_all_tokens_that_the_mask_lets_count_in_every_form_of_use",),
+    ),
+    Mutation(
         "a fused pack takes the last of entries that two adapters share",
         "jlora/compose/switch.py",
         "    if len(updates) > 1:\n",

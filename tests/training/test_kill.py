@@ -13,8 +13,6 @@ from little_data import sentences
 
 from jlora.training.metrics import read_metrics
 
-pytestmark = pytest.mark.releases
-
 SETTINGS = """
 steps = 40
 batch = 4

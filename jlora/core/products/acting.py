@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from jlora.core.products.contraction import Options, accumulation_dtype, matmul
 from jlora.core.products.update import Update
 
-_BATCH = 1024
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -34,13 +32,14 @@ class Acting(Update):
         return replace(self, number=number if self.number is None else number * self.number)
 
     def cost(self, rows: int, columns: int, lookup: bool) -> int:
-        """What `apply` multiplies for one row of input, beside one product with the matrix.
+        """What `apply` multiplies for one more row of input, beside one product with the matrix."""
+        return self._counted(2, rows) - self._counted(1, rows) - rows * columns
 
-        As in a batch of `_BATCH` rows, which share what is made once for all.
-        """
-        x, options = jax.ShapeDtypeStruct((_BATCH, rows), self.view.w.dtype), Options(self.view.w.dtype)
+    def _counted(self, number: int, rows: int) -> int:
+        """Multiplications for a number of rows of input."""
+        x, options = jax.ShapeDtypeStruct((number, rows), self.view.w.dtype), Options(self.view.w.dtype)
         program = jax.make_jaxpr(lambda x, update: update.dense(x, update.view.w, None, options))(x, self)
-        return -(-_multiplications(program.jaxpr) // _BATCH) - rows * columns
+        return _multiplications(program.jaxpr)
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`apply(x [..., in])`; its result is rounded once."""

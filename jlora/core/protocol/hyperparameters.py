@@ -23,8 +23,8 @@ def integer(least: int, words: str | None = None) -> Bound:
     return number(lambda v: isinstance(v, int) and v >= least, words or f"an integer of at least {least}")
 
 
-def one_of(names: Collection[str], words: str | None = None) -> Bound:
-    """One of some names."""
+def one_of(names: Collection[Any], words: str | None = None) -> Bound:
+    """One of some values."""
     return lambda v: v in tuple(names), words or f"one of {tuple(names)}"
 
 

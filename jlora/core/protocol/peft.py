@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -47,12 +47,14 @@ class PeftTensor:
         layout: "same"; "transposed" (the last two axes); "column", `[n]` as `[n, 1]`; "row", `[n]` as `[1, n]`; or two
             functions of numpy arrays: from the field of one matrix to the tensor, and back.
         when: whether a method has this tensor; by default all have.
+        layout_of: gives the layout for a method, where it depends on hyperparameters.
     """
 
     name: str
     field: str
     layout: Layout = "same"
     when: Callable[[Any], bool] | None = None
+    layout_of: Callable[[Any], Layout] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ class PeftKind:
     holds: Callable[[Any], bool] | None = None
 
     def of(self, method: Any) -> tuple[PeftTensor, ...]:
-        """The tensors that a method has."""
-        return tuple(tensor for tensor in self.tensors if tensor.when is None or tensor.when(method))
+        """The tensors that a method has, with their layouts for it."""
+        had = [tensor for tensor in self.tensors if tensor.when is None or tensor.when(method)]
+        return tuple(replace(each, layout=each.layout_of(method)) if each.layout_of else each for each in had)
 
     def zeros_of(self, method: Any, site: Any) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors of zeros that a method has at a site."""

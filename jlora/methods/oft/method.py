@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
+from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
+from jlora.methods.oft.rule import BoundedRotation, nearest
 
 # What a rotation is made of is small; rounded to 10 bits, as GPUs do, a chain of products would not be orthogonal.
 EXACT = jax.lax.Precision.HIGHEST
@@ -39,13 +41,16 @@ class OFT(Method):
         neumann: whether blocks are a series, or exact.
         terms: number of terms of the series, the last one without its factor of 2. As in PEFT, 3 means the same as 4.
         block_share: whether all blocks of a matrix are the same one.
+        coft: whether rotations are bounded: each block's `s` has a Frobenius norm of at most `eps / sqrt(rows of q)`. It is
+            scaled down to that before it is used, and (by `jlora.optimizer` and `jlora.with_rules`) after every step.
+        eps: the bound, where `coft` is set. PEFT's default leaves next to nothing to learn.
 
     Raises:
         ValueError: for a hyperparameter out of range, both or none of `block` and `blocks`, and (by `adapterize`) inputs that
             they don't divide.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.OFT(block=32)})
+        >>> jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.OFT(block=16)})
 
     Reference:
         Qiu et al. 2023, arXiv:2306.07280; the rotated input and the series: Qiu et al. 2025, arXiv:2506.19847. Formula and
@@ -57,9 +62,12 @@ class OFT(Method):
     neumann: bool = True
     terms: int = 5
     block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
 
     family: ClassVar[str] = "Rotations and scales"
     local: ClassVar[frozenset[str]] = frozenset({"out"})
+    recipe: ClassVar[Recipe] = Recipe(rank=0)
 
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "OFT",
@@ -70,9 +78,9 @@ class OFT(Method):
             PeftSetting("use_cayley_neumann", "neumann", True),
             PeftSetting("num_cayley_neumann_terms", "terms", 5),
             PeftSetting("block_share", "block_share", False),
+            PeftSetting("coft", "coft", False),
+            PeftSetting("eps", "eps", 6e-5),
         ),
-        only={"coft": False},
-        unused=("eps",),
         changed=("use_cayley_neumann", "0.18.0"),
         training=("module_dropout",),
         own_biases="oft_only",
@@ -80,12 +88,17 @@ class OFT(Method):
     )
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self, bounds={"terms": integer(2)})
+        check_hyperparameters(self, bounds={"terms": integer(2), "eps": POSITIVE})
         check_block(self)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         return {"q": ("", "")}
+
+    @property
+    def optimizer_rule(self) -> BoundedRotation | None:
+        """The bound, after every step."""
+        return BoundedRotation(self.eps) if self.coft else None
 
     def check(self, site: Site) -> None:
         """Refuses a matrix whose inputs the blocks don't divide."""
@@ -99,8 +112,10 @@ class OFT(Method):
 
     def turns(self, view: View) -> jax.Array:
         """What each block adds to the identity, `[blocks, block, block]`."""
-        side = side_of(self, view.w.shape[0])
-        s = skew(view.params["q"], side)
+        side, q = side_of(self, view.w.shape[0]), view.params["q"]
+        if self.coft:  # the gradient is that of the bounded value, as it is where the value itself is bounded
+            q += jax.lax.stop_gradient(nearest(jax.lax.stop_gradient(q), self.eps) - q)
+        s = skew(q, side)
         change = neumann(s, self.terms) if self.neumann else cayley(s)
         return jnp.broadcast_to(change, (view.w.shape[0] // side, side, side))
 
