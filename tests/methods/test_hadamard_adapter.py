@@ -12,6 +12,7 @@ from contract.problems import jit, normal, perturbed, weight
 
 import jlora
 from jlora import Hadamard
+from jlora.models.merged import lazily_merged
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 X, W, BIAS, TARGET = (
@@ -72,6 +73,7 @@ def test_merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does(si
         adapted
     )
     near(layers(merged, x), lifted)
+    near(jax.tree.map(np.asarray, lazily_merged(adapted)), merged)
     near(first, layers(params, x))
     assert jnp.max(jnp.abs(lifted - first)) > 0.1
     jlora.save(tmp_path / "adapters", adapted)
