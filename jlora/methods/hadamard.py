@@ -53,6 +53,7 @@ class Hadamard(Method):
     side: str = "output"
 
     family: ClassVar[str] = "Rotations and scales"
+    local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
     beside: ClassVar[tuple[str, ...]] = ("bias",)
 
     # Gains near one want larger steps than LoRA's factors: the rate of IA3.
@@ -70,11 +71,6 @@ class Hadamard(Method):
             norms: whether the normalization behind attention is trained too, in full.
         """
         return {_ATTENTION: cls(side), **({_NORM: Full()} if norms else {})}
-
-    @property
-    def local(self) -> frozenset[str]:  # type: ignore[override]
-        """A device that has a part of the inputs would add the whole bias to its part of the sum."""
-        return frozenset({"in", "out"} if self.side == "input" else {"out"})
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:

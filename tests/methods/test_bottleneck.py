@@ -1,5 +1,6 @@
 """Bottleneck adapters: the authors' layers in values, gradients and ten steps; their placements, starts and dropout."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import jlora
 from jlora import Bottleneck
+from jlora.models.merged import lazily_merged
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bottleneck.npz"))
 METHODS = {
@@ -98,6 +100,21 @@ def test_starts_are_drawn_as_the_authors_draw_them():
     assert not jnp.any(start["u"]) and jnp.max(jnp.abs(start["d"])) == pytest.approx(1 / 20, rel=1e-3)
     normal = jlora.adapterize(w, {"kernel": Bottleneck(300, init="normal")}).params["kernel"]
     assert [float(jnp.std(normal[name])) for name in "du"] == pytest.approx([0.02, 0.02], rel=0.02)
+
+
+def test_the_job_adapts_the_feed_forward_block_of_the_models_that_it_reads():
+    paths = ["mlp/gate_proj", "mlp/up_proj", "mlp/down_proj", "self_attn/o_proj", "attention/output/dense"]
+    paths += ["intermediate/dense", "output/dense"]
+    found = [path for path in paths if re.fullmatch(Bottleneck.recipe.targets, f"encoder/layer/{path}/kernel")]
+    assert found == ["mlp/up_proj", "mlp/down_proj", "intermediate/dense", "output/dense"]
+
+
+def test_merging_is_refused_in_one_sentence_also_leaf_by_leaf():
+    adapted = jlora.adapterize({"up": {"kernel": jnp.eye(4)}}, {"up/kernel": Bottleneck(2)})
+    words = r"^up/kernel can't be merged: Bottleneck\(rank=2\) acts in a way that no weight in its place does; keep"
+    for merge in (jlora.merge, lazily_merged):
+        with pytest.raises(ValueError, match=words):
+            merge(adapted)
 
 
 @pytest.mark.parametrize(

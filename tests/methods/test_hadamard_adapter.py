@@ -9,9 +9,12 @@ import optax
 import pytest
 from contract.problems import close as near
 from contract.problems import jit, normal, perturbed, weight
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import Hadamard
+from jlora.models.merged import lazily_merged
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 X, W, BIAS, TARGET = (
@@ -72,12 +75,28 @@ def test_merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does(si
         adapted
     )
     near(layers(merged, x), lifted)
+    near(jax.tree.map(np.asarray, lazily_merged(adapted)), merged)
     near(first, layers(params, x))
     assert jnp.max(jnp.abs(lifted - first)) > 0.1
     jlora.save(tmp_path / "adapters", adapted)
     loaded = jlora.load(tmp_path / "adapters", params)
     assert loaded.plan == adapted.plan and loaded.plan.sites[0].beside == ("bias",)
     near(loaded.params, adapted.params, 0)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_sum_over_devices_that_would_add_the_bias_on_each_is_refused(side):
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,))
+    params, x = {"kernel": weight(0, 8, 8), "bias": normal(1, 8)}, normal(2, 4, 8)
+
+    def cut(params, x):
+        body = lambda x, w: jax.lax.psum(x @ w, "model")
+        run = jax.shard_map(body, mesh=mesh, in_specs=(P(None, "model"), P("model", None)), out_specs=P())
+        return run(x, params["kernel"]) + params["bias"]
+
+    adapted = jlora.adapterize(params, {"kernel": Hadamard(side)}, sites=jlora.sites(fn, params, x))
+    with pytest.raises(ValueError, match=rf"kernel: Hadamard\(side={side}\) .*`shard_map`"):
+        jlora.lift(cut)(adapted, x)
 
 
 def test_without_a_bias_the_gain_alone_is_trained():

@@ -938,7 +938,7 @@ ROTATIONS = (
 )
 
 BOTTLENECK = "tests/methods/test_bottleneck.py::test_"
-HADAMARD = "tests/methods/test_hadamard.py::test_"
+ADAPTER = "tests/methods/test_hadamard_adapter.py::test_"
 GLORA = "tests/methods/test_glora.py::test_"
 ACTING = (
     Mutation(
@@ -967,14 +967,14 @@ ACTING = (
         "jlora/methods/hadamard.py",
         "(bias * (g - 1) + b)",
         "b",
-        (HADAMARD + "output_gradients_and_ten_steps_are_those_of_numpy[output]",),
+        (ADAPTER + "output_gradients_and_ten_steps_are_those_of_numpy[output]",),
     ),
     Mutation(
         "a Hadamard adapter on inputs merges its shift by the changed weight",
         "jlora/methods/hadamard.py",
         "bias + b @ view.w.astype(g.dtype)",
         "bias + b @ self.weight(view)",
-        (HADAMARD + "merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does[input]",),
+        (ADAPTER + "merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does[input]",),
     ),
     Mutation(
         "GLoRA shifts by the changed weight",

@@ -149,8 +149,8 @@ class GLoRA(Method):
 
     @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
-        """A part of the outputs lacks the first entries of an entangled support; one of the inputs would add the whole bias."""
-        return frozenset() if self.entangled else frozenset({"out"} if self.beside else {"in", "out"})
+        """A part of the matrix lacks the first entries of an entangled support."""
+        return frozenset() if self.entangled else frozenset({"in", "out"})
 
     @property
     def uses_key(self) -> bool:
