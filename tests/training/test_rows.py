@@ -2,6 +2,7 @@
 
 import pytest
 
+from jlora.training.data import documentation_rows
 from jlora.training.errors import DataError
 from jlora.training.rows import read_rows
 
@@ -126,3 +127,13 @@ def test_a_missing_or_blank_value_names_the_row(tmp_path):
         row.text("n")
     with pytest.raises(DataError, match=r"a\.jsonl:1: there is no 'prompt'; the row has 'text', 'n'"):
         row.text("prompt")
+
+
+def test_without_data_pythons_documentation_is_cut_into_training_and_held_out_topics_of_every_length():
+    from pydoc_data.topics import topics
+
+    train, held_out = ([row.values["text"] for row in part] for part in documentation_rows(0.1))
+    assert sorted(train + held_out) == sorted(topics.values())
+    assert abs(len(held_out) - len(topics) / 10) < 1
+    assert min(map(len, held_out)) < sorted(map(len, train))[len(train) // 10]
+    assert max(map(len, held_out)) > sorted(map(len, train))[-len(train) // 10]
