@@ -49,4 +49,4 @@ def test_a_least_squares_task_needs_about_as_many_directions_as_it_has_targets()
         return float(1 - jnp.sum((matrix @ best - targets) ** 2) / jnp.sum(targets**2))
 
     found = jlora.intrinsic_dimension_90(score, 1.0, least=2)
-    assert 8 <= found.dimension <= 12
+    assert 6 <= found.dimension <= 12

@@ -88,6 +88,6 @@ def intrinsic_dimension_90(
             )
         below, dimension = dimension, min(2 * dimension, most)
     while below and dimension - below > max(1, precision * dimension):
-        middle = math.isqrt(below * dimension)
+        middle = max(below + 1, math.isqrt(below * dimension))
         below, dimension = (below, middle) if reaches(middle) else (middle, dimension)
     return TaskDimension(dimension, wanted, scores)

@@ -40,7 +40,7 @@ class SAID(Method):
             `dimension` even when padded.
 
     Example:
-        >>> jlora.adapterize(params, {r".*/kernel": jlora.SAID(1000)})
+        >>> jlora.adapterize(params, {r".*/kernel": jlora.SAID(200)})
 
     Reference:
         Aghajanyan et al. 2020, arXiv:2012.13255; the map of each matrix as in the code of Compacter (Mahabadi et al. 2021,
@@ -84,7 +84,11 @@ class SAID(Method):
             )
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
-        """`theta`, zero."""
+        """`theta`, zero.
+
+        Raises:
+            ValueError: for fewer dimensions than matrices.
+        """
         matrices = sum(math.prod(site.batch_shape) for site in sites) if self.structure_aware else 0
         if matrices >= self.dimension:
             raise ValueError(
