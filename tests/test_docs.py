@@ -125,6 +125,8 @@ def test_what_a_page_shows_of_the_code_is_up_to_date(page):
 def test_the_pages_show_every_method_and_flag_where_they_are_read():
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
     assert all(f"`{name}`" in readme and f"| `{name}` |" in page for name in catalog.methods())
+    held = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "fidelity.md").read_text(), re.M)
+    assert sorted(held) == sorted(catalog.methods())
     command_line = (ROOT / "docs" / "command-line.md").read_text()
     assert all(f"| `{name}` |" in command_line for name in told.names())
     assert "| `--rank RANK` |" in command_line
