@@ -20,6 +20,7 @@ from peft import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -45,6 +46,7 @@ def lora(**options):
 
 
 CONFIGS = {
+    "lntuning": lambda: LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
     "lokr": lambda: LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
     "miss": lambda: MissConfig(r=4, target_modules=TARGETS),
     # For larger blocks PEFT's gradient of a layer's input is wrong (`BlockCircularConvolution.backward`).

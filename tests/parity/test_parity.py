@@ -43,6 +43,7 @@ EXPORTS = {
     ),
     "tied rows": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": TIED_ROWS}),
     "tied head": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Full()}),
+    "lntuning": ("llama_yarn", {".*norm/scale": jlora.LNTuning()}),
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
 }
