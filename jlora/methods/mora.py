@@ -126,7 +126,8 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
 def _rotated(blocks: jax.Array) -> jax.Array:
     """Block `i` of `[..., blocks, size]` rotated by `i * 10000 ** (-2 j / size)` in the plane of `j` and `j + size / 2`."""
     count, size = blocks.shape[-2:]
-    angle = jnp.arange(count)[:, None] * 10000.0 ** (-jnp.arange(0, size, 2) / size)
+    number, plane = jnp.arange(count, dtype=jnp.float32), jnp.arange(0, size, 2, dtype=jnp.float32)
+    angle = number[:, None] * 10000.0 ** (-plane / size)
     cos, sin = (f(angle).astype(blocks.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(blocks, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,4 +1,4 @@
-"""Factors that low-rank methods start from: singular vectors of the inputs, the weight seen through them, the gradient."""
+"""What low-rank methods start from: singular vectors of the inputs, the weight seen through them, the gradient."""
 
 from __future__ import annotations
 
