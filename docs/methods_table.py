@@ -89,7 +89,8 @@ def _cost(adapted: jlora.Adapted) -> str:
     update = of_one_matrix(adapted, site)
     if update is None:
         return "forms `w`"
-    return f"{100 * update.cost(*SHAPE, site.kind == 'gather') / (SHAPE[0] * SHAPE[1]):.2g} %"
+    part = 100 * update.cost(*SHAPE, site.kind == "gather") / (SHAPE[0] * SHAPE[1])
+    return f"{float(f'{part:.2g}'):g} %"
 
 
 def _merges(method: jlora.Method) -> str:

@@ -71,7 +71,8 @@ def measure(s: Settings, found: dict[str, jlora.Method], left: list[str]) -> dic
             "temp_mb": memory.temp_size_in_bytes / 1e6,
         }
         if name in found:
-            wanted = FORMED if found[name].form is None else OWNED
+            formed = found[name].form is None or getattr(getattr(found[name], "inner", None), "form", "") is None
+            wanted = FORMED if formed else OWNED
             rows[name] |= {"method": str(found[name]), "wanted": wanted, "met": rows[name]["ratio"] <= wanted}
     return rows
 

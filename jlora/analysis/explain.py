@@ -10,6 +10,7 @@ import jax
 import optax
 
 from jlora import paths
+from jlora.core.products.formed import Formed
 from jlora.core.protocol import docstrings
 from jlora.core.protocol.method import Method, Site, View
 from jlora.core.tree.adapted import Adapted, count
@@ -111,7 +112,8 @@ def of_one_matrix(adapted: Adapted, site: Site) -> Any:
     shared = adapted.shared(adapted.plan.shared_names().get(site.method, ""))
     shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
     beside: dict[str, Any] = dict.fromkeys(site.beside, jax.ShapeDtypeStruct((site.out_size,), site.dtype))
-    return jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside))
+    update = jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside))
+    return None if isinstance(getattr(update, "inner", update), Formed) else update
 
 
 def _state(adapted: Adapted, sites: tuple[Site, ...]) -> str:

@@ -18,7 +18,7 @@ FAMILIES = {
     "Chains of adapters": "train one small adapter after another, which add up to a larger update",
     "Shared random projections": "train vectors beside random factors that all matrices share",
     "Structured updates": "add an update of high rank that few numbers make",
-    "Shared tensors": "train arrays that all matrices share, and little for each",
+    "Shared tensors": "train arrays that all matrices share",
     "Rotations and scales": "multiply the weight, its inputs or its outputs",
     "Bottleneck adapters": "add a small network beside or behind the weight",
     "Around another method": "change how another method is applied",

@@ -94,6 +94,10 @@ class C3A(Method):
         bound = bounds[self.init]
         return Start({"kernel": jax.random.uniform(key, shape, dtype, -bound, bound)})
 
+    def labels(self, site: Site) -> dict[str, str]:
+        """The kernel learns as LoRA's B, which starts at zero too."""
+        return {"kernel": "b"}
+
     def weight(self, view: View) -> jax.Array:
         """`w + u / in`."""
         blocks = circulant(view.params["kernel"])  # [out / block, in / block, block, block]

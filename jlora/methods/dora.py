@@ -48,7 +48,8 @@ class DoRA(Around):
             raise TypeError(f"DoRA goes around a method that adapts a matrix, such as LoRA(8); got {self.inner!r}")
         if not self.inner.mergeable or self.inner.beside:
             raise TypeError(
-                f"DoRA needs the weight that its inner method gives, and {self.inner!r} is more, or less, than one"
+                "DoRA needs an inner method that is a weight and nothing else; "
+                f"{self.inner!r} changes the bias too, or has no weight"
             )
         if isinstance(self.inner, Chain):
             raise TypeError(

@@ -17,7 +17,7 @@ from jlora.methods.lora import trained_dtype
 
 SIDES = {"output": "out", "input": "in"}
 # The output layer of attention and the normalization behind it, by the names of transformers.
-_ATTENTION = r".*/(o_proj|out_proj|c_proj|attention/output/dense)/kernel"
+_ATTENTION = r".*/(o_proj|out_proj|attn/c_proj|attention/output/dense)/kernel"
 _NORM = r".*/(attention/output/LayerNorm|post_attention_layernorm|self_attn_layer_norm)/(scale|bias)"
 
 
@@ -56,7 +56,7 @@ class Hadamard(Method):
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
     beside: ClassVar[tuple[str, ...]] = ("bias",)
 
-    # Gains near one want larger steps than LoRA's factors: the rate of IA3.
+    # Gains near one want larger steps than LoRA's factors: a rate near that of IA3.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=3e-3, targets=r".*/(o_proj|attention/output/dense)/kernel")
 
     def __post_init__(self) -> None:

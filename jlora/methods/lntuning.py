@@ -14,11 +14,11 @@ from jlora.methods.full import Full
 class LNTuning(Full):
     """Layer normalization tuning: `Full` on the scales and shifts of normalization layers, as PEFT knows it.
 
-    Trains `in * out` values of a matrix, which a norm's leaf is not: all of its few. Worth trying where a few thousand have to do.
+    Trains `in * out` values of a matrix; of a norm's vector, all its entries. Worth trying where a few thousand have to do.
     Merging puts the trained leaves into the params. A leaf beside a trained one, such as a norm's shift, goes to PEFT as it is.
 
     Example:
-        >>> spec = {r".*norm/(scale|bias)": jlora.LNTuning()}
+        >>> spec = {r".*[nN]orm/(scale|bias)": jlora.LNTuning()}
 
     Reference:
         Zhao et al. 2023, arXiv:2312.11420.
@@ -26,7 +26,7 @@ class LNTuning(Full):
 
     family: ClassVar[str] = "Trained leaves and rows"
     # A tenth of the adapters', as for any trained leaf.
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-5, targets=r".*norm.*/(scale|bias)")
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-5, targets=r".*[nN]orm.*/(scale|bias)")
 
     peft_kind: ClassVar[PeftKind] = PeftKind(
         "LN_TUNING", tensors=(PeftTensor("ln_tuning_layers.weight", "w"), PeftTensor("ln_tuning_layers.bias", "w"))

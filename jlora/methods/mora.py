@@ -23,11 +23,12 @@ _ROTARY = 6
 
 @dataclass(frozen=True)
 class MoRA(Method):
-    """High-rank updating by one square matrix: `w + c @ m @ d` with `m [r, r]` and `c [in, r]`, `d [r, out]` of zeros and ones.
+    """High-rank updating by one square matrix `m [r, r]`: `w + c @ m @ d`, or rotated copies of `m` down the diagonal (type 6).
 
-    `r = sqrt((in + out) * rank)`, rounded: as many values as LoRA of that `rank` has, in an update of rank `r`. Which
-    inputs meet in an entry of `x @ c`, and where an entry of `x @ c @ m` goes, is the authors' `mora_type`. `m` starts at
-    zero, so the start is the base's output; there is no scale. Trains `number(in, out)` values.
+    `r = sqrt((in + out) * rank)`, rounded: as many values as LoRA of that `rank` has, in an update of rank `r`, or with type 6
+    of up to full rank. `c [in, r]` and `d [r, out]` hold zeros and ones: which inputs meet in an entry of `x @ c`, and where an
+    entry of `x @ c @ m` goes, is the authors' `mora_type`. `m` starts at zero, so the start is the base's output; there is no
+    scale. Trains `number(in, out)` values.
 
     Worth trying where new knowledge has to be stored, such as in continued pretraining. ReMoRA is
     `jlora.merge` and a new MoRA of another type every few thousand steps. The matrix lies whole on every device of a mesh.
@@ -95,6 +96,10 @@ class MoRA(Method):
         """`m` zero."""
         size = self.side(*w.shape)
         return Start({"m": jnp.zeros((size, size), trained_dtype(w))})
+
+    def labels(self, site: Site) -> dict[str, str]:
+        """`m` learns as LoRA's B, which starts at zero too."""
+        return {"m": "b"}
 
     def weight(self, view: View) -> jax.Array:
         """`w + c @ m @ d`."""

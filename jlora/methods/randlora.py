@@ -39,7 +39,7 @@ class RandLoRA(Method):
     generator is promised to stay the same forever.
 
     Worth trying where LoRA of every affordable rank falls short of full fine-tuning. With its full rank a step costs
-    what it does for a LoRA of rank `min(in, out)`; for 32-bit bases and many tokens the weight is formed instead.
+    what it does for a LoRA of rank `min(in, out)`; for a 32-bit base weight and many tokens it is formed instead.
 
     Args:
         rank: rank of each base. A smaller one means more bases, and more trained values.

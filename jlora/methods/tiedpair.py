@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, integer, one_of
+from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import layer_paths
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.methods.lora import SCALINGS
@@ -62,6 +63,11 @@ class TiedPair(Method):
     dropout: float = 0.0
 
     family: ClassVar[str] = "Shared tensors"
+
+    # The two matrices of a feed-forward block, without its gate.
+    recipe: ClassVar[Recipe] = Recipe(
+        targets=r".*/((up|down)_proj|intermediate/dense|(?<!attention/)output/dense)/kernel"
+    )
 
     def __post_init__(self) -> None:
         bounds = {"rank": integer(1, "a positive integer"), "scaling": one_of(SCALINGS)}

@@ -35,8 +35,8 @@ def resolve(settings: Settings) -> Settings:
     if recipe is not None and not settings.spec:
         values |= _of_method(recipe, settings)
     if settings.model is None and trains_adapters(settings):
-        # A model this small wants larger steps than the usual ones.
-        values["learning_rate"] = _SHIPPED_MODEL["learning_rate"]
+        # A model this small wants larger steps than the usual ones, but for methods that want still larger ones anyway.
+        values["learning_rate"] = max(_SHIPPED_MODEL["learning_rate"], values["learning_rate"])
     if settings.model is None and settings.data is None:
         values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):

@@ -102,7 +102,7 @@ def test_a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line():
     biased = adapt({"w": params["w"], "bias": jnp.ones(8)}, {"w": Gain()})
     with pytest.raises(ValueError, match=r"w: Gain\(\) acts on the input .* `dot_general`"):
         jlora.lift(lambda p, x: x @ p["w"].T + p["bias"])(biased, x)
-    with pytest.raises(TypeError, match="DoRA needs the weight that its inner method gives"):
+    with pytest.raises(TypeError, match="DoRA needs an inner method that is a weight and nothing else; Network"):
         jlora.DoRA(Network())
     adapted, tx = adapt(params, {"w": Network()}), optax.adam(1e-3)
     with pytest.raises(ValueError, match=r"w: Network.* can't be restarted"):

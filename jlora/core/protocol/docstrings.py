@@ -16,7 +16,7 @@ _ARXIV = re.compile(
 
 def first_sentence(cls: type) -> str:
     """What the method does, with its formula, as one line."""
-    return re.split(r"(?<=\.)\s", _joined(_text(cls).split("\n\n")[0]))[0]
+    return re.split(r"(?<=[^.]\.)\s", _joined(_text(cls).split("\n\n")[0]))[0]
 
 
 def count_formula(cls: type) -> str | None:
