@@ -186,7 +186,7 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
     if form is None or form.kind != "lora":
         site = weight.site
         assert site is not None
-        if weight.acts_alone:
+        if weight.acts_alone or weight.beside:
             raise ValueError(
                 f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what "
                 "it does beside changing the weight; keep it by jlora.save"

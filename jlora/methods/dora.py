@@ -51,6 +51,10 @@ class DoRA(Around):
                 "DoRA needs an inner method that is a weight and nothing else; "
                 f"{self.inner!r} changes the bias too, or has no weight"
             )
+        if self.inner.uses_key and self.form is None:
+            raise TypeError(
+                f"DoRA forms the weight of {self.inner}, in which no dropout can act; put it outside: Dropout(DoRA(...))"
+            )
         if isinstance(self.inner, Chain):
             raise TypeError(
                 "DoRA can't go around Chain: a link of DoRA is no sum of low rank; use jlora.restart on DoRA(LoRA(8)) and "

@@ -12,7 +12,7 @@ from jlora.core.products.formed import Formed
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.update import Update
 from jlora.core.protocol.hyperparameters import BELOW_ONE, check_hyperparameters
-from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.method import Arrays, Method, Site, Start, View
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.hira import HiRA
 
@@ -70,6 +70,10 @@ class Dropout(Around):
     def weight(self, view: View) -> jax.Array:
         """The inner method's weight."""
         return self.inner.weight(self._inside_view(view))
+
+    def merged_beside(self, view: View) -> Arrays:
+        """What the inner method makes of the leaves beside."""
+        return self.inner.merged_beside(self._inside_view(view))
 
     def update(self, view: View) -> Update:
         """The inner update, or what forms the inner weight, with dropout around it."""

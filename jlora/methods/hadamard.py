@@ -88,7 +88,7 @@ class Hadamard(Method):
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
         """The product without the bias, which the function goes on to add."""
-        g, b = view.params["g"], view.params.get("b", jnp.zeros((), view.params["g"].dtype))
+        g, b = view.params["g"], view.params["b"] if view.beside else jnp.zeros((), view.params["g"].dtype)
         if self.side == "input":
             return product(x.astype(g.dtype) * g + b)
         bias = view.beside["bias"].astype(g.dtype) if view.beside else jnp.zeros((), g.dtype)

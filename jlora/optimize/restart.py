@@ -160,7 +160,7 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
             raise ValueError(
                 f"{site.path}: {site.method} does not start at the base's output, so a restart would move it"
             )
-        if not site.method.mergeable or site.method.beside:
+        if not site.method.mergeable or site.beside:
             raise ValueError(
                 f"{site.path}: {site.method} changes more than the weight, so that no new base can take its place; it can't be "
                 "restarted"

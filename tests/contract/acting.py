@@ -62,9 +62,8 @@ class Gain(Method):
         return view.w.astype(jnp.float32) * view.params["g"]
 
     def apply(self, x, product, view):
-        g, y = view.params["g"], product(x)
-        more = view.beside["bias"] * (g - 1) if "bias" in view.beside else 0
-        return (y * g.astype(y.dtype) + more).astype(y.dtype)
+        y = product(x)
+        return y * view.params["g"].astype(y.dtype)
 
     def merged_beside(self, view):
         return {"bias": view.beside["bias"] * view.params["g"]}

@@ -67,8 +67,63 @@ def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_it
     ):
         jlora.adapterize(params, {"stack/bias": jlora.Full(), ".*/kernel": Gain()}, sites=roles)
     params["heads"]["bias"], heads = jnp.zeros(6), jlora.Axes("in out out", Gain())
-    with pytest.raises(ValueError, match=r"heads/bias: .* wants a value for each output, shape \(2, 3\), got \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"heads/bias: .* wants a float for each output, shape \(2, 3\), got shape \(6,\)"
+    ):
         jlora.adapterize(params, {"heads/kernel": heads})
+
+
+ODD_USES = {
+    "scaled": lambda p, x: x @ (0.5 * p["kernel"]) + p["bias"],
+    "added and scaled": lambda p, x: 0.5 * (x @ p["kernel"] + p["bias"]),
+    "twice": lambda p, x: x @ p["kernel"] + (x + 1) @ p["kernel"] + p["bias"],
+    "no bias": lambda p, x: x @ p["kernel"],
+    "the bias elsewhere": lambda p, x: x @ p["kernel"] + p["bias"] + jnp.sin(p["bias"]),
+    "transposed": lambda p, x: (x @ p["kernel"] + p["bias"]) @ p["kernel"].T,
+    "in parts": lambda p, x: x[:, :4] @ p["kernel"][:4] + x[:, 4:] @ p["kernel"][4:] + p["bias"],
+}
+
+
+@pytest.mark.parametrize("method", [Gain(), jlora.Hadamard(), jlora.Hadamard("input")], ids=str)
+def test_however_the_function_uses_kernel_and_bias_it_is_lifted_to_what_it_is_on_merged_params(method):
+    params, x = {"kernel": weight(0, 8, 6), "bias": normal(1, 6)}, normal(2, 3, 8)
+    adapted = perturbed(adapt(params, {"kernel": method}))
+    merged = jlora.merge(adapted)
+    close(
+        *jit(
+            lambda a: ([jlora.lift(fn)(a, x) for fn in ODD_USES.values()], [fn(merged, x) for fn in ODD_USES.values()])
+        )(adapted)
+    )
+
+
+def test_two_kernels_that_would_change_one_bias_are_refused():
+    params = {"w_in": weight(0, 8, 6), "w_state": weight(1, 8, 6), "bias": normal(1, 6)}
+    with pytest.raises(ValueError, match=r"bias: Gain\(\) of w_state and Gain\(\) of w_in would both change it"):
+        jlora.adapterize(params, {"w_.*": Gain()})
+    with pytest.raises(ValueError, match=r"bias: .* wants a float for each output, shape \(6,\), got 1.0"):
+        jlora.adapterize({"w": params["w_in"], "bias": 1.0}, {"w": Gain()})
+
+
+def test_dropout_around_a_gain_drops_and_merges_with_its_bias():
+    params, x = {"kernel": weight(0, 8, 6), "bias": normal(1, 6)}, normal(2, 3, 8)
+    adapted = perturbed(adapt(params, {"kernel": jlora.Dropout(jlora.IA3(), 0.5)}))
+    fn = lambda p, x: x @ p["kernel"] + p["bias"]
+    close(jlora.lift(fn)(adapted, x), fn(jlora.merge(adapted), x))
+    keyed = lambda n: jlora.lift(fn)(adapted.replace(context={"dropout": jax.random.key(n)}), x)
+    assert not jnp.allclose(keyed(0), keyed(1))
+    close(jnp.mean(jax.vmap(keyed)(jnp.arange(4000)), axis=0), jlora.lift(fn)(adapted, x), 0.1)
+
+
+def test_dropout_that_could_not_act_is_refused():
+    with pytest.raises(TypeError, match=r"DoRA forms the weight of MiSS.* put it outside: Dropout\(DoRA"):
+        jlora.DoRA(jlora.MiSS(2, dropout=0.5))
+    keyed = adapt({"w": weight(0, 8, 8)}, {"w": jlora.MiSS(2, dropout=0.5)}).replace(
+        context={"dropout": jax.random.key(0)}
+    )
+    with pytest.raises(
+        ValueError, match=r"w: MiSS.* has dropout, which can't act where its weight is formed or transposed"
+    ):
+        jlora.lift(lambda p, x: x @ p["w"].T)(keyed, normal(1, 3, 8))
 
 
 @pytest.mark.parametrize("side", ["parallel", "output"])
@@ -99,9 +154,6 @@ def test_a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line():
     for primitive, fn in uses.items():
         with pytest.raises(ValueError, match=rf"w: Network.* acts on the input .* `{primitive}` at .*test_acting.py"):
             jlora.lift(fn)(adapt(params, {"w": Network()}), x)
-    biased = adapt({"w": params["w"], "bias": jnp.ones(8)}, {"w": Gain()})
-    with pytest.raises(ValueError, match=r"w: Gain\(\) acts on the input .* `dot_general`"):
-        jlora.lift(lambda p, x: x @ p["w"].T + p["bias"])(biased, x)
     with pytest.raises(TypeError, match="DoRA needs an inner method that is a weight and nothing else; Network"):
         jlora.DoRA(Network())
     adapted, tx = adapt(params, {"w": Network()}), optax.adam(1e-3)

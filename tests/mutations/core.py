@@ -780,11 +780,18 @@ ACTING = (
         (ACTS + "a_number_on_the_weight_multiplies_what_a_method_makes_of_the_input",),
     ),
     Mutation(
-        "the weight is formed where the bias beside would be left out",
-        "jlora/core/walk/weight.py",
-        "return not self.method.mergeable or bool(self.beside)",
-        "return not self.method.mergeable",
-        (ACTS + "a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line",),
+        "a function gets the bias beside as it was",
+        "jlora/core/transforms/lift.py",
+        " | changed.pop(0)",
+        "",
+        (ACTS + "however_the_function_uses_kernel_and_bias_it_is_lifted_to_what_it_is_on_merged_params[Gain()]",),
+    ),
+    Mutation(
+        "dropout is left out where it can't act",
+        "jlora/core/walk/dot.py",
+        "    if key is not None and USES[side] not in weight.form.drops:\n",
+        "    if False:\n",
+        (ACTS + "dropout_that_could_not_act_is_refused",),
     ),
     Mutation(
         "a merged bias keeps the heads in another order",

@@ -928,13 +928,6 @@ ROTATIONS = (
         "jnp.stack([pairs[..., 1, :], -pairs[..., 0, :]], axis=-2)",
         (FROM_PEFT + "[road]",),
     ),
-    Mutation(
-        "every device adds what a bias beside changes",
-        "jlora/core/walk/weight.py",
-        'if role == "in" and weight.beside:',
-        'if role == "none" and weight.beside:',
-        (ROTATED + "a_bias_beside_is_not_changed_once_for_each_part_of_the_inputs",),
-    ),
 )
 
 BOTTLENECK = "tests/methods/test_bottleneck.py::test_"

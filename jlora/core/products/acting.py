@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class Acting(Update):
 
     view: Any
     number: jax.Array | None = None
+    drops: ClassVar[frozenset[str]] = frozenset({"dense"})
+    draws: ClassVar[bool] = True
 
     def times(self, number: jax.Array) -> Self:
         """With the number for the result, since what acts need not be proportional to the matrix."""
@@ -60,7 +62,10 @@ class Acting(Update):
         def base(z: jax.Array) -> jax.Array:
             return product(z, self.view.w, x.dtype, wide, options.precision)
 
-        y = self.view.site.method.apply(x, base, replace(self.view, key=key))
+        method = self.view.site.method
+        # Where the method has a weight the function gets the leaf beside as `merge` makes it: see `jlora.core.tree.merge`.
+        beside = self.view.beside if key is not None or not method.mergeable else {}
+        y = method.apply(x, base, replace(self.view, key=key, beside=beside))
         return (y if self.number is None else y * self.number.astype(y.dtype)).astype(options.out_dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Formed(Update):
 
     view: Any
     number: jax.Array | None = None
+    drops: ClassVar[frozenset[str]] = frozenset()
 
     def times(self, number: jax.Array) -> Self:
         """With the number kept beside."""

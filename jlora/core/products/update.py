@@ -44,9 +44,13 @@ class Update(abc.ABC):
     dropout key or None.
 
     Class attributes:
+        drops: the uses in which a dropout key acts; with a key the others are refused.
+        draws: whether a key may decide what becomes of a leaf beside, so that only the product itself can tell.
         refuses_forming: whether `lift(strict=True)` refuses to form the weight, for forms that are made to avoid it.
     """
 
+    drops: ClassVar[frozenset[str]] = frozenset({"dense", "transposed"})
+    draws: ClassVar[bool] = False
     refuses_forming: ClassVar[bool] = False
 
     @classmethod

@@ -102,7 +102,8 @@ class View:
         frozen: the constants that `start` named.
         site: the leaf this is a matrix of; static.
         shared: the arrays that `Method.shared` made for all leaves of the method, trained ones and constants by name.
-        beside: the leaves that `Method.beside` names and the tree has, as `[out]`.
+        beside: the leaves that `Method.beside` names and the tree has, as `[out]`; in `apply` only where that has to add what
+            changes.
         key: dropout key, in `Method.apply` alone; None where nothing is dropped.
     """
 
@@ -161,7 +162,9 @@ class Method(KnownToTheJob):
         mergeable: False for methods that act in a way that no weight can, such as a network beside the product; they have no
             `weight`.
         beside: names of leaves beside the adapted one that the method changes too, such as ("bias",). Where the tree has
-            them, `apply` sees them in `View.beside` and adds to its result what changes, `merged_beside` gives them anew.
+            them, `merged_beside` gives them anew, and a lifted function gets these in their place. Where no weight says what
+            the method does (`mergeable`), or a key decides it, the function gets the leaf as it is: then `apply` sees it in
+            `View.beside`, and adds to its result what changes.
         optional: names of fields that only some matrices have, such as large ones.
         peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
             class that states it, not for those derived from it.

@@ -12,6 +12,7 @@ from jlora import _compat
 from jlora.core.products.contraction import PLANS
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.merge import leaves_beside
 from jlora.core.walk import (
     convolution,  # noqa: F401  (registers its rules)
     dot,  # noqa: F401  (registers its rules)
@@ -101,12 +102,19 @@ def call(
     adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
     if not adapted:
         return fn(*args, **kwargs)
-    values = [change(value) for each in adapted for value in each.weights()]
+    found = [each.weights() for each in adapted]
+    beside = [leaves_beside(each, weights) for each, weights in zip(adapted, found, strict=True)]
+    values = [change(value) for weights in found for value in weights]
     _check_cuts(walk.cuts, [site for each in adapted for site in each.plan.sites])
 
     def on_arrays(*arrays: jax.Array) -> Any:
-        left = list(arrays)
-        trees = [x.with_leaves([left.pop(0) for _ in x.plan.sites]) if isinstance(x, Adapted) else x for x in leaves]
+        left, changed = list(arrays), list(beside)
+        trees = [
+            x.with_replaced({site.keys: left.pop(0) for site in x.plan.sites} | changed.pop(0))
+            if isinstance(x, Adapted)
+            else x
+            for x in leaves
+        ]
         args, kwargs = jax.tree.unflatten(treedef, trees)
         # The base of an `Adapted` may be an `Adapted` again.
         return call(Walk(walk.strict, walk.plan, together=walk.together), fn, args, kwargs, must_read)

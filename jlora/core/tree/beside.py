@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora import _compat
 from jlora.core.protocol.method import Site
 
 
@@ -34,6 +34,7 @@ def _order(site: Site) -> list[int]:
 
 def fold(site: Site, leaf: jax.Array) -> jax.Array:
     """A leaf beside the site's as `[*batch, out]`."""
+    leaf = leaf.reshape([site.shape[axis] for axis in _axes(site)])
     return jnp.transpose(leaf, _order(site)).reshape(*site.batch_shape, site.out_size)
 
 
@@ -51,18 +52,34 @@ def check(sites: tuple[Site, ...], leaves: dict[tuple[str, ...], Any]) -> None:
         ValueError: with the path.
     """
     adapted = {site.keys: site for site in sites}
+    owners: dict[tuple[str, ...], Site] = {}
     for site in sites:
         for keys in keys_of(site).values():
             if keys not in leaves:
                 continue
-            path, wanted = "/".join(keys), tuple(site.shape[axis] for axis in _axes(site))
+            path, leaf, wanted = "/".join(keys), leaves[keys], tuple(site.shape[axis] for axis in _axes(site))
+            if (owner := owners.setdefault(keys, site)) is not site:
+                raise ValueError(
+                    f"{path}: {site.method} of {site.path} and {owner.method} of {owner.path} would both change it; adapt one "
+                    "of them by a method that leaves it alone"
+                )
             if keys in adapted:
                 raise ValueError(
                     f"{path} is adapted by {adapted[keys].method}, but {site.method} of {site.path} changes it too; take "
                     "it out of the spec"
                 )
-            if tuple(leaves[keys].shape) != wanted:
+            if (
+                not _compat.is_array(leaf)
+                or not jnp.issubdtype(leaf.dtype, jnp.floating)
+                or _sized(leaf.shape) != _sized(wanted)
+            ):
+                got = f"shape {tuple(leaf.shape)} of {leaf.dtype}" if _compat.is_array(leaf) else repr(leaf)
                 raise ValueError(
-                    f"{path}: {site.method} of {site.path} changes it too and wants a value for each output, shape "
-                    f"{wanted}, got {tuple(leaves[keys].shape)} ({math.prod(leaves[keys].shape)} values)"
+                    f"{path}: {site.method} of {site.path} changes it too and wants a float for each output, shape {wanted}, "
+                    f"got {got}; leave the leaf out of the spec, or adapt it by a method that leaves {path} alone"
                 )
+
+
+def _sized(shape: Sequence[int]) -> list[int]:
+    """A shape without axes of size 1, which a bias may have for those of the activation."""
+    return [size for size in shape if size > 1]

@@ -8,6 +8,7 @@ import jax
 from jax.core import Tracer
 
 from jlora import _compat, paths
+from jlora.core.protocol.method import View
 from jlora.core.tree import beside
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk import weight as weights
@@ -53,6 +54,18 @@ def check_mergeable(found: list[Weight]) -> None:
             )
 
 
+def leaves_beside(adapted: Adapted, found: list[Weight]) -> dict[tuple[str, ...], Any]:
+    """The leaves beside those of `found` that a function must get as their methods change them, by their keys.
+
+    Whatever it does with them is then what it does with merged params. Not those of leaves that act alone, whose `apply` adds
+    what changes.
+    """
+    changed: dict[tuple[str, ...], Any] = {}
+    for weight in found:
+        changed |= {} if weight.acts_alone else merged_beside(adapted, weight)
+    return changed
+
+
 def merged_beside(adapted: Adapted, weight: Weight) -> dict[tuple[str, ...], Any]:
     """The leaves beside an adapted one as its method changes them, in their form and dtype."""
     site = weight.site
@@ -63,12 +76,21 @@ def merged_beside(adapted: Adapted, weight: Weight) -> dict[tuple[str, ...], Any
         leaf = leaves[keys[name]]
 
         def changed(weight: Weight, name: str = name) -> jax.Array:
-            return weights.over_batch(lambda view: weight.method.merged_beside(view)[name], weight)
+            return weights.over_batch(lambda view: _given(weight, view, name), weight)
 
         unfolded = lambda weight, changed=changed: beside.unfold(site, changed(weight))  # noqa: E731
-        array = _compat.automatic(unfolded, jax.typeof(leaf))(weight).astype(leaf.dtype)
+        array = _compat.automatic(unfolded, jax.typeof(leaf))(weight).astype(leaf.dtype).reshape(leaf.shape)
         merged[keys[name]] = _placed_like(array, leaf)
     return merged
+
+
+def _given(weight: Weight, view: View, name: str) -> jax.Array:
+    merged = weight.method.merged_beside(view)
+    if name not in merged:
+        raise TypeError(
+            f"{weight.name}: {weight.method} names {name!r} in beside, but its merged_beside gives {sorted(merged)}"
+        )
+    return merged[name]
 
 
 def effective_leaf(weight: Weight) -> jax.Array:

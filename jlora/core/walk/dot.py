@@ -134,6 +134,11 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
 
     walk.seen.add(weight.name)
     key = walk.next_key(weight.key)
+    if key is not None and USES[side] not in weight.form.drops:
+        raise ValueError(
+            f"{weight.name}: {weight.method} has dropout, which can't act where its weight is formed or transposed; set it to "
+            "0 for this leaf, put jlora.Dropout around a method without, or give no dropout key"
+        )
     if key is not None and weight.batch:
         key = jax.random.split(key, tuple(piece.size for piece in weight.batch))  # every expert drops on its own
     along = lambda piece: (0, 0, 0 if piece in shared else None)  # noqa: E731

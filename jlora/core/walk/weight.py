@@ -95,8 +95,11 @@ class Weight:
 
     @property
     def acts_alone(self) -> bool:
-        """Whether what the leaf does can't be said by another weight in its place: its input is needed, or its neighbours."""
-        return not self.method.mergeable or bool(self.beside)
+        """Whether what the leaf does can't be said by another weight in its place.
+
+        Its input is needed; or what is drawn by a key decides what becomes of a leaf beside, which the function has as it is.
+        """
+        return not self.method.mergeable or (bool(self.beside) and self.key is not None and self.form.draws)
 
     def owns(self, use: str) -> bool:
         """Whether the method's form has a use of its own by that name (see `jlora.core.products.update`)."""
@@ -365,8 +368,7 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
 def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
     """How the arrays of a weight are cut where its base array is cut by `spec`; a `Weight` of partition specs.
 
-    None where the method may not be cut that way, where a cut would not fall on the outermost part of a role, or where a leaf
-    beside would be changed on several devices.
+    None where the method may not be cut that way, or where a cut would not fall on the outermost part of a role.
     """
     if weight.site is None:
         return replace(weight, array=spec)
@@ -378,8 +380,6 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         role = weight.role(group[0]) if group else ""
         first = group[:1] == (weight.with_role(role)[:1] if role != "batch" else group)
         if not group or not first or not (role == "batch" or role in weight.method.local):
-            return None
-        if role == "in" and weight.beside:  # each device would add the whole of what a leaf beside changes
             return None
         cuts[group[0] if role == "batch" else role] = names
     leading = [cuts.get(piece) for piece in weight.batch]
