@@ -43,7 +43,7 @@ def _explained(adapted: Adapted, method: Method) -> str:
         "costs": " ".join(
             part for part in (_forward(adapted, sites), _state(adapted, sites), docstrings.costs(cls)) if part
         ),
-        "merges": _merges(method),
+        "merges": _merges(method, sites),
         "source": docstrings.reference(cls) or "no paper",
     }
     text = [f"{method}, {len(sites)} {'leaf' if len(sites) == 1 else 'leaves'}"]
@@ -54,11 +54,12 @@ def _explained(adapted: Adapted, method: Method) -> str:
     return "\n".join(text)
 
 
-def _merges(method: Method) -> str:
+def _merges(method: Method, sites: tuple[Site, ...]) -> str:
     """What to know of merging; nothing where the weight says it all."""
     if not method.mergeable:
         return "No: no weight does what the method does; it runs by jlora.lift alone."
-    return f"Together with the leaves beside: {', '.join(method.beside)}." if method.beside else ""
+    beside = dict.fromkeys(name for site in sites for name in site.beside)
+    return f"Together with the leaves beside: {', '.join(beside)}." if beside else ""
 
 
 def _trained(adapted: Adapted, method: Method, sites: tuple[Site, ...]) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora import paths
 from jlora.core.protocol.method import Start
-from jlora.core.tree import placement
+from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.interchange import manifest, read_wholes, rows
 from jlora.interchange.config import Settings
@@ -87,6 +87,7 @@ def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read])
     order = {keys: place for place, keys in enumerate(leaves)}
     found = sorted(found, key=lambda read: order[read.site.keys])
     plan = Plan(tuple(read.site for read in found))
+    beside.check(plan.sites, leaves)
     trained: dict[str, Any] = {}
     frozen: dict[str, Any] = {}
     for read in found:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.tree.adapted import Adapted
-from jlora.core.tree.merge import check_mergeable, merged_beside
+from jlora.core.tree.merge import merged_leaves
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 
@@ -43,11 +43,5 @@ def lazily_merged(adapted: Adapted) -> Any:
         ValueError: as `jlora.merge`.
     """
     last: dict[MergedLeaf, np.ndarray] = {}
-    found = adapted.weights()
-    check_mergeable(found)
-    merged: dict[tuple[str, ...], Any] = {}
-    for weight in found:
-        assert weight.site is not None
-        merged[weight.site.keys] = MergedLeaf(weight, last)
-        merged |= merged_beside(adapted, weight)  # vectors, which cost no memory to speak of
-    return adapted.with_replaced(merged)
+    # Leaves beside are vectors, which cost no memory to speak of.
+    return adapted.with_replaced(merged_leaves(adapted, lambda weight: MergedLeaf(weight, last)))

@@ -172,7 +172,9 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
                 "adapterize the merged params anew"
             )
         if site.method.needs or scheduled:
-            what = "starts from data" if site.method.needs else "follows a schedule of its own over the whole run"
+            what = (
+                "starts from data" if site.method.needs else "follows a rule or schedule of its own over the whole run"
+            )
             raise ValueError(
                 f"{site.path}: {site.method} {what} and can't be restarted; merge, and adapterize the merged params anew"
             )

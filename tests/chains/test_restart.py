@@ -299,7 +299,7 @@ def test_what_cannot_begin_anew_is_refused():
         refused(jlora.Full())()
     with pytest.raises(ValueError, match=r"w: LoRA\(.*init=random\) does not start at the base's output"):
         refused(jlora.LoRA(2, init="random"))()
-    with pytest.raises(ValueError, match=r"w: AdaLoRA\(.*\) follows a schedule of its own over the whole run"):
+    with pytest.raises(ValueError, match=r"w: AdaLoRA\(.*\) follows a rule or schedule of its own over the whole run"):
         refused(jlora.AdaLoRA(4, 2, steps=10))()
     with pytest.raises(ValueError, match=r"prune is the share of the moments .* from 0 to 1; got 2"):
         refused(jlora.LoRA(2))(prune=2)

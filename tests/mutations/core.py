@@ -803,8 +803,8 @@ ACTING = (
     Mutation(
         "merge leaves the bias beside as it was",
         "jlora/core/tree/merge.py",
-        "        merged |= merged_beside(adapted, weight)\n",
-        "",
+        "return own | _beside(adapted, found)",
+        "return own",
         (ACTS + "a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params",),
     ),
     Mutation(

@@ -42,7 +42,6 @@ class Formed(Update):
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., in] @ v`; `v` is formed again for the gradient."""
-
         return jax.checkpoint(lambda x, w, update: update._product(x, w, options))(x, w, self)
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:

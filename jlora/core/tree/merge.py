@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,30 +29,32 @@ def merge(adapted: Adapted) -> Any:
     Example:
         >>> model.apply({"params": jlora.merge(adapted)}, tokens)
     """
-    found = adapted.weights()
-    check_mergeable(found)
-    merged: dict[tuple[str, ...], Any] = {}
-    for weight in found:
-        assert weight.site is not None
-        merged[weight.site.keys] = _placed_like(effective_leaf(weight), weight.array)
-        merged |= merged_beside(adapted, weight)
-    params = adapted.with_replaced(merged)
+    params = adapted.with_replaced(
+        merged_leaves(adapted, lambda weight: _placed_like(effective_leaf(weight), weight.array))
+    )
     is_adapted = lambda node: isinstance(node, Adapted)  # noqa: E731
     return jax.tree.map(lambda node: merge(node) if is_adapted(node) else node, params, is_leaf=is_adapted)
 
 
-def check_mergeable(found: list[Weight]) -> None:
-    """Refuses leaves whose method no weight can stand for.
+def merged_leaves(adapted: Adapted, formed: Callable[[Weight], Any]) -> dict[tuple[str, ...], Any]:
+    """What stands in merged params in the place of leaves of the base, by their keys.
+
+    Args:
+        adapted: the adapters on their base.
+        formed: of an adapted leaf what stands in its place. A leaf beside that its method changes is formed here.
 
     Raises:
-        ValueError: with the path and the method.
+        ValueError: for a leaf whose method no weight can stand for, with the path and the method.
     """
+    found = adapted.weights()
     for weight in found:
         if not weight.method.mergeable:
             raise ValueError(
                 f"{weight.name} can't be merged: {weight.method} acts in a way that no weight in its place does; keep the "
                 "adapters (jlora.save) and run the function by jlora.lift"
             )
+    own = dict(zip((site.keys for site in adapted.plan.sites), map(formed, found), strict=True))
+    return own | _beside(adapted, found)
 
 
 def leaves_beside(adapted: Adapted, found: list[Weight]) -> dict[tuple[str, ...], Any]:
@@ -60,28 +63,31 @@ def leaves_beside(adapted: Adapted, found: list[Weight]) -> dict[tuple[str, ...]
     Whatever it does with them is then what it does with merged params. Not those of leaves that act alone, whose `apply` adds
     what changes.
     """
+    return _beside(adapted, [weight for weight in found if not weight.acts_alone])
+
+
+def _beside(adapted: Adapted, found: list[Weight]) -> dict[tuple[str, ...], Any]:
+    """The leaves beside some adapted ones as their methods change them, by their keys, in their form and dtype."""
+    changing = [weight for weight in found if weight.beside]
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0]) if changing else {}
     changed: dict[tuple[str, ...], Any] = {}
-    for weight in found:
-        changed |= {} if weight.acts_alone else merged_beside(adapted, weight)
+    for weight in changing:
+        assert weight.site is not None
+        for name, keys in beside.keys_of(weight.site).items():
+            if name in weight.beside:
+                changed[keys] = _changed(weight, name, leaves[keys])
     return changed
 
 
-def merged_beside(adapted: Adapted, weight: Weight) -> dict[tuple[str, ...], Any]:
-    """The leaves beside an adapted one as its method changes them, in their form and dtype."""
-    site = weight.site
-    if site is None or not weight.beside:
-        return {}
-    leaves, keys, merged = dict(paths.flatten_with_keys(adapted.base)[0]), beside.keys_of(site), {}
-    for name in weight.beside:
-        leaf = leaves[keys[name]]
+def _changed(weight: Weight, name: str, leaf: Any) -> Any:
+    """A leaf beside an adapted one as its method changes it."""
 
-        def changed(weight: Weight, name: str = name) -> jax.Array:
-            return weights.over_batch(lambda view: _given(weight, view, name), weight)
+    def unfolded(weight: Weight) -> jax.Array:
+        assert weight.site is not None
+        folded = weights.over_batch(lambda view: _given(weight, view, name), weight)
+        return beside.unfold(weight.site, folded).astype(leaf.dtype).reshape(leaf.shape)
 
-        unfolded = lambda weight, changed=changed: beside.unfold(site, changed(weight))  # noqa: E731
-        array = _compat.automatic(unfolded, jax.typeof(leaf))(weight).astype(leaf.dtype).reshape(leaf.shape)
-        merged[keys[name]] = _placed_like(array, leaf)
-    return merged
+    return _placed_like(_compat.automatic(unfolded, jax.typeof(leaf))(weight), leaf)
 
 
 def _given(weight: Weight, view: View, name: str) -> jax.Array:
