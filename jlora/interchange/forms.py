@@ -67,7 +67,7 @@ def _of_kind(kind: PeftKind, weight: Weight, params: Any, frozen: Any, shared: A
     """The fields that a kind has tensors for; None where PEFT has no such method."""
     site = weight.site
     assert site is not None
-    if kind.holds is not None and not kind.holds(site.method):
+    if kind.holds is not None and not kind.holds(site.method, site):
         return None
     fields = {**params, **frozen}
     arrays = {tensor.field: fields[tensor.field] for tensor in kind.of(site.method) if tensor.field in fields}

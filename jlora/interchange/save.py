@@ -190,6 +190,7 @@ def _as_plain_lora(form: Form | None, weight: Weight, slots: list[Slot], profile
             raise ValueError(
                 f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no LoRA says what "
                 "it does beside changing the weight; keep it by jlora.save"
+                + (", or save the merged model (jlora merge)" if site.method.mergeable else "")
             )
         raise ValueError(
             f"{site.path}: {site.method} has no place in a PEFT adapter that holds the others too, and no exact LoRA; pass "

@@ -7,11 +7,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hyperparameters, integer
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftShared, PeftTensor
 from jlora.methods.lora import trained_dtype
+
+# Both ways alike.
+_SWAPPED = (lambda x: np.swapaxes(x, 0, 1), lambda x: np.swapaxes(x, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,26 @@ class VBLoRA(Method):
 
     family: ClassVar[str] = "Shared tensors"
     exact_start: ClassVar[bool] = False
+
+    # PEFT has each matrix's logits with the rank first for `A`, and behind the stretches for `B`.
+    peft_kind: ClassVar[PeftKind] = PeftKind(
+        "VBLORA",
+        tensors=(PeftTensor("vblora_logits_A", "la", _SWAPPED), PeftTensor("vblora_logits_B", "lb", _SWAPPED)),
+        settings=(
+            PeftSetting("r", "rank", 4),
+            PeftSetting("num_vectors", "num_vectors", 256),
+            PeftSetting("vector_length", "vector_length", 256),
+            PeftSetting("topk", "topk", 2),
+            PeftSetting("vblora_dropout", "dropout", 0.0),
+            PeftSetting("init_vector_bank_bound", "bank_bound", 0.02),
+            PeftSetting("init_logits_std", "logits_deviation", 0.1),
+        ),
+        shared=(PeftShared("vblora_vector_bank", "bank"),),
+        only={"save_only_topk_weights": False},
+        own_biases="vblora_only",
+        fan_in_fan_out=True,
+        holds=lambda method, site: site.in_size % method.vector_length == site.out_size % method.vector_length == 0,
+    )
 
     # Published scripts train the logits at 1e-2 and the bank at 1e-3; not verified in the paper, and no run here chose it.
     recipe: ClassVar[Recipe] = Recipe(rank=4, learning_rate=1e-2)

@@ -31,6 +31,7 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -177,6 +178,7 @@ CASES = {
     "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
     "randlora": (Text, RandLoraConfig(target_modules=[*LINEAR, "head"], r=3, randlora_alpha=7)),
+    "vblora": (Text, VBLoRAConfig(target_modules=LINEAR, r=2, num_vectors=6, vector_length=2)),
     "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
     "lntuning": (Text, LNTuningConfig(target_modules=["norm"])),
     "lokr": (Text, LoKrConfig(target_modules=[*LINEAR, "head"], r=1, alpha=3, decompose_both=True)),

@@ -28,6 +28,7 @@ from peft import (
     OFTConfig,
     RandLoraConfig,
     RoadConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -70,6 +71,9 @@ CONFIGS = {
     "olora": lambda: lora(init_lora_weights="olora"),
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "randlora": lambda: RandLoraConfig(r=3, randlora_alpha=1, target_modules=TARGETS),
+    "vblora": lambda: VBLoRAConfig(
+        r=4, num_vectors=8, vector_length=4, init_vector_bank_bound=0.3, target_modules=TARGETS
+    ),
     "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
     # Without a task PEFT's model passes its own forward by, and the penalty with it.
     "adalora": lambda: AdaLoraConfig(

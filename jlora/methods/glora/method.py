@@ -85,7 +85,7 @@ _PEFT = PeftKind(
     ),
     zeros=tuple(PeftZeros(f"glora_{name.upper()}.zeros", functools.partial(_zeros, name)) for name in CHOICES),
     own_biases="glora_only",
-    holds=lambda method: not method.entangled and method.a == method.b and method.d == method.e,
+    holds=lambda method, site: not method.entangled and method.a == method.b and method.d == method.e,
 )
 
 
