@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jlora.core.products.acting import Acting
-from jlora.core.products.contraction import drop
 from jlora.core.products.update import Update
 from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
 from jlora.core.protocol.job import Recipe
-from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import trained_dtype
 
@@ -25,8 +22,8 @@ VARIANTS = ("miss", "bat", "mini")
 class MiSS(Method):
     """Matrix shard sharing: `w + u`, where row `i` of `u` is row `i % rank` of a trained `b [rank, out]`.
 
-    So the inputs are added up in `rank` sums, which meet `b`: half of LoRA's values, and one thin product. `b` starts at
-    zero, so the start is the base's output; there is no scale. Trains
+    So the inputs are added up in `rank` sums, which meet `b`: LoRA with a first factor of zeros and ones, and with about half
+    of its values. `b` starts at zero, so the start is the base's output; there is no scale. Trains
     `out * rank if variant == "bat" else rank * (out if variant == "miss" else mini_rank)` values a matrix.
 
     Args:
@@ -94,12 +91,12 @@ class MiSS(Method):
 
     @property
     def form(self) -> type[Update] | None:  # type: ignore[override]
-        """It acts, but for "bat"."""
-        return None if self.variant == "bat" else Acting
+        """Factors, but for "bat"."""
+        return None if self.variant == "bat" else Factors
 
     def update(self, view: View) -> Update | None:
-        """What `apply` does, but for "bat"."""
-        return None if self.variant == "bat" else Acting(view)
+        """The factors, if it has some."""
+        return self.factors(view)
 
     def check(self, site: Site) -> None:
         """Refuses sizes that don't divide, and a rank above the number of inputs."""
@@ -129,15 +126,17 @@ class MiSS(Method):
             blocks = w.reshape(rows // self.rank, self.rank, columns // self.rank, self.rank)
             moved = jnp.einsum("kij,nikc->njkc", b, blocks) + jnp.transpose(b, (2, 0, 1))
             return w + moved.reshape(w.shape)
-        tall = jnp.concatenate([b] * -(-rows // self.rank))[:rows]
-        return w + jnp.tile(tall, (1, columns // b.shape[1]))
+        found = self.factors(view)
+        assert found is not None
+        return w + found.a @ found.b
 
-    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
-        """The base's product and that of the sums with `b`."""
-        y, b = product(x), view.params["b"].astype(x.dtype)
-        filled = jnp.pad(drop(x, self.dropout, view.key), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % self.rank)])
-        low = filled.reshape(*x.shape[:-1], -1, self.rank).sum(-2) @ b
-        return y + jnp.concatenate([low] * (y.shape[-1] // low.shape[-1]), axis=-1).astype(y.dtype)
+    def factors(self, view: View) -> Factors | None:
+        """The sums of the inputs, as a matrix of zeros and ones `[in, rank]`, and `b`, repeated over the outputs."""
+        if self.variant == "bat":
+            return None
+        b, (rows, columns) = view.params["b"], view.w.shape
+        sums = (jnp.arange(rows)[:, None] % self.rank == jnp.arange(self.rank)).astype(b.dtype)
+        return Factors(sums, jnp.tile(b, (1, columns // b.shape[1])), dropout=self.dropout)
 
     def labels(self, site: Site) -> dict[str, str]:
         """`b` learns as LoRA's B, which starts at zero too."""

@@ -88,10 +88,10 @@ class RoAd(Method):
         """`y [..., out] @ r`."""
         half = self.group // 2
         theta, alpha = (self._by_output(params[name]) for name in ("theta", "alpha"))
-        same, other = alpha[0] * jnp.cos(theta[0]), alpha[1] * jnp.sin(theta[1])
+        sign = jnp.asarray([[-1], [1]], theta.dtype)
+        same, other = alpha[0] * jnp.cos(theta[0]), alpha[1] * jnp.sin(theta[1]) * sign
         pairs = y.astype(theta.dtype).reshape(*y.shape[:-1], -1, 2, half)
-        across = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2)
-        return (pairs * same + across * other).reshape(y.shape)
+        return (pairs * same + jnp.flip(pairs, -2) * other).reshape(y.shape)
 
     def _by_output(self, values: jax.Array) -> jax.Array:
         """What multiplies an output itself, and the other one of its pair, `[2, groups, 2 or 1, half]`."""

@@ -115,13 +115,12 @@ def test_dropout_around_a_gain_drops_and_merges_with_its_bias():
 
 
 def test_dropout_that_could_not_act_is_refused():
-    with pytest.raises(TypeError, match=r"DoRA forms the weight of MiSS.* put it outside: Dropout\(DoRA"):
-        jlora.DoRA(jlora.MiSS(2, dropout=0.5))
-    keyed = adapt({"w": weight(0, 8, 8)}, {"w": jlora.MiSS(2, dropout=0.5)}).replace(
-        context={"dropout": jax.random.key(0)}
-    )
+    with pytest.raises(TypeError, match=r"DoRA forms the weight of Dropout.* put it outside: Dropout\(DoRA"):
+        jlora.DoRA(jlora.Dropout(jlora.HiRA(2), 0.5))
+    adapted = adapt({"w": weight(0, 8, 8)}, {"w": jlora.MoRA(1, dropout=0.5)})
+    keyed = adapted.replace(context={"dropout": jax.random.key(0)})
     with pytest.raises(
-        ValueError, match=r"w: MiSS.* has dropout, which can't act where its weight is formed or transposed"
+        ValueError, match=r"w: MoRA.* has dropout, which can't act where its weight is formed or transposed"
     ):
         jlora.lift(lambda p, x: x @ p["w"].T)(keyed, normal(1, 3, 8))
 

@@ -138,7 +138,8 @@ class PeftKind:
         own_biases: the value of `bias` for training the biases of adapted modules alone, such as "hra_only"; "" where PEFT's
             configuration has no `bias`.
         fan_in_fan_out: whether PEFT has that setting here, and so takes transformers' Conv1D (GPT-2) too.
-        holds: whether PEFT has such a method on such a site: by hyperparameters, or by the matrix's sizes; by default it has all.
+        holds: whether PEFT has such a method on such a site: by hyperparameters, or by the matrix's sizes; by default it has
+            all.
     """
 
     peft_type: str

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core.products.acting import Acting
 from jlora.core.products.contraction import matmul
+from jlora.core.products.update import Update
 from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, integer, one_of
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor, PeftZeros
@@ -155,6 +157,15 @@ class GLoRA(Method):
     @property
     def uses_key(self) -> bool:
         return self.entangled
+
+    @property
+    def form(self) -> type[Update] | None:  # type: ignore[override]
+        """It acts, but where `A` is low-rank: then a product by parts needs an array of the weight's shape anyway."""
+        return None if self.a == "low-rank" and not self.entangled else Acting
+
+    def update(self, view: View) -> Update | None:
+        """What `apply` does, where the weight is not formed."""
+        return None if self.form is None else Acting(view)
 
     @property
     def alike(self) -> frozenset[str]:
