@@ -924,8 +924,8 @@ ROTATIONS = (
     Mutation(
         "RoAd turns the other way",
         "jlora/methods/road.py",
-        "jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2)",
-        "jnp.stack([pairs[..., 1, :], -pairs[..., 0, :]], axis=-2)",
+        "jnp.asarray([[-1], [1]], theta.dtype)",
+        "jnp.asarray([[1], [-1]], theta.dtype)",
         (FROM_PEFT + "[road]",),
     ),
 )
