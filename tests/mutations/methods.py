@@ -917,8 +917,8 @@ ROTATIONS = (
     Mutation(
         "IA3 leaves the bias as it was",
         "jlora/methods/ia3.py",
-        "(scale - 1) if",
-        "0 if",
+        'leaf.astype(view.params["l"].dtype) * view.params["l"] for',
+        "leaf for",
         (FROM_PEFT + "[ia3]",),
     ),
     Mutation(
@@ -958,8 +958,8 @@ ACTING = (
     Mutation(
         "a Hadamard adapter leaves the bias of the function as it is",
         "jlora/methods/hadamard.py",
-        "(bias * (g - 1) + b)",
-        "b",
+        '"bias": g * bias + b if',
+        '"bias": bias + b if',
         (ADAPTER + "output_gradients_and_ten_steps_are_those_of_numpy[output]",),
     ),
     Mutation(
