@@ -967,7 +967,7 @@ ACTING = (
         "jlora/methods/hadamard.py",
         "bias + b @ view.w.astype(g.dtype)",
         "bias + b @ self.weight(view)",
-        (ADAPTER + "merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does[input]",),
+        (ADAPTER + "output_gradients_and_ten_steps_are_those_of_numpy[input]",),
     ),
     Mutation(
         "GLoRA shifts by the changed weight",
