@@ -180,10 +180,20 @@ def by_hand(name, mask, finish):
     return np.stack(found) if name == "stack" else found[0]
 
 
+EVERYTHING = np.ones((3, 5))
+
+
+def normalised_covariance(x, rows=6):
+    """Of all tokens of a number of rows, each divided by its largest magnitude."""
+    x = x.reshape(rows, -1, 6)
+    x = x / abs(x).max((1, 2), keepdims=True)
+    return np.einsum("nti,ntj->ij", x, x) / rows
+
+
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_means_of_inputs_are_over_all_tokens_that_the_mask_lets_count_in_every_form_of_use(memory):
     sites = jlora.sites(attention_loss, LAYERS, SENTENCES[0])
-    spec = {".*": Inputs()}
+    spec = {".*": Inputs(("covariance", "mean", "normalised_covariance"))}
     options = {"sites": sites, "memory": memory, "mask": lambda batch: jnp.asarray(MASK) > 0}
     found = jlora.prepare(LAYERS, spec, attention_loss, iter(SENTENCES), **options)
     adapted = jlora.adapterize(LAYERS, spec, sites=sites, prepared=found)
@@ -192,6 +202,10 @@ def test_means_of_inputs_are_over_all_tokens_that_the_mask_lets_count_in_every_f
         covariance = by_hand(name, MASK, lambda x: x.T @ x / len(x))
         np.testing.assert_allclose(adapted.params[name]["covariance"], covariance, **close)
         np.testing.assert_allclose(adapted.params[name]["mean"], by_hand(name, MASK, lambda x: x.mean(0)), **close)
+        # Of the pool's input a batch is one row, all of which counts.
+        counts, rows = (np.ones((6, 1)), 2) if name == "pool" else (np.concatenate([MASK] * 2).reshape(-1, 1), 6)
+        normalised = by_hand(name, EVERYTHING, lambda x: normalised_covariance(x * counts, rows))
+        np.testing.assert_allclose(adapted.params[name]["normalised_covariance"], normalised, **close)
 
 
 def test_methods_that_need_gradients_inputs_or_nothing_share_a_spec_and_one_reading_of_the_batches():
@@ -205,15 +219,11 @@ def test_methods_that_need_gradients_inputs_or_nothing_share_a_spec_and_one_read
     assert len(seen) == 2 and len(found.starts) == 2
     pool, stack = (dict(start.params) for start in found.starts.values())
 
-    def normalised(x):
-        rows = x.reshape(6, 5, 6) / abs(x.reshape(6, 30)).max(1)[:, None, None]
-        return np.einsum("nti,ntj->ij", rows, rows) / 6
-
-    everything = np.ones((3, 5))
-    np.testing.assert_allclose(stack["normalised_covariance"], by_hand("stack", everything, normalised), rtol=1e-4)
+    wanted = by_hand("stack", EVERYTHING, normalised_covariance)
+    np.testing.assert_allclose(stack["normalised_covariance"], wanted, rtol=1e-4)
     gradients = [jax.grad(attention_loss)(LAYERS, x)["stack"] for x in SENTENCES]
     np.testing.assert_allclose(stack["gradient"], sum(gradients) / 2, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(pool["mean"], by_hand("pool", everything, lambda x: x.mean(0)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(pool["mean"], by_hand("pool", EVERYTHING, lambda x: x.mean(0)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_tied_matrix_counts_the_inputs_of_all_its_uses():

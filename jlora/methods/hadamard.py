@@ -87,12 +87,9 @@ class Hadamard(Method):
         return view.w.astype(g.dtype) * (g if self.side == "output" else g[:, None])
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
-        """The product without the bias, which the function goes on to add."""
-        g, b = view.params["g"], view.params["b"] if view.beside else jnp.zeros((), view.params["g"].dtype)
-        if self.side == "input":
-            return product(x.astype(g.dtype) * g + b)
-        bias = view.beside["bias"].astype(g.dtype) if view.beside else jnp.zeros((), g.dtype)
-        return product(x).astype(g.dtype) * g + (bias * (g - 1) + b)
+        """The product with `g`; `b` is in the bias, which the function goes on to add."""
+        g = view.params["g"]
+        return product(x.astype(g.dtype) * g) if self.side == "input" else product(x).astype(g.dtype) * g
 
     def merged_beside(self, view: View) -> Arrays:
         """`g * bias + b`, or `bias + b @ w`."""

@@ -79,12 +79,11 @@ class IA3(Method):
         return view.w.astype(scale.dtype) * (scale if self.side == "output" else scale[:, None])
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
-        """`(x @ w) * l`, with what the bias gets more; or `(x * l) @ w`."""
+        """`(x @ w) * l`, or `(x * l) @ w`."""
         scale = view.params["l"]
         if self.side == "input":
             return product(x.astype(scale.dtype) * scale)
-        y = product(x).astype(scale.dtype) * scale
-        return y + view.beside["bias"].astype(y.dtype) * (scale - 1) if "bias" in view.beside else y
+        return product(x).astype(scale.dtype) * scale
 
     def merged_beside(self, view: View) -> Arrays:
         """The bias times `l`."""

@@ -106,12 +106,8 @@ class RoAd(Method):
         return self.turned(view.w, view.params)
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
-        """`(x @ w) @ r`, with what the bias gets more."""
-        y = self.turned(product(x), view.params)
-        if "bias" in view.beside:
-            bias = view.beside["bias"].astype(y.dtype)
-            y += self.turned(bias, view.params) - bias
-        return y
+        """`(x @ w) @ r`."""
+        return self.turned(product(x), view.params)
 
     def merged_beside(self, view: View) -> Arrays:
         """The bias, turned."""

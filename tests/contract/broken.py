@@ -201,6 +201,12 @@ class UnknownGroup(Sound):
 
 
 @rejected_by("check_labels")
+class TurnedLabels(Sound):
+    def labels(self, site):
+        return {"a": "b", "b": "a"}
+
+
+@rejected_by("check_labels")
 class AxesOfAnotherShape(Sound):
     @property
     def axes(self):

@@ -59,6 +59,16 @@ def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
     close(merged["heads"]["bias"], params["heads"]["bias"] * gain)
 
 
+def test_a_bias_beside_keeps_the_order_of_its_axes_where_those_of_a_stack_come_last():
+    params, x = {"kernel": normal(0, 8, 2, 3, 4), "bias": normal(1, 2, 3, 4)}, normal(2, 5, 8)
+    fn = lambda p, x: jnp.einsum("ti,ihkb->thkb", x, p["kernel"]) + p["bias"]
+    adapted = perturbed(adapt(params, {"kernel": jlora.Axes("in out out batch", Gain())}))
+    gain = jnp.moveaxis(adapted.params["kernel"]["g"].reshape(4, 2, 3), 0, -1)
+    wanted = {name: leaf * gain for name, leaf in params.items()}
+    close(jlora.merge(adapted), wanted)
+    close(jlora.lift(fn)(adapted, x), fn(wanted, x))
+
+
 def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_its_path():
     params = biased_params()
     roles = jlora.sites(biased, params, normal(9, 2, 5, 8))
@@ -108,7 +118,9 @@ def test_dropout_around_a_gain_drops_and_merges_with_its_bias():
     params, x = {"kernel": weight(0, 8, 6), "bias": normal(1, 6)}, normal(2, 3, 8)
     adapted = perturbed(adapt(params, {"kernel": jlora.Dropout(jlora.IA3(), 0.5)}))
     fn = lambda p, x: x @ p["kernel"] + p["bias"]
-    close(jlora.lift(fn)(adapted, x), fn(jlora.merge(adapted), x))
+    wanted = {name: leaf * adapted.params["kernel"]["l"] for name, leaf in params.items()}
+    close(jlora.merge(adapted), wanted)
+    close(jlora.lift(fn)(adapted, x), fn(wanted, x))
     keyed = lambda n: jlora.lift(fn)(adapted.replace(context={"dropout": jax.random.key(n)}), x)
     assert not jnp.allclose(keyed(0), keyed(1))
     close(jnp.mean(jax.vmap(keyed)(jnp.arange(4000)), axis=0), jlora.lift(fn)(adapted, x), 0.1)

@@ -190,6 +190,15 @@ def test_settings_that_it_has_not_are_refused_by_name(change, message, tmp_path)
         jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
 
 
+def test_a_setting_that_is_missing_has_the_default_of_peft(tmp_path):
+    config, _ = written(tmp_path / "out", adapted_of({"up/.*": Scaled(form_of="square", seed=9)}))
+    for name in ("is_round", "loc_seed", "seed_pattern"):
+        del config[name]
+    (tmp_path / "out" / CONFIG).write_text(json.dumps(config))
+    (site,) = jlora.load_peft(tmp_path / "out", PARAMS, NAMES).plan.sites
+    assert site.method == Scaled(form_of="round", seed=777)
+
+
 def test_a_list_may_be_a_pattern_and_a_value_of_another_module_changes_its_meaning(tmp_path):
     config, _ = written(tmp_path / "out", adapted_of({"(up|down)/.*": Scaled("in")}))
     (tmp_path / "out" / CONFIG).write_text(json.dumps({**config, "in_modules": "up|d.*"}))

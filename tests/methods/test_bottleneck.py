@@ -1,5 +1,6 @@
 """Bottleneck adapters: the authors' layers in values, gradients and ten steps; their placements, starts and dropout."""
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import jlora
 from jlora import Bottleneck
+from jlora.methods.bottleneck import ACTIVATIONS
 from jlora.models.merged import lazily_merged
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bottleneck.npz"))
@@ -92,6 +94,20 @@ def test_dropout_drops_the_input_of_the_network_alone(side):
     kept = (y - 2 * x) / whole
     assert jnp.all(jnp.isclose(kept, 0, atol=1e-5) | jnp.isclose(kept, 4 / 3, atol=1e-5))
     assert 0.1 < jnp.mean(jnp.isclose(kept, 0, atol=1e-5)) < 0.4
+
+
+def test_activations_are_those_that_their_names_say():
+    z = np.linspace(-3, 3, 13)
+    wanted = {
+        "tanh": np.tanh(z),
+        "relu": np.maximum(z, 0),
+        "gelu": z * (1 + np.vectorize(math.erf)(z / 2**0.5)) / 2,
+        "gelu_tanh": z * (1 + np.tanh((2 / np.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2,
+        "silu": z / (1 + np.exp(-z)),
+        "sigmoid": 1 / (1 + np.exp(-z)),
+        "identity": z,
+    }
+    jax.tree.map(partial(close, rtol=1e-5, atol=1e-6), {name: f(z) for name, f in ACTIVATIONS.items()}, wanted)
 
 
 def test_starts_are_drawn_as_the_authors_draw_them():

@@ -119,6 +119,7 @@ def test_its_peft_files_are_those_of_lora(tmp_path):
     assert [site.method for site in found.plan.sites] == [jlora.LoRA(3, 6.0, "rslora")]
     np.testing.assert_array_equal(found.params["w"]["kernel"]["a"], adapted.frozen["w"]["kernel"]["a"])
     np.testing.assert_array_equal(found.params["w"]["kernel"]["b"], adapted.params["w"]["kernel"]["b"])
+    close(jlora.merge(found)["w"]["kernel"], jlora.merge(adapted)["w"]["kernel"])
 
 
 @pytest.mark.parametrize(

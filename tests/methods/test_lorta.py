@@ -88,7 +88,7 @@ def test_merged_weights_are_those_of_the_reference():
 
 
 def test_heads_of_columns_are_cut_where_the_pattern_does_not_match_and_small_leaves_take_the_first():
-    method = jlora.LoRTA(rank=2, heads=4, by_rows=".*/o_proj")
+    method = jlora.LoRTA(rank=2, heads=4, scaling="rslora", by_rows=".*/o_proj")
     shapes = {"q_proj": (6, 8), "k_proj": (6, 4), "o_proj": (8, 6)}
     params = {f"layers_{n}": {name: weight(n, *shape) for name, shape in shapes.items()} for n in range(10, 12)}
     adapted = perturbed(jlora.adapterize(params, {".*": method}))
@@ -107,8 +107,8 @@ def test_heads_of_columns_are_cut_where_the_pattern_does_not_match_and_small_lea
                     cut, whole = (i, o) if name == "o_proj" else (o, i)
                     head, column = divmod(cut, 2)
                     cs = drawer["c_h"][head] * drawer["c_m"][kind] * drawer["c_l"][layer]
-                    wanted[i, o] = 4 * sum(drawer["a"][whole, r] * cs[r] * drawer["b"][r, column] for r in range(2))
-            close(merged[f"layers_{layer + 10}"][name] - params[f"layers_{layer + 10}"][name], wanted)
+                    wanted[i, o] = sum(drawer["a"][whole, r] * cs[r] * drawer["b"][r, column] for r in range(2))
+            close(merged[f"layers_{layer + 10}"][name] - params[f"layers_{layer + 10}"][name], 8 / 2**0.5 * wanted)
 
 
 def test_the_starts_are_drawn_within_the_reference_s_bounds():

@@ -12,6 +12,7 @@ from contract.problems import close, normal, weight
 import jlora
 from jlora import LoKr, MiSS, MoRA
 from jlora.methods.lokr import divided
+from jlora.optimize.optimizer import labels
 
 PRODUCT = lambda params, x: x @ params["w"]
 SHAPES = [(10, 7), (7, 10), (12, 9)]
@@ -147,6 +148,26 @@ def test_lokr_is_a_kronecker_product_entry_by_entry(method, names):
     np.testing.assert_allclose(update, wanted, atol=1e-6)
     x = normal(1, 5, rows)
     close(jlora.lift(PRODUCT)(adapted, x), x @ jlora.merge(adapted)["w"])
+
+
+@pytest.mark.parametrize(
+    ("method", "zero", "bounds"),
+    [
+        (MoRA(1, 6), "m", {}),
+        (MiSS(2), "b", {}),
+        (LoKr(4), "w1", {"a2": 32**-0.5, "b2": 4**-0.5}),
+        (LoKr(4, decompose_both=True), "b1", {"a1": 8**-0.5, "a2": 32**-0.5, "b2": 4**-0.5}),
+        (LoKr(4, init="lycoris"), "a2", {"w1": 8**-0.5, "b2": 4**-0.5}),
+        (LoKr(40, init="lycoris"), "w2", {"w1": 8**-0.5}),
+    ],
+    ids=str,
+)
+def test_one_factor_starts_at_zero_and_learns_as_the_b_of_lora(method, zero, bounds):
+    adapted = jlora.adapterize({"w": jnp.zeros((256, 640))}, {"w": method})
+    drawn = {name: np.abs(field).max() for name, field in adapted.params["w"].items()}
+    assert drawn.pop(zero) == 0
+    assert drawn == pytest.approx(bounds, rel=0.1)
+    assert labels(adapted)["w"] == {zero: "b", **dict.fromkeys(bounds, "a")}
 
 
 def test_a_side_is_divided_into_the_two_closest_numbers():

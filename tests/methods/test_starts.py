@@ -152,6 +152,18 @@ def test_lora_ga_at_random_takes_the_same_triplets_for_both_factors():
     close(found["a"] @ found["b"], (u * sigma)[:, chosen] @ vt[chosen], atol=1e-4)
 
 
+def test_directions_whose_signs_a_decomposition_leaves_free_have_their_largest_entry_positive():
+    rng = np.random.default_rng(3)
+    gradient, q = rng.standard_normal((9, 7)).astype(np.float32), np.linalg.qr(rng.standard_normal((9, 9)))[0]
+    positive = lambda u: np.sign(u[np.abs(u).argmax(0), range(u.shape[1])])
+    u, sigma, vt = np.linalg.svd(gradient, full_matrices=False)
+    found = factors(jlora.LoRA(3, init="lora_ga_unit"), gradient, {"gradient": gradient})
+    close(found["a"], (u * positive(u))[:, :3])
+    close(found["b"], ((sigma * positive(u))[:, None] * vt)[3:6])
+    inputs = {"covariance": np.float32(q * np.arange(9, 0, -1) @ q.T), "mean": np.zeros(9, np.float32)}
+    close(factors(jlora.LoRA(3, init="eva"), gradient, inputs)["a"], (q * positive(q))[:, :3])
+
+
 def test_lora_ga_takes_two_triplets_a_rank_and_refuses_matrices_that_have_fewer():
     with pytest.raises(ValueError, match=r"w, shape \(9, 7\): LoRA-GA takes 8 singular vectors .* use rank 3 or less"):
         jlora.adapterize({"w": jnp.zeros((9, 7))}, {"w": jlora.LoRA(4, init="lora_ga")})

@@ -71,11 +71,11 @@ def test_stacked_layers_and_experts_are_paired_matrix_by_matrix():
 def test_square_matrices_are_paired_by_patterns_and_pairs_of_other_sizes_take_their_part():
     params = {f"layers_{n}": {kind: weight(n, 8, 8) for kind in "qkvo"} for n in range(2)}
     params["layers_2"] = {"v": weight(5, 6, 6), "o": weight(6, 6, 6)}
-    method = jlora.TiedPair(rank=2, first=".*/v", second=".*/o")
+    method = jlora.TiedPair(rank=2, scaling="rslora", first=".*/v", second=".*/o")
     adapted = perturbed(jlora.adapterize(params, {".*/[vo]": method}))
     drawer, merged = adapted.params["~shared"]["TiedPair"], jlora.merge(adapted)
     for n, (name, size) in enumerate((("layers_0", 8), ("layers_1", 8), ("layers_2", 6))):
-        wanted = 4 * np.asarray(drawer["a"][n][:size]) @ np.asarray(drawer["b"][n][:, :size])
+        wanted = 8 / 2**0.5 * np.asarray(drawer["a"][n][:size]) @ np.asarray(drawer["b"][n][:, :size])
         close(merged[name]["v"] - params[name]["v"], wanted)
         close(merged[name]["o"] - params[name]["o"], wanted.T)
     two = perturbed(jlora.adapterize({"p": weight(0, 4, 4), "q": weight(1, 4, 4)}, {".*": jlora.TiedPair(rank=2)}))

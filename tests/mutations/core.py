@@ -801,6 +801,13 @@ ACTING = (
         (ACTS + "a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params",),
     ),
     Mutation(
+        "a bias beside is cut as if the axes of a stack came first",
+        "jlora/core/tree/beside.py",
+        "return jnp.transpose(leaf, _order(site)).reshape(",
+        "return leaf.reshape(",
+        (ACTS + "a_bias_beside_keeps_the_order_of_its_axes_where_those_of_a_stack_come_last",),
+    ),
+    Mutation(
         "merge leaves the bias beside as it was",
         "jlora/core/tree/merge.py",
         "return own | _beside(adapted, found)",
@@ -813,6 +820,13 @@ ACTING = (
         "return (matmul(x, turned, wide.out_dtype, options.precision) + change).astype(options.out_dtype)",
         "return (matmul(few, turned, wide.out_dtype, options.precision) + change).astype(options.out_dtype)",
         ("tests/test_dropout_around.py::test_what_is_dropped_is_the_updates_input_alone",),
+    ),
+    Mutation(
+        "a method around another leaves the bias beside as it was",
+        "jlora/core/protocol/wrapping.py",
+        "return self.inner.beside",
+        "return ()",
+        (ACTS + "dropout_around_a_gain_drops_and_merges_with_its_bias",),
     ),
 )
 

@@ -917,8 +917,8 @@ ROTATIONS = (
     Mutation(
         "IA3 leaves the bias as it was",
         "jlora/methods/ia3.py",
-        "(scale - 1) if",
-        "0 if",
+        'leaf.astype(view.params["l"].dtype) * view.params["l"] for',
+        "leaf for",
         (FROM_PEFT + "[ia3]",),
     ),
     Mutation(
@@ -958,8 +958,8 @@ ACTING = (
     Mutation(
         "a Hadamard adapter leaves the bias of the function as it is",
         "jlora/methods/hadamard.py",
-        "(bias * (g - 1) + b)",
-        "b",
+        '"bias": g * bias + b if',
+        '"bias": bias + b if',
         (ADAPTER + "output_gradients_and_ten_steps_are_those_of_numpy[output]",),
     ),
     Mutation(
@@ -967,7 +967,7 @@ ACTING = (
         "jlora/methods/hadamard.py",
         "bias + b @ view.w.astype(g.dtype)",
         "bias + b @ self.weight(view)",
-        (ADAPTER + "merged_weights_and_biases_of_stacked_layers_do_what_the_adapter_does[input]",),
+        (ADAPTER + "output_gradients_and_ten_steps_are_those_of_numpy[input]",),
     ),
     Mutation(
         "GLoRA shifts by the changed weight",

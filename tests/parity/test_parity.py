@@ -95,6 +95,18 @@ def adapted_of(base, spec):
     return model, params, moved(jlora.adapterize(params, spec, sites=sites))
 
 
+@pytest.mark.parametrize("name", STATED)
+def test_a_stated_place_names_settings_that_peft_has_with_its_defaults(name):
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = stated_kind(STATED[name])
+    theirs = vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind.peft_type]())
+    settings = {setting.name: setting.default for setting in kind.settings if setting.listed is None}
+    assert {name: theirs[name] for name in settings} == settings
+    others = {name for each in kind.settings for name in (each.name, each.pattern or each.name)}
+    assert others | set(kind.only) | set(kind.training) | set(kind.unused) <= set(theirs)
+
+
 @pytest.mark.parametrize("name", EXPORTS)
 @pytest.mark.filterwarnings("error:.*[Mm]issing.*", "error:.*[Uu]nexpected.*", "error:.*inconsisten.*")
 def test_peft_computes_what_jlora_computes_with_what_jlora_wrote(name, tmp_path):
