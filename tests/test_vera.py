@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from contract import checks, discovery
+from descent import descend
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,22 +48,9 @@ def test_outputs_gradients_and_steps_are_those_of_peft():
     def outputs(p):
         return jlora.lift(forward, strict=True)(adapted.replace(params=p), GOLDEN["x"])
 
-    def loss(p):
-        return jnp.sum(jnp.sin(outputs(p)))
-
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
-
-    def step(carry, _):
-        p, state = carry
-        gradients = jax.grad(loss)(p)
-        updates, state = tx.update(gradients, state, p)
-        return (optax.apply_updates(p, updates), state), gradients
-
-    p = adapted.params
-    y, ((after, _), gradients) = jax.jit(
-        lambda p: (outputs(p), jax.lax.scan(step, (p, tx.init(p)), length=5)),
-    )(p)
-    close(y, GOLDEN["y"])
+    y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
+    close(y[0], GOLDEN["y"])
     jax.tree.map(lambda mine, theirs: close(mine[0], theirs), gradients, vectors("gradient"))
     jax.tree.map(close, after, vectors("after"))
 

@@ -189,11 +189,7 @@ class Chain(Around):
 
     def weight(self, view: View) -> jax.Array:
         """`v + past_a @ past_b`."""
-        if self.ranks is None:
-            v = self.inner.weight(view)
-        else:
-            found = self._link(view)
-            v = view.w.astype(found.a.dtype) + found.a @ found.b
+        v = self.inner.weight(view) if self.ranks is None else self._link(view).weight(view.w)
         return v if self.links == 1 else v + view.frozen["past_a"] @ view.frozen["past_b"]
 
     def factors(self, view: View) -> Factors:

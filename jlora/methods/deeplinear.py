@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, check_rank, integer
 from jlora.core.protocol.job import Recipe
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.methods.deeplora import check_sixteen_bits, first_directions
 from jlora.methods.lora import trained_dtype
 
@@ -108,8 +108,7 @@ class DeepLinear(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + f1 @ f2 @ f3`."""
-        factors = self.factors(view)
-        return view.w.astype(factors.a.dtype) + factors.a @ factors.b
+        return self.factors(view).weight(view.w)
 
     def factors(self, view: View) -> Factors:
         """The first factor, and the product of all the others."""
@@ -121,9 +120,7 @@ class DeepLinear(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups: the last factor is a `b`, all others are `a`s."""
-        if site.kind == "gather":
-            return dict.fromkeys(self.axes, "embedding")
-        return {**dict.fromkeys(self.axes, "a"), f"f{self.depth}": "b"}
+        return factor_labels(site, {**dict.fromkeys(self.axes, "a"), f"f{self.depth}": "b"})
 
     def rates(self, site: Site) -> dict[str, float]:
         """`gamma` for the outer factors."""

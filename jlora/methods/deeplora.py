@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.core.protocol.data_starts import randomised_svd
 from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hyperparameters, integer
-from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View, factor_labels
 from jlora.methods.lora import trained_dtype
 
 # What float16 can't tell from zero.
@@ -149,8 +149,7 @@ class DeepLoRA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + f3 @ f2 @ f1`, or `w + left @ m3 @ m2 @ m1 @ right.T`."""
-        f = self.factors(view)
-        return view.w.astype(f.a.dtype) + f.a @ f.b
+        return self.factors(view).weight(view.w)
 
     def factors(self, view: View) -> Factors:
         """The factor on the input's side, and the product of all the others, `[rank, out]`, which costs little to form."""
@@ -167,9 +166,7 @@ class DeepLoRA(Method):
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups: the factor on the output's side is a `b`, all others are `a`s."""
         trained = set(self.axes) - ({"left", "right"} if self.compressed and not self.gamma else set())
-        if site.kind == "gather":
-            return dict.fromkeys(trained, "embedding")
-        return {name: "b" if "out" in self.axes[name] else "a" for name in trained}
+        return factor_labels(site, {name: "b" if "out" in self.axes[name] else "a" for name in trained})
 
     def rates(self, site: Site) -> dict[str, float]:
         """`gamma` for the outer factors of the compressed form."""

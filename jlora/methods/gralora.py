@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, integer
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.methods.lora import kaiming, trained_dtype
 from jlora.methods.melora import block_numbers, check_blocks
@@ -97,13 +97,7 @@ class GraLoRA(Method):
     def check(self, site: Site) -> None:
         """Refuses sides that are no multiple of the number of blocks, and ranks above the matrix's sides."""
         check_blocks(self.blocks, site)
-        side = min(site.in_size, site.out_size)
-        for name, rank in (("rank", self.rank), ("hybrid_rank", self.hybrid_rank)):
-            if rank > side:
-                raise ValueError(
-                    f"{name} {rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix; use {side} or "
-                    "less"
-                )
+        check_rank(self, site, ("rank", "hybrid_rank"))
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """`a` uniform in ±1/sqrt(rows of a block), `b` zero; the ordinary LoRA as LoRA."""
@@ -148,7 +142,7 @@ class GraLoRA(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
-        return dict.fromkeys(self.axes, "embedding") if site.kind == "gather" else {name: name[0] for name in self.axes}
+        return factor_labels(site, {name: name[0] for name in self.axes})
 
 
 def _rows(blocks: np.ndarray) -> np.ndarray:

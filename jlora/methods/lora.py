@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -120,7 +121,7 @@ class LoRA(Method):
     @property
     def scale(self) -> float:
         """`s`, the factor of `a @ b`."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return lora_scale(self.alpha, self.rank, self.scaling)
 
     @property
     def from_weight(self) -> bool:
@@ -246,6 +247,16 @@ def _is_init(name: object) -> bool:
 def trained_dtype(w: jax.Array) -> jnp.dtype:
     """What adapters of a base are stored in: float32 at least, so that small updates are not rounded away."""
     return jnp.dtype(jnp.float32) if jnp.dtype(w.dtype).itemsize < 4 else w.dtype
+
+
+def shared_dtype(sites: Sequence[Site]) -> jnp.dtype:
+    """What arrays that leaves share are stored in: the widest that `trained_dtype` gives for any of them."""
+    return jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+
+
+def lora_scale(alpha: float, rank: int, scaling: str) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)` where the scaling is "rslora"."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

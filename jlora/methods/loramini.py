@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.methods.lora import kaiming, trained_dtype
 
 
@@ -108,7 +108,7 @@ class LoRAMini(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
-        return dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
+        return factor_labels(site, {"a": "a", "b": "b"})
 
 
 LoRAMini.CASES = (LoRAMini(rank=2, in_width=5, out_width=4), LoRAMini(4, 4, 8, alpha=2, dropout=0.25))

@@ -14,7 +14,7 @@ from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, check_hyperparamet
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import kinds, layer_numbers
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.lora import SCALINGS
+from jlora.methods.lora import SCALINGS, lora_scale, shared_dtype
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,12 @@ class LoRTA(Method):
 
     def __post_init__(self) -> None:
         bounds = {"scaling": one_of(SCALINGS), "init_scale": NOT_NEGATIVE, "heads": integer(1), "rank": integer(1)}
-        check_hyperparameters(self, bounds=bounds, of=LoRTA)
-        try:
-            re.compile(self.by_rows)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"LoRTA's by_rows must be a regex that matches paths, got {self.by_rows!r}: {error}"
-            ) from None
+        check_hyperparameters(self, bounds=bounds, of=LoRTA, regexes=("by_rows",))
 
     @property
     def scale(self) -> float:
         """`s`."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return lora_scale(self.alpha, self.rank, self.scaling)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -104,7 +98,7 @@ class LoRTA(Method):
         """The factors, as large as the largest leaf needs."""
         cut, whole = zip(*(_heads_first(site.in_size, site.out_size, self._cuts_rows(site)) for site in sites))
         sizes = {"c_h": self.heads, "c_m": kinds(sites)[1], "c_l": layer_numbers(sites)[1]}
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         key, key_a = jax.random.split(key)
         bound = math.sqrt(6 / ((1 + 5 * self.init_scale**2) * self.rank))
         factors = {
@@ -145,8 +139,7 @@ class LoRTA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * ...`, of the factors."""
-        found = self.factors(view)
-        return view.w.astype(found.a.dtype) + found.a @ found.b
+        return self.factors(view).weight(view.w)
 
     def labels(self, site: Site) -> dict[str, str]:
         """None: a leaf trains nothing of its own."""

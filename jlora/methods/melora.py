@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.job import Recipe
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.methods.lora import kaiming, trained_dtype
 
 
@@ -104,7 +104,7 @@ class MELoRA(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
-        return dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
+        return factor_labels(site, {"a": "a", "b": "b"})
 
 
 def check_blocks(blocks: int, site: Site) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer, one_of
 from jlora.core.protocol.layers import kinds
 from jlora.core.protocol.method import Method, Site, Start, View
-from jlora.methods.lora import trained_dtype
+from jlora.methods.lora import shared_dtype, trained_dtype
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MPO(Method):
         """`central [kinds, bond, rows, columns, bond]`, as large as the largest leaf needs."""
         rows, columns = (self._middle(max(sizes)) for sizes in zip(*((site.in_size, site.out_size) for site in sites)))
         left, right = self._length(self.depth), self._length(self.depth + 1)
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         central = jax.random.normal(key, (kinds(sites)[1], left, rows, columns, right), dtype) / math.sqrt(left)
         return Start({"central": central}) if self.learn == "all" else Start({}, {"central": central})
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank
 from jlora.core.protocol.job import Recipe
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.methods.lora import kaiming, trained_dtype
 
 
@@ -94,8 +94,7 @@ class MultiLoRA(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors; the scales are vectors, though all branches have theirs in one array."""
-        groups = {"a": "a", "b": "b"} if site.kind != "gather" else dict.fromkeys("ab", "embedding")
-        return {**groups, "s": "vector"}
+        return {**factor_labels(site, {"a": "a", "b": "b"}), "s": "vector"}
 
 
 MultiLoRA.CASES = (MultiLoRA(rank=2, alpha=3), MultiLoRA(rank=3, branches=2, dropout=0.25))

@@ -13,7 +13,7 @@ from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, 
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftShared, PeftTensor
-from jlora.methods.lora import trained_dtype
+from jlora.methods.lora import shared_dtype, trained_dtype
 
 BASES = ("dense", "sparse", "very_sparse")
 
@@ -125,7 +125,7 @@ class RandLoRA(Method):
         # As VeRA's: by a named generator and without `key`, which differs between adapters that must share the pair.
         keys = jax.random.split(jax.random.key(self.projection_key, impl="threefry2x32"))
         smaller, larger = sorted((max(site.in_size for site in sites), max(site.out_size for site in sites)))
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         shapes = {"a": (self.rank, 1, smaller), "b": (larger, self.number(smaller), self.rank)}
         return {name: self._draw(key, shape, dtype, smaller) for key, (name, shape) in zip(keys, shapes.items())}
 

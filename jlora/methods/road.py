@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.protocol.hyperparameters import check_hyperparameters, number, one_of
+from jlora.core.protocol.hyperparameters import check_hyperparameters, instead, number, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
@@ -73,8 +73,7 @@ class RoAd(Method):
         outputs = site.out_size
         if outputs % self.group:
             fitting = [n for n in range(2, outputs + 1, 2) if outputs % n == 0]
-            nearest = sorted(fitting, key=lambda n: abs(n - self.group))[:5]
-            use = f"use {', '.join(map(str, nearest))}" if nearest else "no even number does; leave it out of the spec"
+            use = instead(self.group, fitting, "no even number does")
             raise ValueError(
                 f"group {self.group} must divide the {outputs} outputs of the {site.in_size} x {outputs} matrix; {use}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from jlora.core.protocol.hyperparameters import check_hyperparameters, check_ran
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.layers import layer_paths
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
-from jlora.methods.lora import SCALINGS
+from jlora.methods.lora import SCALINGS, lora_scale, shared_dtype
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,14 @@ class TiedPair(Method):
 
     def __post_init__(self) -> None:
         bounds = {"rank": integer(1, "a positive integer"), "scaling": one_of(SCALINGS)}
-        check_hyperparameters(self, bounds=bounds, of=TiedPair)
+        check_hyperparameters(self, bounds=bounds, of=TiedPair, regexes=("first", "second"))
         if (self.first is None) != (self.second is None):
             raise ValueError(f"TiedPair takes first and second together, got {self.first!r} and {self.second!r}")
-        try:
-            for pattern in (self.first or "", self.second or ""):
-                re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"TiedPair's first and second must be regexes that match paths: {error}") from None
 
     @property
     def scale(self) -> float:
         """`s`."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return lora_scale(self.alpha, self.rank, self.scaling)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -106,7 +100,7 @@ class TiedPair(Method):
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
         """`a [pairs, d, rank]`, uniform within `1 / sqrt(d)` of each pair's own `d`, and `b [pairs, rank, h]`."""
         pairs = _pairs(self, sites)
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         sides = np.array([_sides(sites[pair[0][0]]) for pair in pairs])
         bounds = jnp.asarray(1 / np.sqrt(sides[:, 0]), dtype)[:, None, None]
         a = bounds * jax.random.uniform(key, (len(pairs), sides[:, 0].max(), self.rank), dtype, -1, 1)
@@ -138,8 +132,7 @@ class TiedPair(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + s * a @ b`, or its transpose for `w2`."""
-        found = self.factors(view)
-        return view.w.astype(found.a.dtype) + found.a @ found.b
+        return self.factors(view).weight(view.w)
 
     def labels(self, site: Site) -> dict[str, str]:
         """None: a leaf trains nothing of its own."""

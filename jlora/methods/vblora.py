@@ -13,7 +13,7 @@ from jlora.core.protocol.hyperparameters import NOT_NEGATIVE, POSITIVE, check_hy
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftShared, PeftTensor
-from jlora.methods.lora import trained_dtype
+from jlora.methods.lora import shared_dtype, trained_dtype
 
 # Both ways alike.
 _SWAPPED = (lambda x: np.swapaxes(x, 0, 1), lambda x: np.swapaxes(x, 0, 1))
@@ -111,7 +111,7 @@ class VBLoRA(Method):
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
         """The bank, uniform within `bank_bound`."""
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         shape = (self.num_vectors, self.vector_length)
         return Start({"bank": jax.random.uniform(key, shape, dtype, -self.bank_bound, self.bank_bound)})
 
@@ -139,8 +139,7 @@ class VBLoRA(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + a @ b`."""
-        found = self.factors(view)
-        return view.w.astype(found.a.dtype) + found.a @ found.b
+        return self.factors(view).weight(view.w)
 
     def labels(self, site: Site) -> dict[str, str]:
         """Both sides' logits alike: neither starts at zero."""

@@ -13,7 +13,7 @@ from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters,
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import Peft
-from jlora.methods.lora import trained_dtype
+from jlora.methods.lora import shared_dtype, trained_dtype
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class VeRA(Method):
         # that were trained apart and must share the projections.
         key_a, key_b = jax.random.split(jax.random.key(self.projection_key, impl="threefry2x32"))
         rows, columns = max(site.in_size for site in sites), max(site.out_size for site in sites)
-        dtype = jnp.dtype("float64" if any(site.dtype == "float64" for site in sites) else "float32")
+        dtype = shared_dtype(sites)
         return {
             "a": _kaiming_uniform(key_a, (rows, self.rank), dtype),
             "b": _kaiming_uniform(key_b, (self.rank, columns), dtype),

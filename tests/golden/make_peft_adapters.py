@@ -11,30 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
-from peft import (
-    AdaLoraConfig,
-    BOFTConfig,
-    C3AConfig,
-    FourierFTConfig,
-    GloraConfig,
-    GraloraConfig,
-    HiraConfig,
-    HRAConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    MissConfig,
-    OFTConfig,
-    RandLoraConfig,
-    RoadConfig,
-    ShiraConfig,
-    VBLoRAConfig,
-    VeraConfig,
-    get_peft_model,
-)
 from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -121,7 +99,9 @@ TOKENS = torch.tensor([[1, 10, 1, 3], [0, 4, 4, 2]])
 
 
 def lora(targets, **options):
-    return LoraConfig(target_modules=targets, r=options.pop("r", 3), lora_alpha=options.pop("lora_alpha", 5), **options)
+    return peft.LoraConfig(
+        target_modules=targets, r=options.pop("r", 3), lora_alpha=options.pop("lora_alpha", 5), **options
+    )
 
 
 CASES = {
@@ -142,15 +122,15 @@ CASES = {
     "conv2d_dora": (Image, lora(["conv"], use_dora=True)),
     "conv1d": (Sound, lora(["conv"])),
     "gpt2": (Gpt, lora(["c_attn"], fan_in_fan_out=True)),
-    "experts": (Mixture, LoraConfig(target_modules=[], target_parameters=EXPERTS, r=2, lora_alpha=3)),
+    "experts": (Mixture, peft.LoraConfig(target_modules=[], target_parameters=EXPERTS, r=2, lora_alpha=3)),
     "experts_transposed": (
         lambda: Mixture(True),
-        LoraConfig(target_modules=[], target_parameters=EXPERTS[::-1], r=2, lora_alpha=3),
+        peft.LoraConfig(target_modules=[], target_parameters=EXPERTS[::-1], r=2, lora_alpha=3),
     ),
-    "adalora": (Text, AdaLoraConfig(target_modules=LINEAR, init_r=4, lora_alpha=6, total_step=10)),
+    "adalora": (Text, peft.AdaLoraConfig(target_modules=LINEAR, init_r=4, lora_alpha=6, total_step=10)),
     "adalora_pruned": (
         Text,
-        AdaLoraConfig(
+        peft.AdaLoraConfig(
             target_modules=LINEAR,
             init_r=4,
             lora_alpha=6,
@@ -158,33 +138,41 @@ CASES = {
             rank_pattern={"up.lora_E": [True, False, True, True], "mix.lora_E": [False, False, True, False]},
         ),
     ),
-    "c3a": (Text, C3AConfig(target_modules=LINEAR, block_size=2, block_size_pattern={"mix": 4})),
+    "c3a": (Text, peft.C3AConfig(target_modules=LINEAR, block_size=2, block_size_pattern={"mix": 4})),
     "fourierft": (
         Text,
-        FourierFTConfig(target_modules=[*LINEAR, "head"], n_frequency=9, scaling=40.0, n_frequency_pattern={"mix": 64}),
+        peft.FourierFTConfig(
+            target_modules=[*LINEAR, "head"], n_frequency=9, scaling=40.0, n_frequency_pattern={"mix": 64}
+        ),
     ),
-    "boft_deep": (Text, BOFTConfig(target_modules=["mix", "head"], boft_block_size=2, boft_n_butterfly_factor=3)),
-    "boft": (Text, BOFTConfig(target_modules=LINEAR, boft_block_size=2)),
-    "hra": (Text, HRAConfig(target_modules=LINEAR, r=4)),
-    "hra_gram_schmidt": (Text, HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
-    "ia3": (Text, IA3Config(target_modules=[*LINEAR, "head"], feedforward_modules=["head"])),
-    "oft": (Text, OFTConfig(target_modules=["mix", "head"], oft_block_size=4)),
-    "oft_bounded": (Text, OFTConfig(target_modules=LINEAR, oft_block_size=2, coft=True, eps=0.5)),
-    "oft_exact": (OFTConfig(target_modules=LINEAR, r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),),
-    "road": (Text, RoadConfig(target_modules=LINEAR, group_size=4)),
-    "road_4": (Text, RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),
-    "gralora": (Text, GraloraConfig(target_modules=LINEAR, r=4, alpha=6, gralora_k=2, hybrid_r=1)),
-    "glora": (Text, GloraConfig(target_modules=LINEAR, r=3, config_D_E="vector")),
-    "hira": (Text, HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
-    "loha": (Text, LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7})),
-    "randlora": (Text, RandLoraConfig(target_modules=[*LINEAR, "head"], r=3, randlora_alpha=7)),
-    "vblora": (Text, VBLoRAConfig(target_modules=LINEAR, r=2, num_vectors=6, vector_length=2)),
-    "vera": (Text, VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
-    "lntuning": (Text, LNTuningConfig(target_modules=["norm"])),
-    "lokr": (Text, LoKrConfig(target_modules=[*LINEAR, "head"], r=1, alpha=3, decompose_both=True)),
-    "miss": (Text, MissConfig(target_modules=LINEAR, r=4)),
-    "miss_bat": (Text, MissConfig(target_modules=["mix"], r=2, init_weights="bat")),
-    "shira": (Text, ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
+    "boft_deep": (Text, peft.BOFTConfig(target_modules=["mix", "head"], boft_block_size=2, boft_n_butterfly_factor=3)),
+    "boft": (Text, peft.BOFTConfig(target_modules=LINEAR, boft_block_size=2)),
+    "hra": (Text, peft.HRAConfig(target_modules=LINEAR, r=4)),
+    "hra_gram_schmidt": (Text, peft.HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
+    "ia3": (Text, peft.IA3Config(target_modules=[*LINEAR, "head"], feedforward_modules=["head"])),
+    "oft": (Text, peft.OFTConfig(target_modules=["mix", "head"], oft_block_size=4)),
+    "oft_bounded": (Text, peft.OFTConfig(target_modules=LINEAR, oft_block_size=2, coft=True, eps=0.5)),
+    "oft_exact": (
+        Text,
+        peft.OFTConfig(target_modules=LINEAR, r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),
+    ),
+    "road": (Text, peft.RoadConfig(target_modules=LINEAR, group_size=4)),
+    "road_4": (Text, peft.RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),
+    "gralora": (Text, peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=6, gralora_k=2, hybrid_r=1)),
+    "glora": (Text, peft.GloraConfig(target_modules=LINEAR, r=3, config_D_E="vector")),
+    "hira": (Text, peft.HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
+    "loha": (
+        Text,
+        peft.LoHaConfig(target_modules=LINEAR, r=3, alpha=5, rank_pattern={"mix": 2}, alpha_pattern={"^up": 7}),
+    ),
+    "randlora": (Text, peft.RandLoraConfig(target_modules=[*LINEAR, "head"], r=3, randlora_alpha=7)),
+    "vblora": (Text, peft.VBLoRAConfig(target_modules=LINEAR, r=2, num_vectors=6, vector_length=2)),
+    "vera": (Text, peft.VeraConfig(target_modules=[*LINEAR, "head"], r=4)),
+    "lntuning": (Text, peft.LNTuningConfig(target_modules=["norm"])),
+    "lokr": (Text, peft.LoKrConfig(target_modules=[*LINEAR, "head"], r=1, alpha=3, decompose_both=True)),
+    "miss": (Text, peft.MissConfig(target_modules=LINEAR, r=4)),
+    "miss_bat": (Text, peft.MissConfig(target_modules=["mix"], r=2, init_weights="bat")),
+    "shira": (Text, peft.ShiraConfig(target_modules=LINEAR, r=1, random_seed=3)),
 }
 
 
@@ -216,7 +204,7 @@ def write(name, build, config):
     base = build()
     arrays = {f"base/{key}": tensor.detach().clone().numpy() for key, tensor in base.state_dict().items()}
     x = inputs(base)
-    model = get_peft_model(base, config)
+    model = peft.get_peft_model(base, config)
     randomise(model)
     if name == "adalora_pruned":
         model.base_model.resize_modules_by_rank_pattern(config.rank_pattern, "default")

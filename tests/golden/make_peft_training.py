@@ -9,29 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import torch
-from peft import (
-    AdaLoraConfig,
-    BOFTConfig,
-    C3AConfig,
-    FourierFTConfig,
-    GloraConfig,
-    GraloraConfig,
-    HiraConfig,
-    HRAConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    MissConfig,
-    OFTConfig,
-    RandLoraConfig,
-    RoadConfig,
-    VBLoRAConfig,
-    VeraConfig,
-    get_peft_model,
-)
 from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "peft_training"
@@ -43,40 +22,40 @@ ADALORA = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "to
 
 
 def lora(**options):
-    return LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **options)
+    return peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **options)
 
 
 CONFIGS = {
-    "lntuning": lambda: LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
-    "lokr": lambda: LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
-    "miss": lambda: MissConfig(r=4, target_modules=TARGETS),
+    "lntuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=TARGETS),
+    "miss": lambda: peft.MissConfig(r=4, target_modules=TARGETS),
     # For larger blocks PEFT's gradient of a layer's input is wrong (`BlockCircularConvolution.backward`).
-    "c3a": lambda: C3AConfig(block_size=2, target_modules=TARGETS),
-    "fourierft": lambda: FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
-    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
-    "hra": lambda: HRAConfig(r=4, target_modules=TARGETS),
-    "hra_gram_schmidt": lambda: HRAConfig(r=3, apply_GS=True, target_modules=TARGETS),
-    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
-    "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
-    "oft_bounded": lambda: OFTConfig(oft_block_size=4, coft=True, eps=0.4, target_modules=TARGETS),
-    "oft_exact": lambda: OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
-    "road": lambda: RoadConfig(group_size=4, target_modules=TARGETS),
-    "gralora": lambda: GraloraConfig(r=4, alpha=6, target_modules=TARGETS),
-    "glora": lambda: GloraConfig(r=4, target_modules=TARGETS),
-    "hira": lambda: HiraConfig(r=4, target_modules=TARGETS),
-    "loha": lambda: LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
+    "c3a": lambda: peft.C3AConfig(block_size=2, target_modules=TARGETS),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=20, scaling=30.0, target_modules=TARGETS),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=TARGETS),
+    "hra_gram_schmidt": lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=TARGETS),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft_bounded": lambda: peft.OFTConfig(oft_block_size=4, coft=True, eps=0.4, target_modules=TARGETS),
+    "oft_exact": lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=TARGETS),
+    "road": lambda: peft.RoadConfig(group_size=4, target_modules=TARGETS),
+    "gralora": lambda: peft.GraloraConfig(r=4, alpha=6, target_modules=TARGETS),
+    "glora": lambda: peft.GloraConfig(r=4, target_modules=TARGETS),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
+    "loha": lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lora": lambda: lora(),
     "rslora": lambda: lora(use_rslora=True),
     "dora": lambda: lora(use_dora=True),
     "olora": lambda: lora(init_lora_weights="olora"),
     "pissa": lambda: lora(init_lora_weights="pissa"),
-    "randlora": lambda: RandLoraConfig(r=3, randlora_alpha=1, target_modules=TARGETS),
-    "vblora": lambda: VBLoRAConfig(
+    "randlora": lambda: peft.RandLoraConfig(r=3, randlora_alpha=1, target_modules=TARGETS),
+    "vblora": lambda: peft.VBLoRAConfig(
         r=4, num_vectors=8, vector_length=4, init_vector_bank_bound=0.3, target_modules=TARGETS
     ),
-    "vera": lambda: VeraConfig(r=8, target_modules=TARGETS),
+    "vera": lambda: peft.VeraConfig(r=8, target_modules=TARGETS),
     # Without a task PEFT's model passes its own forward by, and the penalty with it.
-    "adalora": lambda: AdaLoraConfig(
+    "adalora": lambda: peft.AdaLoraConfig(
         lora_alpha=6, target_modules=TARGETS, orth_reg_weight=0.3, task_type="CAUSAL_LM", **ADALORA
     ),
 }
@@ -91,7 +70,7 @@ def tokens():
 def start(name, folder, base=BASE):
     """A PEFT model with a random start, which is saved."""
     torch.manual_seed(11)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), CONFIGS[name]())
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), CONFIGS[name]())
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.requires_grad and name not in DECAYS and "magnitude" not in key:

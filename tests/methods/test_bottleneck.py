@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 from jlora import Bottleneck
@@ -42,17 +43,9 @@ def test_output_gradients_and_ten_steps_are_those_of_the_authors_layers(side):
     adapted = jlora.adapterize({"kernel": w, "bias": bias}, {"kernel": METHODS[side]})
     assert jax.tree.map(jnp.shape, adapted.params) == jax.tree.map(jnp.shape, of(side, "start"))
     output = lambda p: jlora.lift(fn)(adapted.replace(params=p), x)
-    tx = optax.sgd(0.05)
-
-    def step(carry, _):
-        p, state = carry
-        value, gradient = jax.value_and_grad(lambda p: jnp.mean((output(p) - target) ** 2))(p)
-        updates, state = tx.update(gradient, state)
-        return (optax.apply_updates(p, updates), state), (value, gradient)
-
-    run = jax.jit(lambda p: (output(p), jax.lax.scan(step, (p, tx.init(p)), length=10)))
-    y, ((after, _), (losses, gradients)) = run(of(side, "start"))
-    close(y, GOLDEN[f"{side}/y"])
+    loss = lambda y: jnp.mean((y - target) ** 2)
+    y, losses, gradients, after = descend(output, of(side, "start"), optax.sgd(0.05), 10, loss)
+    close(y[0], GOLDEN[f"{side}/y"])
     jax.tree.map(close, jax.tree.map(lambda leaf: leaf[0], gradients), of(side, "gradient"))
     close(losses, GOLDEN[f"{side}/losses"])
     jax.tree.map(close, after, of(side, "after"))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 
@@ -56,13 +57,7 @@ def test_start_losses_and_ten_steps_are_those_of_the_authors(depth, eps, name, f
     def loss(p):
         return jlora.lift(loss_fn)(adapted.replace(params=p), (TARGET, MASK))
 
-    def step(carry, _):
-        value, gradient = jax.value_and_grad(loss)(carry[0])
-        updates, state = tx.update(gradient, carry[1], carry[0])
-        return (optax.apply_updates(carry[0], updates), state), value
-
-    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=10))
-    (found, _), losses = run(adapted.params)
+    _, losses, _, found = descend(loss, adapted.params, tx, 10, loss=lambda y: y)
     close([losses[0], loss(found)], GOLDEN[f"{depth}/{name}/losses"])
     jax.tree.map(close, turned(factors(found), factors(adapted.params), theirs), after)
 

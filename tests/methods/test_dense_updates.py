@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 from jlora.methods.c3a import circulant
@@ -88,18 +89,9 @@ def test_outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft(name):
     def outputs(p):
         return jlora.lift(partial(forward, name), strict=True)(adapted.replace(params=p), GOLDEN[f"{name}/x"])
 
-    def step(carry, _):
-        p, state = carry
-        loss, gradients = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(outputs(p))))(p)
-        updates, state = tx.update(gradients, state, p)
-        return (optax.apply_updates(p, updates), state), (loss, gradients)
-
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
-    p = adapted.params
-    y, ((after, _), (losses, gradients)) = jax.jit(
-        lambda p: (outputs(p), jax.lax.scan(step, (p, tx.init(p)), length=10))
-    )(p)
-    close(y, GOLDEN[f"{name}/y"])
+    y, losses, gradients, after = descend(outputs, adapted.params, tx, steps=10)
+    close(y[0], GOLDEN[f"{name}/y"])
     jax.tree.map(lambda mine, theirs: close(mine[0], theirs, atol=1e-4), gradients, trained(name, "gradient"))
     close(losses, GOLDEN[f"{name}/losses"], rtol=5e-5, atol=5e-5)
     jax.tree.map(partial(close, atol=1e-4), after, trained(name, "after"))

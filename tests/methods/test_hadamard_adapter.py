@@ -9,6 +9,7 @@ import optax
 import pytest
 from contract.problems import close as near
 from contract.problems import jit, normal, perturbed, weight
+from descent import descend
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -44,18 +45,10 @@ def test_output_gradients_and_ten_steps_are_those_of_numpy(side):
     base = {"kernel": jnp.asarray(W, jnp.float32), "bias": jnp.asarray(BIAS, jnp.float32)}
     adapted = perturbed(jlora.adapterize(base, {"kernel": Hadamard(side)}))
     output = lambda p: jlora.lift(fn)(adapted.replace(params=p), jnp.asarray(X, jnp.float32))
-    tx = optax.sgd(0.5)
-
-    def step(carry, _):
-        p, state = carry
-        value, gradient = jax.value_and_grad(lambda p: jnp.mean((output(p) - TARGET) ** 2))(p)
-        updates, state = tx.update(gradient, state)
-        return (optax.apply_updates(p, updates), state), value
-
-    run = jax.jit(lambda p: (output(p), jax.lax.scan(step, (p, tx.init(p)), length=10)))
-    y, ((after, _), losses) = run(adapted.params)
+    loss = lambda y: jnp.mean((y - TARGET) ** 2)
+    y, losses, _, after = descend(output, adapted.params, optax.sgd(0.5), 10, loss)
     first, *wanted = by_numpy(side, *(np.asarray(adapted.params["kernel"][n], np.float64) for n in "gb"), 0.5, 10)
-    close(y, first)
+    close(y[0], first)
     jax.tree.map(close, [after["kernel"]["g"], after["kernel"]["b"], list(losses)], wanted)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 
@@ -29,18 +30,11 @@ def test_ten_steps_are_those_of_peft():
     def model(params, x):
         return jnp.tanh(x @ params["up"] + GOLDEN["bias/up"]) @ params["down"] + GOLDEN["bias/down"]
 
-    def loss(p):
-        return jnp.sum(jnp.sin(jlora.lift(model, strict=True)(adapted.replace(params=p), GOLDEN["x"])))
+    def outputs(p):
+        return jlora.lift(model, strict=True)(adapted.replace(params=p), GOLDEN["x"])
 
     tx = jlora.optimizer(adapted, optax.adamw, 0.02, eps=1e-10, weight_decay=0.0)
-
-    def step(carry, _):
-        value, gradient = jax.value_and_grad(loss)(carry[0])
-        updates, state = tx.update(gradient, carry[1], carry[0])
-        return (optax.apply_updates(carry[0], updates), state), value
-
-    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=10))
-    (after, _), losses = run(adapted.params)
+    _, losses, _, after = descend(outputs, adapted.params, tx, steps=10)
     close(losses, GOLDEN["losses"])
     jax.tree.map(close, after, fields("after", "b"))
 

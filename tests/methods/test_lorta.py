@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from contract.problems import by_hand, normal, perturbed, weight
+from descent import descend
 
 import jlora
 
@@ -62,18 +63,8 @@ def test_outputs_gradients_and_steps_are_those_of_the_reference(layout):
         return jlora.lift(fn, strict=True)(adapted.replace(params=p), GOLDEN["x"])
 
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
-
-    def step(carry, _):
-        p, state = carry
-        gradients = jax.grad(lambda p: jnp.sum(jnp.sin(outputs(p))))(p)
-        updates, state = tx.update(gradients, state, p)
-        return (optax.apply_updates(p, updates), state), gradients
-
-    p = adapted.params
-    y, ((after, _), gradients) = jax.jit(
-        lambda p: (outputs(p), jax.lax.scan(step, (p, tx.init(p)), length=5)),
-    )(p)
-    close(y, GOLDEN["y"])
+    y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
+    close(y[0], GOLDEN["y"])
     for name in FACTORS:
         close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name])
         close(after["~shared"]["LoRTA"][name], factors("after")[name], atol=1e-4)

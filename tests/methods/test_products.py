@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 
@@ -141,29 +142,12 @@ def in_numpy(written, optimizer, p, frozen, w):
 @pytest.mark.parametrize(("method", "written"), WRITTEN, ids=[str(method) for method, _ in WRITTEN])
 def test_outputs_gradients_and_ten_steps_are_those_of_the_formula_in_numpy(method, written):
     adapted = started(method)
-
-    def loss(p):
-        y = outputs(adapted.replace(params=p))
-        return jnp.sum(jnp.sin(y)), y
-
-    @jax.jit
-    def run(p):
-        results = []
-        for tx in (jlora.optimizer(adapted, optax.sgd, 0.01), jlora.optimizer(adapted, optax.adam, 0.02, eps=EPS)):
-
-            def step(carry, _, tx=tx):
-                gradient, y = jax.grad(loss, has_aux=True)(carry[0])
-                updates, state = tx.update(gradient, carry[1], carry[0])
-                return (optax.apply_updates(carry[0], updates), state), (y, gradient)
-
-            (after, _), seen = jax.lax.scan(step, (p, tx.init(p)), length=10)
-            results.append((*jax.tree.map(lambda leaf: leaf[0], seen), after))
-        return results
-
     p, frozen = adapted.params["w"], adapted.frozen.get("w", {})
-    for (y, gradient, after), optimizer in zip(run(adapted.params), (sgd, adam)):
+    txs = jlora.optimizer(adapted, optax.sgd, 0.01), jlora.optimizer(adapted, optax.adam, 0.02, eps=EPS)
+    for tx, optimizer in zip(txs, (sgd, adam)):
+        y, _, gradients, after = descend(lambda p: outputs(adapted.replace(params=p)), adapted.params, tx, 10)
         wanted = in_numpy(written, optimizer, p, frozen, BASE["w"])
-        jax.tree.map(close, (y, gradient["w"], after["w"]), wanted)
+        jax.tree.map(close, (y[0], {name: each[0] for name, each in gradients["w"].items()}, after["w"]), wanted)
     close(change(adapted), written({n: np.asarray(v) for n, v in p.items()}, frozen)[0])
 
 
@@ -185,21 +169,9 @@ def side(blocks, name):
 
 def ten_steps(adapted, fn, x):
     """Outputs and gradients of a sum of sines, and the trained arrays after ten steps of Adam."""
-    tx = jlora.optimizer(adapted, optax.adam, 0.02)
-    lifted = jlora.lift(fn, strict=True)
-
-    def loss(p):
-        y = lifted(adapted.replace(params=p), x)
-        return jnp.sum(jnp.sin(y)), y
-
-    def step(carry, _):
-        gradient, y = jax.grad(loss, has_aux=True)(carry[0])
-        updates, state = tx.update(gradient, carry[1], carry[0])
-        return (optax.apply_updates(carry[0], updates), state), (y, gradient)
-
-    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=10))
-    (after, _), seen = run(adapted.params)
-    return *jax.tree.map(lambda leaf: leaf[0], seen), after
+    lifted, tx = jlora.lift(fn, strict=True), jlora.optimizer(adapted, optax.adam, 0.02)
+    y, _, gradients, after = descend(lambda p: lifted(adapted.replace(params=p), x), adapted.params, tx, 10)
+    return y[0], jax.tree.map(lambda leaf: leaf[0], gradients), after
 
 
 def test_melora_is_that_of_the_authors():

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from contract.problems import perturbed, weight
+from descent import descend
 
 import jlora
 
@@ -47,18 +48,8 @@ def test_outputs_gradients_and_steps_are_those_of_peft():
         return jlora.lift(forward, strict=True)(adapted.replace(params=p), GOLDEN["x"])
 
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
-
-    def step(carry, _):
-        p, state = carry
-        gradients = jax.grad(lambda p: jnp.sum(jnp.sin(outputs(p))))(p)
-        updates, state = tx.update(gradients, state, p)
-        return (optax.apply_updates(p, updates), state), gradients
-
-    p = adapted.params
-    y, ((after, _), gradients) = jax.jit(
-        lambda p: (outputs(p), jax.lax.scan(step, (p, tx.init(p)), length=5)),
-    )(p)
-    close(y, GOLDEN["y"])
+    y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
+    close(y[0], GOLDEN["y"])
     jax.tree.map(lambda mine, theirs: close(mine[0], theirs), gradients, arrays("gradient"))
     jax.tree.map(partial(close, atol=1e-4), after, arrays("after"))
 

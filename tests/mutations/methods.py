@@ -93,8 +93,8 @@ DENSE_UPDATES = (
     Mutation(
         "SAID's scales are no part of its dimension",
         "jlora/methods/said/method.py",
-        'jnp.zeros(self.dimension - matrices, "float64"',
-        'jnp.zeros(self.dimension, "float64"',
+        "jnp.zeros(self.dimension - matrices, ",
+        "jnp.zeros(self.dimension, ",
         (FASTFOOD + "every_matrix_of_a_stack_has_its_map_and_takes_its_scale_from_the_budget",),
     ),
     Mutation(
@@ -138,8 +138,8 @@ PRODUCTS_OF_FACTORS = (
     Mutation(
         "MultiLoRA's scales decay",
         "jlora/methods/multilora.py",
-        'return {**groups, "s": "vector"}',
-        'return {**groups, "s": "b"}',
+        '"s": "vector"}',
+        '"s": "b"}',
         (PRODUCTS + "the_scales_of_multilora_learn_first_and_never_decay",),
     ),
     Mutation(
@@ -190,8 +190,8 @@ FORMULAS = (
     Mutation(
         "LoRA's standard scale is that of rsLoRA",
         "jlora/methods/lora.py",
-        'math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)',
-        "math.sqrt(self.rank))",
+        'math.sqrt(rank) if scaling == "rslora" else rank)',
+        "math.sqrt(rank))",
         (LORA + "rslora_is_lora_times_the_root_of_the_rank",),
     ),
     Mutation(

@@ -36,6 +36,11 @@ class Factors(Update):
     dropout: float = field(default=0.0, metadata={"static": True})
     refuses_forming: ClassVar[bool] = True
 
+    def weight(self, w: jax.Array) -> jax.Array:
+        """The effective weight `[in, out]`, for methods that give theirs by these factors alone; in the factors' dtype."""
+        v = w.astype(self.a.dtype) + self.a @ self.b
+        return v if self.scale is None else v * self.scale
+
     def times(self, number: jax.Array) -> Self:
         """With `b` times the number."""
         return replace(self, b=self.b * number.astype(self.b.dtype))

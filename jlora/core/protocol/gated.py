@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.protocol.hyperparameters import check_rank
-from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View, factor_labels
 from jlora.core.protocol.plain import PlainLoRA
 
 
@@ -76,7 +76,7 @@ class Gated(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups of the factors."""
-        return dict.fromkeys("ab", "embedding") if site.kind == "gather" else {"a": "a", "b": "b"}
+        return factor_labels(site, {"a": "a", "b": "b"})
 
 
 def ranked(

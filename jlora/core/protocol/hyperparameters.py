@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
@@ -46,7 +47,11 @@ _BOUNDS = {
 
 
 def check_hyperparameters(
-    method: Any, counts: tuple[str, ...] = (), bounds: dict[str, Bound] | None = None, of: type | None = None
+    method: Any,
+    counts: tuple[str, ...] = (),
+    bounds: dict[str, Bound] | None = None,
+    of: type | None = None,
+    regexes: tuple[str, ...] = (),
 ) -> None:
     """Refuses values out of range: those that methods have in common, and the given.
 
@@ -56,6 +61,7 @@ def check_hyperparameters(
         bounds: for other fields, or None likewise, a test and the words for it.
         of: the class whose fields these are, where users derive classes from it with fields of their own; by default the
             method's.
+        regexes: fields that are regexes of paths, or None likewise.
 
     Raises:
         ValueError: naming the method and the hyperparameter.
@@ -69,6 +75,8 @@ def check_hyperparameters(
     for field, value in given.items():
         if isinstance(defaults[field], bool) and not isinstance(value, bool):
             raise ValueError(f"{name}'s {field} must be True or False, got {value!r}")
+    for field in regexes:
+        _check_regex(f"{name}'s {field}", given.get(field, ""))
     most = given.get("max_rank")
     if most is not None and most < method.rank:
         raise ValueError(f"{name}'s max_rank ({most}) is below the rank that it starts with ({method.rank})")
@@ -76,17 +84,30 @@ def check_hyperparameters(
         method.phases.check(name)
 
 
-def check_rank(method: Any, site: Site) -> None:
-    """Refuses a rank above the matrix's sides.
+def _check_regex(words: str, value: Any) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{words} must be a regex that matches paths, got {value!r}: {error}") from None
+
+
+def check_rank(method: Any, site: Site, names: tuple[str, ...] = ("rank", "max_rank")) -> None:
+    """Refuses a rank above the matrix's sides, of the hyperparameters of these names that the method has.
 
     Raises:
         ValueError: naming both.
     """
     side = min(site.in_size, site.out_size)
-    for name in ("rank", "max_rank"):
+    for name in names:
         rank = getattr(method, name, None)
         if rank is not None and rank > side:
             raise ValueError(
                 f"{name} {rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix; "
                 f"use {side} or less"
             )
+
+
+def instead(value: int, choices: Collection[int], none: str = "no number does") -> str:
+    """What a message tells to do in the place of a value that doesn't fit: the choices that are nearest to it."""
+    nearest = sorted(choices, key=lambda choice: abs(choice - value))[:5]
+    return f"use {', '.join(map(str, nearest))}" if nearest else f"{none}; leave it out of the spec"

@@ -375,3 +375,8 @@ def stated_kind(method: Method | type[Method]) -> PeftKind | None:
 def default_label(ndim: int) -> str:
     """LoRA+'s rule for a leaf that is no factor: a vector learns as B does and never decays, a matrix as A does."""
     return "vector" if ndim <= 1 else "a"
+
+
+def factor_labels(site: Site, labels: dict[str, str]) -> dict[str, str]:
+    """LoRA+'s rule for the factors of a product: all are in "embedding" where the leaf is looked up, else as they are given."""
+    return dict.fromkeys(labels, "embedding") if site.kind == "gather" else labels

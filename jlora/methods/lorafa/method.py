@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, one_of
-from jlora.core.protocol.method import Factors, Method, Site, Start, View
+from jlora.core.protocol.method import Factors, Method, Site, Start, View, factor_labels
 from jlora.core.protocol.peft import Peft
-from jlora.methods.lora import SCALINGS, kaiming, trained_dtype
+from jlora.methods.lora import SCALINGS, kaiming, lora_scale, trained_dtype
 from jlora.methods.lorafa.rule import LoRAFARule
 
 
@@ -59,7 +58,7 @@ class LoRAFA(Method):
     @property
     def scale(self) -> float:
         """`s`, the factor of `a @ b`."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return lora_scale(self.alpha, self.rank, self.scaling)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -100,7 +99,7 @@ class LoRAFA(Method):
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s group of `b`."""
-        return {"b": "embedding" if site.kind == "gather" else "b"}
+        return factor_labels(site, {"b": "b"})
 
 
 LoRAFA.CASES = (LoRAFA(rank=4, alpha=3), LoRAFA(rank=2, scaling="rslora", precondition=False, dropout=0.25))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer
+from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, instead, integer
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
@@ -193,10 +193,9 @@ def check_inputs(method: Any, site: Site, factors: int = 1) -> None:
     if value in choices:
         return
     wanted = "divide" if pairs == 1 else f"give {factors} factors of an even side that divide"
-    nearest = sorted(choices, key=lambda choice: abs(choice - value))[:5]
-    use = f"use {', '.join(map(str, nearest))}" if nearest else "no number does; leave it out of the spec"
     raise ValueError(
-        f"{name} {value} must {wanted} the {inputs} inputs of the {inputs} x {site.out_size} matrix; {use}"
+        f"{name} {value} must {wanted} the {inputs} inputs of the {inputs} x {site.out_size} matrix; "
+        f"{instead(value, choices)}"
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Method, Site, Start, View
-from jlora.methods.lora import trained_dtype
+from jlora.methods.lora import shared_dtype, trained_dtype
 from jlora.methods.said.fastfood import constants, fastfood, padded
 
 
@@ -95,8 +95,7 @@ class SAID(Method):
                 f"dimension {self.dimension} leaves nothing to share beside a scale for each of the {matrices} matrices; "
                 "take a larger one, or structure_aware=False"
             )
-        double = any(site.dtype == "float64" for site in sites)
-        return Start({"theta": jnp.zeros(self.dimension - matrices, "float64" if double else "float32")})
+        return Start({"theta": jnp.zeros(self.dimension - matrices, shared_dtype(sites))})
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """A scale of one, and the seed of the map."""
