@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 import jlora
 from jlora.disk import catalog
 from jlora.interchange import config
@@ -12,6 +14,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
 import generated  # noqa: E402
 import peft_table  # noqa: E402
+
+pytestmark = pytest.mark.newest
 
 
 def test_the_tables_are_up_to_date_and_have_every_method_and_setting():

@@ -17,6 +17,8 @@ from jlora import Bottleneck
 from jlora.methods.bottleneck import ACTIVATIONS
 from jlora.models.merged import lazily_merged
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bottleneck.npz"))
 METHODS = {
     "parallel": Bottleneck(3, "parallel", "tanh", scale=1.5),

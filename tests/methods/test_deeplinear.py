@@ -12,6 +12,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "deeplinear.npz"))
 TARGET, MASK = (jnp.asarray(GOLDEN[name], jnp.float32) for name in ("target", "mask"))
 BASE = {"w": jnp.zeros_like(TARGET)}

@@ -16,6 +16,8 @@ from jlora.methods.c3a import circulant
 from jlora.methods.fourierft import positions
 from jlora.methods.spectral_tensor_train import prime_factors, train
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "dense_updates.npz"))
 LAYERS = ("wide", "square", "tall")
 PEFT = {

@@ -7,6 +7,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(5, 4)).astype("f4")
 A1, A2 = RNG.normal(size=(2, 5, 3)).astype("f4")

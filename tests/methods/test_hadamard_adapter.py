@@ -17,6 +17,8 @@ import jlora
 from jlora import Hadamard
 from jlora.models.merged import lazily_merged
 
+pytestmark = pytest.mark.newest
+
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 X, W, BIAS, TARGET = (
     np.asarray(a, np.float64) for a in (normal(1, 9, 6), weight(2, 6, 5), normal(3, 5), normal(4, 9, 5))

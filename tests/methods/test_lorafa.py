@@ -12,6 +12,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "lorafa.npz"))
 LAYERS = ("up", "down")
 RNG = np.random.default_rng(0)

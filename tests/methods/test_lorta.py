@@ -13,6 +13,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "lorta.npz"))
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 KINDS = "koqv"  # in the order of the leaves; the reference's is that of the products below

@@ -13,6 +13,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "mpo.npz"))
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 METHOD = jlora.MPO(bond=3, mode=2, depth=2, scale=2.0)

@@ -12,6 +12,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS = 12, 8

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS = 12, 8
 BASE = {"w": jnp.asarray(RNG.standard_normal((ROWS, COLUMNS)) / 4, jnp.float32)}

@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "data_inits.npz"))
 X = jnp.asarray(GOLDEN["x"])
 HALVES = list(X.reshape(2, 20, 14))

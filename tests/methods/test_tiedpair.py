@@ -12,6 +12,8 @@ from descent import descend
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
