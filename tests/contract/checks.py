@@ -323,7 +323,9 @@ def check_labels(method):
         assert all(size == 8 for role, size in zip(axes, fields[name].shape) if role in ("in", "out")), (
             f"{name}: {axes}"
         )
-    factors = {name: np.any(leaf) for name, leaf in trained.items() if leaf.ndim > 1 and labels[name] in ("a", "b")}
+    factors = {
+        name: bool(np.any(leaf)) for name, leaf in trained.items() if leaf.ndim > 1 and labels[name] in ("a", "b")
+    }
     if len(set(factors.values())) == 2:
         assert all((labels[name] == "a") == drawn for name, drawn in factors.items()), (
             f"of {sorted(factors)} those that start at zero are the b, got {labels}"

@@ -14,7 +14,7 @@ from jax import lax
 import jlora
 from jlora import paths
 from jlora.core.protocol.method import View
-from jlora.core.protocol.statistics import INPUTS
+from jlora.core.protocol.statistics import INPUTS, RESIDUAL
 from jlora.core.tree.adapted import SHARED
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
@@ -40,7 +40,7 @@ def layers(params, x):
 
 
 def adapt(params, spec, key=None, sites=None):
-    """`adapterize`, with gradients of some loss, or inputs, for the methods that start from them."""
+    """`adapterize`, with gradients of some loss, inputs, or the residual of a coarse base for what starts from them."""
     methods = [method for method in (getattr(method, "method", method) for method in spec.values()) if method]
     inputs = frozenset().union(*(method.needs for method in methods)) & INPUTS.keys()
 
@@ -50,8 +50,11 @@ def adapt(params, spec, key=None, sites=None):
         return sum(jnp.sum(jnp.sin(batch * leaf)) for leaf in jax.tree.leaves(params)).astype(jnp.float32)
 
     batches = [jnp.asarray(x, jax.tree.leaves(params)[0].dtype) for x in (3.0, 5.0)]
-    needing = any(method.needs for method in methods)
-    prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing else None
+    needing = frozenset().union(*(method.needs for method in methods))
+    prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing - {RESIDUAL} else None
+    if needing == {RESIDUAL}:
+        original = jax.tree.map(lambda w: w.astype(jnp.float32) + jnp.sin(3 * w.astype(jnp.float32)) / 10, params)
+        prepared = jlora.residuals(original, params, spec, key, sites)
     return jlora.adapterize(params, spec, key, sites, prepared)
 
 
