@@ -41,6 +41,8 @@ from jlora.core.transforms.sites import sites as sites
 from jlora.core.tree.adapted import Adapted as Adapted
 from jlora.core.tree.adapterize import adapterize as adapterize
 from jlora.core.tree.merge import merge as merge
+from jlora.core.tree.residuals import loftq as loftq
+from jlora.core.tree.residuals import residuals as residuals
 from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
 from jlora.core.tree.starts import Prepared as Prepared

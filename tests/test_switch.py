@@ -17,8 +17,14 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.compose.switch import _read, _write
 
-SHAPES = {"embedding": (9, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8), "convolution": (3, 8, 8)}
-SHAPES |= {"up": (8, 8)}
+SHAPES = {
+    "embedding_0": (9, 8),
+    "heads_0": (8, 2, 4),
+    "output_0": (2, 4, 8),
+    "stack": (2, 8, 8),
+    "convolution_0": (3, 8, 8),
+}
+SHAPES |= {"up_0": (8, 8)}
 X = normal(9, 2, 5, 8)
 
 
@@ -61,12 +67,12 @@ def test_one_pack_replaces_another_that_shares_entries_with_it():
 
 
 def test_leaves_are_overwritten_in_place_and_others_stay_the_same_objects():
-    params, pack = base(), jlora.pack(adapter(pattern="up|stack"))
+    params, pack = base(), jlora.pack(adapter(pattern="up_0|stack"))
     place = params["stack"].unsafe_buffer_pointer()
     changed, _ = jlora.switch(params, pack)
     assert changed["stack"].unsafe_buffer_pointer() == place
-    assert params["up"].is_deleted()
-    assert changed["heads"] is params["heads"]
+    assert params["up_0"].is_deleted()
+    assert changed["heads_0"] is params["heads_0"]
 
 
 def test_no_copy_of_a_leaf_is_made_on_the_way():
@@ -80,15 +86,15 @@ def test_no_copy_of_a_leaf_is_made_on_the_way():
 def test_packs_of_equal_sizes_share_one_program():
     params = base()
     for offset in (0, 1, 2):
-        params, saved = jlora.switch(params, jlora.pack(adapter(offset=offset, pattern="up", density=0.11)))
+        params, saved = jlora.switch(params, jlora.pack(adapter(offset=offset, pattern="up_0", density=0.11)))
         params = jlora.restore(params, saved)
         compiled = _write._cache_size() if offset == 0 else compiled  # noqa: F821
     assert _write._cache_size() == compiled
 
 
 def test_fused_adapters_are_the_weighted_sum_of_their_updates():
-    few, strengths = "up|stack|heads", [0.5, -1.25, 2.0]
-    adapters = [adapter(0, pattern=few), adapter(1, pattern=few, density=0.3), adapter(2, pattern="up")]
+    few, strengths = "up_0|stack|heads_0", [0.5, -1.25, 2.0]
+    adapters = [adapter(0, pattern=few), adapter(1, pattern=few, density=0.3), adapter(2, pattern="up_0")]
     fused, _ = jlora.switch(base(), jlora.fuse(adapters, strengths))
     alone = [merged(each) for each in adapters]
     for name, leaf in base().items():
@@ -97,7 +103,7 @@ def test_fused_adapters_are_the_weighted_sum_of_their_updates():
 
 
 def test_fusing_disjoint_adapters_is_switching_them_one_after_another_in_any_order():
-    adapters = [adapter(3, pattern="up|stack", offset=offset) for offset in (0, 1)]
+    adapters = [adapter(3, pattern="up_0|stack", offset=offset) for offset in (0, 1)]
     fused, _ = jlora.switch(base(), jlora.fuse(adapters))
     for order in (adapters, adapters[::-1]):
         params = base()
@@ -108,8 +114,8 @@ def test_fusing_disjoint_adapters_is_switching_them_one_after_another_in_any_ord
 
 def test_a_mesh_keeps_its_shardings_and_moves_no_weight():
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
-    cuts = {"stack": P(None, "data", "model"), "up": P("model", None)}
-    spec = {"stack": jlora.Axes("batch in out", jlora.SHiRA(density=0.2)), "up": jlora.SHiRA(density=0.2)}
+    cuts = {"stack": P(None, "data", "model"), "up_0": P("model", None)}
+    spec = {"stack": jlora.Axes("batch in out", jlora.SHiRA(density=0.2)), "up_0": jlora.SHiRA(density=0.2)}
 
     def placed():
         return {name: jax.device_put(base()[name], NamedSharding(mesh, cut)) for name, cut in cuts.items()}
@@ -127,9 +133,9 @@ def test_a_mesh_keeps_its_shardings_and_moves_no_weight():
 
 
 def test_interference_is_the_norm_and_the_zeros_of_the_updates_product():
-    first, second = (adapter(seed, pattern="up|stack") for seed in (0, 1))
+    first, second = (adapter(seed, pattern="up_0|stack") for seed in (0, 1))
     found = jlora.interference(first, second)
-    assert set(found) == {"up", "stack"}
+    assert set(found) == {"up_0", "stack"}
     d1, d2 = (np.asarray(merged(each)["stack"] - base()["stack"]) for each in (first, second))
     product = d1 @ d2.transpose(0, 2, 1)
     np.testing.assert_allclose(found["stack"][0], np.linalg.norm(product, 2, axis=(1, 2)), rtol=1e-4)
@@ -145,26 +151,26 @@ def test_disjoint_struct_adapters_disturb_each_other_less_than_lora():
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes():
-    params, pack = base(), jlora.pack(adapter(pattern="up"))
+    params, pack = base(), jlora.pack(adapter(pattern="up_0"))
     with pytest.raises(ValueError, match="the params have no leaf up, which the pack changes"):
-        jlora.switch({"down": params["up"]}, pack)
+        jlora.switch({"down": params["up_0"]}, pack)
     with pytest.raises(
         ValueError, match=r"up has shape \(8, 8\) and dtype bfloat16; the pack was made for \(8, 8\), float32"
     ):
         jlora.switch(base(jnp.bfloat16), pack)
-    assert not params["up"].is_deleted()
+    assert not params["up_0"].is_deleted()
 
 
 def test_methods_that_change_every_entry_and_adapters_that_differ_are_refused():
-    up = {"up": base()["up"]}
+    up = {"up_0": base()["up_0"]}
     for method in (jlora.LoRA(2), jlora.DoRA(jlora.SHiRA()), jlora.Full()):
         with pytest.raises(
             ValueError, match=r"up: .* changes more than a few entries; pack adapters of SHiRA alone, or merge"
         ):
-            jlora.pack(jlora.adapterize(up, {"up": method}))
-    other = jlora.adapterize({"up": normal(0, 4, 4)}, {"up": jlora.SHiRA()})
+            jlora.pack(jlora.adapterize(up, {"up_0": method}))
+    other = jlora.adapterize({"up_0": normal(0, 4, 4)}, {"up_0": jlora.SHiRA()})
     with pytest.raises(ValueError, match="up: the adapters have it as .* and as"):
-        jlora.fuse([jlora.adapterize(up, {"up": jlora.SHiRA()}), other])
+        jlora.fuse([jlora.adapterize(up, {"up_0": jlora.SHiRA()}), other])
     with pytest.raises(ValueError, match="a strength for each, got 1 and 2"):
         jlora.fuse([other], [1.0, 2.0])
 

@@ -11,9 +11,11 @@ import numpy as np
 from jlora.compose import plain
 from jlora.core.protocol.method import Site, stated_kind, states_peft
 from jlora.core.protocol.peft import Peft, PeftKind
+from jlora.core.protocol.wrapping import Around
 from jlora.core.tree import placement
 from jlora.core.tree.starts import start_of
 from jlora.core.walk.weight import Weight
+from jlora.interchange import layout
 from jlora.interchange.names import Slot
 
 # What constants that no tensor holds are made again with; it must not matter.
@@ -41,6 +43,22 @@ class Form(Peft):
     def scale(self) -> float:
         """The factor of `a @ b`."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def confined(weight: Weight, slots: list[Slot]) -> tuple[Weight, list[Slot]]:
+    """Of a method that changes some matrices of a leaf only the one inside it, and the slots of those matrices; else as given.
+
+    So the others are left out of a folder, as PEFT leaves them out with `layers_to_transform`.
+    """
+    active = weight.method.active(weight.frozen)
+    if active is None:
+        return weight, slots
+    assert weight.site is not None and isinstance(weight.method, Around)
+    site = replace(weight.site, method=weight.method.inner)
+    frozen = {name: array for name, array in weight.frozen.items() if name in site.method.axes}
+    used = _numpy(active)
+    kept = [slot for slot in slots if np.any(used[layout.batch_index(slot, site)])]
+    return replace(weight, site=site, frozen=frozen), kept
 
 
 def native(weight: Weight) -> Form | None:

@@ -20,7 +20,7 @@ from jlora.core.walk.weight import Weight
 from jlora.interchange import layout, manifest, serving, wholes
 from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
 from jlora.interchange.formats import BY_HAND, Format, formats
-from jlora.interchange.forms import Form, as_lora, native, truncated
+from jlora.interchange.forms import Form, as_lora, confined, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
@@ -126,7 +126,8 @@ def _forms(
     """The form in which each leaf is written, with its slots, in the order of the plan."""
     if not adapted.plan.sites:
         raise ValueError("there is nothing to save: no leaf is adapted")
-    adapters = [(weight, _slots_of(weight, slots)) for weight in adapted.weights()]
+    adapters = [confined(weight, _slots_of(weight, slots)) for weight in adapted.weights()]
+    adapters = [(weight, places) for weight, places in adapters if places]
     found = [native(weight) for weight, _ in adapters]
     kinds = {form.kind if form is not None else None for form in found} - {"whole"}
     matrices = [(form, slots) for form, (_, slots) in zip(found, adapters) if form is None or form.kind != "whole"]
@@ -217,10 +218,15 @@ def _written(
 
 
 def _check_accounts(adapted: Adapted, out: Written) -> None:
-    """Refuses to leave out a trained array: each must be an origin of some tensor in the folder."""
+    """Refuses to leave out a trained array: each must be an origin of some tensor in the folder.
+
+    Leaves of which no matrix is in use have none.
+    """
     told = {(line["leaf"], name) for lines in out.origins.values() for line in lines for name in line["fields"]}
     drawers = adapted.plan.shared_names()
     for site in adapted.plan.sites:
+        if (active := site.method.active(paths.lookup(adapted.frozen, site.keys))) is not None and not np.any(active):
+            continue
         own = [(site.path, name) for name in paths.lookup(adapted.params, site.keys)]
         shared = paths.lookup(adapted.params, (SHARED, drawers.get(site.method, "")))
         # What leaves share is in each leaf's tensors, or in one of its own, whose origin is no leaf.

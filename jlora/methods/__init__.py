@@ -22,6 +22,7 @@ from jlora.methods.hadamard import Hadamard as Hadamard
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.hra import HRA as HRA
 from jlora.methods.ia3 import IA3 as IA3
+from jlora.methods.layers import Layers as Layers
 from jlora.methods.lntuning import LNTuning as LNTuning
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora.core.products.update import Update
 from jlora.core.protocol.method import Method, Site, Start, View, states_peft
 from jlora.core.protocol.peft import Peft
+from jlora.core.protocol.statistics import RESIDUAL
 from jlora.core.protocol.wrapping import Around
 from jlora.methods.chain import Chain
 from jlora.methods.lora import LoRA, trained_dtype
@@ -22,7 +23,8 @@ class DoRA(Around):
 
     `m [out]` is trained and starts as the column norms of `w`; `n [out]` are the column norms of `v`, a constant for the
     gradient. So the output starts at the base's, and a column's length is always `m`. Trains `count(inner) + out` values a
-    matrix. The norm of a low-rank weight is found without forming it. For a column of zeros `n` is 1.
+    matrix. The norm of a low-rank weight is found without forming it. For a column of zeros `n` is 1. Where the inner method
+    starts from a residual, `m` starts as the norms of `v`, and so the output where the inner method's does.
 
     Worth trying where LoRA at a small rank falls short of full fine-tuning.
 
@@ -79,7 +81,9 @@ class DoRA(Around):
     def start(self, key: jax.Array, w: jax.Array, site: Site, **statistics: jax.Array) -> Start:
         """The inner start, and the column norms of the matrix."""
         inner = self.inner.start(key, w, site, **statistics)
-        m = column_norms(w).astype(trained_dtype(w))
+        corrected = RESIDUAL in self.inner.needs
+        first = self.inner.weight(View(w, inner.params, inner.frozen, site)) if corrected else w
+        m = column_norms(first).astype(trained_dtype(w))
         return Start({**inner.params, "m": m}, inner.frozen)
 
     def weight(self, view: View) -> jax.Array:

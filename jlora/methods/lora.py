@@ -17,6 +17,7 @@ from jlora.core.protocol.data_starts import (
     SCALES,
     lora_ga_options,
     of_gradient,
+    of_residual,
     principal_axes,
     randomised_svd,
     through_covariance,
@@ -25,14 +26,16 @@ from jlora.core.protocol.hyperparameters import check_hyperparameters, integer, 
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import Peft
+from jlora.core.protocol.statistics import RESIDUAL
 
 SCALINGS = ("standard", "rslora")
 INITS = ("default", "kaiming", "gaussian", "orthonormal", "orthogonal", "embedding", "random", "olora", "pissa")
-INITS += ("eva", "corda", "corda_kpm", "lora_ga")
+INITS += ("eva", "corda", "corda_kpm", "lora_ga", "residual")
 #: Names with a part to choose, for messages.
 PATTERNS = ("pissa_niter_<k>", "lora_ga_<direction>_<scale>")
 #: What starts from data needs (see `Method.needs`).
-_NEEDS = {"eva": {"covariance", "mean"}, "corda": {"normalised_covariance"}, "corda_kpm": {"normalised_covariance"}}
+_INPUTS = {"eva": {"covariance", "mean"}, "corda": {"normalised_covariance"}, "corda_kpm": {"normalised_covariance"}}
+_NEEDS = {**_INPUTS, "residual": {RESIDUAL}}
 _FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -41,7 +44,8 @@ class LoRA(Method):
     """Low-rank adaptation: `w + s * a @ b` with `a [in, rank]`, `b [rank, out]`.
 
     `s = alpha / rank`, or `alpha / sqrt(rank)` with `scaling="rslora"`, which keeps the update's size the same at every
-    rank. Starts at the base exactly, because one factor is zero. Trains `rank * (in + out)` values a matrix.
+    rank. Starts at the base exactly, because one factor is zero (but for the inits "random" and "residual"). Trains
+    `rank * (in + out)` values a matrix.
 
     The good first choice: cheap, mergeable, understood by every server.
 
@@ -70,11 +74,18 @@ class LoRA(Method):
             singular values and `out ** (1 / 4) / sqrt(gamma)`, with `gamma` 16 (LoRA-GA). "lora_ga_<direction>_<scale>", or one
             of the two, for PEFT's other ways: the directions "ArB2r" (the default), "A2rBr", "ArBr" and "random", the scales
             "stable" (the default), "stable_<gamma>", "weight_svd", "gd_scale" and "unit".
+            "residual": `s * a @ b` is the best approximation of that rank of `w_original - w`, what a quantized base lost:
+            `a = u sqrt(S / s)`, `b = sqrt(S / s) v.T` of its first triplets (LoftQ).
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given; an
             embedding's lookup has no such input, and no dropout.
 
-    The last three kinds start from data, of which `jlora.prepare` takes what they need: EVA and CorDA forward passes over many
-    more tokens than the matrix has inputs, and `4 * in**2` bytes a matrix meanwhile; LoRA-GA the gradients of some batches.
+    EVA, CorDA and LoRA-GA start from data, of which `jlora.prepare` takes what they need: EVA and CorDA forward passes over
+    many more tokens than the matrix has inputs, and `4 * in**2` bytes a matrix meanwhile; LoRA-GA the gradients of some
+    batches.
+
+    "residual" starts near the original's output and not at the base's. `jlora.loftq` makes base and start together,
+    `jlora.residuals` the start on a base that was quantized elsewhere. The authors' code and PEFT don't divide by `s`, so that
+    their start is the nearest only where `s` is 1; here it is at any `alpha`.
 
     "olora", "pissa", "corda" and "lora_ga" start at factors `a0`, `b0` that are not zero, and the weight is
     `w + s * (a @ b - a0 @ b0)`. The papers edit the base to `w - s * a0 @ b0` instead. Here the base stays what it is, bit for
@@ -96,7 +107,7 @@ class LoRA(Method):
     Reference:
         Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; OLoRA: Büyükakyüz 2024,
         arXiv:2406.01775; PiSSA: Meng et al. 2024, arXiv:2404.02948; EVA: Paischer et al. 2024, arXiv:2410.07170; CorDA: Yang et
-        al. 2024, arXiv:2406.05223; LoRA-GA: Wang et al. 2024, arXiv:2407.05000.
+        al. 2024, arXiv:2406.05223; LoRA-GA: Wang et al. 2024, arXiv:2407.05000; LoftQ: Li et al. 2023, arXiv:2310.08659.
     """
 
     rank: int = 8
@@ -130,13 +141,13 @@ class LoRA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of the inputs, or the gradient, for starts from data."""
+        """Statistics of the inputs, the gradient, or the residual, for starts that are made of these."""
         return frozenset({"gradient"} if self.init.startswith("lora_ga") else _NEEDS.get(self.init, ()))
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
         """Whether the start is the base's output."""
-        return self.init != "random"
+        return self.init not in ("random", "residual")
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -154,7 +165,7 @@ class LoRA(Method):
                 f"rank {self.rank} is above the smaller side of the {site.in_size} x {site.out_size} matrix; "
                 f"use rank {min(site.in_size, site.out_size)} or less, or jlora.Full()"
             )
-        if self.init in _NEEDS and site.kind == "gather":
+        if self.init in _INPUTS and site.kind == "gather":
             raise ValueError(f'the init "{self.init}" is of inputs, and a lookup has none; use "default" here')
         if self.init.startswith("lora_ga") and 2 * self.rank > min(site.in_size, site.out_size):
             raise ValueError(
@@ -183,6 +194,9 @@ class LoRA(Method):
         if name == "eva":
             axes, _ = principal_axes(**statistics, number=self.rank)
             return Start({"a": axes.astype(dtype), "b": jnp.zeros(b, dtype)})
+        if name == "residual":
+            a_and_b = of_residual(statistics[RESIDUAL], self.rank, self.scale)
+            return Start({field: each.astype(dtype) for field, each in zip("ab", a_and_b)})
         draw = {"gaussian": _gaussian, "orthonormal": jax.nn.initializers.orthogonal()}.get(name, kaiming)
         start_b = kaiming(key_b, b, dtype) if name == "random" else jnp.zeros(b, dtype)
         return Start({"a": draw(key_a, a, dtype), "b": start_b})
@@ -289,4 +303,5 @@ LoRA.CASES = (
     LoRA(rank=2, init="eva"),
     LoRA(rank=2, alpha=3, init="corda"),
     LoRA(rank=3, init="lora_ga"),
+    LoRA(rank=2, alpha=3, init="residual"),
 )

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 import jlora
+from jlora.core.protocol.statistics import RESIDUAL
 from jlora.training.data import Data
 from jlora.training.errors import SettingError
 from jlora.training.measured import with_measured
@@ -30,8 +31,21 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
     """The spec of the (resolved) settings; a classification head is always trained in full.
 
     Raises:
-        SettingError: for a method table that cannot be read.
+        SettingError: for a method table that cannot be read, and a start that a job can't make.
     """
+    spec = _spec(subject, settings)
+    for pattern, method in spec.items():
+        if method is not None and RESIDUAL in method.needs:
+            raise SettingError(
+                "spec" if settings.spec else "init",
+                (f"entry {pattern!r}: " if settings.spec else "")
+                + f"{method} starts from what a quantized base lost, and a job has one base; quantize it in Python, by "
+                "jlora.loftq or jlora.residuals",
+            )
+    return spec
+
+
+def _spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
     head = {HEAD: jlora.Full()} if settings.task == "classify" else {}
     if settings.spec:
         return {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jlora.core.protocol.job import Recipe
+from jlora.core.protocol.statistics import RESIDUAL
 from jlora.disk import catalog
 from jlora.methods.lora import INITS, PATTERNS
 
@@ -66,7 +67,8 @@ def rate_help() -> str:
 
 def init_help() -> str:
     """What `--init` may be."""
-    return f"how the adapters start, where the method has a choice: {', '.join((*INITS, *PATTERNS))}, as LoRA's init"
+    names = [name for name in (*INITS, *PATTERNS) if name != RESIDUAL]  # of two bases, where a job has one
+    return f"how the adapters start, where the method has a choice: {', '.join(names)}, as LoRA's init"
 
 
 def _grouped(value: Callable[[Recipe], Any]) -> dict[Any, list[str]]:

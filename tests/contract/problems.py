@@ -1,4 +1,7 @@
-"""The tiny functions and params on which every method is tried."""
+"""The tiny functions and params on which every method is tried.
+
+Names of leaves that are not stacked end in a number, since some methods adapt no leaf without a layer.
+"""
 
 import functools
 import math
@@ -14,7 +17,7 @@ from jax import lax
 import jlora
 from jlora import paths
 from jlora.core.protocol.method import View
-from jlora.core.protocol.statistics import INPUTS
+from jlora.core.protocol.statistics import INPUTS, RESIDUAL
 from jlora.core.tree.adapted import SHARED
 
 # Nearly all the time of the contract is compilation, and these programs do almost no arithmetic.
@@ -31,16 +34,16 @@ def weight(seed, *shape):
 
 
 def product(params, x):
-    return x @ params["w"]
+    return x @ params["w_0"]
 
 
 def layers(params, x):
     """Stacked layers under `scan` and `remat`."""
-    return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["w"])[0]
+    return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["w_0"])[0]
 
 
 def adapt(params, spec, key=None, sites=None):
-    """`adapterize`, with gradients of some loss, or inputs, for the methods that start from them."""
+    """`adapterize`, with gradients of some loss, inputs, or the residual of a coarse base for what starts from them."""
     methods = [method for method in (getattr(method, "method", method) for method in spec.values()) if method]
     inputs = frozenset().union(*(method.needs for method in methods)) & INPUTS.keys()
 
@@ -50,8 +53,11 @@ def adapt(params, spec, key=None, sites=None):
         return sum(jnp.sum(jnp.sin(batch * leaf)) for leaf in jax.tree.leaves(params)).astype(jnp.float32)
 
     batches = [jnp.asarray(x, jax.tree.leaves(params)[0].dtype) for x in (3.0, 5.0)]
-    needing = any(method.needs for method in methods)
-    prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing else None
+    needing = frozenset().union(*(method.needs for method in methods))
+    prepared = jlora.prepare(params, spec, loss, batches, key, sites) if needing - {RESIDUAL} else None
+    if needing == {RESIDUAL}:
+        original = jax.tree.map(lambda w: w.astype(jnp.float32) + jnp.sin(3 * w.astype(jnp.float32)) / 10, params)
+        prepared = jlora.residuals(original, params, spec, key, sites)
     return jlora.adapterize(params, spec, key, sites, prepared)
 
 
@@ -97,7 +103,7 @@ def ready(*args):
 
 @functools.cache
 def plain(method, rows=8, columns=8):
-    return ready(product, {"w": weight(0, rows, columns)}, normal(1, 16, rows), {"w": method})
+    return ready(product, {"w_0": weight(0, rows, columns)}, normal(1, 16, rows), {"w_0": method})
 
 
 # Where layers follow each other, each multiplies the rounding of those before it by the size of its weight: less noise.
@@ -106,8 +112,8 @@ LAYERS_NOISE = 0.1
 
 @functools.cache
 def stack(method):
-    spec = {"w": jlora.Axes("batch in out", method)}
-    return ready(layers, {"w": weight(0, 3, 8, 8)}, normal(1, 16, 8), spec, None, LAYERS_NOISE)
+    spec = {"w_0": jlora.Axes("batch in out", method)}
+    return ready(layers, {"w_0": weight(0, 3, 8, 8)}, normal(1, 16, 8), spec, None, LAYERS_NOISE)
 
 
 def shapes(method):
@@ -117,26 +123,26 @@ def shapes(method):
 
 def model_function(params, x):
     """Every way in which models use a weight: product, heads, stack, embedding, tied head, convolution."""
-    x = x + jnp.take(params["embedding"], jnp.arange(x.shape[1]), axis=0)
-    x = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["heads"]))
-    x = jnp.tanh(jnp.einsum("bthk,hkd->btd", x, params["output"]))
-    x = layers({"w": params["stack"]}, x)
+    x = x + jnp.take(params["embedding_0"], jnp.arange(x.shape[1]), axis=0)
+    x = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["heads_0"]))
+    x = jnp.tanh(jnp.einsum("bthk,hkd->btd", x, params["output_0"]))
+    x = layers({"w_0": params["stack"]}, x)
     x = jnp.tanh(
-        lax.conv_general_dilated(x, params["convolution"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        lax.conv_general_dilated(x, params["convolution_0"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
     )
-    return x @ params["up"] @ params["embedding"].T
+    return x @ params["up_0"] @ params["embedding_0"].T
 
 
 @functools.cache
 def model(method):
     # All sides are multiples of 4, since some methods cut them into blocks.
-    shapes = {"embedding": (12, 8), "heads": (8, 2, 4), "output": (2, 4, 8), "stack": (2, 8, 8)}
-    shapes |= {"convolution": (3, 8, 8), "up": (8, 8)}
+    shapes = {"embedding_0": (12, 8), "heads_0": (8, 2, 4), "output_0": (2, 4, 8), "stack": (2, 8, 8)}
+    shapes |= {"convolution_0": (3, 8, 8), "up_0": (8, 8)}
     params = {name: weight(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     x = normal(9, 2, 5, 8)
-    spec = {"embedding": None} if method.needs & INPUTS.keys() else {}  # a lookup has no input
+    spec = {"embedding_0": None} if method.needs & INPUTS.keys() else {}  # a lookup has no input
     # What acts alone takes products `x @ w`; the other uses it refuses.
-    spec |= {".*" if method.mergeable else "stack|up": method}
+    spec |= {".*" if method.mergeable else "stack|up_0": method}
     return ready(model_function, params, x, spec, jlora.sites(model_function, params, x), LAYERS_NOISE)
 
 

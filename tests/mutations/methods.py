@@ -1013,4 +1013,75 @@ ACTING = (
     ),
 )
 
-MUTATIONS = (*DENSE_UPDATES, *PRODUCTS_OF_FACTORS, *FORMULAS, *RATES, *RANKS, *PRODUCTS, *SHARED, *ROTATIONS, *ACTING)
+LOFTQ = "tests/methods/test_loftq.py::test_"
+RESIDUALS = (
+    Mutation(
+        "LoftQ's factors forget the scale",
+        "jlora/core/protocol/data_starts.py",
+        "root = jnp.sqrt(sigma[:rank] / scale)",
+        "root = jnp.sqrt(sigma[:rank])",
+        (LOFTQ + "the_start_is_the_truncated_svd_at_any_scale_with_balanced_factors",),
+    ),
+    Mutation(
+        "a triplet of a residual that is zero leaves both factors zero",
+        "jlora/core/protocol/data_starts.py",
+        "u[:, :rank] * jnp.where(found, root, 1)",
+        "u[:, :rank] * jnp.where(found, root, 0)",
+        (LOFTQ + "ranks_that_the_residual_does_not_fill_can_learn",),
+    ),
+    Mutation(
+        "LoftQ quantizes the original again in every step",
+        "jlora/core/tree/residuals.py",
+        "quantized = _coded(site, code, original, _wide(original, original) - added)",
+        "quantized = _coded(site, code, original, _wide(original, original))",
+        (LOFTQ + "errors_on_a_gaussian_matrix_are_those_of_numpy_and_of_the_reference",),
+    ),
+    Mutation(
+        "LoftQ quantizes what the last step left",
+        "jlora/core/tree/residuals.py",
+        "return v - w.astype(v.dtype)",
+        "return v",
+        (LOFTQ + "errors_on_a_gaussian_matrix_are_those_of_numpy_and_of_the_reference",),
+    ),
+    Mutation(
+        "a residual is rounded to the base's dtype",
+        "jlora/core/tree/residuals.py",
+        "dtypes = [jnp.dtype(accumulation_dtype(array.dtype)) for array in arrays]",
+        "dtypes = [jnp.dtype(arrays[-1].dtype)]",
+        (LOFTQ + "a_sixteen_bit_base_keeps_its_dtype_and_the_residual_is_of_what_is_stored",),
+    ),
+    Mutation(
+        "a base that nobody quantized has residuals",
+        "jlora/core/tree/residuals.py",
+        "bool(jnp.any(residual != 0)) for residual in concrete",
+        "True for residual in concrete",
+        (LOFTQ + "what_is_no_residual_is_refused_with_the_path",),
+    ),
+    Mutation(
+        "DoRA around a residual starts with the lengths of the quantized columns",
+        "jlora/methods/dora.py",
+        "if corrected else w",
+        "if False else w",
+        (LOFTQ + "dora_starts_where_its_inner_method_does",),
+    ),
+    Mutation(
+        "the job takes a start from a residual",
+        "jlora/training/selection.py",
+        "if method is not None and RESIDUAL in method.needs:",
+        "if False and method is not None and RESIDUAL in method.needs:",
+        (LOFTQ + "the_job_refuses_a_start_from_a_residual",),
+    ),
+)
+
+MUTATIONS = (
+    *DENSE_UPDATES,
+    *PRODUCTS_OF_FACTORS,
+    *FORMULAS,
+    *RATES,
+    *RANKS,
+    *PRODUCTS,
+    *SHARED,
+    *ROTATIONS,
+    *ACTING,
+    *RESIDUALS,
+)

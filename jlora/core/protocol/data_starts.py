@@ -1,4 +1,4 @@
-"""What low-rank methods start from: singular vectors of the inputs, the weight seen through them, the gradient."""
+"""What low-rank methods start from: singular vectors of the inputs, the weight seen through them, the gradient, a residual."""
 
 from __future__ import annotations
 
@@ -121,6 +121,23 @@ def of_gradient(
     elif scaling == "gd_scale":
         a, b = a / scale, b / scale
     return a, b
+
+
+def of_residual(residual: jax.Array, rank: int, scale: float) -> Factorisation:
+    """LoftQ's factors: `s * a @ b` is the truncated SVD `u S vᵀ` of the residual, `a = u sqrt(S / s)`, `b = sqrt(S / s) vᵀ`.
+
+    Of a triplet whose singular value is zero `a` has the vector `u`, and `b` zeros: were both zero, neither would ever learn.
+
+    Args:
+        residual: `[in, out]`.
+        rank: number of triplets.
+        scale: `s`.
+    """
+    u, sigma, vt = jnp.linalg.svd(residual, full_matrices=False)
+    # Zero is what rounding leaves of a zero, as in the rank of a matrix by numpy.
+    found = sigma[:rank] > sigma[0] * max(residual.shape) * jnp.finfo(sigma.dtype).eps
+    root = jnp.sqrt(sigma[:rank] / scale)
+    return u[:, :rank] * jnp.where(found, root, 1), jnp.where(found, root, 0)[:, None] * vt[:rank]
 
 
 def _triplets(direction: str, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -38,6 +38,40 @@ def layer_numbers(sites: Sequence[Site]) -> tuple[list[np.ndarray], int]:
     return [n if site.batch_shape else n[0] for site, n in zip(sites, numbers)], len(known)
 
 
+def stated_layers(sites: Sequence[Site]) -> list[np.ndarray]:
+    """For each leaf the layer of each of its matrices, `[*batch]`, by the number that the stack or the path gives it.
+
+    As `layer_numbers`, which counts the layers that there are: here layer 5 stays 5 where the leaves of others are left out.
+
+    Raises:
+        ValueError: for a leaf in no layer, and for stacked leaves in several numbered parts of the tree, such as experts of
+            layers that are leaves of their own, where nothing tells whether their first axis counts layers.
+    """
+    unstacked = {numbered(site.keys) for site in sites if not site.batch_shape} - {None}
+    found, alike = [], {}
+    for site in sites:
+        layer = numbered(site.keys)
+        places = _places(site, layer in unstacked)
+        if places is None:
+            raise ValueError(f"{site.path} is in no layer: it is not stacked, and no key of its path ends in a number")
+        if site.batch_shape and layer is not None and layer not in unstacked:
+            name = (*_bare(layer), *site.keys[len(layer) :])
+            if (other := alike.setdefault(name, site)) is not site:
+                raise ValueError(
+                    f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
+                    "experts of the layer in the path; give each a pattern of its own"
+                )
+        column = np.array([number for _, number, _ in places], np.int32)
+        shape = (-1, *[1] * (len(site.batch_shape) - 1)) if site.batch_shape else ()
+        found.append(np.broadcast_to(column.reshape(shape), site.batch_shape))
+    return found
+
+
+def _bare(layer: tuple[str, ...]) -> tuple[str, ...]:
+    """A layer's keys without its number, alike for all layers of one part of the tree."""
+    return (*layer[:-1], layer[-1].rstrip("0123456789"))
+
+
 def _places(site: Site, by_path: bool) -> list[tuple[int, int, Any]] | None:
     """What the layers of a leaf are ordered by; None where nothing says it."""
     if site.batch_shape and not by_path:
@@ -63,7 +97,7 @@ def kinds(sites: Sequence[Site]) -> tuple[list[int], int]:
     """
     names = []
     for site, layer in zip(sites, layer_paths(sites)):
-        bare = () if layer is None else (*layer[:-1], layer[-1].rstrip("0123456789"))
+        bare = () if layer is None else _bare(layer)
         names.append((*bare, *site.keys[len(bare) :]))
     known = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return [known[name] for name in names], len(known)

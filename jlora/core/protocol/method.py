@@ -303,6 +303,14 @@ class Method(KnownToTheJob):
         """
         raise NotImplementedError(f"{type(self).__name__} does not act")
 
+    def active(self, frozen: Arrays) -> jax.Array | None:
+        """Which of a leaf's matrices the method changes, truths `[*batch]`; None for all. PEFT's files leave out the others.
+
+        Args:
+            frozen: the leaf's constants, batch axes in front.
+        """
+        return None
+
     def merged_beside(self, view: View) -> Arrays:
         """The leaves that `beside` names and the tree has, `[out]`, as `merge` puts them into the params."""
         return {}

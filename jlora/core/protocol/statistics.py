@@ -1,4 +1,4 @@
-"""What `Method.needs` may name: statistics of a matrix's gradients and of its inputs, which `start` takes by keyword."""
+"""What `Method.needs` may name, and `start` takes by keyword: statistics of gradients and inputs, and a residual."""
 
 from __future__ import annotations
 
@@ -63,16 +63,19 @@ INPUTS: dict[str, Input] = {
     "normalised_covariance": Input(2, _normalised_covariance),
 }
 
+#: What no data tell: `w_original - w` `[in, out]`, with `w` the base's matrix (see `jlora.residuals`).
+RESIDUAL = "residual"
+
 
 def needed(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes in which a site's method gets what it needs: of gradients the leaf's own, of inputs `[*batch, in, ...]`.
+    """The shapes in which a site's method gets what it needs: the leaf's own, or of inputs `[*batch, in, ...]`.
 
     Raises:
         ValueError: for a name that is none, or inputs of a leaf that is taken as no matrix.
     """
     dtype, found = accumulation_dtype(site.dtype), {}
     for name in sorted(site.method.needs):
-        if name not in GRADIENTS and name not in INPUTS:
+        if name not in GRADIENTS and name not in INPUTS and name != RESIDUAL:
             known = ", ".join((*GRADIENTS, *INPUTS))
             raise ValueError(f"{site.path}: {site.method} needs {name!r}, which prepare can't take; it takes {known}")
         if name in INPUTS and not site.method.matrix:

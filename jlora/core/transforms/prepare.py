@@ -15,7 +15,7 @@ from jlora.core.products.contraction import accumulation_dtype
 from jlora.core.protocol import statistics
 from jlora.core.protocol.method import Arrays, Site
 from jlora.core.protocol.readings import Sites
-from jlora.core.protocol.statistics import GRADIENTS, INPUTS
+from jlora.core.protocol.statistics import GRADIENTS, INPUTS, RESIDUAL
 from jlora.core.transforms.observe import Observer, Watched, finished, tapped
 from jlora.core.tree.adapted import Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
@@ -40,7 +40,7 @@ def prepare(
 
     Args:
         params: as for `adapterize`.
-        spec: as for `adapterize`; methods that need nothing are passed over.
+        spec: as for `adapterize`; methods that need nothing are passed over, and so are those that need a residual alone.
         loss_fn: `loss_fn(params, batch) -> scalar`, on ordinary params. Inputs are those that it gives the weights, and where
             no method needs gradients none is computed.
         batches: calibration data. Deep LoRA takes the first batch of training alone, SHiRA and LoRA-GA a few; EVA and CorDA
@@ -68,9 +68,12 @@ def prepare(
     """
     key = jax.random.key(0) if key is None else _compat.typed_key(key)
     leaves, treedef = paths.flatten_with_keys(params)
-    needing = [site for site in resolve(leaves, spec, sites) if site.method.needs]
+    needing = [site for site in resolve(leaves, spec, sites) if site.method.needs - {RESIDUAL}]
     if not needing:
-        raise ValueError("no method of the spec starts from data; call adapterize without prepared")
+        raise ValueError(
+            "no method of the spec starts from data; call adapterize without prepared, or with that of jlora.residuals where "
+            "one starts from a residual"
+        )
     by_keys, groups = dict(leaves), _groups(needing, memory)
     data = batches if len(groups) == 1 else list(batches)
     loss = _Loss(loss_fn, treedef, by_keys, mask)

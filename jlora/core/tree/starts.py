@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site, Start
 from jlora.core.protocol.readings import Sites
-from jlora.core.protocol.statistics import INPUTS, needed
+from jlora.core.protocol.statistics import INPUTS, RESIDUAL, needed
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED
 from jlora.core.tree.spec import Spec, resolve
@@ -21,10 +21,11 @@ from jlora.core.tree.spec import Spec, resolve
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` found; goes to `adapterize(..., prepared=...)`.
+    """What `prepare`, `residuals` or `loftq` found; goes to `adapterize(..., prepared=...)`.
 
     Attributes:
-        starts: the start of every leaf whose method needs data.
+        starts: the start of every leaf whose method needs data. A spec of which some methods need data and others residuals
+            takes those of both: `Prepared(one.starts | other.starts)`.
     """
 
     starts: dict[Site, Start]
@@ -83,8 +84,14 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
     """
     if missing := sorted(site.method.needs - set(statistics)):
         raise ValueError(
-            f"{site.path}: {site.method} starts from data ({', '.join(missing)}); pass "
-            "prepared=jlora.prepare(params, spec, loss_fn, batches)"
+            f"{site.path}: {site.method} starts from "
+            + ("what a quantized base lost" if missing == [RESIDUAL] else f"data ({', '.join(missing)})")
+            + "; pass prepared="
+            + (
+                "jlora.residuals(params, base, spec), or that of jlora.loftq"
+                if missing == [RESIDUAL]
+                else "jlora.prepare(params, spec, loss_fn, batches)"
+            )
         )
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(
