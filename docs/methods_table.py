@@ -76,8 +76,8 @@ def _papers(cls: type) -> str:
 
 
 def _adapted(method: jlora.Method) -> jlora.Adapted:
-    """The shapes of a method's arrays."""
-    params, spec = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, {"w": method}
+    """The shapes of a method's arrays, on a leaf that is in a layer."""
+    params, spec = {"layers_0": {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}}, {".*": method}
     return jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
 
 
@@ -106,7 +106,7 @@ def sections() -> str:
 
 def _section(cls: type[jlora.Method]) -> str:
     file = Path(inspect.getfile(cls)).relative_to(Path(jlora.__file__).parents[1])
-    arguments = [f"{field.name}: {field.type} = {_default(field)}" for field in dataclasses.fields(cls)]
+    arguments = [f"{field.name}: {field.type}{_default(field)}" for field in dataclasses.fields(cls)]
     call = f"{cls.__name__}({', '.join(arguments)})"
     if len(call) > 100:
         call = "\n".join([f"{cls.__name__}(", *(f"    {each}," for each in arguments), ")"])
@@ -115,9 +115,9 @@ def _section(cls: type[jlora.Method]) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    """A hyperparameter's default as one writes it."""
+    """A hyperparameter's default as one writes it behind the type; nothing where it has none."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return repr(value) if isinstance(value, str) else str(value)
+    return "" if value is dataclasses.MISSING else f" = {value!r}" if isinstance(value, str) else f" = {value}"
 
 
 def as_markdown(docstring: str) -> str:
