@@ -1128,8 +1128,8 @@ CONFINED = (
     Mutation(
         "stacked experts of layers that are leaves of their own count as layers",
         "jlora/core/protocol/layers.py",
-        "if (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site:",
-        "if (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is None:",
+        "alike.setdefault(_unnumbered(site.keys, layer), site)) is not site",
+        "alike.setdefault(_unnumbered(site.keys, layer), site)) is None",
         (LAYERS + "leaves_without_such_a_layer_are_refused_with_their_path",),
     ),
     Mutation(

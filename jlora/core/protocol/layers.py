@@ -54,12 +54,12 @@ def stated_layers(sites: Sequence[Site]) -> list[np.ndarray]:
         places = _places(site, layer in unstacked)
         if places is None:
             raise ValueError(f"{site.path} is in no layer: it is not stacked, and no key of its path ends in a number")
-        if site.batch_shape and layer is not None and layer not in unstacked:
-            if (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site:
-                raise ValueError(
-                    f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
-                    "experts of the layer in the path; give each a pattern of its own"
-                )
+        by_axis = bool(site.batch_shape) and layer not in unstacked
+        if layer is not None and by_axis and (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site:
+            raise ValueError(
+                f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
+                "experts of the layer in the path; give each a pattern of its own"
+            )
         column = np.array([number for _, number, _ in places], np.int32)
         shape = (-1, *[1] * (len(site.batch_shape) - 1)) if site.batch_shape else ()
         found.append(np.broadcast_to(column.reshape(shape), site.batch_shape))
