@@ -77,7 +77,7 @@ def _papers(cls: type) -> str:
 
 def _adapted(method: jlora.Method) -> jlora.Adapted:
     """The shapes of a method's arrays."""
-    params, spec = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, {"w": method}
+    params, spec = {"w_0": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, {"w_0": method}
     return jax.eval_shape(lambda params: jlora.adapterize(params, spec, prepared=blank(params, spec)), params)
 
 

@@ -16,14 +16,14 @@ from jlora.interchange import config
 from jlora.models.torch_parameter import KINDS, TorchParameter
 
 PAGE = Path(__file__).parent / "peft.md"
-NAMES = {"up/kernel": "up", "embed/embedding": TorchParameter("embed.weight", "in out", "embedding")}
+NAMES = {"up_0/kernel": "up", "embed/embedding": TorchParameter("embed.weight", "in out", "embedding")}
 
 
 @functools.cache
 def attempt(method: jlora.Method, profile: str) -> str:
     """What becomes of a method in a profile, by trying it on a small matrix."""
-    leaf = "embed/embedding" if type(method).__name__ == "Rows" else "up/kernel"
-    params = {"up": {"kernel": jnp.cos(jnp.arange(480.0)).reshape(24, 20)}}
+    leaf = "embed/embedding" if type(method).__name__ == "Rows" else "up_0/kernel"
+    params = {"up_0": {"kernel": jnp.cos(jnp.arange(480.0)).reshape(24, 20)}}
     params["embed"] = {"embedding": jnp.sin(jnp.arange(120.0)).reshape(12, 10)}
     spec = {leaf: jlora.Axes("in out", method, "gather") if leaf.startswith("embed") else method}
     adapted = jlora.adapterize(params, spec, prepared=blank(params, spec))

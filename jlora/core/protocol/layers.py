@@ -55,7 +55,11 @@ def stated_layers(sites: Sequence[Site]) -> list[np.ndarray]:
         if places is None:
             raise ValueError(f"{site.path} is in no layer: it is not stacked, and no key of its path ends in a number")
         by_axis = bool(site.batch_shape) and layer not in unstacked
-        if layer is not None and by_axis and (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site:
+        if (
+            layer is not None
+            and by_axis
+            and (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site
+        ):
             raise ValueError(
                 f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
                 "experts of the layer in the path; give each a pattern of its own"
