@@ -1,5 +1,8 @@
 """`Layers`: in the layers in use the inner method, in all others exactly the base."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +10,14 @@ import optax
 import pytest
 from contract.acting import Gain, Network
 from contract.problems import close, jit, normal, perturbed, weight
+from safetensors.numpy import load_file
 
 import jlora
+import jlora.models
 from jlora import Layers, LoRA
 from jlora.core.protocol.layers import stated_layers
+
+GOLDEN = Path(__file__).parent / "models" / "golden"
 
 STACK, USED, OFF = (4, 8, 8), (0, 3), (1, 2)
 PARAMS = {"w": weight(0, *STACK), "bias": normal(1, 4, 8)}
@@ -133,6 +140,23 @@ def test_a_restart_keeps_the_layers():
     close(adapted.base["w"], before)
     np.testing.assert_array_equal(adapted.base["w"][jnp.array(OFF)], PARAMS["w"][jnp.array(OFF)])
     assert adapted.frozen["w"]["active"].tolist() == [True, False, False, True]
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_a_folder_of_peft_holds_the_layers_in_use_and_no_others(scan, tmp_path):
+    model, params = jlora.models.load(GOLDEN / "llama_yarn", scan_layers=scan)
+    tokens = jnp.arange(8).reshape(1, 8)
+    fn = lambda params, tokens: model.apply({"params": params}, tokens)
+    names, sites = jlora.models.peft_names(model), jlora.sites(fn, params, tokens)
+    spec = {r".*/q_proj/kernel": Layers(jlora.DoRA(LoRA(2)), (0, 2))}
+    adapted = perturbed(jlora.adapterize(params, spec, sites=sites))
+    jlora.save_peft(tmp_path / "out", adapted, names)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 2)]
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(keys) == 6 and not any(".layers.1." in key for key in keys)
+    close(jlora.lift(fn)(jlora.load_peft(tmp_path / "out", params, names), tokens), jlora.lift(fn)(adapted, tokens))
 
 
 @pytest.mark.newest

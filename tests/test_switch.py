@@ -152,10 +152,10 @@ def test_disjoint_struct_adapters_disturb_each_other_less_than_lora():
 
 def test_what_does_not_fit_is_refused_before_anything_changes():
     params, pack = base(), jlora.pack(adapter(pattern="up_0"))
-    with pytest.raises(ValueError, match="the params have no leaf up, which the pack changes"):
+    with pytest.raises(ValueError, match="the params have no leaf up_0, which the pack changes"):
         jlora.switch({"down": params["up_0"]}, pack)
     with pytest.raises(
-        ValueError, match=r"up has shape \(8, 8\) and dtype bfloat16; the pack was made for \(8, 8\), float32"
+        ValueError, match=r"up_0 has shape \(8, 8\) and dtype bfloat16; the pack was made for \(8, 8\), float32"
     ):
         jlora.switch(base(jnp.bfloat16), pack)
     assert not params["up_0"].is_deleted()
@@ -165,11 +165,11 @@ def test_methods_that_change_every_entry_and_adapters_that_differ_are_refused():
     up = {"up_0": base()["up_0"]}
     for method in (jlora.LoRA(2), jlora.DoRA(jlora.SHiRA()), jlora.Full()):
         with pytest.raises(
-            ValueError, match=r"up: .* changes more than a few entries; pack adapters of SHiRA alone, or merge"
+            ValueError, match=r"up_0: .* changes more than a few entries; pack adapters of SHiRA alone, or merge"
         ):
             jlora.pack(jlora.adapterize(up, {"up_0": method}))
     other = jlora.adapterize({"up_0": normal(0, 4, 4)}, {"up_0": jlora.SHiRA()})
-    with pytest.raises(ValueError, match="up: the adapters have it as .* and as"):
+    with pytest.raises(ValueError, match="up_0: the adapters have it as .* and as"):
         jlora.fuse([jlora.adapterize(up, {"up_0": jlora.SHiRA()}), other])
     with pytest.raises(ValueError, match="a strength for each, got 1 and 2"):
         jlora.fuse([other], [1.0, 2.0])

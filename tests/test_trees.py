@@ -137,10 +137,10 @@ def test_every_method_starts_and_merges_on_numpys_arrays(method):
     held = []
 
     def used():
-        adapted = jlora.adapterize({"w": base}, {"w": method})
+        adapted = jlora.adapterize({"w_0": base}, {"w_0": method})
         held.extend(jax.tree.leaves(adapted.params))
-        product = jlora.lift(lambda params, x: x @ params["w"])
-        return jlora.merge(adapted)["w"] if method.mergeable else product(adapted, np.ones((16, 16), np.float32))
+        product = jlora.lift(lambda params, x: x @ params["w_0"])
+        return jlora.merge(adapted)["w_0"] if method.mergeable else product(adapted, np.ones((16, 16), np.float32))
 
     assert jax.eval_shape(used).shape == (16, 12)
     assert held and all(isinstance(field, jax.Array) for field in held)

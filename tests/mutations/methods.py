@@ -1073,6 +1073,95 @@ RESIDUALS = (
     ),
 )
 
+LAYERS = "tests/test_layers.py::test_"
+EXACT = LAYERS + "the_other_layers_are_the_base_bit_for_bit_and_have_no_gradient"
+CONFINED = (
+    Mutation(
+        "factors act in all layers",
+        "jlora/methods/layers.py",
+        "b=jnp.where(on, found.b, 0)",
+        "b=found.b",
+        (EXACT + "[f32-factors]",),
+    ),
+    Mutation(
+        "a scale acts in all layers",
+        "jlora/methods/layers.py",
+        "None if found.scale is None else jnp.where(on, found.scale, 1)",
+        "found.scale",
+        (EXACT + "[f32-factors and a scale]",),
+    ),
+    Mutation(
+        "changed entries act in all layers",
+        "jlora/methods/layers.py",
+        "values=jnp.where(on, found.values, 0)",
+        "values=found.values",
+        (EXACT + "[f32-sparse]",),
+    ),
+    Mutation(
+        "the weight of other layers is changed",
+        "jlora/methods/layers.py",
+        'jnp.where(view.frozen["active"], v, view.w.astype(v.dtype))',
+        "v",
+        (EXACT + "[f32-formed]",),
+    ),
+    Mutation(
+        "what acts does so in all layers",
+        "jlora/methods/layers.py",
+        'jnp.where(view.frozen["active"], y, product(x).astype(y.dtype))',
+        "y",
+        (EXACT + "[f32-acts alone]",),
+    ),
+    Mutation(
+        "the biases of other layers are changed",
+        "jlora/methods/layers.py",
+        "jnp.where(on, leaf, view.beside[name].astype(leaf.dtype))",
+        "leaf",
+        (EXACT + "[f32-acts with the bias]",),
+    ),
+    Mutation(
+        "layers are counted and not read off the path",
+        "jlora/core/protocol/layers.py",
+        "np.array([number for _, number, _ in places], np.int32)",
+        "np.array([sites.index(site) for _ in places], np.int32)",
+        (LAYERS + "layers_are_numbered_as_stacks_and_paths_say",),
+    ),
+    Mutation(
+        "stacked experts of layers that are leaves of their own count as layers",
+        "jlora/core/protocol/layers.py",
+        "alike.setdefault(_unnumbered(site.keys, layer), site)) is not site",
+        "alike.setdefault(_unnumbered(site.keys, layer), site)) is None",
+        (LAYERS + "leaves_without_such_a_layer_are_refused_with_their_path",),
+    ),
+    Mutation(
+        "a layer may be missing",
+        "jlora/methods/layers.py",
+        "if missing := sorted(set(self.layers) - set(there)):",
+        "if missing := []:",
+        (LAYERS + "leaves_without_such_a_layer_are_refused_with_their_path",),
+    ),
+    Mutation(
+        "Layers may be inside another method",
+        "jlora/methods/layers.py",
+        "if site.method != self:",
+        "if False:",
+        (LAYERS + "leaves_without_such_a_layer_are_refused_with_their_path",),
+    ),
+    Mutation(
+        "Layers takes what gives out ranks over all layers",
+        "jlora/methods/layers.py",
+        "if any(type(each).together not in (Method.together, Around.together) for each in inside):",
+        "if False:",
+        (LAYERS + "what_can_not_be_confined_is_refused_by_name",),
+    ),
+    Mutation(
+        "a folder of PEFT holds the layers that are not in use",
+        "jlora/interchange/forms.py",
+        "[slot for slot in slots if np.any(used[layout.batch_index(slot, site)])]",
+        "list(slots)",
+        (LAYERS + "a_folder_of_peft_holds_the_layers_in_use_and_no_others",),
+    ),
+)
+
 MUTATIONS = (
     *DENSE_UPDATES,
     *PRODUCTS_OF_FACTORS,
@@ -1084,4 +1173,5 @@ MUTATIONS = (
     *ROTATIONS,
     *ACTING,
     *RESIDUALS,
+    *CONFINED,
 )

@@ -43,6 +43,9 @@ EXPORTS = {
     ),
     "tied rows": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": TIED_ROWS}),
     "tied head": ("llama_linear_tied", {ATTENTION: LORA, "embed_tokens/embedding": jlora.Full()}),
+    "layers": ("llama_yarn", {LINEAR: jlora.Layers(LORA, (0, 2))}),
+    "layers of dora": ("llama_yarn", {ATTENTION: jlora.Layers(jlora.DoRA(LORA), (1,))}),
+    "layers of hira": ("qwen3", {ATTENTION: jlora.Layers(jlora.HiRA(2), (1,))}),
     "lntuning": ("llama_yarn", {".*norm/scale": jlora.LNTuning()}),
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
@@ -118,7 +121,27 @@ def test_peft_computes_what_jlora_computes_with_what_jlora_wrote(name, tmp_path)
     assert not np.allclose(in_jax(model, params, lift=False), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora and patterns", "olora", "adalora", "vera"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loftq_is_that_of_peft(steps):
+    """With a coarse grid as the code, since PEFT's own are bitsandbytes'; its `loftq_init` needs a GPU, its factors do not."""
+    import torch
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    w, added = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 24)
+    for _ in range(steps):
+        quantized = torch.round(4 * (w - added)) / 4
+        found = _low_rank_decomposition(w - quantized, reduced_rank=5)
+        added = found["L"] @ found["R"]
+    spec = {"w": jlora.LoRA(rank=5, alpha=5, init="residual")}  # PEFT does not divide by a scale of another size
+    params = {"w": w.numpy().T}
+    base, prepared = jlora.loftq(params, spec, lambda w: jnp.round(4 * w) / 4, steps)
+    fields = jlora.adapterize(base, spec, prepared=prepared).params["w"]
+    np.testing.assert_array_equal(base["w"], quantized.numpy().T)
+    np.testing.assert_allclose(fields["a"] @ fields["b"], added.numpy().T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.abs(fields["a"]), np.abs(found["R"].numpy().T), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora and patterns", "olora", "adalora", "vera", "layers"])
 def test_peft_computes_the_same_with_a_folder_for_servers(name, tmp_path):
     base, spec = EXPORTS[name]
     model, _, adapted = adapted_of(base, spec)

@@ -54,22 +54,20 @@ def stated_layers(sites: Sequence[Site]) -> list[np.ndarray]:
         places = _places(site, layer in unstacked)
         if places is None:
             raise ValueError(f"{site.path} is in no layer: it is not stacked, and no key of its path ends in a number")
-        if site.batch_shape and layer is not None and layer not in unstacked:
-            name = (*_bare(layer), *site.keys[len(layer) :])
-            if (other := alike.setdefault(name, site)) is not site:
-                raise ValueError(
-                    f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
-                    "experts of the layer in the path; give each a pattern of its own"
-                )
+        by_axis = bool(site.batch_shape) and layer not in unstacked
+        if (
+            layer is not None
+            and by_axis
+            and (other := alike.setdefault(_unnumbered(site.keys, layer), site)) is not site
+        ):
+            raise ValueError(
+                f"{other.path} and {site.path} are stacked, and nothing tells whether their first axis counts layers, or "
+                "experts of the layer in the path; give each a pattern of its own"
+            )
         column = np.array([number for _, number, _ in places], np.int32)
         shape = (-1, *[1] * (len(site.batch_shape) - 1)) if site.batch_shape else ()
         found.append(np.broadcast_to(column.reshape(shape), site.batch_shape))
     return found
-
-
-def _bare(layer: tuple[str, ...]) -> tuple[str, ...]:
-    """A layer's keys without its number, alike for all layers of one part of the tree."""
-    return (*layer[:-1], layer[-1].rstrip("0123456789"))
 
 
 def _places(site: Site, by_path: bool) -> list[tuple[int, int, Any]] | None:
@@ -97,8 +95,7 @@ def kinds(sites: Sequence[Site]) -> tuple[list[int], int]:
     """
     names = []
     for site, layer in zip(sites, layer_paths(sites)):
-        bare = () if layer is None else _bare(layer)
-        names.append((*bare, *site.keys[len(bare) :]))
+        names.append(site.keys if layer is None else _unnumbered(site.keys, layer))
     known = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return [known[name] for name in names], len(known)
 
@@ -107,6 +104,11 @@ def numbered(keys: tuple[str, ...]) -> tuple[str, ...] | None:
     """The part of a path that names a layer: up to the first key that ends in digits."""
     at = next((n for n, key in enumerate(keys) if key[-1:].isdigit()), None)
     return None if at is None else keys[: at + 1]
+
+
+def _unnumbered(keys: tuple[str, ...], layer: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the number of its layer."""
+    return (*layer[:-1], layer[-1].rstrip("0123456789"), *keys[len(layer) :])
 
 
 def _natural(path: str) -> tuple[tuple[str, int], ...]:
