@@ -83,11 +83,51 @@ class SineLoRA(Method):
         frequency = 3 * gain if self.frequency is None else self.frequency
         # Not in the 16 bits of an accelerator's default: the frequency multiplies the rounding too.
         angle = frequency * jnp.matmul(a, b, precision="highest")
-        return view.w.astype(a.dtype) + self.alpha / self.rank / gain * jnp.sin(angle)
+        return view.w.astype(a.dtype) + self.alpha / self.rank / gain * sine(angle)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups."""
         return {"a": "a", "b": "b"}
+
+
+@jax.custom_jvp
+def sine(x: jax.Array) -> jax.Array:
+    """The sine of 32-bit numbers, to a unit in the last place of 1; of others `jnp.sin`.
+
+    By Cody and Waite's reduction to an eighth of a turn and the polynomials of Cephes' sinf and cosf, all of it arithmetic
+    that compilers put into vectors, which XLA's CPU backend does not do with its own. The multiples of a quarter turn that
+    are taken away are exact up to an angle of 1e5; beyond, the error is at most the spacing of such angles.
+    """
+    return _sine_and_cosine(x)[0]
+
+
+@sine.defjvp
+def _sine_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    value, slope = _sine_and_cosine(primals[0])
+    return value, slope * tangents[0]
+
+
+# A quarter turn in parts, the first three with 8 bits or fewer, so that multiples of them up to 2**16 are exact.
+_QUARTER = (1.5703125, 4.825592041015625e-4, 1.2665987014770508e-6, 9.92093629470503e-10)
+
+
+def _sine_and_cosine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if x.dtype != jnp.float32:
+        return jnp.sin(x), jnp.cos(x)
+    turns = jnp.round(x * (2 / math.pi))
+    rest = x
+    for part in _QUARTER:
+        rest = rest - turns * part
+    rest = jnp.clip(rest, -0.8, 0.8)  # of an angle whose own spacing is above a quarter turn
+    square = rest * rest
+    s = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * rest + rest
+    c = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
+    c = c - 0.5 * square + 1
+    odd = turns - 2 * jnp.floor(turns * 0.5) != 0
+    # The sign of the sine changes with every second quarter, that of the cosine one quarter earlier.
+    half, later = (jnp.floor(each * 0.5) for each in (turns, turns + 1))
+    sign, other = (1 - 2 * (each - 2 * jnp.floor(each * 0.5)) for each in (half, later))
+    return sign * jnp.where(odd, c, s), other * jnp.where(odd, s, c)
 
 
 SineLoRA.CASES = (

@@ -816,8 +816,8 @@ SHARED = (
     Mutation(
         "MPO takes the first kind's central core",
         "jlora/methods/mpo.py",
-        '["central"][view.frozen["kind"]]',
-        '["central"][0]',
+        '["central"], view.frozen["kind"])',
+        '["central"], 0 * view.frozen["kind"])',
         (MPO + "an_entry_is_the_product_of_the_matrices_that_its_digits_choose_also_where_the_matrix_is_cut",),
     ),
     Mutation(
