@@ -118,7 +118,9 @@ class MoRA(Method):
             count = min(-(-x.shape[-1] // size), -(-columns // size))  # blocks behind these are cut off
             turned, filled = _rotated(m, count).astype(x.dtype), _filled(x, size)
             # Cut by one split, whose transpose is one concatenation; side by side the blocks would have to be moved apart.
-            *parts, _ = jax.lax.split(filled, (size,) * count + (filled.shape[-1] - count * size,), axis=filled.ndim - 1)
+            *parts, _ = jax.lax.split(
+                filled, (size,) * count + (filled.shape[-1] - count * size,), axis=filled.ndim - 1
+            )
             return _repeated(jnp.concatenate([part @ turned[n] for n, part in enumerate(parts)], axis=-1), columns)
         m = m.astype(x.dtype)
         z = _blocks(x, size).sum(-2) if self.mora_type in (1, 4) else _sums_of_neighbours(x, size)

@@ -14,6 +14,7 @@ from descent import descend
 import jlora
 from jlora.methods.c3a import circulant
 from jlora.methods.fourierft import positions
+from jlora.methods.sinelora import sine
 from jlora.methods.spectral_tensor_train import prime_factors, train
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "dense_updates.npz"))
@@ -145,6 +146,17 @@ def test_sinelora_is_the_sine_of_numpy_in_values_gradients_and_steps(frequency, 
         close(found["b"], a.T @ inner, rtol=1e-4, atol=1e-4)
         a, b = a - 0.001 * inner @ b.T, b - 0.001 * a.T @ inner
         mine = {name: mine_ - 0.001 * found[name] for name, mine_ in mine.items()} if frequency else {"a": a, "b": b}
+
+
+def test_the_sine_of_32_bits_and_its_slope_are_numpy_s_to_a_unit_in_the_last_place():
+    x = np.concatenate([normal(0, 2000) * size for size in (1e-3, 1, 30, 1e3, 2e4)] + [[0, -0.0, np.pi, 1e5]])
+    x = np.clip(x, -1e5, 1e5).astype(np.float32)
+    both = jax.jit(jax.vmap(jax.value_and_grad(sine)))
+    value, slope = both(jnp.asarray(x))
+    unit = 2.0**-23
+    np.testing.assert_allclose(value, np.sin(x.astype(float)), rtol=0, atol=1.5 * unit)
+    np.testing.assert_allclose(slope, np.cos(x.astype(float)), rtol=0, atol=1.5 * unit)
+    assert np.max(np.abs(both(jnp.float32([1e9, 3e20, -1e38])))) <= 1
 
 
 def test_sinelora_has_a_high_rank_bounded_entries_and_lora_as_its_limit():

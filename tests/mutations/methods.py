@@ -84,6 +84,34 @@ DENSE_UPDATES = (
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
     ),
     Mutation(
+        "the sine's quarter turn has a part too few",
+        "jlora/methods/sinelora.py",
+        ", 9.92093629470503e-10)",
+        ")",
+        (DENSE + "the_sine_of_32_bits_and_its_slope_are_numpy_s_to_a_unit_in_the_last_place",),
+    ),
+    Mutation(
+        "the sine of an angle beyond all precision is not bounded",
+        "jlora/methods/sinelora.py",
+        "rest = jnp.clip(rest, -0.8, 0.8)",
+        "rest = 1.0 * rest",
+        (DENSE + "the_sine_of_32_bits_and_its_slope_are_numpy_s_to_a_unit_in_the_last_place",),
+    ),
+    Mutation(
+        "the middle digits of Sylvester's matrix have the wrong sign",
+        "jlora/methods/said/fastfood.py",
+        "parts[k - bit] - each if k & bit",
+        "each - parts[k - bit] if k & bit",
+        (FASTFOOD + "the_transform_is_a_product_with_sylvester_s_matrix_and_its_own_inverse[1024]",),
+    ),
+    Mutation(
+        "the gradient of what SAID spreads lies elsewhere",
+        "jlora/methods/said/fastfood.py",
+        "jnp.tile(tangents[0], len",
+        "jnp.repeat(tangents[0], len",
+        (FASTFOOD + "the_map_is_linear_with_the_matrix_and_the_adjoint_of_numpy[5-24]",),
+    ),
+    Mutation(
         "SAID's map does not keep the norm of a padded matrix",
         "jlora/methods/said/fastfood.py",
         "jnp.sum(gaussian**2) * size",
@@ -812,6 +840,22 @@ SHARED = (
         'return {"bank": 0.1}',
         'return {"bank": 1.0}',
         (VBLORA + "outputs_gradients_and_steps_are_those_of_peft",),
+    ),
+    Mutation(
+        "MPO's central core of one kind has the gradients of all",
+        "jlora/methods/mpo.py",
+        "jnp.sum(chosen * tangents[0], axis=0)",
+        "jnp.sum(tangents[0], axis=0)",
+        (MPO + "a_central_core_has_the_gradient_of_its_own_kind",),
+    ),
+    Mutation(
+        "MoRA's blocks are turned the other way",
+        "jlora/methods/mora.py",
+        "[first * cos + second * sin, second * cos - first * sin]",
+        "[first * cos - second * sin, second * cos + first * sin]",
+        (
+            "tests/methods/test_reshaping.py::test_rotary_mora_has_a_block_for_each_part_of_the_input_turned_by_its_number",
+        ),
     ),
     Mutation(
         "MPO takes the first kind's central core",
