@@ -109,7 +109,7 @@ DENSE_UPDATES = (
         "jlora/methods/said/fastfood.py",
         "jnp.tile(tangents[0], len",
         "jnp.repeat(tangents[0], len",
-        (FASTFOOD + "the_map_is_linear_with_the_matrix_and_the_adjoint_of_numpy[5-24]",),
+        (FASTFOOD + "ten_steps_of_all_matrices_are_those_of_numpy",),
     ),
     Mutation(
         "SAID's map does not keep the norm of a padded matrix",
