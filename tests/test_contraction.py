@@ -46,6 +46,24 @@ def test_a_plan_equals_the_closed_form_in_value_and_every_gradient(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_constant_columns_act_and_get_no_gradient_in_any_plan(plan):
+    x, w, f = problem(rank=5)
+    g = normal(4, *x.shape[:-1], w.shape[1])
+
+    def value(constants, x, a, b):
+        return jnp.sum(g * Factors(a, b, constants=constants).dense(x, w, None, Options(jnp.float32, None, plan)))
+
+    (y, some), (whole, every) = (
+        jax.jit(jax.value_and_grad(partial(value, constants), (0, 1, 2)))(x, f.a, f.b) for constants in (3, 0)
+    )
+    np.testing.assert_allclose(y, whole, rtol=1e-5)
+    wanted = (every[0], every[1] * (jnp.arange(5) < 2), every[2] * (jnp.arange(5) < 2)[:, None])
+    for got, want in zip(some, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert np.all(every[1]) and np.all(every[2])
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
     x, w, f = problem()
     options = Options(jnp.float32, None, plan)

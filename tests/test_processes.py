@@ -52,7 +52,7 @@ def flags(**changes):
 
 
 def start(processes, logs, devices=1, **changes):
-    """One command for each process, which has so many devices; their output goes to files, so that none waits for its reader."""
+    """One command for each process, of so many devices; their output goes to files, so that none waits for its reader."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

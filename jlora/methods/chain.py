@@ -197,8 +197,9 @@ class Chain(Around):
         found = self._link(view)
         if self.links == 1:
             return found
-        a = jnp.concatenate([found.a, view.frozen["past_a"]], axis=1)
-        return replace(found, a=a, b=jnp.concatenate([found.b, view.frozen["past_b"]]))
+        past_a, past_b = jax.lax.stop_gradient((view.frozen["past_a"], view.frozen["past_b"]))
+        a, b = jnp.concatenate([found.a, past_a], axis=1), jnp.concatenate([found.b, past_b])
+        return replace(found, a=a, b=b, constants=past_a.shape[1])
 
     def plain(self, view: View) -> PlainLoRA:
         """The links so far, with gates of 1; those of the links to come are 0."""

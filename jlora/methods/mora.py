@@ -109,33 +109,45 @@ class MoRA(Method):
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
         """The base's product and `x @ c @ m @ d`, of sums and copies alone beside the product with `m`."""
-        y, m = product(x), view.params["m"].astype(x.dtype)
-        return y + self._update(drop(x, self.dropout, view.key), m, y.shape[-1]).astype(y.dtype)
+        y = product(x)
+        return y + self._update(drop(x, self.dropout, view.key), view.params["m"], y.shape[-1]).astype(y.dtype)
 
     def _update(self, x: jax.Array, m: jax.Array, columns: int) -> jax.Array:
         size = m.shape[0]
         if self.mora_type == _ROTARY:
-            blocks = _rotated(_blocks(x, size)) @ m
-            return _repeated(blocks.reshape(*x.shape[:-1], -1), columns)
+            count = min(-(-x.shape[-1] // size), -(-columns // size))  # blocks behind these are cut off
+            turned, filled = _rotated(m, count).astype(x.dtype), _filled(x, size)
+            # Cut by one split, whose transpose is one concatenation; side by side the blocks would have to be moved apart.
+            *parts, _ = jax.lax.split(
+                filled, (size,) * count + (filled.shape[-1] - count * size,), axis=filled.ndim - 1
+            )
+            return _repeated(jnp.concatenate([part @ turned[n] for n, part in enumerate(parts)], axis=-1), columns)
+        m = m.astype(x.dtype)
         z = _blocks(x, size).sum(-2) if self.mora_type in (1, 4) else _sums_of_neighbours(x, size)
         return _repeated(z @ m, columns) if self.mora_type in (1, 3) else _spread(z @ m, columns)
 
 
-def _blocks(x: jax.Array, size: int) -> jax.Array:
-    """`x [..., n]` as `[..., blocks, size]`, filled up with its first entries."""
+def _filled(x: jax.Array, size: int) -> jax.Array:
+    """`x [..., n]`, filled up with its first entries to a multiple of `size`."""
     missing = -x.shape[-1] % size
-    filled = jnp.concatenate([x, x[..., :missing]], axis=-1) if missing else x
-    return filled.reshape(*x.shape[:-1], -1, size)
+    return jnp.concatenate([x, x[..., :missing]], axis=-1) if missing else x
 
 
-def _rotated(blocks: jax.Array) -> jax.Array:
-    """Block `i` of `[..., blocks, size]` rotated by `i * 10000 ** (-2 j / size)` in the plane of `j` and `j + size / 2`."""
-    count, size = blocks.shape[-2:]
-    number, plane = jnp.arange(count, dtype=jnp.float32), jnp.arange(0, size, 2, dtype=jnp.float32)
-    angle = number[:, None] * 10000.0 ** (-plane / size)
-    cos, sin = (f(angle).astype(blocks.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(blocks, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _blocks(x: jax.Array, size: int) -> jax.Array:
+    """The same as `[..., blocks, size]`."""
+    return _filled(x, size).reshape(*x.shape[:-1], -1, size)
+
+
+def _rotated(m: jax.Array, count: int) -> jax.Array:
+    """`[count, size, size]`: `m` behind the rotation of each block, so that it is `m` that is rotated, and not the input.
+
+    Block `i` is rotated by `i * 10000 ** (-2 j / size)` in the plane of its entries `j` and `j + size / 2`.
+    """
+    number, plane = jnp.arange(count, dtype=jnp.float32), jnp.arange(0, len(m), 2, dtype=jnp.float32)
+    angle = number[:, None] * 10000.0 ** (-plane / len(m))
+    cos, sin = (f(angle).astype(m.dtype)[:, :, None] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(m, 2)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=1)
 
 
 def _repeated(z: jax.Array, columns: int) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +120,10 @@ class MPO(Method):
         ]
 
     def weight(self, view: View) -> jax.Array:
-        """`w + scale * ...`, the cores multiplied from left to right."""
+        """`w + scale * ...`, the cores multiplied from right to left."""
         rows, columns = view.w.shape
-        central = view.shared["central"][view.frozen["kind"]][:, : self._middle(rows), : self._middle(columns)]
+        central = _of_kind(view.shared["central"], view.frozen["kind"])
+        central = central[:, : self._middle(rows), : self._middle(columns)]
         cores = [view.params.get(f"t{place}", central) for place in range(2 * self.depth + 1)]
         update = _contracted(cores)[:rows, :columns]
         return view.w.astype(update.dtype) + self.scale * update
@@ -133,13 +134,27 @@ class MPO(Method):
         return {name: "b" if name == last else "a" for name in self.axes if name != "kind"}
 
 
+@jax.custom_jvp
+def _of_kind(central: jax.Array, kind: jax.Array) -> jax.Array:
+    """`central[kind]`."""
+    return central[kind]
+
+
+@_of_kind.defjvp
+def _of_kind_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """As a sum over the kinds: in its transpose the leaves' gradients meet in one pass, not each in zeros of its own."""
+    central, kind = primals
+    chosen = (jnp.arange(len(central)) == kind).astype(central.dtype).reshape(-1, *[1] * (central.ndim - 1))
+    return _of_kind(central, kind), jnp.sum(chosen * tangents[0], axis=0)
+
+
 def _contracted(cores: Sequence[jax.Array]) -> jax.Array:
     """The matrix that cores `[bond, row digit, column digit, bond]` make; digits further left count more."""
-    whole = cores[0][0]
-    for core in cores[1:]:
-        joined = jnp.einsum("ijb,bklc->ikjlc", whole, core)
-        whole = joined.reshape(whole.shape[0] * core.shape[1], whole.shape[1] * core.shape[2], core.shape[3])
-    return whole[..., 0]
+    whole = cores[-1][..., 0]
+    for core in reversed(cores[:-1]):  # so that stretches of a row stay together, the longer the larger the array
+        joined = jnp.einsum("bijc,ckl->bikjl", core, whole)
+        whole = joined.reshape(core.shape[0], core.shape[1] * whole.shape[1], core.shape[2] * whole.shape[2])
+    return whole[0]
 
 
 MPO.CASES = (MPO(bond=4, mode=2), MPO(bond=3, mode=2, scale=2.0, learn="auxiliary"))

@@ -1,5 +1,6 @@
 """`restart`: what is learned stays, what is drawn is new, moments begin anew, and nothing else moves."""
 
+import re
 from functools import partial
 
 import jax
@@ -156,6 +157,19 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("plan", ["factored", "merged"])
+def test_no_step_computes_the_gradient_of_finished_links(plan):
+    def products(method):
+        adapted = jlora.adapterize(base(), {"out": method})
+        lifted = jlora.lift(fn, plan=plan)
+        gradient = jax.grad(lambda p: jnp.sum(lifted(adapted.replace(params=p), X)))
+        found = re.findall(r"f32\[(\d+),(\d+)\] = dot_general", str(jax.make_jaxpr(gradient)(adapted.params)))
+        return {frozenset(map(int, shape)) for shape in found}
+
+    chain = products(jlora.Chain(jlora.LoRA(2), links=6))
+    assert {2, 8} in chain and {12, 8} not in chain
+
+
 def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     ranks = (3, 1, 2)
     params, adapted, tx, state, step, traces = trained(jlora.Chain(jlora.LoRA(3, alpha=6), links=3, ranks=ranks))

@@ -85,6 +85,22 @@ def test_an_entry_is_the_product_of_the_matrices_that_its_digits_choose_also_whe
             close(merged[name][layer] - params[name][layer], wanted, atol=1e-4)
 
 
+def test_a_central_core_has_the_gradient_of_its_own_kind():
+    params = {"up": weight(0, 7, 9), "down": weight(1, 9, 7)}
+    adapted = perturbed(jlora.adapterize(params, {".*": jlora.MPO(bond=4, mode=2)}))
+    direction = weight(2, 7, 9)
+
+    def moved(p):
+        return jnp.sum(direction * (jlora.merge(adapted.replace(params=p))["up"] - params["up"]))
+
+    value, gradient = jax.jit(jax.value_and_grad(moved))(adapted.params)
+    down, up = (
+        np.sum(each) for each in gradient["~shared"]["MPO"]["central"] * adapted.params["~shared"]["MPO"]["central"]
+    )
+    assert down == 0
+    close(up, value, rtol=1e-4)  # it is linear in the core
+
+
 def test_full_bonds_have_as_many_values_in_the_central_core_as_the_matrix_has():
     for size in (768, 1024):
         shapes = jax.eval_shape(

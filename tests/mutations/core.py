@@ -26,6 +26,20 @@ def strict(name: str) -> tuple[str, ...]:
 
 PRODUCTS = (
     Mutation(
+        "constant columns of the factors get a gradient",
+        "jlora/core/products/contraction.py",
+        "ranks = [m.shape[1] - n for",
+        "ranks = [m.shape[1] for",
+        (CONTRACTION + "constant_columns_act_and_get_no_gradient_in_any_plan",),
+    ),
+    Mutation(
+        "the gradient of finished links is computed",
+        "jlora/methods/chain.py",
+        "b=b, constants=past_a.shape[1])",
+        "b=b)",
+        ("tests/chains/test_restart.py::test_no_step_computes_the_gradient_of_finished_links",),
+    ),
+    Mutation(
         "dropout keeps the size of what it lets through",
         "jlora/core/products/contraction.py",
         "jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype),",
@@ -49,8 +63,8 @@ PRODUCTS = (
     Mutation(
         "dropout is lost in a transposed use",
         "jlora/core/products/low_rank.py",
-        "Factors(self.b.T, self.a.T, None, self.dropout)",
-        "Factors(self.b.T, self.a.T, None)",
+        "Factors(self.b.T, self.a.T, None, self.dropout, self.constants)",
+        "Factors(self.b.T, self.a.T, None, 0.0, self.constants)",
         (DROPOUT + "a_transposed_use_drops_entries_of_its_own_input",),
     ),
     Mutation(

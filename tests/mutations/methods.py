@@ -84,6 +84,20 @@ DENSE_UPDATES = (
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
     ),
     Mutation(
+        "the middle digits of Sylvester's matrix have the wrong sign",
+        "jlora/methods/said/fastfood.py",
+        "parts[k - bit] - each if k & bit",
+        "each - parts[k - bit] if k & bit",
+        (FASTFOOD + "the_transform_is_a_product_with_sylvester_s_matrix_and_its_own_inverse[1024]",),
+    ),
+    Mutation(
+        "the gradient of what SAID spreads lies elsewhere",
+        "jlora/methods/said/fastfood.py",
+        "jnp.tile(tangents[0], len",
+        "jnp.repeat(tangents[0], len",
+        (FASTFOOD + "ten_steps_of_all_matrices_are_those_of_numpy",),
+    ),
+    Mutation(
         "SAID's map does not keep the norm of a padded matrix",
         "jlora/methods/said/fastfood.py",
         "jnp.sum(gaussian**2) * size",
@@ -814,10 +828,26 @@ SHARED = (
         (VBLORA + "outputs_gradients_and_steps_are_those_of_peft",),
     ),
     Mutation(
+        "MPO's central core of one kind has the gradients of all",
+        "jlora/methods/mpo.py",
+        "jnp.sum(chosen * tangents[0], axis=0)",
+        "jnp.sum(tangents[0], axis=0)",
+        (MPO + "a_central_core_has_the_gradient_of_its_own_kind",),
+    ),
+    Mutation(
+        "MoRA's blocks are turned the other way",
+        "jlora/methods/mora.py",
+        "[first * cos + second * sin, second * cos - first * sin]",
+        "[first * cos - second * sin, second * cos + first * sin]",
+        (
+            "tests/methods/test_reshaping.py::test_rotary_mora_has_a_block_for_each_part_of_the_input_turned_by_its_number",
+        ),
+    ),
+    Mutation(
         "MPO takes the first kind's central core",
         "jlora/methods/mpo.py",
-        '["central"][view.frozen["kind"]]',
-        '["central"][0]',
+        '["central"], view.frozen["kind"])',
+        '["central"], 0 * view.frozen["kind"])',
         (MPO + "an_entry_is_the_product_of_the_matrices_that_its_digits_choose_also_where_the_matrix_is_cut",),
     ),
     Mutation(

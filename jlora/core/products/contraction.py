@@ -125,13 +125,21 @@ def at_most(small: int, large: int) -> bool:
         return False
 
 
-def products(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, options: Options) -> Matrices:
-    """`x [..., in] @ (w + a @ b)` for several weights, whose products with `a` and gradients of `a` are shared."""
+def products(
+    x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, options: Options, constants: Sequence[int] | None = None
+) -> Matrices:
+    """`x [..., in] @ (w + a @ b)` for several weights, whose products with `a` and gradients of `a` are shared.
+
+    Of each weight the last `constants` columns of `a` and rows of `b` get no gradient, and their gradient is not computed.
+    """
+    ranks = [m.shape[1] - n for m, n in zip(a, constants or [0] * len(a))]
+    kept = [jax.lax.stop_gradient((m[:, r:], n[r:])) for m, n, r in zip(a, b, ranks)]
+    a, b = [m[:, :r] for m, r in zip(a, ranks)], [m[:r] for m, r in zip(b, ranks)]
 
     def rows(x: jax.Array) -> Matrices:
         shapes = [(w.shape[0], w.shape[1]) for w in weights]
         plan = choose(options.plan, x.size // x.shape[-1], shapes, weights[0].dtype)
-        return _low_rank(x, weights, a, b, _Group(options.out_dtype, options.precision, plan, options.cut))
+        return _low_rank(x, weights, a, b, kept, _Group(options.out_dtype, options.precision, plan, options.cut))
 
     return in_rows(rows, x)
 
@@ -187,9 +195,25 @@ def _split(together: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
     return [together[..., end - a.shape[1] : end] for a, end in zip(factors, ends)]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _low_rank(x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, group: _Group) -> Matrices:
-    """`x @ (w + a @ b)` for each weight, by its plan."""
+def _whole(a: Matrices, b: Matrices, kept: list[tuple[jax.Array, jax.Array]]) -> tuple[Matrices, Matrices]:
+    """The factors with their constant columns and rows."""
+    return (
+        [jnp.concatenate([m, c], axis=1) if c.shape[1] else m for m, (c, _) in zip(a, kept)],
+        [jnp.concatenate([m, c]) if c.shape[0] else m for m, (_, c) in zip(b, kept)],
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _low_rank(
+    x: jax.Array,
+    weights: Matrices,
+    a: Matrices,
+    b: Matrices,
+    kept: list[tuple[jax.Array, jax.Array]],
+    group: _Group,
+) -> Matrices:
+    """`x @ (w + a @ b)` for each weight, by its plan; `kept` are the constant columns of `a` and rows of `b`."""
+    a, b = _whole(a, b, kept)
     accumulate = accumulation_dtype(group.out_dtype)
     in_pieces = group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize
     factored = [n for n, formed in enumerate(group.plan.forward) if not formed and not in_pieces]
@@ -235,13 +259,13 @@ def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices,
     barrier's transpose is a barrier on the gradients: `dx` is not used before `da` and `db` are computed too, after which
     nothing needs `x` and `g`, and their memory is free.
     """
-    x, weights, a, b = primals
-    live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents, is_leaf=_is_zero)
+    x, weights, a, b, kept = primals
+    live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[:-1], is_leaf=_is_zero)
     dx, dw, da, db = jax.lax.optimization_barrier(live)
-    results = _low_rank(x, weights, a, b, group)
+    results = _low_rank(x, weights, a, b, kept, group)
     terms: list[list[jax.Array]] = [[] for _ in weights]
     if dx is not None:
-        for n, term in enumerate(_through_input(group, dx, weights, a, b)):
+        for n, term in enumerate(_through_input(group, dx, weights, *_whole(a, b, kept))):
             terms[n].append(term)
     dtype = group.out_dtype
     moved = [n for n, each in enumerate(da) if each is not None]

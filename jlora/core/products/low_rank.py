@@ -28,12 +28,14 @@ class Factors(Update):
         b: `[r, out]`.
         scale: `[out]`, or None for one.
         dropout: probability with which an entry of the adapter path's input is dropped; static.
+        constants: how many of the last columns of `a` and rows of `b` are constants, without a gradient; static.
     """
 
     a: jax.Array
     b: jax.Array
     scale: jax.Array | None = None
     dropout: float = field(default=0.0, metadata={"static": True})
+    constants: int = field(default=0, metadata={"static": True})
     refuses_forming: ClassVar[bool] = True
 
     def weight(self, w: jax.Array) -> jax.Array:
@@ -68,7 +70,7 @@ class Factors(Update):
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ ((w + a @ b) * scale).T`."""
         scaled = x if self.scale is None else x * self.scale.astype(x.dtype)
-        return Factors(self.b.T, self.a.T, None, self.dropout).dense(scaled, w.T, key, options)
+        return Factors(self.b.T, self.a.T, None, self.dropout, self.constants).dense(scaled, w.T, key, options)
 
     @staticmethod
     def together(x: jax.Array, members: Sequence[tuple[jax.Array, Factors]], options: Options) -> list[jax.Array]:
@@ -79,7 +81,8 @@ class Factors(Update):
         a, b = ([m.astype(x.dtype) for m in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
         scaled = any(f.scale is not None for _, f in members)
         out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
-        products = contraction.products(x, [w for w, _ in members], a, b, replace(options, out_dtype=out_dtype))
+        constants, options_ = [f.constants for _, f in members], replace(options, out_dtype=out_dtype)
+        products = contraction.products(x, [w for w, _ in members], a, b, options_, constants)
         return [
             y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
             for y, (_, f) in zip(products, members)

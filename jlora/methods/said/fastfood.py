@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Side of the matrices that the transform is a product of: as many stages as digits in this base.
-_RADIX = 32
+# Sides of the matrices that the transform is a product of: of the last digits, which are neighbours in memory, and of the
+# first, of which the caller may want some alone. The digits between go by sums and differences of whole stretches.
+_LOW, _TOP, _BETWEEN = 32, 16, 4
 
 
-def fwht(x: jax.Array) -> jax.Array:
+def fwht(x: jax.Array, size: int | None = None) -> jax.Array:
     """The Walsh-Hadamard transform of the last axis, without normalization: `fwht(fwht(x)) == n * x`.
 
     The matrix is Sylvester's, `h[i, j] = (-1)**(number of ones that i and j have in common)`, which is a Kronecker product
@@ -18,16 +21,32 @@ def fwht(x: jax.Array) -> jax.Array:
 
     Args:
         x: `[..., n]`, n a power of two.
+        size: how many of the first entries of the result are wanted; by default all n.
     """
-    n, done = x.shape[-1], 1
-    y = x
-    while done < n:
-        radix = min(_RADIX, n // done)
-        h = jnp.asarray(hadamard(radix), x.dtype)
-        y = y.reshape(*x.shape[:-1], n // (done * radix), radix, done)
-        y = jnp.einsum("...arb,rs->...asb", y, h, precision="highest")
+    batch, n = x.shape[:-1], x.shape[-1]
+    size = n if size is None else size
+    low = min(_LOW, n)
+    top = min(_TOP, n // low)
+    kept = -(-size * top // n)
+    h = jnp.asarray(hadamard(top)[:kept], x.dtype)
+    y = jnp.matmul(h, x.reshape(*batch, top, n // top), precision="highest")
+    y = jnp.matmul(y.reshape(*batch, -1, low), jnp.asarray(hadamard(low), x.dtype), precision="highest")
+    done = low
+    while done < n // top:
+        radix = min(_BETWEEN, n // (top * done))
+        y = y.reshape(*batch, -1, radix, done)
         done *= radix
-    return y.reshape(x.shape)
+        y = jnp.stack(_butterflies([y[..., k, :] for k in range(radix)]), axis=-2)
+    return y.reshape(*batch, -1)[..., :size]
+
+
+def _butterflies(parts: list[jax.Array]) -> list[jax.Array]:
+    """The transform of a list, of arrays that are added and subtracted as they are; its length a power of two."""
+    bit = 1
+    while bit < len(parts):
+        parts = [parts[k - bit] - each if k & bit else each + parts[k + bit] for k, each in enumerate(parts)]
+        bit *= 2
+    return parts
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -55,9 +74,26 @@ def fastfood(v: jax.Array, signs: jax.Array, order: jax.Array, gaussian: jax.Arr
         gaussian: `[n]`, normal.
         size: entries of the result, at most n.
     """
-    spread = fwht(signs * jnp.pad(v, (0, len(signs) - len(v))))
-    mixed = fwht(gaussian * spread.at[order].get(unique_indices=True, mode="promise_in_bounds"))
-    return mixed[:size] / jnp.sqrt(jnp.sum(gaussian**2) * size)
+    # All behind the first `m` entries is zero, so that the first transform is one of length `m`, again and again.
+    m = padded(len(v))
+    # Behind a barrier, since XLA would compute its sums anew for every entry that is taken.
+    spread = jax.lax.optimization_barrier(fwht(signs[:m] * jnp.pad(v, (0, m - len(v)))))
+    mixed = fwht(gaussian * _taken(spread, order), size)
+    return mixed / jnp.sqrt(jnp.sum(gaussian**2) * size)
+
+
+@jax.custom_jvp
+def _taken(v: jax.Array, order: jax.Array) -> jax.Array:
+    """`[v, v, ...][order]` of `v [m]`, m a power of two, with a permutation of as many entries as that has."""
+    return v.at[order & (len(v) - 1)].get(mode="promise_in_bounds")
+
+
+@_taken.defjvp
+def _taken_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """By the permutation itself: its transpose adds nothing up in the order in which a device comes to it."""
+    v, order = primals
+    repeated = jnp.tile(tangents[0], len(order) // len(v))
+    return _taken(v, order), repeated.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def constants(seed: jax.Array, n: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
