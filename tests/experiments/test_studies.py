@@ -40,6 +40,8 @@ STUDIES = {
         {"METHODS": ("LoRA", "COLA", "full"), "CHAINS": ("COLA",)},
     ),
 }
+# All are resumed by the same code; of these one writes texts, the other labels.
+RESUMED = ("olora", "rank_methods")
 
 
 def study_of(name):
@@ -87,13 +89,13 @@ def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
     told = (tmp_path / "results.md").read_text()
     assert "\nVerdict: inconclusive: " in told and "\nSize: " in told  # two seeds and one task, or two, tell nothing
     assert (tmp_path / "results.png").stat().st_size > 1000
-
-    (tmp_path / "results.jsonl").write_text("\n".join(written[:-1]) + "\n")
-    module.study.main(module.STUDY, arguments)
-    again = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert again[:-1] == written[:-1]
-    first, second = ({**json.loads(lines[-1]), "seconds": 0} for lines in (written, again))
-    assert first == second, "a run that was done again came out otherwise"
+    if name in RESUMED:
+        (tmp_path / "results.jsonl").write_text("\n".join(written[:-1]) + "\n")
+        module.study.main(module.STUDY, arguments)
+        again = (tmp_path / "results.jsonl").read_text().splitlines()
+        assert again[:-1] == written[:-1]
+        first, second = ({**json.loads(lines[-1]), "seconds": 0} for lines in (written, again))
+        assert first == second, "a run that was done again came out otherwise"
 
 
 def cases_of(sides, verdicts):
