@@ -40,6 +40,9 @@ class Network(Method):
         y = product(x)
         return y + network(x if self.side == "parallel" else y).astype(y.dtype)
 
+    def labels(self, site):
+        return {"d": "a", "u": "b"}
+
 
 @dataclass(frozen=True)
 class Gain(Method):
