@@ -214,13 +214,13 @@ def _after(text: str, shape: Any, params: dict[str, Any]) -> Any:
 
 
 def methods() -> list[Method]:
-    """Every case of every method that needs no data."""
+    """Every case of every method that needs no data, has a weight to merge, and takes a leaf that is in no layer."""
     found = []
     for info in pkgutil.walk_packages(jlora.methods.__path__, "jlora.methods."):
         module = importlib.import_module(info.name)
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
-        found += [case for c in classes if c.__module__ == module.__name__ for case in c.CASES if not case.needs]
-    return found
+        found += [case for c in classes if c.__module__ == module.__name__ for case in c.CASES]
+    return [case for case in found if not case.needs and case.mergeable and not isinstance(case, jlora.Layers)]
 
 
 METHODS = methods()
