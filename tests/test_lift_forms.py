@@ -199,6 +199,13 @@ def test_activations_of_8_bits_get_the_formed_weight(dtype):
     np.testing.assert_array_equal(jlora.lift(f)(adapted), f(jlora.merge(adapted)))
 
 
+def test_a_slice_without_entries_is_one():
+    spec = {"w": jlora.Axes("out batch in", jlora.LoRA(1, init="random"))}
+    adapted = jlora.adapterize({"w": normal(0, 4, 3, 5)}, spec)
+    f = lambda p: jnp.concatenate([p["w"], p["w"][:, :0]], axis=1)
+    np.testing.assert_allclose(jax.jit(jlora.lift(f))(adapted), f(jlora.merge(adapted)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_strict_refuses_exactly_the_forms_that_need_the_weight_itself(name):
     f, adapted = adapted_form(name, "lora")

@@ -183,8 +183,8 @@ def shape_of(axes: Axes) -> tuple[int, ...]:
 
 def rearrange(array: jax.Array, have: Axes, want: Axes) -> jax.Array:
     """Moves an array from one grouping of pieces to another; both hold the same pieces, save pieces of size 1."""
-    flat = [piece for axis in have for piece in axis if piece.size > 1]
-    target = [piece for axis in want for piece in axis if piece.size > 1]
+    flat = [piece for axis in have for piece in axis if piece.size != 1]
+    target = [piece for axis in want for piece in axis if piece.size != 1]
     if flat == target:
         return _reshape(array, shape_of(want))
     array = _reshape(array, tuple(piece.size for piece in flat))
