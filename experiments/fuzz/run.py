@@ -1,4 +1,5 @@
-"""A fuzz of `jlora.lift`: random functions of random params, adapted by every method, beside the functions of merged params.
+"""A fuzz of `jlora.lift`: random functions of random params, adapted by methods that can be merged, beside the functions of
+merged params.
 
     python experiments/fuzz/run.py --count 1000 --seed 0
 

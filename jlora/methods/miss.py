@@ -128,7 +128,7 @@ class MiSS(Method):
             return w + moved.reshape(w.shape)
         found = self.factors(view)
         assert found is not None
-        return w + found.a @ found.b
+        return found.weight(w)
 
     def factors(self, view: View) -> Factors | None:
         """The sums of the inputs, as a matrix of zeros and ones `[in, rank]`, and `b`, repeated over the outputs."""

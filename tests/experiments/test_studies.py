@@ -81,7 +81,7 @@ def tiny_encoder(data):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_runs_to_its_verdict_and_is_resumed(name, tmp_path, capsys):
+def test_a_study_runs_to_its_verdict_and_some_are_resumed(name, tmp_path, capsys):
     module = study_of(name)
     arguments = [*STUDIES[name][0], "--out", str(tmp_path)]
     module.study.main(module.STUDY, arguments)

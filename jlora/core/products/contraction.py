@@ -126,13 +126,13 @@ def at_most(small: int, large: int) -> bool:
 
 
 def products(
-    x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, options: Options, constants: Sequence[int] | None = None
+    x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, constants: Sequence[int], options: Options
 ) -> Matrices:
     """`x [..., in] @ (w + a @ b)` for several weights, whose products with `a` and gradients of `a` are shared.
 
     Of each weight the last `constants` columns of `a` and rows of `b` get no gradient, and their gradient is not computed.
     """
-    ranks = [m.shape[1] - n for m, n in zip(a, constants or [0] * len(a))]
+    ranks = [m.shape[1] - n for m, n in zip(a, constants)]
     kept = [jax.lax.stop_gradient((m[:, r:], n[r:])) for m, n, r in zip(a, b, ranks)]
     a, b = [m[:, :r] for m, r in zip(a, ranks)], [m[:r] for m, r in zip(b, ranks)]
 

@@ -81,8 +81,8 @@ class Factors(Update):
         a, b = ([m.astype(x.dtype) for m in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
         scaled = any(f.scale is not None for _, f in members)
         out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
-        constants, options_ = [f.constants for _, f in members], replace(options, out_dtype=out_dtype)
-        products = contraction.products(x, [w for w, _ in members], a, b, options_, constants)
+        weights, constants = [w for w, _ in members], [f.constants for _, f in members]
+        products = contraction.products(x, weights, a, b, constants, replace(options, out_dtype=out_dtype))
         return [
             y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
             for y, (_, f) in zip(products, members)
