@@ -1,0 +1,1 @@
+"""Codes: the forms in which base leaves can be kept, a file each."""
