@@ -21,6 +21,7 @@ from jlora.compose.switch import switch as switch
 from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update
+from jlora.core.protocol.code import Code as Code
 from jlora.core.protocol.event import Event as Event
 from jlora.core.protocol.gated import Gated as Gated
 from jlora.core.protocol.method import Method as Method
@@ -29,6 +30,7 @@ from jlora.core.protocol.method import Site as Site
 from jlora.core.protocol.method import Start as Start
 from jlora.core.protocol.method import View as View
 from jlora.core.protocol.readings import Sites as Sites
+from jlora.core.protocol.stored import Stored as Stored
 from jlora.core.protocol.wrapping import Around as Around
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
@@ -41,6 +43,9 @@ from jlora.core.transforms.sites import sites as sites
 from jlora.core.tree.adapted import Adapted as Adapted
 from jlora.core.tree.adapterize import adapterize as adapterize
 from jlora.core.tree.merge import merge as merge
+from jlora.core.tree.quantize import dequantize as dequantize
+from jlora.core.tree.quantize import quantize as quantize
+from jlora.core.tree.quantize import requantize as requantize
 from jlora.core.tree.residuals import loftq as loftq
 from jlora.core.tree.residuals import residuals as residuals
 from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR

@@ -120,7 +120,7 @@ def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:
         if sharding is None or not site.method.matrix or AxisType.Explicit in sharding.mesh.axis_types:
             continue
         spec = (*sharding.spec, *([None] * (len(site.shape) - len(sharding.spec))))
-        names = placement.axis_names(placement.outermost(site, site.in_axes, spec))
+        names = placement.axis_names(site.outermost(site.in_axes, spec))
         if names and set(names) <= set(axes):
             found[site.path] = math.prod(sharding.mesh.shape[name] for name in names)
     return {path: pieces for path, pieces in found.items() if pieces > 1}

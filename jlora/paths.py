@@ -23,6 +23,10 @@ def _is_box(node: Any) -> bool:
     return isinstance(node, AxisMetadata) or (nnx is not None and isinstance(node, nnx.Variable))
 
 
+class Whole:
+    """Base of nodes that count as one leaf although they hold arrays: leaves that are kept in another form."""
+
+
 def _key_string(key: Any) -> str:
     if isinstance(key, DictKey | FlattenedIndexKey):
         return str(key.key)
@@ -36,11 +40,17 @@ def _key_string(key: Any) -> str:
 def flatten_with_keys(
     tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False
 ) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
-    """Flattens a tree to [(keys, leaf)] and its tree definition; leaves keep JAX's order.
+    """Flattens a tree to [(keys, leaf)] and its tree definition; leaves keep JAX's order. A `Whole` is a leaf.
 
     The `value` of a box that holds an array (NNX `Param`, Flax `Partitioned`) is no key; a field `value` of anything else is.
     """
-    return _leaves(tree, is_leaf), jax.tree.structure(tree, is_leaf=is_leaf)
+    one = lambda node: isinstance(node, Whole) or is_leaf(node)  # noqa: E731
+    return _leaves(tree, one), jax.tree.structure(tree, is_leaf=one)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree. A `Whole` is one."""
+    return [leaf for _, leaf in flatten_with_keys(tree)[0]]
 
 
 def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], Any]]:
@@ -55,9 +65,9 @@ def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, 
 def _in_box(box: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], Any]]:
     found = []
     for path, child in jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]:
-        leaves = _leaves(child, is_leaf)
-        hidden = path == (GetAttrKey("value"),) and [keys for keys, _ in leaves] == [()]
-        found += [((*(() if hidden else map(_key_string, path)), *keys), leaf) for keys, leaf in leaves]
+        below = _leaves(child, is_leaf)
+        hidden = path == (GetAttrKey("value"),) and [keys for keys, _ in below] == [()]
+        found += [((*(() if hidden else map(_key_string, path)), *keys), leaf) for keys, leaf in below]
     return found
 
 
@@ -67,9 +77,9 @@ def former_keys(tree: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
     Former releases took no field named `value` for a key, not even outside of boxes. Empty where such keys would have been
     refused, because those of one leaf continued those of another.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Whole))
     former = {}
-    for (path, _), (keys, _) in zip(leaves, _leaves(tree, lambda node: False), strict=True):
+    for (path, _), (keys, _) in zip(found, flatten_with_keys(tree)[0], strict=True):
         hidden = len(path) > 1 and path[-1] == GetAttrKey("value") and len(keys) == len(path)
         former[keys[:-1] if hidden else keys] = keys
     if any(keys[:n] in former for keys in former for n in range(1, len(keys))):

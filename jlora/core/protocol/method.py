@@ -8,13 +8,11 @@ static data without retracing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jlora.core.products.acting import Acting
@@ -26,6 +24,7 @@ from jlora.core.protocol.job import KnownToTheJob
 from jlora.core.protocol.peft import Peft, PeftKind
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.core.protocol.renewal import Renewal
+from jlora.core.protocol.roles import Folded
 
 Arrays = dict[str, jax.Array]
 
@@ -34,7 +33,7 @@ GROUPED = "grouped conv"
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(Folded):
     """One adapted leaf: where it is, and which of its axes play which role.
 
     Attributes:
@@ -63,32 +62,6 @@ class Site:
     def path(self) -> str:
         """The `/`-joined path of the leaf."""
         return "/".join(self.keys)
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the batch axes."""
-        return tuple(self.shape[axis] for axis in self.batch_axes)
-
-    @property
-    def in_size(self) -> int:
-        """Rows of the folded matrix."""
-        return math.prod(self.shape[axis] for axis in self.in_axes)
-
-    @property
-    def out_size(self) -> int:
-        """Columns of the folded matrix."""
-        return math.prod(self.shape[axis] for axis in self.out_axes)
-
-    def fold(self, leaf: jax.Array) -> jax.Array:
-        """The leaf as `[*batch, in, out]`."""
-        order = (*self.batch_axes, *self.in_axes, *self.out_axes)
-        return jnp.transpose(leaf, order).reshape(*self.batch_shape, self.in_size, self.out_size)
-
-    def unfold(self, matrix: jax.Array) -> jax.Array:
-        """The inverse of `fold`."""
-        order = (*self.batch_axes, *self.in_axes, *self.out_axes)
-        folded = matrix.reshape([self.shape[axis] for axis in order])
-        return jnp.transpose(folded, [order.index(axis) for axis in range(len(order))])
 
 
 @jax.tree_util.register_dataclass

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 
-from jlora import _compat
+from jlora import _compat, paths
 from jlora.core.products.contraction import PLANS
 from jlora.core.protocol.method import Site
-from jlora.core.tree.adapted import Adapted
+from jlora.core.protocol.kept import Kept
+from jlora.core.protocol.stored import Stored
+from jlora.core.tree.adapted import Adapted, kept_weight
 from jlora.core.tree.merge import leaves_beside
 from jlora.core.walk import (
     convolution,  # noqa: F401  (registers its rules)
@@ -97,29 +99,36 @@ def call(
     must_read: bool,
     change: Callable[[Weight], Weight] = lambda weight: weight,
 ) -> Any:
-    """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
-    adapted = [leaf for leaf in leaves if isinstance(leaf, Adapted)]
-    if not adapted:
+    """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first, and those kept as a code."""
+    found, treedef = paths.flatten_with_keys((args, kwargs), lambda node: isinstance(node, Adapted))
+    taken = [_weights(keys[2:] or keys, leaf) for keys, leaf in found]
+    values = [change(value) for each in taken for value in each]
+    if not values:
         return fn(*args, **kwargs)
-    found = [each.weights() for each in adapted]
-    beside = [leaves_beside(each, weights) for each, weights in zip(adapted, found, strict=True)]
-    values = [change(value) for weights in found for value in weights]
-    _check_cuts(walk.cuts, [site for each in adapted for site in each.plan.sites])
+    beside = [leaves_beside(leaf, each) if isinstance(leaf, Adapted) else {} for (_, leaf), each in zip(found, taken)]
+    _check_cuts(walk.cuts, [site for _, leaf in found if isinstance(leaf, Adapted) for site in leaf.plan.sites])
 
     def on_arrays(*arrays: jax.Array) -> Any:
-        left, changed = list(arrays), list(beside)
-        trees = [
-            x.with_replaced({site.keys: left.pop(0) for site in x.plan.sites} | changed.pop(0))
-            if isinstance(x, Adapted)
-            else x
-            for x in leaves
-        ]
+        left = iter(arrays)
+        trees = []
+        for (_, leaf), each, changed in zip(found, taken, beside, strict=True):
+            new = [next(left) for _ in each]
+            if isinstance(leaf, Adapted):
+                keys = [weight.site.keys for weight in each if weight.site is not None]
+                leaf = leaf.with_replaced(dict(zip(keys, new, strict=True)) | changed)
+            trees.append(new[0] if isinstance(leaf, Stored) else leaf)
         args, kwargs = jax.tree.unflatten(treedef, trees)
         # The base of an `Adapted` may be an `Adapted` again.
         return call(Walk(walk.strict, walk.plan, together=walk.together), fn, args, kwargs, must_read)
 
     return run(walk, on_arrays, values, must_read)
+
+
+def _weights(keys: tuple[str, ...], leaf: Any) -> list[Weight]:
+    """The weights that an argument, or a leaf of one, brings."""
+    if isinstance(leaf, Adapted):
+        return [*leaf.weights(), *leaf.kept()]
+    return [kept_weight(keys, leaf)] if isinstance(leaf, Stored) else []
 
 
 def _check_cuts(cuts: Mapping[str, int], sites: list[Site]) -> None:
@@ -138,14 +147,15 @@ def _check_cuts(cuts: Mapping[str, int], sites: list[Site]) -> None:
 
 def run(walk: Walk, on_arrays: Callable[..., Any], values: list[Weight], must_read: bool) -> Any:
     """Traces a function of arrays and walks it with weights in their place."""
-    shapes = [jax.typeof(value.array) for value in values]
+    shapes = [value.aval for value in values]
     closed, out_shape = jax.make_jaxpr(on_arrays, return_shape=True)(*shapes)
     jaxpr, consts = _compat.open_jaxpr(closed)
     jaxpr = _compat.live(jaxpr)
     if walk.readings is not None:
         walk.origins = origins.find(jaxpr, consts, [value.name for value in values])
     outputs = walk.arrays(walk.evaluate(jaxpr, consts, list(values)))
-    if must_read and (missing := sorted({value.name for value in values} - walk.seen)):
+    adapted = {value.name for value in values if value.code is None or not isinstance(value.method, Kept)}
+    if must_read and (missing := sorted(adapted - walk.seen)):
         raise ValueError(
             f"the function never reads the adapted {'leaf' if len(missing) == 1 else 'leaves'} {', '.join(missing)}: take "
             'them out of the spec, or lift with unread="allow" if the function uses only part of the model (a reading whose '

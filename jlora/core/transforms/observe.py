@@ -123,21 +123,6 @@ def observe(
     return observed
 
 
-@dataclass(frozen=True)
-class Watched(Method):
-    """A weight that is looked at and not adapted."""
-
-    @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
-    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
-        return Start({})
-
-    def weight(self, view: View) -> jax.Array:
-        return view.w
-
-
 def watch(params: Any, patterns: Any, sites: Sites | None = None) -> Adapted:
     """Plain params with some weights marked, to `observe` a model that is not adapted.
 
@@ -162,14 +147,14 @@ def watch(params: Any, patterns: Any, sites: Sites | None = None) -> Adapted:
     if not isinstance(patterns, Mapping):
         if not isinstance(patterns, Iterable):
             raise TypeError(f"patterns are a regex, jlora.ALL_LINEAR, several of them, or a spec; got {patterns!r}")
-        patterns = dict.fromkeys(patterns, Watched())
+        patterns = dict.fromkeys(patterns, Kept())
     return adapterize(params, {pattern: _watching(method) for pattern, method in patterns.items()}, sites=sites)
 
 
 def _watching(method: Method | Axes | None) -> Any:
     if isinstance(method, Axes):
-        return replace(method, method=Watched())
-    return Watched() if method is not None and method.matrix else None
+        return replace(method, method=Kept())
+    return Kept() if method is not None and method.matrix else None
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from jlora.core.protocol import statistics
 from jlora.core.protocol.method import Arrays, Site
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import GRADIENTS, INPUTS, RESIDUAL
-from jlora.core.transforms.observe import Observer, Watched, finished, tapped
+from jlora.core.transforms.observe import Observer, finished, tapped
 from jlora.core.tree.adapted import Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
 from jlora.core.tree.starts import Prepared, start_of
@@ -183,7 +183,7 @@ def _seen(loss: _Loss, group: list[Site], arrays: dict[Any, Any], batch: Any) ->
         x = x.astype(accumulation_dtype(x.dtype))
         return {name: INPUTS[name].measure(x, _counts(x, *mask)) for name in names}
 
-    watching = tuple(replace(site, method=Watched()) for site in group)
+    watching = tuple(replace(site, method=Kept()) for site in group)
     watched = Adapted(loss.params(arrays), {}, {}, {}, Plan(watching))
     _, taps = tapped(loss.fn, (watched, batch), {}, Observer(measure, given=given), watching, Walk())
     return {site.path: finished([tap for tap in taps if tap.name == site.path], site) for site in watching}

@@ -9,6 +9,7 @@ import jax
 
 from jlora import _compat, paths
 from jlora.core.protocol.readings import Leaf, Reading, Sites
+from jlora.core.protocol.stored import Stored
 from jlora.core.transforms.lift import run
 from jlora.core.walk import output_head
 from jlora.core.walk import weight as weights
@@ -42,8 +43,9 @@ def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
     first, _ = paths.flatten_with_keys(args[0])
     kept = [(keys, leaf) for keys, leaf in first if _compat.is_array(leaf)]
     names = ["/".join(keys) for keys, _ in kept]
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in leaves if _compat.is_array(leaf)]
+    found, treedef = paths.flatten_with_keys((args, kwargs))
+    leaves = [leaf for _, leaf in found]
+    arrays = [_array(leaf) for leaf in leaves if _compat.is_array(leaf)]
 
     def call(*arrays: jax.Array) -> Any:
         given = iter(arrays)
@@ -67,3 +69,8 @@ def sites(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sites:
             for name, (keys, leaf) in zip(names, kept, strict=True)
         )
     )
+
+
+def _array(leaf: Any) -> Any:
+    """A leaf as something that can be traced; of one that is kept in another form its shape."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Stored) else leaf

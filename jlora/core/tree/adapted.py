@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _compat, paths
+from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Arrays, Method, Site
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
@@ -72,6 +74,12 @@ class Adapted:
         names = self.plan.shared_names() if names is None else names
         return [self._weight(site, leaves, self.shared(names.get(site.method, ""))) for site in self.plan.sites]
 
+    def kept(self) -> list[Weight]:
+        """The leaves that are kept in the form of a code and are not adapted, as such values."""
+        sites = {site.keys for site in self.plan.sites}
+        leaves, _ = paths.flatten_with_keys(self.base)
+        return [kept_weight(keys, leaf) for keys, leaf in leaves if isinstance(leaf, Stored) and keys not in sites]
+
     def shared(self, name: str) -> Arrays:
         """The arrays that the leaves of a method share, trained ones and constants, by the name of their drawer."""
         return {**paths.lookup(self.params, (SHARED, name)), **paths.lookup(self.frozen, (SHARED, name))}
@@ -100,6 +108,12 @@ class Adapted:
         return f"Adapted({len(self.plan.sites)} sites, {count(self.params):,} trained values on {count(self.base):,})"
 
 
+def kept_weight(keys: tuple[str, ...], leaf: Stored) -> Weight:
+    """A leaf that is kept in the form of a code, and not adapted, as the value that travels through a lifted function."""
+    site = Site(keys, leaf.shape, str(leaf.dtype), leaf.in_axes, leaf.out_axes, leaf.batch_axes, "dot", Kept())
+    return weights.start(leaf, site, {}, {}, {}, None, {})
+
+
 def count(tree: Any) -> int:
-    """Number of array elements in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if _compat.is_array(leaf))
+    """Number of weights in a tree."""
+    return sum(leaf.size for leaf in paths.leaves(tree) if _compat.is_array(leaf))

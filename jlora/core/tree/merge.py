@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import View
+from jlora.core.protocol.stored import Stored, decoded
 from jlora.core.tree import beside
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk import weight as weights
@@ -20,7 +21,7 @@ def merge(adapted: Adapted) -> Any:
     """Ordinary params for the unmodified function: every adapted leaf replaced by its effective weight.
 
     Differentiable with respect to `adapted.params`; dtype and sharding of each leaf are kept, and leaves that are not
-    adapted are the base's own arrays. A leaf beside an adapted one that the method changes too, such as a bias, is replaced
+    adapted are the base's own arrays, decoded where they are kept in the form of a code. A leaf beside an adapted one that the method changes too, such as a bias, is replaced
     as well. Where the base is an `Adapted` again, that is merged too.
 
     Raises:
@@ -29,11 +30,16 @@ def merge(adapted: Adapted) -> Any:
     Example:
         >>> model.apply({"params": jlora.merge(adapted)}, tokens)
     """
-    params = adapted.with_replaced(
-        merged_leaves(adapted, lambda weight: _placed_like(effective_leaf(weight), weight.array))
-    )
-    is_adapted = lambda node: isinstance(node, Adapted)  # noqa: E731
-    return jax.tree.map(lambda node: merge(node) if is_adapted(node) else node, params, is_leaf=is_adapted)
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
+
+    def formed(weight: Weight) -> Any:
+        assert weight.site is not None
+        return _placed_like(effective_leaf(weight), leaves[weight.site.keys])
+
+    params = adapted.with_replaced(merged_leaves(adapted, formed))
+    is_node = lambda node: isinstance(node, Adapted | Stored)  # noqa: E731
+    plain = lambda node: merge(node) if isinstance(node, Adapted) else decoded(node)  # noqa: E731
+    return jax.tree.map(plain, params, is_leaf=is_node)
 
 
 def merged_leaves(adapted: Adapted, formed: Callable[[Weight], Any]) -> dict[tuple[str, ...], Any]:
@@ -101,11 +107,11 @@ def _given(weight: Weight, view: View, name: str) -> jax.Array:
 
 def effective_leaf(weight: Weight) -> jax.Array:
     """The effective weight of a leaf, in its form and dtype, on meshes with explicit axes too."""
-    return _compat.automatic(weights.effective, jax.typeof(weight.array))(weight)
+    return _compat.automatic(weights.effective, weight.aval)(weight)
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-    if not concrete or isinstance(array, Tracer) or array.sharding == leaf.sharding:
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if sharding is None or isinstance(array, Tracer) or array.sharding == sharding:
         return array
-    return jax.device_put(array, leaf.sharding)
+    return jax.device_put(array, sharding)

@@ -24,22 +24,12 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
 def field_specs(site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
     """The partition specs of a method's fields at a site whose leaf is cut by `spec`.
 
-    A field's batch axes are cut as the leaf's; its `in` and `out` axes as the outermost of the leaf's axes that are folded
-    into them, since a cut of an inner one is no cut of the folded axis; everything else is replicated. A method that takes
-    the leaf as a whole has fields cut as the leaf.
+    A method that takes the leaf as a whole has fields cut as the leaf; see `Folded.specs` for all others.
     """
-    axes = (*spec, *([None] * (len(site.shape) - len(spec))))
     if not site.method.matrix:
-        return {name: PartitionSpec(*axes) for name in site.method.axes}
-    cut = {"in": outermost(site, site.in_axes, axes), "out": outermost(site, site.out_axes, axes)}
-    batch = [axes[axis] for axis in site.batch_axes]
-    return {name: PartitionSpec(*batch, *(cut.get(role) for role in roles)) for name, roles in site.method.axes.items()}
-
-
-def outermost(site: Site, folded: tuple[int, ...], axes: tuple[Any, ...]) -> Any:
-    """What cuts the outermost of the folded axes that are longer than 1, which alone cuts the folded axis."""
-    wide = [axis for axis in folded if site.shape[axis] > 1]
-    return axes[wide[0]] if wide else None
+        whole = PartitionSpec(*spec, *([None] * (len(site.shape) - len(spec))))
+        return dict.fromkeys(site.method.axes, whole)
+    return site.specs(site.method.axes, spec)
 
 
 def field_shardings(site: Site, leaf: Any) -> dict[str, NamedSharding] | None:

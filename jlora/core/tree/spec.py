@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jlora import _compat, paths
 from jlora.core.protocol.method import GROUPED, Method, Site
 from jlora.core.protocol.readings import Leaf, Sites
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside
 
 Keys = tuple[str, ...]
@@ -183,9 +184,19 @@ def _site(
         raise TypeError(f"{path}, shape {shape}, holds {leaf.dtype}; only floating-point leaves can be adapted")
     blank = Site(keys, shape, str(leaf.dtype), (), (), (), kind, bare)
     if not bare.matrix:
+        if isinstance(leaf, Stored):
+            raise ValueError(
+                f"{path} is kept as {leaf.code}, and {bare} trains the leaf itself; decode it first (jlora.dequantize), or adapt "
+                "it by a method that stays beside it, such as jlora.LoRA"
+            )
         return blank
     if roles is None:
-        kind, *roles = _roles(path, shape, bare, None if traced is None else traced[keys])
+        kind, *roles = _roles(path, leaf, bare, None if traced is None else traced[keys])
+    if isinstance(leaf, Stored) and tuple(roles) != leaf.roles:
+        raise ValueError(
+            f"{path} is kept as {leaf.code} with the axes {_words(shape, leaf.roles)!r}, but is to be adapted with "
+            f"{_words(shape, roles)!r}; quantize it with those (jlora.quantize(params, spec, sites))"
+        )
     blank = replace(blank, beside=beside.present(blank, leaves))
     site = replace(blank, in_axes=roles[0], out_axes=roles[1], batch_axes=roles[2], kind=kind)
     try:
@@ -204,12 +215,21 @@ def _named_roles(path: str, shape: tuple[int, ...], named: Axes) -> list[tuple[i
     return [tuple(n for n, word in enumerate(words) if word == role) for role in ("in", "out", "batch")]
 
 
-def _roles(path: str, shape: tuple[int, ...], method: Method, leaf: Leaf | None) -> tuple[Any, ...]:
+def _words(shape: tuple[int, ...], roles: Sequence[tuple[int, ...]]) -> str:
+    """Roles as one word an axis."""
+    names = {axis: name for axes, name in zip(roles, ("in", "out", "batch")) for axis in axes}
+    return " ".join(names[axis] for axis in range(len(shape)))
+
+
+def _roles(path: str, array: Any, method: Method, leaf: Leaf | None) -> tuple[Any, ...]:
     """(kind, in, out, batch) of a leaf's axes."""
+    shape = tuple(array.shape)
     if len(shape) < 2:
         raise ValueError(f"{path}, shape {shape}: {method!r} adapts a matrix; use jlora.Full() for vectors and scalars")
     if leaf is not None:
         return _traced_roles(path, shape, method, leaf)
+    if isinstance(array, Stored):
+        return "dot", *array.roles
     if len(shape) == 2:
         return "dot", (0,), (1,), ()
     example = f'jlora.Axes("{" ".join(["batch"] * (len(shape) - 2) + ["in", "out"])}", {method!r})'

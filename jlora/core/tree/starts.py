@@ -14,6 +14,7 @@ from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site, Start
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import INPUTS, RESIDUAL, needed
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED
 from jlora.core.tree.spec import Spec, resolve
@@ -76,7 +77,7 @@ def starts_of(
     return starts
 
 
-def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Array) -> Start:
+def start_of(site: Site, leaf: Any, key: jax.Array, **statistics: jax.Array) -> Start:
     """The method's start for every matrix of a leaf; batch axes in front.
 
     Raises:
@@ -98,8 +99,10 @@ def start_of(site: Site, leaf: jax.Array, key: jax.Array, **statistics: jax.Arra
             f"{site.path} is a shape and no array, so that nothing can start from it; for the shapes of an Adapted call "
             "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
         )
-    leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use
     key = jax.random.fold_in(key, paths.number(site.path))
+    if isinstance(leaf, Stored):  # in one program, which decodes nothing for methods that don't look at the weight
+        return jax.jit(lambda leaf, key, given: _start(site, leaf.decoded(), key, given))(leaf, key, statistics)
+    leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use
 
     def placed(sharding: Any) -> Start:
         """Where the start lies: its arrays cut as the leaf is."""

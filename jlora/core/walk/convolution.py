@@ -50,7 +50,7 @@ def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
     w, update = single_matrix(weight)
 
     def base(x: jax.Array, dtype: Any) -> jax.Array:
-        return bind(eqn, [x, weight.array], preferred_element_type=jnp.dtype(dtype))[0]
+        return bind(eqn, [x, weights.base(weight)], preferred_element_type=jnp.dtype(dtype))[0]
 
     def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return bind(eqn, [x, _kernel(weight, m, out_axis, groups)], preferred_element_type=jnp.dtype(dtype))[0]

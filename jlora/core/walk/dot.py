@@ -13,6 +13,7 @@ import jax
 from jlora.core.products.contraction import Options, check_plan
 from jlora.core.protocol.method import View
 from jlora.core.walk import weight as weights
+from jlora.core.walk.decoding import decoding
 from jlora.core.walk.folding import Label, arrange, big, is_float, regroup, side_of, single_matrix, sized
 from jlora.core.walk.interpreter import Walk, rule
 from jlora.core.walk.weight import Piece, Weight
@@ -100,8 +101,12 @@ def together(walk: Walk, uses: list[Use]) -> list[list[Any]] | None:
     for use in uses:
         if use.weight.form is not form or not _is_plain(use) or use.options(walk) != uses[0].options(walk):
             return None
-    members = [single_matrix(use.weight) for use in uses]
-    products = form.together(uses[0].x, members, uses[0].options(walk))
+
+    def computed(x: jax.Array, members: list[Weight]) -> list[jax.Array]:
+        return form.together(x, [single_matrix(weight) for weight in members], uses[0].options(walk))
+
+    joined = [use.weight for use in uses]
+    products = decoding(computed, joined)(uses[0].x, joined)
     results = []
     for use, y in zip(uses, products, strict=True):
         walk.seen.add(use.weight.name)

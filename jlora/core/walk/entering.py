@@ -32,7 +32,7 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if sharding is None or _compat.is_unspecified(sharding):
         return value
     if isinstance(value, Weight):
-        return replace(value, array=jax.lax.with_sharding_constraint(value.array, sharding))
+        return value.moved(lambda array: jax.lax.with_sharding_constraint(array, sharding))
     return jax.lax.with_sharding_constraint(value, sharding)
 
 
@@ -255,4 +255,7 @@ def _manual_axes(eqn: Any) -> Any:
 def _sharded(walk: Walk, value: Any, spec: Any, eqn: Any) -> tuple[Any, Any]:
     """A value on its way into `shard_map` and its partition specs: one for an array, a tree of them for a weight."""
     specs = weights.partition_specs(value, spec) if isinstance(value, Weight) and value.key is None else None
+    if specs is not None and value.code is not None:
+        part = weights.cut_blank(value, spec, specs, eqn.params["mesh"].shape)
+        value, specs = (value, None) if part is None else (part, replace(specs, array=part.array))
     return (walk.materialise(value, eqn), spec) if specs is None else (value, specs)

@@ -19,6 +19,7 @@ from jlora import _compat
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.readings import PRODUCTS, Reading
 from jlora.core.walk import weight as weights
+from jlora.core.walk.decoding import decoding
 from jlora.core.walk.weight import Several, Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
@@ -212,7 +213,7 @@ class Walk:
         if eqn.primitive.name not in PRODUCTS:
             return handler(self, eqn, *values)
         # On a mesh with explicit axes: how the update's own products are cut is left to the compiler, the result's cut is kept.
-        product = partial(handler, self, eqn)
+        product = decoding(partial(handler, self, eqn), values)
         return _compat.automatic(product, eqn.outvars[0].aval, lambda sharding: sharding)(*values)
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:

@@ -181,7 +181,7 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
 
 def _looked_up(eqn: Any, weight: Weight, indices: jax.Array, side: str, found: Lookup) -> jax.Array:
     """Rows or columns of a weight by its update, in the axis order that the function wants. Dropout does not act on them."""
-    base = bind(eqn, [weight.array, indices])[0]
+    base = bind(eqn, [weights.base(weight), indices])[0]
     indices = found.indices(indices)
     w, update = single_matrix(weight)
     positions = [("x", n) for n in range(indices.ndim - 1)]

@@ -45,10 +45,11 @@ def scale(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     number = _number(eqn.primitive.name, at, values)
     if number is None or eqn.outvars[0].aval.shape != value.array.shape:
         return None
-    scaled = bind(eqn, [value.array if n == at else other for n, other in enumerate(values)])[0]
-    stored = value.array if value.stored is None else value.stored
     factor = number if value.factor is None else value.factor * number
-    return [replace(value, array=scaled, stored=stored, factor=factor)]
+    moved = value.moved(lambda array: bind(eqn, [array if n == at else other for n, other in enumerate(values)])[0])
+    if value.code is not None:
+        return [replace(moved, factor=factor)]
+    return [replace(moved, stored=value.array if value.stored is None else value.stored, factor=factor)]
 
 
 def _number(primitive: str, at: int, values: tuple[Any, ...]) -> jax.Array | None:
@@ -72,8 +73,13 @@ def stop_gradient(walk: Walk, eqn: Any, value: Weight) -> list[Any]:
 @rule("optimization_barrier")
 def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """The base arrays pass the barrier together with the other operands."""
-    arrays = bind(eqn, [value.array if isinstance(value, Weight) else value for value in values])
-    return [replace(v, array=x) if isinstance(v, Weight) else x for v, x in zip(values, arrays, strict=True)]
+    bases = [value.codes or value.array if isinstance(value, Weight) else value for value in values]
+    passed = jax.lax.optimization_barrier(bases)
+    return [_with_base(value, base) if isinstance(value, Weight) else base for value, base in zip(values, passed)]
+
+
+def _with_base(value: Weight, base: Any) -> Weight:
+    return replace(value, codes=base) if value.code is not None else replace(value, array=base)
 
 
 @passes("transpose")

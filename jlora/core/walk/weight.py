@@ -8,7 +8,7 @@ which axes are contracted, and the method's arrays, which never moved, are appli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec
 
 from jlora.core.products.formed import Formed
 from jlora.core.products.update import Update
+from jlora.core.protocol.code import Code
 from jlora.core.protocol.method import Arrays, Method, Site, View
+from jlora.core.protocol.stored import Stored
 
 
 @dataclass(frozen=True, order=True)
@@ -45,13 +47,47 @@ class Piece:
 Axes = tuple[tuple[Piece, ...], ...]
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Blank:
+    """What stands for the array of a leaf that is kept in another form: its shape and dtype, without values."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def like(cls, array: Any) -> Blank:
+        """That of an array."""
+        return cls(tuple(array.shape), jnp.dtype(array.dtype))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def aval(self) -> jax.ShapeDtypeStruct:
+        """The same as JAX has it."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def moved(self, move: Callable[[jax.Array], jax.Array]) -> Blank:
+        """What an array of this shape would be after a move."""
+        return Blank.like(jax.eval_shape(move, self.aval))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Weight:
     """A base leaf on its way through a function.
 
     Attributes:
-        array: the base leaf in its current form.
+        array: the base leaf in its current form; `Blank` where it is kept in the form of a code. Then it never moves: `axes`
+            tell how the decoded matrices are laid out, which is done where they are used.
         params, frozen: the method's arrays; leading axes are `batch`.
         shared: the method's arrays that all its leaves have in common; no batch axes.
         key: dropout key, or None.
@@ -61,13 +97,15 @@ class Weight:
         axes: the pieces that make up each axis of `array`; static.
         batch: the batch pieces that are the leading axes of the method's arrays, in order; static.
         factor: the number by which the function multiplied the weight, or None.
-        stored: `array` without that factor, which is what the method sees; None where they are the same.
+        stored: `array` without that factor, which is what the method sees; None where they are the same, and with a code.
         beside: what `Method.beside` names and the tree has; laid out like the fields.
         lookups: the lookups that it went through, noted as readings of a table; while roles are being found out they are
             taken back where what was looked up turns out to be matrices of a stack. Static.
+        codes: the fields of the code; leading axes are `batch`.
+        code: the form in which the leaf is kept, or None; static.
     """
 
-    array: jax.Array
+    array: jax.Array | Blank
     params: Arrays
     frozen: Arrays
     shared: Arrays
@@ -81,6 +119,13 @@ class Weight:
     stored: jax.Array | None = None
     beside: Arrays = field(default_factory=dict)
     lookups: tuple[Any, ...] = field(default=(), metadata={"static": True})
+    codes: Arrays = field(default_factory=dict)
+    code: Code | None = field(default=None, metadata={"static": True})
+
+    @property
+    def aval(self) -> Any:
+        """The abstract value of `array`."""
+        return self.array.aval if isinstance(self.array, Blank) else jax.typeof(self.array)
 
     @property
     def method(self) -> Method:
@@ -119,12 +164,14 @@ class Weight:
     def moved(self, move: Callable[[jax.Array], jax.Array], **changes: Any) -> Weight:
         """The weight with its array moved, and what else that changes."""
         stored = None if self.stored is None else move(self.stored)
-        return replace(self, array=move(self.array), stored=stored, **changes)
+        array = self.array.moved(move) if isinstance(self.array, Blank) else move(self.array)
+        return replace(self, array=array, stored=stored, **changes)
 
     def on_fields(self, change: Any) -> Weight:
-        """The weight with `change` applied to every array of the method that is the leaf's own."""
-        params, frozen, beside = jax.tree.map(change, (self.params, self.frozen, self.beside))
-        return replace(self, params=params, frozen=frozen, beside=beside)
+        """The weight with `change` applied to every array of the method, and of the code, that is the leaf's own."""
+        fields = (self.params, self.frozen, self.beside, self.codes)
+        params, frozen, beside, codes = jax.tree.map(change, fields)
+        return replace(self, params=params, frozen=frozen, beside=beside, codes=codes)
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +214,10 @@ def start(
     """A leaf of the base as the function receives it."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
     batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
-    return Weight(array, params, frozen, shared, key, site, site.path, site.shape, axes, batch, beside=beside)
+    codes, code = (array.fields, array.code) if isinstance(array, Stored) else ({}, None)
+    array = Blank.like(array) if code is not None else array
+    laid_out = (site, site.path, site.shape, axes, batch)
+    return Weight(array, params, frozen, shared, key, *laid_out, beside=beside, codes=codes, code=code)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
@@ -206,12 +256,38 @@ def canonical_axes(weight: Weight) -> Axes:
 
 def matrix(weight: Weight) -> jax.Array:
     """The base's array as `[*batch, in, out]`, as the function has it."""
+    if isinstance(weight.array, Blank):
+        return _times(weight, over_batch(lambda view: view.w, weight))
     return rearrange(weight.array, weight.axes, canonical_axes(weight))
 
 
-def _stored(weight: Weight) -> jax.Array:
-    """The base's array without the function's factor."""
-    return weight.array if weight.stored is None else weight.stored
+def base(weight: Weight) -> jax.Array:
+    """The base's array in its current form and dtype."""
+    if isinstance(weight.array, Blank):
+        return rearrange(matrix(weight), canonical_axes(weight), weight.axes)
+    return weight.array
+
+
+def _times(weight: Weight, array: jax.Array) -> jax.Array:
+    """An array times the number by which the function multiplied the weight."""
+    return array if weight.factor is None else array * weight.factor.astype(array.dtype)
+
+
+def _matrices(weight: Weight) -> Any:
+    """What `_matrix` makes the base's matrices of, without the function's factor; batch axes in front."""
+    if isinstance(weight.array, Blank):
+        return weight.codes
+    array = weight.array if weight.stored is None else weight.stored
+    return rearrange(array, weight.axes, canonical_axes(weight))
+
+
+def _matrix(weight: Weight, one: Any) -> jax.Array:
+    """One matrix `[in, out]` of the base; that of a code in the dtype of the leaf, then in that to which the function cast it."""
+    if weight.code is None:
+        return one
+    assert weight.site is not None
+    rows, columns = (math.prod(piece.size for piece in weight.with_role(role)) for role in ("in", "out"))
+    return weight.code.decode(one, rows, columns).astype(weight.site.dtype).astype(weight.array.dtype)
 
 
 def over_batch(
@@ -228,14 +304,13 @@ def over_batch(
     site, shared = weight.site, weight.shared
     assert site is not None
 
-    def one(w: jax.Array, fields: tuple[Arrays, Arrays, Arrays], *extra: Any) -> Any:
+    def one(base: Any, fields: tuple[Arrays, Arrays, Arrays], *extra: Any) -> Any:
         params, frozen, beside = fields
-        return function(View(w, params, frozen, site, shared, beside), *extra)
+        return function(View(_matrix(weight, base), params, frozen, site, shared, beside), *extra)
 
     for piece in reversed(weight.batch):
         one = jax.vmap(one, in_axes=(0, 0, *(along(piece) if extra else ())))
-    stored = rearrange(_stored(weight), weight.axes, canonical_axes(weight))
-    return one(stored, (weight.params, weight.frozen, weight.beside), *extra)
+    return one(_matrices(weight), (weight.params, weight.frozen, weight.beside), *extra)
 
 
 def update(weight: Weight) -> Update:
@@ -262,12 +337,11 @@ def update_of(weight: Weight, view: View) -> Update:
 def effective(weight: Weight) -> jax.Array:
     """The effective weight in the array's current form and dtype."""
     if not weight.method.matrix:
-        assert weight.site is not None
+        assert weight.site is not None and not isinstance(weight.array, Blank)
         view = View(weight.array, weight.params, weight.frozen, weight.site, weight.shared)
         return weight.method.weight(view).astype(weight.array.dtype)
     folded = over_batch(weight.method.weight, weight).astype(weight.array.dtype)
-    formed = rearrange(folded, canonical_axes(weight), weight.axes)
-    return formed if weight.factor is None else formed * weight.factor.astype(formed.dtype)
+    return _times(weight, rearrange(folded, canonical_axes(weight), weight.axes))
 
 
 def regroup(
@@ -361,7 +435,9 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
     # What has no axis to scan over reaches every step as it is.
     moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None)
-    whole = {"shared": weight.shared, "factor": weight.factor}
+    whole: dict[str, Any] = {"shared": weight.shared, "factor": weight.factor}
+    if isinstance(weight.array, Blank):
+        whole["array"] = weight.array.moved(lambda array: array[0])
     return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
 
 
@@ -379,24 +455,50 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         group = [piece for piece in weight.axes[axis] if piece.size > 1]
         role = weight.role(group[0]) if group else ""
         first = group[:1] == (weight.with_role(role)[:1] if role != "batch" else group)
-        if not group or not first or not (role == "batch" or role in weight.method.local):
+        parts = weight.method.local if weight.code is None else weight.method.local & weight.code.local
+        if not group or not first or not (role == "batch" or role in parts):
             return None
         cuts[group[0] if role == "batch" else role] = names
     leading = [cuts.get(piece) for piece in weight.batch]
 
-    def field_spec(name: str) -> PartitionSpec:
-        return PartitionSpec(*leading, *(cuts.get(role) for role in weight.method.axes.get(name, ())))
+    def field_spec(name: str, axes: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+        return PartitionSpec(*leading, *(cuts.get(role) for role in axes.get(name, ())))
 
     return replace(
         weight,
-        array=spec,
+        array=weight.array if isinstance(weight.array, Blank) else spec,
         stored=None if weight.stored is None else spec,
         factor=None if weight.factor is None else PartitionSpec(),
-        params={name: field_spec(name) for name in weight.params},
-        frozen={name: field_spec(name) for name in weight.frozen},
+        params={name: field_spec(name, weight.method.axes) for name in weight.params},
+        frozen={name: field_spec(name, weight.method.axes) for name in weight.frozen},
         shared={name: PartitionSpec() for name in weight.shared},
         beside={name: PartitionSpec(*leading, cuts.get("out")) for name in weight.beside},
+        codes={} if weight.code is None else {name: field_spec(name, weight.code.axes) for name in weight.codes},
     )
+
+
+def cut_blank(weight: Weight, spec: PartitionSpec, specs: Weight, sizes: Mapping[str, int]) -> Weight | None:
+    """A weight that is kept as a code, with the shape that one shard of a mesh has; None where a cut falls into a block.
+
+    Args:
+        weight: the weight.
+        spec: how its base array is cut.
+        specs: its `partition_specs`.
+        sizes: those of the mesh's axes.
+    """
+    for name, array in weight.codes.items():
+        if any(size % count for size, count in zip(array.shape, _pieces(specs.codes[name], sizes))):
+            return None
+    shape = list(weight.array.shape)
+    for axis, count in enumerate(_pieces(spec, sizes)):
+        shape[axis] //= count
+    return replace(weight, array=Blank(tuple(shape), weight.array.dtype))
+
+
+def _pieces(spec: Any, sizes: Mapping[str, int]) -> list[int]:
+    """Into how many pieces each axis is cut."""
+    names = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
+    return [math.prod(sizes[name] for name in each) for each in names]
 
 
 def localised(weight: Weight) -> Weight:

@@ -1,0 +1,125 @@
+"""`Stored`: a base leaf that is kept in the form of a code, and stands in the params tree where its array stood."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora import paths
+from jlora.core.protocol.code import Arrays, Code
+from jlora.core.protocol.roles import Folded
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class Stored(paths.Whole, Folded):
+    """A leaf in the form of a code; made by `quantize`, understood by `lift`.
+
+    For jlora it is one leaf with the shape and dtype of the array that it stands for; for JAX a node whose leaves are the fields.
+
+    Attributes:
+        fields: the code's arrays, batch axes in front.
+        code: the code; static.
+        shape: of the decoded leaf; static.
+        dtype: of the decoded leaf; static.
+        in_axes, out_axes, batch_axes: roles of its axes, as those of a `Site`; static.
+    """
+
+    fields: Arrays
+    code: Code = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+    in_axes: tuple[int, ...] = field(metadata={"static": True})
+    out_axes: tuple[int, ...] = field(metadata={"static": True})
+    batch_axes: tuple[int, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the decoded leaf."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def roles(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The in, out and batch axes."""
+        return self.in_axes, self.out_axes, self.batch_axes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fields."""
+        return sum(math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in self.fields.values())
+
+    @property
+    def sharding(self) -> Any:
+        """Where the leaf lies: on a mesh cut as its fields are, else where the fields lie; None of shapes and tracers."""
+        found = [getattr(array, "sharding", None) for array in self.fields.values()]
+        meshes = [sharding for sharding in found if isinstance(sharding, NamedSharding)]
+        if not meshes:
+            return found[0]
+        entries: list[Any] = [None] * self.ndim
+        for (name, roles), sharding in zip(self._roles(), found, strict=True):
+            if isinstance(sharding, NamedSharding):
+                for role, entry in zip(roles, sharding.spec):
+                    if entry is not None and role is not None:
+                        entries[role] = entry
+        return NamedSharding(meshes[0].mesh, PartitionSpec(*entries))
+
+    def _roles(self) -> list[tuple[str, list[int | None]]]:
+        """For each field the leaf's axis that each of the field's axes is cut by, or None."""
+        first = {"in": self._first(self.in_axes), "out": self._first(self.out_axes)}
+        axes = self.code.axes
+        return [(name, [*self.batch_axes, *(first.get(role) for role in axes[name])]) for name in self.fields]
+
+    def _first(self, folded: tuple[int, ...]) -> int | None:
+        return next((axis for axis in folded if self.shape[axis] > 1), None)
+
+    def decoded(self) -> jax.Array:
+        """The leaf as an array of its shape and dtype.
+
+        Raises:
+            ValueError: where the fields were cut or joined, as by `jax.tree.map`, so that they are no longer those of the shape.
+        """
+        for name, array in self.fields.items():
+            batch, wanted = jnp.shape(array)[: len(self.batch_axes)], len(self.batch_axes) + len(self.code.axes[name])
+            if batch != self.batch_shape or jnp.ndim(array) != wanted:
+                raise ValueError(
+                    f"the field {name} of a leaf of shape {self.shape} that is kept as {self.code} has the shape "
+                    f"{jnp.shape(array)}: it was cut or joined outside of a lifted function, which a leaf in this form can't take"
+                )
+
+        def one(fields: Arrays) -> jax.Array:
+            return self.code.decode(fields, self.in_size, self.out_size)
+
+        for _ in self.batch_axes:
+            one = jax.vmap(one)
+        return self.unfold(one(self.fields).astype(self.dtype))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses to be taken for an array.
+
+        Raises:
+            TypeError: with what can be done.
+        """
+        raise TypeError(
+            f"a leaf of shape {self.shape} is kept as {self.code} and is no array: run the function by jlora.lift(fn), which "
+            "decodes it where it is used, or decode all leaves first by jlora.dequantize(params)"
+        )
+
+    __array__ = __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __getitem__ = _refuse
+
+    def __repr__(self) -> str:
+        return f"Stored({self.code}, {self.dtype}{list(self.shape)})"
+
+
+def decoded(leaf: Any) -> Any:
+    """The array of a leaf that is kept in another form; any other leaf as it is."""
+    return leaf.decoded() if isinstance(leaf, Stored) else leaf

@@ -1,0 +1,179 @@
+"""`quantize`: leaves of a params tree kept in the form of a code, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from jlora import _compat, paths
+from jlora.core.protocol.code import Arrays, Code
+from jlora.core.protocol.kept import Kept
+from jlora.core.protocol.method import Site
+from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.stored import Stored, decoded
+from jlora.core.tree import placement
+from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.merge import effective_leaf, merged_leaves
+from jlora.core.tree.spec import Axes, resolve
+from jlora.core.walk.weight import Weight
+
+
+def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites | None = None) -> Any:
+    """Params with some leaves kept in the form of a code, such as 4-bit numbers.
+
+    Such a leaf (`Stored`) stands where its array stood, and everything in jlora takes it: `adapterize`, `lift`, `merge`, `save`.
+    A lifted function decodes it inside of the product that uses it, in every pass; codes and scales are never trained.
+
+    Args:
+        params: any pytree of arrays. It is encoded matrix by matrix: beside the result no more than one matrix is in memory.
+        spec: ordered mapping from pattern to code, as for `adapterize`: a regex that must match a leaf's whole path, or
+            `ALL_LINEAR`, which leaves out embeddings and heads. The first match wins; what nothing matches, or what matches
+            None, stays as it is. `jlora.Axes("batch in out", code)` names the roles of a leaf's axes.
+        sites: how the function reads its weights, from `jlora.sites`. Without it a leaf of two axes is `[in, out]`, and more
+            axes are an error. Codes run along the contracted side, so these roles decide what is rounded together.
+
+    Returns:
+        The same tree with `Stored` leaves.
+
+    Raises:
+        TypeError: for a spec or code of the wrong kind, and for leaves of integers.
+        ValueError: for a pattern that matches nothing, a leaf that is kept as a code already, an embedding of which rows are
+            looked up, a size that the code refuses (such as a block that doesn't divide), or values that are not finite.
+
+    Example:
+        >>> spec = {r".*/(q|v)_proj/kernel": jlora.NF4()}
+        >>> adapted = jlora.adapterize(jlora.quantize(params, spec), {r".*/q_proj/kernel": jlora.LoRA(8)})
+        >>> logits = jlora.lift(model.apply)({"params": adapted}, tokens)
+    """
+    leaves, treedef = paths.flatten_with_keys(params)
+    found = {site.keys: site for site in resolve(leaves, _keeping(spec), sites)}
+    return jax.tree.unflatten(treedef, [_stored(found[keys], leaf) if keys in found else leaf for keys, leaf in leaves])
+
+
+def dequantize(params: Any) -> Any:
+    """Params with every leaf that is kept in the form of a code decoded, in its shape and dtype.
+
+    Example:
+        >>> plain = jlora.dequantize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4()}))
+    """
+    leaves, treedef = paths.flatten_with_keys(params)
+    return jax.tree.unflatten(treedef, [decoded(leaf) for _, leaf in leaves])
+
+
+def requantize(adapted: Adapted) -> Any:
+    """`merge`, with every leaf that was kept in the form of a code encoded again by the same code.
+
+    That rounds the merged weights: what is finer than the code's steps is lost. `merge` decodes such leaves instead.
+
+    Raises:
+        ValueError: as `merge`, and where a merged weight is not finite.
+
+    Example:
+        >>> adapted = jlora.adapterize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4()}), {r".*/q_proj/kernel": LoRA(8)})
+        >>> served = jlora.requantize(adapted)
+    """
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
+
+    def formed(weight: Weight) -> Any:
+        assert weight.site is not None
+        whole, leaf = effective_leaf(weight), leaves[weight.site.keys]
+        return _encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) else whole
+
+    return adapted.with_replaced(merged_leaves(adapted, formed))
+
+
+def _keeping(spec: Any) -> dict[Any, Any]:
+    """The spec with methods in the place of codes, by which its leaves are found.
+
+    Raises:
+        TypeError: for anything but codes.
+    """
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"a spec maps patterns to codes, like {{r'.*/kernel': jlora.NF4()}}; got {type(spec).__name__}")
+    keeping: dict[Any, Any] = {}
+    for pattern, code in spec.items():
+        bare = code.method if isinstance(code, Axes) else code
+        if not (bare is None or isinstance(bare, Code)):
+            raise TypeError(f"spec entry {pattern!r} must be a code such as jlora.NF4(), or None; got {bare!r}")
+        kept = None if bare is None else Kept(bare)
+        keeping[pattern] = Axes(code.roles, kept, code.kind) if isinstance(code, Axes) and kept else kept
+    return keeping
+
+
+def _stored(site: Site, leaf: Any) -> Stored:
+    if isinstance(leaf, Stored):
+        raise ValueError(f"{site.path} is kept as {leaf.code} already; decode it first (jlora.dequantize)")
+    assert isinstance(site.method, Kept) and site.method.code is not None
+    return _encoded(site, site.method.code, leaf)
+
+
+def _encoded(site: Site, code: Code, leaf: Any) -> Stored:
+    """A leaf in the form of a code, cut over a mesh as it was."""
+    sharding = placement.named_sharding(leaf)
+    if sharding is not None:
+        fields = _on_mesh(site, code, leaf, sharding)
+    elif isinstance(leaf, Tracer):
+        fields = _all(site, code, leaf)
+    else:
+        fields = _one_by_one(site, code, leaf)
+    return Stored(fields, code, site.shape, jnp.dtype(site.dtype), site.in_axes, site.out_axes, site.batch_axes)
+
+
+def _all(site: Site, code: Code, leaf: jax.Array) -> Arrays:
+    """The fields of all matrices of a leaf at once."""
+
+    def one(w: jax.Array) -> Arrays:
+        return code.encode(w.astype(jnp.float32))
+
+    for _ in site.batch_axes:
+        one = jax.vmap(one)
+    return one(site.fold(leaf))
+
+
+def _one_by_one(site: Site, code: Code, leaf: Any) -> Arrays:
+    """The same, one matrix after the other, so that a stack is nowhere whole in float32."""
+    order = (*site.batch_axes, *site.in_axes, *site.out_axes)
+    stack = leaf.transpose(order).reshape(-1, site.in_size, site.out_size)
+    found = []
+    for number in range(stack.shape[0]):
+        fields, finite = _encode(code, jnp.asarray(stack[number]))
+        if not finite:
+            raise ValueError(f"{site.path} holds values that are not finite, which {code} can't keep")
+        found.append(fields)
+    if not site.batch_axes:
+        return found[0]
+    return {name: _joined(site, [fields[name] for fields in found]) for name in found[0]}
+
+
+def _joined(site: Site, arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack(arrays).reshape(*site.batch_shape, *arrays[0].shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(code: Code, w: jax.Array) -> tuple[Arrays, jax.Array]:
+    w = w.astype(jnp.float32)
+    return code.encode(w), jnp.all(jnp.isfinite(w))
+
+
+def _on_mesh(site: Site, code: Code, leaf: jax.Array, sharding: NamedSharding) -> Arrays:
+    """The fields of a leaf that lies on a mesh, each cut as the leaf is, in whole blocks.
+
+    Raises:
+        ValueError: where a cut would fall into a block.
+    """
+    specs = site.specs(code.axes, sharding.spec)
+    for name, shape in jax.eval_shape(partial(_all, site, code), leaf).items():
+        placement.check_cut(f"{site.path}, field {name} of {code}", shape.shape, specs[name], sharding.mesh.shape)
+    shardings = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
+    encode = _compat.automatic(lambda leaf: _all(site, code, leaf), jax.typeof(leaf), lambda _: specs)
+    fields = jax.jit(encode, out_shardings=shardings)(leaf)
+    if not bool(jnp.all(jnp.isfinite(leaf))):
+        raise ValueError(f"{site.path} holds values that are not finite, which {code} can't keep")
+    return fields
