@@ -91,8 +91,8 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
     if site.method.matrix:
         delta = np.asarray(weights.over_batch(_delta(site.method), weight))
     else:
-        whole = site.method.weight(View(weight.array, weight.params, weight.frozen, site, weight.shared))
-        delta = np.asarray(site.fold(whole) - site.fold(weight.array).astype(whole.dtype))
+        whole = site.method.weight(View(weights.base(weight), weight.params, weight.frozen, site, weight.shared))
+        delta = np.asarray(site.fold(whole) - site.fold(weights.base(weight)).astype(whole.dtype))
     if not np.all(np.isfinite(delta)):
         raise ValueError(f"{site.path}: its adapter holds values that are not finite")
     return _truncated(delta, min(rank, *delta.shape[-2:]))
@@ -170,7 +170,7 @@ def _plain(weight: Weight, method: Method) -> PlainLoRA:
         return replace(jax.eval_shape(found, shapes), a=specs["a"], gates=gates, b=specs["b"])
 
     found = partial(weights.over_batch, method.plain)
-    return _compat.automatic(found, jax.typeof(weight.array), cut)(weight)
+    return _compat.automatic(found, weight.aval, cut)(weight)
 
 
 def _with_lora(weight: Weight, old: Method, lora: LoRA, a: jax.Array, b: jax.Array) -> Weight:
@@ -195,7 +195,7 @@ def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
     """Whether a method's factors give its weight, as the contract demands; a class that fails it may have another weight."""
     told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
     # The second term is the rounding error of the weights, of which `wanted` is a difference.
-    size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weight.array)) * 8 * jnp.finfo(wanted.dtype).eps
+    size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weights.base(weight))) * 8 * jnp.finfo(wanted.dtype).eps
     return bool(jnp.max(jnp.abs(told - wanted)) <= size)
 
 

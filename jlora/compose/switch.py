@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from jlora import paths
 from jlora.core.products.sparse import Sparse
+from jlora.core.protocol.code import Code
 from jlora.core.protocol.method import Method, Site
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
 from jlora.core.walk import weight as weights
@@ -97,6 +99,8 @@ def _bare(weight: weights.Weight) -> Site:
 
 def _check_member(weight: weights.Weight, before: list[weights.Weight]) -> None:
     """Refuses what can't be packed, alone or with the members before."""
+    if weight.code is not None:
+        raise ValueError(f"{weight.name}: {_kept(weight.code)}")
     few: Any = weight.method.form is Sparse and jax.eval_shape(weights.update, weight)
     if not few or few.scale is not None:
         raise ValueError(
@@ -128,7 +132,7 @@ def _sums(members: list[weights.Weight], strengths: list[float]) -> tuple[jax.Ar
         for _ in first.batch:
             sums = jax.vmap(sums)
         index, values = sums(index, values)
-    before = first.array[_coordinates(first.site, index)]
+    before = weights.base(first)[_coordinates(first.site, index)]
     return index, (before.astype(values.dtype) + values).astype(before.dtype)
 
 
@@ -218,11 +222,20 @@ def _check(pack: Pack, by_name: dict[str, Any]) -> None:
         leaf = by_name.get(site.path)
         if leaf is None:
             raise ValueError(f"the params have no leaf {site.path}, which the pack changes")
+        if isinstance(leaf, Stored):
+            raise ValueError(f"{site.path}: {_kept(leaf.code)}")
         dtype = pack.values[site.path].dtype
         if tuple(leaf.shape) != site.shape or leaf.dtype != dtype:
             raise ValueError(
                 f"{site.path} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}; the pack was made for {site.shape}, {dtype}"
             )
+
+
+def _kept(code: Code) -> str:
+    return (
+        f"the base is kept as {code}, whose single entries can't be overwritten; decode it (jlora.dequantize), or lift the "
+        "function with the adapters"
+    )
 
 
 def interference(first: Adapted, second: Adapted) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from jlora import _compat, paths
 from jlora.core.protocol.method import Site
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.disk.checksums import checksums, difference
@@ -34,8 +35,9 @@ MANIFEST = "jlora.json"
 ARRAYS = "arrays"
 # What is written of a site; its method is a table of its own, and what is beside it the base says.
 _SITE = [field for field in dataclasses.fields(Site) if field.name not in ("method", "beside")]
-# The first release wrote neither the checksums of the arrays' files nor the digest of the manifest.
-_KEYS, _LATER = {"format", "base", "adapters", "sites", "arrays"}, {"files", "digest"}
+# The first release wrote neither the checksums of the arrays' files nor the digest of the manifest; codes are written where the
+# base has some.
+_KEYS, _LATER = {"format", "base", "adapters", "sites", "arrays"}, {"files", "digest", "codes"}
 
 
 def save(path: str | os.PathLike[str], adapted: Adapted) -> None:
@@ -173,7 +175,9 @@ def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
 def describe(adapted: Adapted) -> dict[str, Any]:
     """What `jlora.json` holds: the sites with their methods, the arrays' shapes, and both fingerprints."""
     drawers = {"params": adapted.params, "frozen": adapted.frozen}
+    codes = _codes(adapted.base)
     return {
+        **({"codes": codes} if codes else {}),
         "format": FORMAT,
         "base": fingerprint(adapted.base),
         "adapters": fingerprint(drawers),
@@ -182,6 +186,13 @@ def describe(adapted: Adapted) -> dict[str, Any]:
             {"keys": keys, "shape": leaf.shape, "dtype": str(leaf.dtype)}
             for keys, leaf in paths.flatten_with_keys(drawers)[0]
         ],
+    }
+
+
+def _codes(params: Any) -> dict[str, str]:
+    """For each leaf that is kept in the form of a code that code in words."""
+    return {
+        "/".join(keys): str(leaf.code) for keys, leaf in paths.flatten_with_keys(params)[0] if isinstance(leaf, Stored)
     }
 
 
@@ -210,6 +221,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         for name in ("base", "adapters"):
             if not isinstance(described[name], str):
                 raise ValueError(f"{name} must be a fingerprint, got {shown(described[name])}")
+        if not isinstance(codes := described.get("codes", {}), dict):
+            raise ValueError(f"codes must be an object, got {shown(codes)}")
         for name in ("sites", "arrays"):
             if not (isinstance(described[name], list) and all(isinstance(each, dict) for each in described[name])):
                 raise ValueError(f"{name} must be a list of objects, got {shown(described[name])}")
@@ -296,10 +309,21 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
                 f"{directory} adapts {site.path} with shape {site.shape} and dtype {site.dtype}; the base has "
                 f"{found[0]} and {found[1]}"
             )
+    made_on, now = described.get("codes", {}), _codes(blank.base)
+    for path in sorted(made_on.keys() | now.keys()):
+        if (before := made_on.get(path)) != (after := now.get(path)):
+            raise ValueError(
+                f"{directory} was made on a base whose {path} is {_form(before)}; here it is {_form(after)}: what an adapter "
+                "learned holds for its own base alone, so quantize as it was then"
+            )
     if (found := fingerprint(blank.base)) != described["base"]:
         raise ValueError(
             f"{directory} was made for another base: fingerprint {described['base']}, but these params have {found}"
         )
+
+
+def _form(code: str | None) -> str:
+    return "not quantized" if code is None else f"kept as {code}"
 
 
 def _restore(directory: Path, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import paths
+from jlora.core.protocol.stored import Stored
 
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _NARROW = (jnp.int4, jnp.uint4)  # less than a byte each
@@ -27,7 +28,7 @@ def fingerprint(params: Any) -> str:
     always seen; any other goes unseen by a chance of about 2**-64.
 
     A Python number counts as the array that JAX makes of it, which it becomes in a jitted step. A string, and an integer too
-    large for JAX, count by their `repr`.
+    large for JAX, count by their `repr`. A leaf that is kept in the form of a code counts by its code and fields.
 
     Raises:
         TypeError: for any other leaf, and an array of anything but numbers.
@@ -35,14 +36,24 @@ def fingerprint(params: Any) -> str:
     digest = hashlib.sha256()
     leaves, _ = paths.flatten_with_keys(params)
     for keys, leaf in sorted(leaves, key=lambda item: item[0]):
-        path, array = "/".join(keys), _array(leaf, "/".join(keys))
-        if array is None:
-            digest.update(repr((path, leaf)).encode())
-            continue
-        sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(array)], axis=0, dtype=np.uint32)
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else array.dtype
-        digest.update(repr((path, tuple(array.shape), str(dtype), sums.tolist())).encode())
+        path = "/".join(keys)
+        if isinstance(leaf, Stored):
+            digest.update(repr((path, repr(leaf.code), leaf.shape, str(leaf.dtype), leaf.roles)).encode())
+            for name, array in sorted(leaf.fields.items()):
+                digest.update(_described(f"{path}/{name}", array))
+        else:
+            digest.update(_described(path, leaf))
     return digest.hexdigest()[:32]
+
+
+def _described(path: str, leaf: Any) -> bytes:
+    """What of a leaf goes into the digest."""
+    array = _array(leaf, path)
+    if array is None:
+        return repr((path, leaf)).encode()
+    sums = np.sum([np.asarray(_sums(*block)) for block in _blocks(array)], axis=0, dtype=np.uint32)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else array.dtype
+    return repr((path, tuple(array.shape), str(dtype), sums.tolist())).encode()
 
 
 def _array(leaf: Any, path: str) -> jax.Array | None:

@@ -14,6 +14,7 @@ from jlora.core.protocol.peft import Peft, PeftKind
 from jlora.core.protocol.wrapping import Around
 from jlora.core.tree import placement
 from jlora.core.tree.starts import start_of
+from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 from jlora.interchange import layout
 from jlora.interchange.names import Slot
@@ -102,7 +103,7 @@ def _made_again(weight: Weight, constants: dict[str, Any]) -> bool:
     assert weight.site is not None
     if weight.method.needs:
         return False
-    made = start_of(weight.site, weight.array, jax.random.key(KEY)).frozen
+    made = start_of(weight.site, weights.base(weight), jax.random.key(KEY)).frozen
     return all(np.array_equal(value, np.asarray(made[name])) for name, value in constants.items())
 
 

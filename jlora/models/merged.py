@@ -44,4 +44,5 @@ def lazily_merged(adapted: Adapted) -> Any:
     """
     last: dict[MergedLeaf, np.ndarray] = {}
     # Leaves beside are vectors, which cost no memory to speak of.
-    return adapted.with_replaced(merged_leaves(adapted, lambda weight: MergedLeaf(weight, last)))
+    kept = {weight.site.keys: MergedLeaf(weight, last) for weight in adapted.kept() if weight.site is not None}
+    return adapted.with_replaced(kept | merged_leaves(adapted, lambda weight: MergedLeaf(weight, last)))

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jlora import _compat, paths
 from jlora.core.protocol.method import Arrays, Site
 from jlora.core.protocol.renewal import Renewal
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.tree.merge import effective_leaf
@@ -105,7 +106,7 @@ def restart(
     renewal = _renewal(renewing, prune, by)
     check_state(opt_state, renewal)
     leaves = dict(paths.flatten_with_keys(adapted.base)[0])
-    _check(adapted, renewing)
+    _check(adapted, renewing, leaves)
     shared = Counter(map(id, leaves.values()))
     folded = {site.path: leaves[site.keys] for site in renewing if not site.method.kept_fields}
     # A donated array is deleted; one that is also another leaf of the base must not be.
@@ -144,7 +145,7 @@ def _place(leaf: Any) -> NamedSharding | None:
     return leaf.sharding if concrete and isinstance(leaf.sharding, NamedSharding) else None
 
 
-def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
+def _check(adapted: Adapted, sites: tuple[Site, ...], leaves: dict[tuple[str, ...], Any]) -> None:
     """Whether these leaves can begin anew.
 
     Raises:
@@ -180,6 +181,11 @@ def _check(adapted: Adapted, sites: tuple[Site, ...]) -> None:
             )
         if site.method.kept_fields:
             _check_room(site, paths.lookup(adapted.frozen, site.keys))
+        elif isinstance(leaf := leaves[site.keys], Stored):
+            raise ValueError(
+                f"{site.path}: the base is kept as {leaf.code}, into which a finished link can't be merged; use "
+                f"jlora.Chain({site.method}, links=...), which leaves the base as it is"
+            )
         elif jnp.dtype(site.dtype).itemsize < 4:
             raise ValueError(
                 f"{site.path}: the base is {site.dtype}, to which a small link would be rounded away; use "
@@ -250,7 +256,7 @@ def _finished(weight: Weight) -> Arrays:
         return {name: specs[name] for name in weight.method.kept_fields}
 
     finish = partial(weights.over_batch, weight.method.finished)
-    return _compat.automatic(finish, jax.typeof(weight.array), cut)(weight)
+    return _compat.automatic(finish, weight.aval, cut)(weight)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Options:
     cut: int = 1
 
 
-def check_plan(plan: str, path: str, w: jax.Array, dropped: bool) -> None:
+def check_plan(plan: str, path: str, w: Any, dropped: bool) -> None:
     """Refuses the plan that was asked of `lift` where a weight can't take it.
 
     Raises:

@@ -20,7 +20,7 @@ from jlora.core.protocol.roles import Folded
 class Stored(paths.Whole, Folded):
     """A leaf in the form of a code; made by `quantize`, understood by `lift`.
 
-    For jlora it is one leaf with the shape and dtype of the array that it stands for; for JAX a node whose leaves are the fields.
+    For jlora it is one leaf with the shape and dtype of the array that it stands for; for JAX a node that holds the fields.
 
     Attributes:
         fields: the code's arrays, batch axes in front.
@@ -66,18 +66,18 @@ class Stored(paths.Whole, Folded):
         if not meshes:
             return found[0]
         entries: list[Any] = [None] * self.ndim
-        for (name, roles), sharding in zip(self._roles(), found, strict=True):
+        for roles, sharding in zip(self._roles(), found, strict=True):
             if isinstance(sharding, NamedSharding):
                 for role, entry in zip(roles, sharding.spec):
                     if entry is not None and role is not None:
                         entries[role] = entry
         return NamedSharding(meshes[0].mesh, PartitionSpec(*entries))
 
-    def _roles(self) -> list[tuple[str, list[int | None]]]:
+    def _roles(self) -> list[list[int | None]]:
         """For each field the leaf's axis that each of the field's axes is cut by, or None."""
         first = {"in": self._first(self.in_axes), "out": self._first(self.out_axes)}
         axes = self.code.axes
-        return [(name, [*self.batch_axes, *(first.get(role) for role in axes[name])]) for name in self.fields]
+        return [[*self.batch_axes, *(first.get(role) for role in axes[name])] for name in self.fields]
 
     def _first(self, folded: tuple[int, ...]) -> int | None:
         return next((axis for axis in folded if self.shape[axis] > 1), None)
@@ -86,14 +86,14 @@ class Stored(paths.Whole, Folded):
         """The leaf as an array of its shape and dtype.
 
         Raises:
-            ValueError: where the fields were cut or joined, as by `jax.tree.map`, so that they are no longer those of the shape.
+            ValueError: where the fields were cut or joined, as by `jax.tree.map`, so that they are not those of the shape.
         """
         for name, array in self.fields.items():
             batch, wanted = jnp.shape(array)[: len(self.batch_axes)], len(self.batch_axes) + len(self.code.axes[name])
             if batch != self.batch_shape or jnp.ndim(array) != wanted:
                 raise ValueError(
                     f"the field {name} of a leaf of shape {self.shape} that is kept as {self.code} has the shape "
-                    f"{jnp.shape(array)}: it was cut or joined outside of a lifted function, which a leaf in this form can't take"
+                    f"{jnp.shape(array)}: it was cut or joined outside of a lifted function, which such a leaf can't take"
                 )
 
         def one(fields: Arrays) -> jax.Array:
@@ -114,7 +114,9 @@ class Stored(paths.Whole, Folded):
             "decodes it where it is used, or decode all leaves first by jlora.dequantize(params)"
         )
 
-    __array__ = __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __getitem__ = _refuse
+    __array__ = __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __getitem__ = (
+        _refuse
+    )
 
     def __repr__(self) -> str:
         return f"Stored({self.code}, {self.dtype}{list(self.shape)})"

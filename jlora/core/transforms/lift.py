@@ -10,8 +10,8 @@ import jax
 
 from jlora import _compat, paths
 from jlora.core.products.contraction import PLANS
-from jlora.core.protocol.method import Site
 from jlora.core.protocol.kept import Kept
+from jlora.core.protocol.method import Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree.adapted import Adapted, kept_weight
 from jlora.core.tree.merge import leaves_beside

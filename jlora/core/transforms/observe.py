@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec
 
 from jlora import _compat, paths
 from jlora.core.products.contraction import accumulation_dtype
-from jlora.core.protocol.method import Method, Site, Start, View
+from jlora.core.protocol.kept import Kept
+from jlora.core.protocol.method import Method, Site
 from jlora.core.protocol.readings import Sites
 from jlora.core.transforms.lift import call, check_options
 from jlora.core.tree.adapted import Adapted

@@ -13,9 +13,12 @@ from jax.core import Tracer
 from jlora import _compat, paths
 from jlora.core.products.contraction import accumulation_dtype
 from jlora.core.protocol import statistics
+from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Arrays, Site
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import GRADIENTS, INPUTS, RESIDUAL
+from jlora.core.protocol.stored import decoded
+from jlora.core.transforms.lift import lift
 from jlora.core.transforms.observe import Observer, finished, tapped
 from jlora.core.tree.adapted import Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
@@ -162,7 +165,9 @@ def _measured(loss: _Loss, group: list[Site], arrays: dict[Any, Any], batch: Any
     found: list[dict[str, Any]] = [{} for _ in group]
     some = {site.keys: arrays[site.keys] for site in group if site.method.needs & GRADIENTS.keys()}
     if some:
-        gradients = jax.grad(lambda some: loss.fn(loss.params({**arrays, **some}), batch))(some)
+        some = {keys: decoded(leaf) for keys, leaf in some.items()}
+        fn = lift(loss.fn, unread="allow")  # other leaves may be kept in the form of a code
+        gradients = jax.grad(lambda some: fn(loss.params({**arrays, **some}), batch))(some)
         for site, own in zip(group, found, strict=True):
             for name in sorted(site.method.needs & GRADIENTS.keys()):
                 gradient = gradients[site.keys]

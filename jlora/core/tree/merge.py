@@ -21,8 +21,8 @@ def merge(adapted: Adapted) -> Any:
     """Ordinary params for the unmodified function: every adapted leaf replaced by its effective weight.
 
     Differentiable with respect to `adapted.params`; dtype and sharding of each leaf are kept, and leaves that are not
-    adapted are the base's own arrays, decoded where they are kept in the form of a code. A leaf beside an adapted one that the method changes too, such as a bias, is replaced
-    as well. Where the base is an `Adapted` again, that is merged too.
+    adapted are the base's own arrays; those that are kept in the form of a code are decoded. A leaf beside an adapted one that
+    the method changes too, such as a bias, is replaced as well. Where the base is an `Adapted` again, that is merged too.
 
     Raises:
         ValueError: for a leaf whose method no weight can stand for, such as a network beside the product.

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
@@ -28,8 +27,8 @@ from jlora.core.walk.weight import Weight
 def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites | None = None) -> Any:
     """Params with some leaves kept in the form of a code, such as 4-bit numbers.
 
-    Such a leaf (`Stored`) stands where its array stood, and everything in jlora takes it: `adapterize`, `lift`, `merge`, `save`.
-    A lifted function decodes it inside of the product that uses it, in every pass; codes and scales are never trained.
+    Such a leaf (`Stored`) stands where its array stood, and everything in jlora takes it: `adapterize`, `lift`, `merge`,
+    `save`. A lifted function decodes it inside of the product that uses it, in every pass; codes and scales are never trained.
 
     Args:
         params: any pytree of arrays. It is encoded matrix by matrix: beside the result no more than one matrix is in memory.
@@ -48,7 +47,7 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
             looked up, a size that the code refuses (such as a block that doesn't divide), or values that are not finite.
 
     Example:
-        >>> spec = {r".*/(q|v)_proj/kernel": jlora.NF4()}
+        >>> spec = {r".*/(q|v)_proj/kernel": jlora.NF4(block=16)}
         >>> adapted = jlora.adapterize(jlora.quantize(params, spec), {r".*/q_proj/kernel": jlora.LoRA(8)})
         >>> logits = jlora.lift(model.apply)({"params": adapted}, tokens)
     """
@@ -61,7 +60,7 @@ def dequantize(params: Any) -> Any:
     """Params with every leaf that is kept in the form of a code decoded, in its shape and dtype.
 
     Example:
-        >>> plain = jlora.dequantize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4()}))
+        >>> plain = jlora.dequantize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4(block=16)}))
     """
     leaves, treedef = paths.flatten_with_keys(params)
     return jax.tree.unflatten(treedef, [decoded(leaf) for _, leaf in leaves])
@@ -76,7 +75,8 @@ def requantize(adapted: Adapted) -> Any:
         ValueError: as `merge`, and where a merged weight is not finite.
 
     Example:
-        >>> adapted = jlora.adapterize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4()}), {r".*/q_proj/kernel": LoRA(8)})
+        >>> quantized = jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4(block=16)})
+        >>> adapted = jlora.adapterize(quantized, {r".*/q_proj/kernel": jlora.LoRA(8)})
         >>> served = jlora.requantize(adapted)
     """
     leaves = dict(paths.flatten_with_keys(adapted.base)[0])
@@ -84,7 +84,7 @@ def requantize(adapted: Adapted) -> Any:
     def formed(weight: Weight) -> Any:
         assert weight.site is not None
         whole, leaf = effective_leaf(weight), leaves[weight.site.keys]
-        return _encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) else whole
+        return encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) else whole
 
     return adapted.with_replaced(merged_leaves(adapted, formed))
 
@@ -111,10 +111,10 @@ def _stored(site: Site, leaf: Any) -> Stored:
     if isinstance(leaf, Stored):
         raise ValueError(f"{site.path} is kept as {leaf.code} already; decode it first (jlora.dequantize)")
     assert isinstance(site.method, Kept) and site.method.code is not None
-    return _encoded(site, site.method.code, leaf)
+    return encoded(site, site.method.code, leaf)
 
 
-def _encoded(site: Site, code: Code, leaf: Any) -> Stored:
+def encoded(site: Site, code: Code, leaf: Any) -> Stored:
     """A leaf in the form of a code, cut over a mesh as it was."""
     sharding = placement.named_sharding(leaf)
     if sharding is not None:

@@ -12,15 +12,19 @@ from jax.core import Tracer
 
 from jlora import _compat, paths
 from jlora.core.products.contraction import accumulation_dtype
+from jlora.core.protocol.code import Code
+from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Site, View
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import RESIDUAL
+from jlora.core.protocol.stored import decoded
 from jlora.core.tree import placement
+from jlora.core.tree.quantize import encoded
 from jlora.core.tree.spec import Spec, resolve
 from jlora.core.tree.starts import Prepared, start_of
 
 #: Quantizes a matrix `[in, out]` and decodes it again: an array of the same shape.
-Code = Callable[[jax.Array], Any]
+Rounding = Callable[[jax.Array], Any]
 
 
 def residuals(params: Any, base: Any, spec: Spec, key: jax.Array | None = None, sites: Sites | None = None) -> Prepared:
@@ -70,7 +74,7 @@ def residuals(params: Any, base: Any, spec: Spec, key: jax.Array | None = None, 
 def loftq(
     params: Any,
     spec: Spec,
-    code: Code,
+    code: Code | Rounding,
     steps: int = 1,
     key: jax.Array | None = None,
     sites: Sites | None = None,
@@ -85,14 +89,15 @@ def loftq(
     Args:
         params: the original params.
         spec: as for `adapterize`; leaves of methods that start from no residual, and all others, stay as they are.
-        code: quantizes a matrix `[in, out]`, in float32 at least, and decodes it again; any function of an array, called once a
-            step for each matrix of a stack, outside of `jit`. What it gives is rounded to the leaf's dtype.
+        code: such as `jlora.NF4()`, in whose form the leaves are then kept (see `quantize`). Or a function that quantizes a
+            matrix `[in, out]`, in float32 at least, and decodes it again, called once a step for each matrix of a stack,
+            outside of `jit`; what it gives is rounded to the leaf's dtype.
         steps: of the alternation, 1 or more; LoftQ uses 1 to 5.
         key: as for `adapterize`.
         sites: as for `adapterize`.
 
     Returns:
-        The params with the quantized leaves decoded, in their dtype and place, and a `Prepared` for
+        The params with the quantized leaves, those of a function decoded, in their dtype and place, and a `Prepared` for
         `adapterize(base, spec, key, sites, prepared=...)`, with the same spec.
 
     Raises:
@@ -101,8 +106,7 @@ def loftq(
 
     Example:
         >>> spec = {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, init="residual")}
-        >>> code = lambda w: jnp.round(w * 8 / jnp.abs(w).max()) * jnp.abs(w).max() / 8
-        >>> base, prepared = jlora.loftq(params, spec, code, steps=5)
+        >>> base, prepared = jlora.loftq(params, spec, jlora.NF4(block=16), steps=5)
         >>> adapted = jlora.adapterize(base, spec, prepared=prepared)
 
     Reference:
@@ -149,12 +153,13 @@ def _prepared(found: dict[Site, tuple[Any, jax.Array]], key: jax.Array | None, u
     return Prepared({site: start_of(site, leaf, key, residual=each) for site, (leaf, each) in found.items()})
 
 
-def _alternated(site: Site, original: Any, code: Code, steps: int) -> jax.Array:
+def _alternated(site: Site, original: Any, code: Code | Rounding, steps: int) -> Any:
     """The leaf that LoftQ's alternation ends with."""
     quantized = _coded(site, code, original, _wide(original, original))
     for _ in range(steps - 1):
         start = start_of(site, quantized, jax.random.key(0), residual=_minus(original, quantized))
-        added = _compat.automatic(partial(_added, site), jax.typeof(quantized))(quantized, start.params, start.frozen)
+        leaf = decoded(quantized)
+        added = _compat.automatic(partial(_added, site), jax.typeof(leaf))(leaf, start.params, start.frozen)
         quantized = _coded(site, code, original, _wide(original, original) - added)
     return quantized
 
@@ -171,15 +176,25 @@ def _added(site: Site, leaf: jax.Array, params: Any, frozen: Any) -> jax.Array:
     return site.unfold(one(site.fold(leaf), params, frozen))
 
 
-def _coded(site: Site, code: Code, like: Any, leaf: jax.Array) -> jax.Array:
-    """A leaf with each of its matrices quantized and decoded, in the dtype and place of the original."""
+def _coded(site: Site, code: Code | Rounding, like: Any, leaf: jax.Array) -> Any:
+    """A leaf with each of its matrices quantized, by a function also decoded, in the dtype and place of the original."""
+    if isinstance(code, Code):
+        _check_code(site, code)
+        return encoded(site, code, _beside(leaf, like))
     matrices = site.fold(leaf)
     matrices = matrices.reshape(-1, site.in_size, site.out_size)
     decoded = jnp.stack([_decoded(site, code, matrix) for matrix in matrices])
     return _beside(site.unfold(decoded).astype(like.dtype), like)
 
 
-def _decoded(site: Site, code: Code, matrix: jax.Array) -> jax.Array:
+def _check_code(site: Site, code: Code) -> None:
+    try:
+        Kept(code).check(site)
+    except ValueError as error:
+        raise ValueError(f"{site.path}, shape {site.shape}: {error}") from None
+
+
+def _decoded(site: Site, code: Rounding, matrix: jax.Array) -> jax.Array:
     """A matrix quantized and decoded.
 
     Raises:
@@ -205,6 +220,7 @@ def _wide(*arrays: Any) -> jax.Array:
 
 
 def _minus(original: Any, leaf: Any) -> jax.Array:
+    leaf = decoded(leaf)
     return _wide(original, leaf) - _wide(leaf, original)
 
 
@@ -215,6 +231,6 @@ def _beside(array: Any, leaf: Any) -> Any:
 
 
 def _check_finite(what: str, array: Any) -> None:
-    finite = jnp.all(jnp.isfinite(jnp.asarray(array)))
+    finite = jnp.all(jnp.isfinite(jnp.asarray(decoded(array))))
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError(f"{what} holds values that are not finite")

@@ -186,8 +186,8 @@ def _site(
     if not bare.matrix:
         if isinstance(leaf, Stored):
             raise ValueError(
-                f"{path} is kept as {leaf.code}, and {bare} trains the leaf itself; decode it first (jlora.dequantize), or adapt "
-                "it by a method that stays beside it, such as jlora.LoRA"
+                f"{path} is kept as {leaf.code}, and {bare} trains the leaf itself; decode it first (jlora.dequantize), or "
+                "adapt it by a method that stays beside it, such as jlora.LoRA"
             )
         return blank
     if roles is None:

@@ -186,7 +186,7 @@ class Several:
     members: tuple[Weight, ...]
 
     @property
-    def array(self) -> jax.Array:
+    def array(self) -> Any:
         """The joined array."""
         return self.members[0].array
 
@@ -282,7 +282,7 @@ def _matrices(weight: Weight) -> Any:
 
 
 def _matrix(weight: Weight, one: Any) -> jax.Array:
-    """One matrix `[in, out]` of the base; that of a code in the dtype of the leaf, then in that to which the function cast it."""
+    """One matrix `[in, out]` of the base; of a code in the dtype of the leaf, then in that to which the function cast it."""
     if weight.code is None:
         return one
     assert weight.site is not None
