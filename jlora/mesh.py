@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import linen
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import paths
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
 
@@ -56,14 +58,23 @@ def logical_axes(adapted: Adapted, names: Any = None) -> Adapted:
         flat, treedef = paths.flatten_with_keys(tree)
         return jax.tree.unflatten(treedef, [fields.get(keys[:-1], {}).get(keys[-1], whole) for keys, _ in flat])
 
-    base = jax.tree.unflatten(treedef, [found[keys] for keys, _ in leaves])
+    base = jax.tree.unflatten(treedef, [_of_fields(leaf, found[keys]) for keys, leaf in leaves])
     context = jax.tree.map(lambda _: whole, adapted.context)
     return adapted.replace(base=base, params=specs(adapted.params), frozen=specs(adapted.frozen), context=context)
 
 
+def _of_fields(leaf: Any, spec: PartitionSpec) -> Any:
+    """What cuts a leaf; of one that is kept in the form of a code for each field."""
+    if not isinstance(leaf, Stored):
+        return spec
+    specs: dict[str, Any] = leaf.specs(leaf.code.axes, spec)
+    return replace(leaf, fields={name: specs[name] for name in leaf.fields})
+
+
 def _flatten_specs(names: Any) -> list[tuple[tuple[str, ...], PartitionSpec]]:
     flat, _ = paths.flatten_with_keys(names, lambda leaf: isinstance(leaf, PartitionSpec) or leaf is None)
-    return [(keys, PartitionSpec() if spec is None else spec) for keys, spec in flat]
+    # Linen gives a leaf that is kept as a code, and has no names, in its place with nothing for each field.
+    return [(keys, PartitionSpec() if spec is None or isinstance(spec, Stored) else spec) for keys, spec in flat]
 
 
 def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None) -> Adapted:
@@ -92,10 +103,15 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
     specs = logical_axes(adapted, names)
     if rules:  # else the names are the mesh's own, as NNX has them
         specs = linen.spmd.logical_to_mesh(specs, tuple(rules))
-    found = dict(_flatten_specs(specs))
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    found = dict(paths.flatten_with_keys(specs, is_spec)[0])
     for keys, leaf in paths.flatten_with_keys(adapted)[0]:
-        placement.check_cut("/".join(keys), jnp.shape(leaf), found[keys], mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        path, spec = "/".join(keys), found[keys]
+        if isinstance(leaf, Stored):
+            placement.check_fields(path, leaf, spec.fields, mesh.shape)
+        else:
+            placement.check_cut(path, jnp.shape(leaf), spec, mesh.shape)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:

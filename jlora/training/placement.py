@@ -9,16 +9,18 @@ that they share with the weight is cut as the weight's is, the rank is not cut. 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
+from jlora import paths
+from jlora.core.tree.placement import check_fields
 from jlora.training import processes
 from jlora.training.errors import SettingError
 
@@ -104,11 +106,21 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def place_base(params: Any, mesh: Mesh) -> Any:
     """The base's weights on the mesh."""
 
-    def place(path, leaf):
-        name = "/".join(str(getattr(key, "key", key)) for key in path)
-        return processes.put(leaf, NamedSharding(mesh, weight_spec(name, np.shape(leaf), mesh)))
+    leaves, treedef = paths.flatten_with_keys(params)
+    return jax.tree.unflatten(treedef, [_placed("/".join(keys), leaf, mesh) for keys, leaf in leaves])
 
-    return jax.tree_util.tree_map_with_path(place, params)
+
+def _placed(path: str, leaf: Any, mesh: Mesh) -> Any:
+    spec = weight_spec(path, tuple(leaf.shape), mesh)
+    if not isinstance(leaf, jlora.Stored):
+        return processes.put(leaf, NamedSharding(mesh, spec))
+    specs = leaf.specs(leaf.code.axes, spec)
+    try:
+        check_fields(path, leaf, specs, mesh.shape)
+    except ValueError as error:
+        raise SettingError("mesh", str(error)) from None
+    fields = {name: processes.put(array, NamedSharding(mesh, specs[name])) for name, array in leaf.fields.items()}
+    return dataclasses.replace(leaf, fields=fields)
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:

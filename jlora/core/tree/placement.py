@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.core.protocol.method import Site, Start
+from jlora.core.protocol.stored import Stored
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
@@ -62,6 +63,12 @@ def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) 
                 f"{path}: the mesh axis {cut} does not divide the {shape[axis]} of axis {axis} of {tuple(shape)}; cut "
                 "another axis of this leaf, or leave it whole"
             )
+
+
+def check_fields(path: str, leaf: Stored, specs: dict[str, Any], sizes: Any) -> None:
+    """`check_cut` for the fields of a leaf that is kept in the form of a code: a cut must not fall into a block."""
+    for name, array in leaf.fields.items():
+        check_cut(f"{path}, field {name} of {leaf.code}", array.shape, specs[name], sizes)
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:

@@ -123,6 +123,10 @@ def encoded(site: Site, code: Code, leaf: Any) -> Stored:
         fields = _all(site, code, leaf)
     else:
         fields = _one_by_one(site, code, leaf)
+    return _as_stored(site, code, fields)
+
+
+def _as_stored(site: Site, code: Code, fields: Any) -> Stored:
     return Stored(fields, code, site.shape, jnp.dtype(site.dtype), site.in_axes, site.out_axes, site.batch_axes)
 
 
@@ -169,8 +173,8 @@ def _on_mesh(site: Site, code: Code, leaf: jax.Array, sharding: NamedSharding) -
         ValueError: where a cut would fall into a block.
     """
     specs = site.specs(code.axes, sharding.spec)
-    for name, shape in jax.eval_shape(partial(_all, site, code), leaf).items():
-        placement.check_cut(f"{site.path}, field {name} of {code}", shape.shape, specs[name], sharding.mesh.shape)
+    shapes: Any = _as_stored(site, code, jax.eval_shape(partial(_all, site, code), leaf))
+    placement.check_fields(site.path, shapes, specs, sharding.mesh.shape)
     shardings = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
     encode = _compat.automatic(lambda leaf: _all(site, code, leaf), jax.typeof(leaf), lambda _: specs)
     fields = jax.jit(encode, out_shardings=shardings)(leaf)

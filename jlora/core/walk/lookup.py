@@ -175,13 +175,18 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
     side = side_of(weight, found.axes, ())
     if side is None or not weight.owns("lookup") or big(weight.batch):
         return None
+    if weight.code is not None:
+        raise ValueError(
+            f"{weight.name}: rows of it are looked up, for which {weight.code} would decode the whole matrix; leave embeddings out "
+            "of jlora.quantize, as jlora.ALL_LINEAR does"
+        )
     walk.seen.add(weight.name)
     return [_looked_up(eqn, weight, indices, side, found)]
 
 
 def _looked_up(eqn: Any, weight: Weight, indices: jax.Array, side: str, found: Lookup) -> jax.Array:
     """Rows or columns of a weight by its update, in the axis order that the function wants. Dropout does not act on them."""
-    base = bind(eqn, [weights.base(weight), indices])[0]
+    base = bind(eqn, [weight.array, indices])[0]
     indices = found.indices(indices)
     w, update = single_matrix(weight)
     positions = [("x", n) for n in range(indices.ndim - 1)]
