@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from contract import discovery
-from contract.problems import close, jit, layers, normal, perturbed, product, weight
+from contract.problems import LAYERS_NOISE, close, jit, layers, normal, perturbed, product, weight
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,7 +25,7 @@ def adapt_both(fn, params, x, spec, codes=None, **options):
     sites = jlora.sites(fn, params, x)
     kept = jlora.quantize(params, codes or {".*": CODE}, sites)
     found = [jlora.adapterize(base, spec, sites=sites, **options) for base in (kept, jlora.dequantize(kept))]
-    return [perturbed(each) for each in found]
+    return [perturbed(each, size=LAYERS_NOISE) for each in found]
 
 
 def check_equal(fn, params, x, spec, codes=None, run=jit):
@@ -79,7 +79,7 @@ def test_leaves_that_are_not_adapted_are_decoded_too_with_and_without_adapters()
     x, roles = normal(11, 6, 8), {"formed": jlora.Axes("in out", CODE), ".*": CODE}
     check_equal(uses, USES, x, {"(q|stack)": jlora.LoRA(2)}, roles)
     kept = jlora.quantize(USES, roles, jlora.sites(uses, USES, x))
-    close(jit(jlora.lift(uses))(kept, x), uses(jlora.dequantize(kept), x))
+    close(jit(jlora.lift(uses))(kept, x), jit(uses)(jlora.dequantize(kept), x))
     # An adapter of a model whose base is an adapted one again.
     twice = [
         jlora.adapterize(each, {"base/q": jlora.LoRA(2)})
