@@ -6,6 +6,7 @@ used as `y = x @ w`; the core folds leaves to that form and maps over stacks.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,14 +17,20 @@ Arrays = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Code:
-    """Base of all codes. A subclass is a frozen dataclass and gives `axes`, `encode` and `decode`.
+    """Base of all codes. A subclass is a frozen dataclass and gives `axes`, `encode` and `decode`."""
 
-    Class attributes:
-        axes: for each field the role of each of its axes: "in" or "out" for an axis that runs along the matrix's, in whole
-            blocks; "" for any other, along which it can't be cut.
-    """
+    #: Examples of the code for the contract test; every code has some.
+    CASES: ClassVar[tuple[Code, ...]] = ()
 
-    axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """For each field the role of each of its axes: "in" or "out" where it runs along the matrix's, in whole blocks, else ""."""
+        raise NotImplementedError(f"{type(self).__name__} must state the axes of its fields")
+
+    @property
+    def local(self) -> frozenset[str]:
+        """Roles along which the matrix can be cut: a part of it is what `decode` gives for the parts of its fields."""
+        return frozenset(("in", "out"))
 
     def check(self, rows: int, columns: int) -> None:
         """Whether a matrix of this size can be kept so.
@@ -34,8 +41,13 @@ class Code:
 
     def encode(self, w: jax.Array) -> Arrays:
         """The fields of a matrix `w [in, out]` in float32."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """The matrix `[in, out]` in float32 that fields stand for."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
+
+    def __str__(self) -> str:
+        """The code with the hyperparameters that differ from the defaults."""
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!s}' for f in changed)})"
