@@ -20,10 +20,10 @@ KINDS = {"e4m3fn": (3, 7), "e5m2": (2, 15)}
 class Float8(Code):
     """8-bit floating point with a scale for each output.
 
-    `w ~ code / most * scale`, where an output's scale is its largest magnitude and `most` the largest finite number of the kind,
-    448 or 57344. `codes [in, out]` in that dtype, `scales [out]` float32: `8 + 32 / in` bits a weight. Any size can be kept so.
-    The relative error on normal weights is 0.026 for "e4m3fn" and 0.053 for "e5m2"; `Int8` has 0.008 on those, but floats
-    keep small weights better where an output has outliers.
+    `w ~ code / most * scale`, where an output's scale is its largest magnitude and `most` the largest finite number of the
+    kind, 448 or 57344. `codes [in, out]` in that dtype, `scales [out]` float32: `8 + 32 / in` bits a weight. Any size can be
+    kept so. The relative error on normal weights is 0.026 for "e4m3fn" and 0.053 for "e5m2"; `Int8` has 0.008 on those, but
+    floats keep small weights better where an output has outliers.
 
     Args:
         kind: "e4m3fn" or "e5m2", by bits of exponent and mantissa.
