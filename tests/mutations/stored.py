@@ -21,11 +21,11 @@ MUTATIONS = (
         (BNB,),
     ),
     Mutation(
-        "a scale that overflows its reciprocal is divided by",
+        "scales of 0 are divided by",
         "jlora/stored/scaling.py",
         "jnp.where(scales > least, (1 / scales) * most, 0.0)",
         "(1 / scales) * most",
-        (FINITE,),
+        (BNB,),
     ),
     Mutation(
         "a reciprocal that is finite overflows when it is multiplied",
@@ -37,8 +37,8 @@ MUTATIONS = (
     Mutation(
         "Int8 divides 127 by the scale",
         "jlora/stored/scaling.py",
-        "(1 / scales) * most",
-        "most / scales",
+        "return jnp.where(scales > least, (1 / scales) * most, 0.0)",
+        "return jnp.where(scales > least, most / scales, 0.0)",
         (GOLDEN + "int8_is_that_of_llm_int8",),
     ),
     Mutation(
