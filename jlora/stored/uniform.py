@@ -68,10 +68,10 @@ class Uniform(Code):
         # LoftQ adds 1e-8, so that a matrix of equal numbers divides by something.
         width = jnp.max(clipped) - low + 1e-8
         codes = jnp.round((clipped - low) / width * steps)
-        return {
-            "codes": packing.pack(codes, self.bits),
-            "levels": jnp.arange(steps + 1, dtype=jnp.float32) / np.float32(steps) * width + low,
-        }
+        shares = jnp.arange(steps + 1, dtype=jnp.float32) / np.float32(steps)
+        # The barrier keeps product and sum from being fused, which would round otherwise.
+        levels = jax.lax.optimization_barrier(shares * width) + low
+        return {"codes": packing.pack(codes, self.bits), "levels": levels}
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`levels[code]`."""

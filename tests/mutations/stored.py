@@ -102,8 +102,7 @@ MUTATIONS = (
         "jlora/stored/double.py",
         "jax.lax.optimization_barrier(jnp.asarray(DYNAMIC_MAP)[codes] * nested)",
         "jnp.asarray(DYNAMIC_MAP)[codes] * nested",
-        (SECOND,),
-        equivalent="the tests compile without LLVM's optimizations, which fuse the two",
+        (CODES + "with_all_optimizations_the_bits_are_the_same",),
     ),
     Mutation(
         "the ends of the dynamic map's numbers are those of float64",
@@ -125,6 +124,13 @@ MUTATIONS = (
         "return frozenset() if self.double else super().local",
         "return super().local",
         (PART, CODES + "what_has_a_second_level_cannot_be_cut"),
+    ),
+    Mutation(
+        "Uniform's levels are formed with a fused multiplication and addition",
+        "jlora/stored/uniform.py",
+        "jax.lax.optimization_barrier(shares * width)",
+        "shares * width",
+        (CODES + "with_all_optimizations_the_bits_are_the_same",),
     ),
     Mutation(
         "Int8 is decoded in an order that moves its scales",
@@ -178,8 +184,8 @@ MUTATIONS = (
     Mutation(
         "Uniform's levels begin at 0",
         "jlora/stored/uniform.py",
-        "* width + low",
-        "* width",
+        "optimization_barrier(shares * width) + low",
+        "optimization_barrier(shares * width)",
         (UNIFORM,),
     ),
 )

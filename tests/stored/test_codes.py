@@ -55,8 +55,8 @@ def test_fields_have_the_axes_that_the_code_states(code):
 
 @named(AGAIN)
 def test_a_decoded_matrix_has_the_same_fields_again(code):
-    fields = encode(normal(seed=1), code)
-    jax.tree.map(equal, encode(decode(fields, code, ROWS, COLUMNS), code), fields)
+    fields = encode(normal(ROWS, 100), code)
+    jax.tree.map(equal, encode(decode(fields, code, ROWS, 100), code), fields)
 
 
 def test_a_decoded_matrix_of_fp4_is_itself_again_though_it_has_two_zeros():
@@ -121,12 +121,21 @@ def test_a_stack_is_coded_as_its_matrices(code):
         equal(decoded[n], decode(one, code, ROWS, COLUMNS))
 
 
-@named([NF4(32, double=True), NF3(32), FP4(32), Int4(32), Int8(), Float8(), Uniform(2)])
+@named([NF4(32, double=True), FP4(32), Int4(32), Int8(), Float8(), Uniform(2)])
 def test_without_jit_the_bits_are_the_same(code):
     w = jnp.asarray(normal())
     fields = code.encode(w)
     jax.tree.map(equal, fields, encode(w, code))
     equal(code.decode(fields, ROWS, COLUMNS), decode(fields, code, ROWS, COLUMNS))
+
+
+@named([NF4(32, double=True), NF3(32), Int8(), Float8(), Uniform(2)])
+def test_with_all_optimizations_the_bits_are_the_same(code):
+    optimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    w = jnp.asarray(normal(512, 16))
+    fields = encode(w, code)
+    jax.tree.map(equal, optimized(code.encode)(w), fields)
+    equal(optimized(partial(code.decode, rows=512, columns=16))(fields), decode(fields, code, 512, 16))
 
 
 def part(field, axes, role):
