@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.core.protocol.code import Arrays, Code
 from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
-from jlora.stored.scaling import to_most
+from jlora.stored.scaling import to_most, unit
 
 #: Bits of the mantissa and bias of the exponent.
 KINDS = {"e4m3fn": (3, 7), "e5m2": (2, 15)}
@@ -60,7 +60,7 @@ class Float8(Code):
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`code / most * scale`."""
-        return _widened(fields["codes"], *KINDS[self.kind]) * np.float32(1 / self._most) * fields["scales"][None]
+        return _widened(fields["codes"], *KINDS[self.kind]) * unit(self._most) * fields["scales"][None]
 
 
 def _widened(codes: jax.Array, mantissa: int, bias: int) -> jax.Array:

@@ -11,8 +11,7 @@ import numpy as np
 
 from jlora.stored import packing
 from jlora.stored.blockwise import Blockwise
-
-_SEVENTH = np.float32(1 / 7)
+from jlora.stored.scaling import unit
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Int4(Blockwise):
 
     bits: ClassVar[int] = 4
     # A product with a seventh, and not a division, so that these are the bits that `values` forms. 7 gives 1 exactly.
-    levels: ClassVar[tuple[float, ...]] = tuple(float(np.float32(n) * _SEVENTH) for n in range(-8, 8))
+    levels: ClassVar[tuple[float, ...]] = tuple(float(np.float32(n) * np.float32(1 / 7)) for n in range(-8, 8))
 
     def values(self, packed: jax.Array) -> jax.Array:
         """`(code - 8) / 7`."""
-        return (packing.unpack(packed, self.bits) - 8).astype(jnp.float32) * _SEVENTH
+        return (packing.unpack(packed, self.bits) - 8).astype(jnp.float32) * unit(7)
 
 
 Int4.CASES = (Int4(32),)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.core.protocol.code import Arrays, Code
-from jlora.stored.scaling import to_most
+from jlora.stored.scaling import to_most, unit
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Int8(Code):
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`code / 127 * scale`."""
         # In this order 127 gives the scale itself, so that a decoded matrix has the same scales again.
-        return fields["codes"].astype(jnp.float32) * np.float32(1 / 127) * fields["scales"][None]
+        return fields["codes"].astype(jnp.float32) * unit(127) * fields["scales"][None]
 
 
 Int8.CASES = (Int8(),)

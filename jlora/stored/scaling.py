@@ -1,4 +1,4 @@
-"""Scales: the largest magnitude of what shares one."""
+"""Arithmetic of scales, of the same bits under every compiler."""
 
 from __future__ import annotations
 
@@ -14,3 +14,20 @@ def to_most(scales: jax.Array, most: float = 1.0) -> jax.Array:
     """
     least = most * float(jnp.finfo(jnp.float32).tiny)
     return jnp.where(scales > least, (1 / scales) * most, 0.0)
+
+
+def unit(most: float) -> jax.Array:
+    """`1 / most`, which a product takes in the order that is written.
+
+    A compiler that knows the number may multiply scales by it first (that of JAX 0.10 and 0.11 does): then the largest
+    code doesn't stand for the scale itself, and a decoded matrix has other scales.
+    """
+    return jax.lax.optimization_barrier(jnp.float32(1 / most))
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of a vector, added in pairs: in one order, in a stack of matrices too, and within few places of the true sum."""
+    while x.size > 1:
+        half = -(-x.size // 2)
+        x = x[:half] + jnp.pad(x[half:], (0, 2 * half - x.size))
+    return x[0]

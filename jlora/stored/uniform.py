@@ -11,6 +11,7 @@ import numpy as np
 from jlora.core.protocol.code import Arrays, Code
 from jlora.core.protocol.hyperparameters import check_hyperparameters, number
 from jlora.stored import packing
+from jlora.stored.scaling import total
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class Uniform(Code):
 
     def encode(self, w: jax.Array) -> Arrays:
         """`codes` and `levels`."""
-        mean, spread = jnp.mean(w), 2 * jnp.std(w, ddof=1)
+        mean = total(w.reshape(-1)) / w.size
+        spread = 2 * jnp.sqrt(total(jnp.square(w - mean).reshape(-1)) / (w.size - 1))
         clipped = jnp.clip(w, mean - spread, mean + spread)
         steps = 2**self.bits - 1
         low = jnp.min(clipped)
         # LoftQ adds 1e-8, so that a matrix of equal numbers divides by something.
         width = jnp.max(clipped) - low + 1e-8
         codes = jnp.round((clipped - low) / width * steps)
-        shares = jnp.arange(steps + 1, dtype=jnp.float32) / np.float32(steps)
+        shares = np.arange(steps + 1, dtype=np.float32) / np.float32(steps)
         # The barrier keeps product and sum from being fused, which would round otherwise.
         levels = jax.lax.optimization_barrier(shares * width) + low
         return {"codes": packing.pack(codes, self.bits), "levels": levels}

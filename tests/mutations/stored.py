@@ -114,7 +114,7 @@ MUTATIONS = (
     Mutation(
         "the offset of scales is their largest",
         "jlora/stored/double.py",
-        "offset = _mean(scales.T.reshape(-1))",
+        "offset = total(scales.T.reshape(-1)) / scales.size",
         "offset = jnp.max(scales)",
         (SECOND,),
     ),
@@ -135,8 +135,8 @@ MUTATIONS = (
     Mutation(
         "Int8 is decoded in an order that moves its scales",
         "jlora/stored/int8.py",
-        'fields["codes"].astype(jnp.float32) * np.float32(1 / 127) * fields["scales"][None]',
-        'fields["codes"].astype(jnp.float32) * fields["scales"][None] * np.float32(1 / 127)',
+        'fields["codes"].astype(jnp.float32) * unit(127) * fields["scales"][None]',
+        'fields["codes"].astype(jnp.float32) * fields["scales"][None] * unit(127)',
         (AGAIN,),
     ),
     Mutation(
@@ -170,15 +170,15 @@ MUTATIONS = (
     Mutation(
         "Uniform clips at one standard deviation",
         "jlora/stored/uniform.py",
-        "2 * jnp.std(w, ddof=1)",
-        "jnp.std(w, ddof=1)",
+        "spread = 2 * jnp.sqrt",
+        "spread = jnp.sqrt",
         (UNIFORM,),
     ),
     Mutation(
         "Uniform's deviation is that of a population",
         "jlora/stored/uniform.py",
-        "jnp.std(w, ddof=1)",
-        "jnp.std(w)",
+        "/ (w.size - 1))",
+        "/ w.size)",
         (UNIFORM,),
     ),
     Mutation(
