@@ -2,11 +2,11 @@
 
 from mutations.mutation import Mutation
 
-GOLDEN, CODES = (f"tests/stored/test_{name}.py::test_" for name in ("bitsandbytes", "codes"))
+GOLDEN, CODES, BITS = (f"tests/stored/test_{name}.py::test_" for name in ("bitsandbytes", "codes", "bits"))
 BNB = GOLDEN + "codes_scales_and_decoded_values_are_those_of_bitsandbytes"
 SECOND = GOLDEN + "the_second_level_is_that_of_bitsandbytes"
 AROUND = GOLDEN + "the_second_level_around_the_offset_of_bitsandbytes_is_its_own"
-AGAIN = CODES + "a_decoded_matrix_has_the_same_fields_again"
+AGAIN = BITS + "a_decoded_matrix_has_the_same_fields_again"
 PART = CODES + "a_part_of_the_fields_is_a_part_of_the_matrix"
 UNIFORM = CODES + "uniform_is_that_of_loftq"
 FLOAT8 = CODES + "float8_is_the_nearest_of_its_dtype"
@@ -102,7 +102,7 @@ MUTATIONS = (
         "jlora/stored/double.py",
         "jax.lax.optimization_barrier(jnp.asarray(DYNAMIC_MAP)[codes] * nested)",
         "jnp.asarray(DYNAMIC_MAP)[codes] * nested",
-        (CODES + "with_all_optimizations_the_bits_are_the_same",),
+        (BITS + "with_all_optimizations_the_bits_are_the_same",),
     ),
     Mutation(
         "the ends of the dynamic map's numbers are those of float64",
@@ -130,7 +130,7 @@ MUTATIONS = (
         "jlora/stored/uniform.py",
         "jax.lax.optimization_barrier(shares * width)",
         "shares * width",
-        (CODES + "with_all_optimizations_the_bits_are_the_same",),
+        (BITS + "with_all_optimizations_the_bits_are_the_same",),
     ),
     Mutation(
         "Int8 is decoded in an order that moves its scales",
