@@ -88,7 +88,7 @@ def compress_around(scales: jax.Array, offset: jax.Array) -> Arrays:
     nested = jnp.max(jnp.abs(groups), axis=1)
     middles = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)
     scaled = groups * to_most(nested)[:, None]
-    codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left", method="compare_all").astype(jnp.uint8)
+    codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left").astype(jnp.uint8)
     return {"scales": codes.reshape(-1)[: flat.size].reshape(scales.shape[::-1]).T, "nested_scales": nested}
 
 
