@@ -18,7 +18,7 @@ from jlora.core.walk.interpreter import bind
 HOST = "pinned_host"
 
 
-def offload(tx: optax.GradientTransformation, *, group_bytes: int = 2**26) -> optax.GradientTransformationExtraArgs:
+def offload(tx: optax.GradientTransformation, *, group_bytes: int = 2**24) -> optax.GradientTransformationExtraArgs:
     """An optimizer that keeps the state of another one in pinned host memory: the paged optimizer of QLoRA, for XLA.
 
     `init` puts every array of the state into the memory kind "pinned_host", beside its trained array on a mesh; scalars,
