@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -18,30 +19,36 @@ from jlora.core.walk.interpreter import bind
 HOST = "pinned_host"
 
 
-def offload(tx: optax.GradientTransformation, *, group_bytes: int = 2**24) -> optax.GradientTransformationExtraArgs:
+def offload(
+    tx: optax.GradientTransformation | optax.MultiSteps, *, group_bytes: int = 2**24
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer that keeps the state of another one in pinned host memory: the paged optimizer of QLoRA, for XLA.
 
     `init` puts every array of the state into the memory kind "pinned_host", beside its trained array on a mesh; scalars,
-    such as step counts, stay on the device. `update` computes what `tx` computes, to the bit. Under `jit` it fetches the state
-    in groups, in the order of the trained arrays: all that can be computed from a group is computed and sent back before the
-    next is fetched. So the device holds one group of Adam's moments and not all of them. What needs the arrays of several groups
-    at once waits for the last of them; `optax.MultiSteps`, whose every other step is one branch, needs all. Called outside
-    of `jit`, `update` fetches the whole state.
+    such as step counts, stay on the device. `update` gives what that of `tx` gives.
 
-    The step needs no shardings for it: the state comes out of `jit` and `lax.scan` as it went in. Where the step donates the
-    state, it donates the trained arrays too, and returns both in the order in which it takes them, or states its
-    `out_shardings`: without, JAX pairs donated arrays with results by shape and dtype, whatever memory they lie in.
+    Under `jit` the state is fetched in groups, in the order of the trained arrays. What can be computed from a group is
+    computed and sent back before the next one is fetched, so that the device holds the moments of one group and not of all.
+    What needs several groups, such as a budget of ranks, waits for the last of them, and holds what it needs meanwhile.
+    `optax.MultiSteps` makes each step in one branch, and so fetches all. Outside of `jit` the whole state is fetched too.
+
+    The step needs no `out_shardings` for it, in `lax.scan` neither. A step that donates the state donates the trained arrays
+    as well, and returns both in the order in which it takes them, or it has `out_shardings`: without, JAX pairs donated arrays
+    with results by shape and dtype, and not by the memory that they lie in. Trained arrays that are committed to no device
+    are so after the first step, for which it is compiled a second time; `jax.device_put(params, device)` before `init` saves
+    that.
 
     Args:
-        tx: the optimizer, whole: `offload` goes around `jlora.optimizer`, `optax.chain` and `optax.MultiSteps`, not into them.
-        group_bytes: trained arrays share a group until their state has this many bytes, all devices together.
+        tx: the whole optimizer: `offload` goes around `jlora.optimizer`, `optax.chain` and `optax.MultiSteps`, not into them.
+        group_bytes: trained arrays share a group until their state has so many bytes, all devices together. About five times
+            as many are in use at once, with what is computed and what is under way.
 
     Returns:
-        An optax transformation with the states of `tx`, leaf for leaf.
+        An optax transformation whose states have the structure of those of `tx`.
 
     Raises:
         ValueError: for a `group_bytes` that is not positive; by `init` for devices without that memory kind, naming those that
-            they have; by `update` for a state that lies in device memory.
+            they have; by `update` for a state that is elsewhere.
 
     Example:
         >>> tx = jlora.offload(jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4))
@@ -52,7 +59,9 @@ def offload(tx: optax.GradientTransformation, *, group_bytes: int = 2**24) -> op
     """
     if not group_bytes > 0:
         raise ValueError(f"offload wants a positive group_bytes, got {group_bytes!r}")
-    inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+    if isinstance(tx, optax.MultiSteps):  # which is no transformation itself, and takes further arguments
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)  # pyright: ignore[reportArgumentType]
+    inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
         _check_memory(params)
@@ -87,7 +96,7 @@ def put_back(state: Any, like: Any) -> Any:
 
 def _goes(leaf: Any) -> bool:
     """Whether a leaf of a state is kept on the host: an array of numbers with an axis."""
-    return _compat.is_array(leaf) and leaf.ndim > 0 and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return _compat.is_array(leaf) and leaf.ndim > 0 and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _sent(state: Any, params: Any) -> Any:
@@ -95,13 +104,13 @@ def _sent(state: Any, params: Any) -> Any:
     place = _place_of(params)
 
     def one(leaf: Any) -> Any:
-        if not _goes(leaf) or on_host(leaf):
-            return leaf
         if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
-            return jax.device_put(leaf, jax.memory.Space.Host)
-        # What lies in no place of its own, such as a rule's masks, goes where a step with the params finds it.
+            return jax.device_put(leaf, jax.memory.Space.Host) if _goes(leaf) else leaf
+        # What has no place of its own, such as a rule's masks, goes where a step with the params finds it.
         own = leaf.sharding if leaf.committed or place is None else place
-        return jax.device_put(leaf, own.with_memory_kind(HOST))
+        if _goes(leaf):
+            return jax.device_put(leaf, own.with_memory_kind(HOST))
+        return leaf if place is None else jax.device_put(leaf, own)
 
     return jax.tree.map(one, state)
 
@@ -140,8 +149,8 @@ def _check_state(state: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if _goes(leaf) and not on_host(leaf):
             raise ValueError(
-                f"offload: the optimizer's state{jax.tree_util.keystr(path)} lies in device memory, wanted {HOST!r}: make the "
-                "state by this optimizer's init, and restore it with that one's shardings"
+                f"offload: {jax.tree_util.keystr(path)} of the optimizer's state is not in the memory kind {HOST!r}: make the "
+                "state by this optimizer's init, and restore a stored one with the shardings of such a state"
             )
 
 
@@ -243,7 +252,7 @@ def _groups(state: Any, params: Any, group_bytes: int) -> list[list[int]]:
     """
     order = {keys: n for n, (keys, _) in enumerate(paths.flatten_with_keys(params)[0])}
     bundles: dict[int, list[int]] = {}
-    leaves = [leaf for leaf in paths.flatten_with_keys(state)[0]]
+    leaves, _ = paths.flatten_with_keys(state)
     for number, (keys, leaf) in enumerate(leaves):
         if _goes(leaf):
             ends = (keys[n:] for n in range(len(keys) + 1))
