@@ -364,17 +364,17 @@ HELD = (
         (OFFLOAD + "what_cannot_work_is_refused",),
     ),
     Mutation(
-        "pruned moments stay on the device",
+        "moments on the host are pruned there",
         "jlora/optimize/moments.py",
-        "return offload.put_back(jax.tree.map(pruned, marks, opt_state), given)",
-        "return jax.tree.map(pruned, marks, opt_state)",
+        "given, opt_state = opt_state, offload.fetched(opt_state)",
+        "given = opt_state",
         (OFFLOAD + "a_restart_prunes_a_state_on_the_host_and_leaves_it_there",),
     ),
     Mutation(
-        "a round leaves the state on the device",
+        "a round records on the host",
         "jlora/methods/alora/rule.py",
-        "offload.put_back(_recorded(offload.fetched(opt_state), adapted, sites, masks), opt_state)",
-        "_recorded(offload.fetched(opt_state), adapted, sites, masks)",
+        "_recorded(offload.fetched(opt_state), adapted,",
+        "_recorded(opt_state, adapted,",
         (OFFLOAD + "a_round_of_alora_moves_ranks_and_moments_of_a_state_on_the_host",),
     ),
 )
