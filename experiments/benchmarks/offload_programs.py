@@ -62,7 +62,9 @@ def measure(layers: int, method: str, group: int | None, mesh: Mesh) -> dict[str
     x = jax.ShapeDtypeStruct((8, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
 
     def step(params, state, rest, x):
-        loss = lambda p: jlora.lift(model)(rest.replace(params=p), x)
+        def loss(p):
+            return jlora.lift(model)(rest.replace(params=p), x)
+
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
