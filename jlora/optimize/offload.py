@@ -41,8 +41,7 @@ def offload(
     Args:
         tx: the whole optimizer: `offload` goes around `jlora.optimizer`, `optax.chain` and `optax.MultiSteps`, not into them.
         group_bytes: trained arrays share a group until their state has so many bytes, all devices together. Four to six times
-            as many were in use at once in programs for a TPU, with what is computed and what is under way; the state of one
-            array alone took none beyond what the step has free.
+            as many were in use at once in LoRA's programs for a TPU, with what is computed and what is under way.
 
     Returns:
         An optax transformation whose states have the structure of those of `tx`.
