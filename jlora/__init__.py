@@ -76,6 +76,7 @@ from jlora.optimize.allocate.reading import skipped_steps as skipped_steps
 from jlora.optimize.events import EventContext as EventContext
 from jlora.optimize.events import EventContext as Moment  # noqa: F401  (its former name)
 from jlora.optimize.events import run_events as run_events
+from jlora.optimize.offload import offload as offload
 from jlora.optimize.optimizer import optimizer as optimizer
 from jlora.optimize.optimizer import with_rules as with_rules
 from jlora.optimize.restart import link_ends as link_ends
