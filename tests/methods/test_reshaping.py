@@ -231,6 +231,11 @@ def test_neither_weights_nor_parts_of_inputs_are_kept_where_lokr_is_formed(unrol
     assert formed - factored < 4, f"{formed - factored:.1f} matrices more"
 
 
+@pytest.mark.parametrize(("method", "number"), [(LoKr(1), 24), (MoRA(1), 8)], ids=str)
+def test_the_cost_is_that_of_acting_also_of_matrices_so_small_that_two_rows_would_form_them(method, number):
+    assert f" {number} multiply-adds more" in jlora.explain(jlora.adapterize({"w": weight(0, 4, 6)}, {"w": method}))
+
+
 def test_ten_steps_of_mora_are_those_of_its_formula():
     shape, rate = (10, 7), 0.05
     adapted = jlora.adapterize({"w": weight(0, *shape)}, {"w": MoRA(2, 1)})

@@ -880,6 +880,13 @@ SHARED = (
         (ADDED + "neither_weights_nor_parts_of_inputs_are_kept_where_lokr_is_formed",),
     ),
     Mutation(
+        "the cost of LoKr is counted where its weight is formed",
+        "jlora/core/products/acting.py",
+        "lambda x, update: Acting.dense(update, x, update.view.w, None, options)",
+        "lambda x, update: update.dense(x, update.view.w, None, options)",
+        (ADDED + "the_cost_is_that_of_acting_also_of_matrices_so_small_that_two_rows_would_form_them",),
+    ),
+    Mutation(
         "MoRA with dropout forms its weight",
         "jlora/core/products/added.py",
         "if drops or not wide",

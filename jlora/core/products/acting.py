@@ -40,7 +40,7 @@ class Acting(Update):
     def _counted(self, number: int, rows: int) -> int:
         """Multiplications for a number of rows of input."""
         x, options = jax.ShapeDtypeStruct((number, rows), self.view.w.dtype), Options(self.view.w.dtype)
-        program = jax.make_jaxpr(lambda x, update: update.dense(x, update.view.w, None, options))(x, self)
+        program = jax.make_jaxpr(lambda x, update: Acting.dense(update, x, update.view.w, None, options))(x, self)
         return _multiplications(program.jaxpr)
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
