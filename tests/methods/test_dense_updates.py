@@ -168,7 +168,7 @@ def test_sinelora_has_a_high_rank_bounded_entries_and_lora_as_its_limit():
 
 
 def test_fourierft_is_the_real_part_of_the_inverse_transform_of_numpy():
-    for shape in ((4, 6), (5, 7), (6, 1), (1, 5)):
+    for shape in ((4, 6), (5, 7), (6, 1)):
         number = min(shape[0] * shape[1], 11)
         spectrum, dense = normal(0, number), np.zeros(shape)
         dense.reshape(-1)[positions(*shape, number, 777)] = spectrum

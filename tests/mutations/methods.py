@@ -57,17 +57,10 @@ DENSE_UPDATES = (
         (DENSE + "the_sine_is_that_of_64_bits_up_to_large_angles_and_bounded_beyond_them",),
     ),
     Mutation(
-        "the second half of FourierFT's rows is the first, turned about another column",
-        "jlora/methods/fourierft.py",
-        "[turned[:, :1], turned[:, :0:-1]]",
-        "[turned[:, ::-1]]",
-        (DENSE + "fourierft_is_the_real_part_of_the_inverse_transform_of_numpy",),
-    ),
-    Mutation(
         "FourierFT's spectrum is not made even",
         "jlora/methods/fourierft.py",
-        "even = even.at[-column % columns, -row % rows].add(values",
-        "even = even.at[column, row].add(values",
+        "even = even.at[-row % rows, -column % columns].add(values",
+        "even = even.at[row, column].add(values",
         (DENSE + "fourierft_is_the_real_part_of_the_inverse_transform_of_numpy",),
     ),
     Mutation(
