@@ -18,6 +18,7 @@ ROOMS = (
     "core.walk",
     "core.tree",
     "core.transforms",
+    "stored",
     "mesh",
     "optimize",
     "losses",
