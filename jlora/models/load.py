@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jlora.core.protocol.method import Site
+from jlora.core.protocol.stored import Stored
+from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.checkpoint import FLOATS, Checkpoint
@@ -20,6 +23,7 @@ from jlora.models.config import of_file, optional, read_config, whole
 from jlora.models.finite import all_finite
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.names import Source, source
+from jlora.models.quantized import sites_to_code, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,7 @@ def load(
     drop_heads: bool = False,
     allow_nonfinite: bool = False,
     follow_links: bool = False,
+    quantize: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the model that a Hugging Face directory describes and reads its weights.
 
@@ -188,6 +193,10 @@ def load(
         allow_nonfinite: Take tensors that hold NaN or infinity as they are.
         follow_links: Read files that are links out of the directory. (Those of the Hugging Face Hub's cache, which lead
             from a model's `snapshots` to its `blobs`, are read in any case.)
+        quantize: Keep weights in the form of a code, such as 4-bit numbers: the name of a code (`"nf4"` is QLoRA's, with
+            double quantization; `"int8"`, `"int4"`, `"fp8"`, `"nf3"`, `"nf2"`) or a code, for all linear weights but the head;
+            or a spec as for `jlora.quantize`, which gives the same params bit for bit. Weights are encoded as they are read:
+            beside what is stored no more than one layer's matrix is in memory, as read and as it is encoded.
 
     Returns:
         A Linen module and its params: `model.apply({"params": params}, tokens)`.
@@ -195,10 +204,13 @@ def load(
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing.
         ValueError: The model type is not supported, a config key is missing or wrong, a file is damaged or outside of the
-            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite.
+            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
+            that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
+        TypeError: `quantize` is neither a name nor a code nor a spec.
     """
     hf = read_config(directory)
     family = family_of(hf, directory)
+    spec = None if quantize is None else spec_of(quantize)
     options = {"scan_layers": scan_layers, "remat": remat, "dtype": dtype, "param_dtype": param_dtype or jnp.float32}
     with Checkpoint(directory, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
@@ -215,8 +227,13 @@ def load(
         sources = leaf_sources(model, shapes, family, prefix)
         _check_leaves(checkpoint, sources, shapes)
         _check_rest(checkpoint, sources, family, model, drop_heads)
+        dtypes = {path: _dtype(checkpoint, made_of, param_dtype) for path, made_of in sources.items()}
+        coded = {} if spec is None else sites_to_code(model, shapes, dtypes, spec)
         leaves = {
-            path: _read(checkpoint, sources[path], shapes[path], param_dtype, allow_nonfinite) for path in sources
+            path: _coded(checkpoint, made_of, coded[path], allow_nonfinite)
+            if path in coded
+            else jnp.asarray(_read(checkpoint, made_of, shapes[path], dtypes[path], allow_nonfinite))
+            for path, made_of in sources.items()
         }
         _check_tied_head(checkpoint, model, leaves)
     return model, unflatten_dict(leaves)
@@ -307,24 +324,45 @@ def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: An
         )
 
 
-def _read(
-    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], param_dtype: Any, allow_nonfinite: bool
-) -> jax.Array:
+def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtype:
+    """The dtype of a leaf: as JAX will have it, which makes 32 bits of 64 unless it was told to keep them."""
     kinds = {checkpoint.dtype(name) for name in made_of.names}
     if param_dtype is None and len(kinds) > 1:
         raise ValueError(
             f"{checkpoint.file(made_of.names[0])}: the layers of {made_of.names[0]!r} have different dtypes "
             f"({', '.join(sorted(map(str, kinds)))}) and can't be stacked; give param_dtype."
         )
-    # In the dtype that JAX will give it: 64 bits become 32 unless JAX was told to keep them.
-    leaf = np.empty(shape, jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype))
+    return jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype)
+
+
+def _read(
+    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
+) -> np.ndarray:
+    leaf = np.empty(shape, dtype)
     for layer, name in enumerate(made_of.names):
         tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]
         with np.errstate(over="ignore", invalid="ignore"):
             place[...] = tensor.T if made_of.transposed else tensor
         if not (allow_nonfinite or all_finite(place)):
             raise ValueError(f"{checkpoint.file(name)}: tensor {name!r} {_not_finite(tensor, leaf.dtype)}")
-    return jnp.asarray(leaf)
+    return leaf
+
+
+def _coded(checkpoint: Checkpoint, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
+    """A leaf in the form of a code, encoded layer by layer."""
+    code, dtype = code_at(site), np.dtype(site.dtype)
+    if len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
+        # Roles that take layers for something else than a stack: only the whole leaf can be folded.
+        return encoded(site, code, _read(checkpoint, made_of, site.shape, dtype, allow_nonfinite))
+
+    def matrices() -> Iterator[jax.Array]:
+        for name in made_of.names:
+            one = dataclasses.replace(made_of, names=(name,), stacked=False)
+            matrix = jnp.asarray(_read(checkpoint, one, site.shape[-2:], dtype, allow_nonfinite))
+            yield matrix if site.in_axes < site.out_axes else matrix.T
+            del matrix
+
+    return by_matrix(site, code, matrices())
 
 
 def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
