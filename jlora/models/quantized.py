@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,10 @@ from flax.traverse_util import unflatten_dict
 from jlora.core.protocol.code import Code
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.stored import Stored
+from jlora.core.transforms.lift import lift
 from jlora.core.transforms.sites import sites
+from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.quantize import keeping
 from jlora.core.tree.spec import ALL_LINEAR, Keys, resolve
 from jlora.paths import flatten_with_keys
@@ -57,3 +60,35 @@ def sites_to_code(
 def traced(model: nn.Module, params: Any) -> Sites:
     """How a model reads its weights."""
     return sites(model.apply, {"params": params}, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+
+
+def one_matrix(leaf: Stored, layer: int) -> jax.Array:
+    """One layer of a leaf that stacks layers, decoded; nothing else of it is, where its roles say that it is a stack."""
+    if leaf.batch_axes != (0,):
+        return whole(leaf)[layer]
+    down = lambda axes: tuple(axis - 1 for axis in axes)  # noqa: E731
+    fields = {name: array[layer] for name, array in leaf.fields.items()}
+    return whole(Stored(fields, leaf.code, leaf.shape[1:], leaf.dtype, down(leaf.in_axes), down(leaf.out_axes)))
+
+
+@jax.jit
+def whole(leaf: Stored) -> jax.Array:
+    """A leaf decoded, without the arrays between."""
+    return leaf.decoded()
+
+
+def runnable(apply: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """The function that runs a model on its params: lifted where some of them are kept in the form of a code."""
+    leaves, _ = flatten_with_keys(params, lambda node: isinstance(node, Adapted))
+    return lift(apply) if any(isinstance(leaf, Stored) for _, leaf in leaves) else apply
+
+
+def refuse_codes(variables: Any) -> None:
+    """Refuses params of which some are kept in the form of a code, where Flax would see matrices of wrong shapes.
+
+    Raises:
+        TypeError: with what can be done.
+    """
+    for _, leaf in flatten_with_keys(variables)[0]:
+        if isinstance(leaf, Stored):
+            leaf.__array__()
