@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jlora.core.protocol.code import Code
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
 from jlora.models.bert import Bert, BertConfig
+from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
 from jlora.models.checkpoint import FLOATS, Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
 from jlora.models.finite import all_finite
@@ -134,7 +136,7 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized.
+        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized, but not by bitsandbytes.
     """
     kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -143,11 +145,19 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
             f"{path}: model_type {got}; supported: {', '.join(FAMILIES)}; for any other model bring its JAX function, which "
             "jlora adapts whatever it is (docs/frameworks.md)."
         )
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
-        )
+    is_quantized(hf, directory)
     return FAMILIES[kind]
+
+
+def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Checkpoint:
+    """The tensors of a directory, in the way that its `config.json` says.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Checkpoint` and `QuantizedCheckpoint`.
+    """
+    if is_quantized(hf, directory):
+        return QuantizedCheckpoint(directory, follow_links, hf)
+    return Checkpoint(directory, follow_links)
 
 
 def describe(directory: str | os.PathLike, hf: dict[str, Any], **options: Any) -> Any:
@@ -179,6 +189,9 @@ def load(
     quantize: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the model that a Hugging Face directory describes and reads its weights.
+
+    Weights that bitsandbytes quantized (NF4, FP4 and LLM.int8()) are never decoded: leaves are kept in the form of a code,
+    whose bytes are those of the files. (Where bitsandbytes computes with 8-bit activations, a lifted function does not.)
 
     A tensor in the files that is not used, and a leaf of the params that is not filled, are errors. Weights are read one
     tensor at a time: beside the params no more than one leaf is in memory.
@@ -212,7 +225,7 @@ def load(
     family = family_of(hf, directory)
     spec = None if quantize is None else spec_of(quantize)
     options = {"scan_layers": scan_layers, "remat": remat, "dtype": dtype, "param_dtype": param_dtype or jnp.float32}
-    with Checkpoint(directory, follow_links) as checkpoint:
+    with open_checkpoint(directory, hf, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
         _check_layers(checkpoint, hf, family, prefix)
         if family.config is BertConfig:
@@ -228,13 +241,18 @@ def load(
         _check_leaves(checkpoint, sources, shapes)
         _check_rest(checkpoint, sources, family, model, drop_heads)
         dtypes = {path: _dtype(checkpoint, made_of, param_dtype) for path, made_of in sources.items()}
+        stored = codes_of(checkpoint, sources)
+        if stored and spec is not None:
+            raise ValueError(f"{directory}: the weights are quantized already, so that they can't be by quantize.")
         coded = {} if spec is None else sites_to_code(model, shapes, dtypes, spec)
-        leaves = {
-            path: _coded(checkpoint, made_of, coded[path], allow_nonfinite)
-            if path in coded
-            else jnp.asarray(_read(checkpoint, made_of, shapes[path], dtypes[path], allow_nonfinite))
-            for path, made_of in sources.items()
-        }
+        leaves: dict[tuple[str, ...], Any] = {}
+        for path, made_of in sources.items():
+            if path in stored:
+                leaves[path] = _stored(checkpoint, made_of, stored[path], shapes[path], dtypes[path])
+            elif path in coded:
+                leaves[path] = _coded(checkpoint, made_of, coded[path], allow_nonfinite)
+            else:
+                leaves[path] = jnp.asarray(_read(checkpoint, made_of, shapes[path], dtypes[path], allow_nonfinite))
         _check_tied_head(checkpoint, model, leaves)
     return model, unflatten_dict(leaves)
 
@@ -246,7 +264,7 @@ def stored_dtypes(directory: str | os.PathLike, follow_links: bool = False) -> s
         FileNotFoundError: A safetensors file is missing.
         ValueError: A file is damaged or outside of the directory.
     """
-    with Checkpoint(directory, follow_links) as checkpoint:
+    with open_checkpoint(directory, read_config(directory), follow_links) as checkpoint:
         kinds = {checkpoint.kind(name) for name in checkpoint.names}
     return {FLOATS[kind] for kind in kinds if kind in FLOATS}
 
@@ -346,6 +364,43 @@ def _read(
         if not (allow_nonfinite or all_finite(place)):
             raise ValueError(f"{checkpoint.file(name)}: tensor {name!r} {_not_finite(tensor, leaf.dtype)}")
     return leaf
+
+
+def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
+    """The codes in whose form a checkpoint keeps leaves, by path.
+
+    Raises:
+        ValueError: The layers of a stack are kept in different forms, or a leaf in one that is no kernel.
+    """
+    found = {}
+    for path, made_of in sources.items():
+        codes = {checkpoint.code(name) for name in made_of.names}
+        first = made_of.names[0]
+        if len(codes) > 1:
+            told = ", ".join(sorted("plain" if code is None else str(code) for code in codes))
+            raise ValueError(
+                f"{checkpoint.file(first)}: the layers of {first!r} are kept in different forms ({told}) and can't be "
+                "stacked; load with scan_layers=False."
+            )
+        if (code := codes.pop()) is not None:
+            if not made_of.transposed:
+                raise ValueError(f"{checkpoint.file(first)}: {first!r} is kept as {code}, but is no linear layer's.")
+            found[path] = code
+    return found
+
+
+def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
+    """A leaf that the files keep in the form of a code: their bytes."""
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    batch = (0,) if made_of.stacked else ()
+    kept: dict[str, np.ndarray] = {}
+    for layer, name in enumerate(made_of.names):
+        fields = checkpoint.fields(name)
+        kept = kept or {field: np.empty((len(made_of.names), *np.shape(x)), x.dtype) for field, x in fields.items()}
+        for field, array in fields.items():
+            kept[field][layer] = array
+    arrays = {field: jnp.asarray(array if made_of.stacked else array[0]) for field, array in kept.items()}
+    return Stored(arrays, code, shape, jnp.dtype(dtype), (len(shape) - 2,), (len(shape) - 1,), batch)
 
 
 def _coded(checkpoint: Checkpoint, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:

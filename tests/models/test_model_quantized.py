@@ -133,3 +133,46 @@ def test_beside_what_is_stored_one_matrix_is_in_memory(tmp_path, monkeypatch):
     assert max(arrays) <= stored + 1.25 * matrix
     assert host <= 2.5 * matrix
     assert max(arrays) + host - stored < 8 * matrix / 2  # half of what a stack of the eight layers takes in float
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """The shipped model, quantized, and what its weights are when decoded."""
+    model, params = models.load(models.STORIES260K, quantize=NARROW)
+    return model, params, jlora.dequantize(params)
+
+
+def test_a_model_that_is_not_lifted_says_what_to_do(stories):
+    model, params, _ = stories
+    for apply in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(TypeError, match=r"is kept as NF4\(block=32\) and is no array: run .* by jlora.lift"):
+            apply({"params": params}, TOKENS)
+    model, params = models.load(GOLDEN / "bert", quantize="int8")
+    with pytest.raises(TypeError, match="is kept as Int8.* run the function by jlora.lift"):
+        model.apply({"params": params}, TOKENS)
+
+
+def test_text_is_written_from_codes_with_and_without_a_lift(stories):
+    model, params, plain = stories
+    wanted = models.generate(model.apply, plain, [[1, 2, 3]], max_new_tokens=8)
+    assert models.generate(model.apply, params, [[1, 2, 3]], max_new_tokens=8) == wanted
+    adapted = jlora.adapterize(params, {r".*/q_proj/kernel": jlora.LoRA(2)})
+    assert models.generate(jlora.lift(model.apply), adapted, [[1, 2, 3]], max_new_tokens=8) == wanted
+
+
+def test_a_classifier_keeps_its_backbone_as_codes_and_is_saved_plain(tmp_path):
+    model, params = models.make_classifier(*models.load(GOLDEN / "bert", quantize="int8"), 3, jax.random.key(0))
+    scores = jlora.lift(model.apply)({"params": params}, TOKENS)
+    models.save_classifier(tmp_path / "out", model, params, GOLDEN / "bert", ["a", "b", "c"])
+    again, plain, _ = models.load_classifier(tmp_path / "out")
+    np.testing.assert_allclose(scores, again.apply({"params": plain}, TOKENS), atol=1e-5, rtol=0)
+    _, coded, _ = models.load_classifier(tmp_path / "out", quantize="int8")
+    assert_same(coded["backbone"], params["backbone"])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_saving_decodes_layer_by_layer(scan_layers, tmp_path):
+    model, params = models.load(models.STORIES260K, quantize=NARROW, scan_layers=scan_layers)
+    models.save(tmp_path / "out", model, params, source=models.STORIES260K)
+    assert_same(models.load(tmp_path / "out", scan_layers=scan_layers)[1], jlora.dequantize(params))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
