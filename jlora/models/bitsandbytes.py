@@ -139,7 +139,7 @@ class QuantizedCheckpoint(Checkpoint):
         for field, array in fields.items():
             if array.dtype == np.float32 and not all_finite(np.asarray(array)):
                 raise ValueError(
-                    f"{self.file(name)}: the {field} of {name!r} hold NaN or infinity; copy the file again."
+                    f"{self.file(name)}: tensor {name!r} has {field} that are not finite; copy the file again."
                 )
         return fields
 
@@ -310,4 +310,4 @@ def tensors_to_write(name: str, leaf: Stored, layer: int | None) -> dict[str, np
 
 @functools.cache
 def _levels(code: Double) -> np.ndarray:
-    return np.asarray(code.levels, np.float32)
+    return np.asarray(code.levels, np.float32) + 0  # which takes the sign of FP4's second zero, as there

@@ -94,7 +94,7 @@ def save(
         raise ValueError(f"format: wanted None or {BITSANDBYTES!r}, got {format!r}.")
     sources, config = _sources(model, leaves, family_of(hf, source)), _config(hf, model, leaves)
     if format == BITSANDBYTES:
-        config |= _quantization(hf, leaves, sources)
+        config |= _quantization(hf, model, leaves, sources)
     with new_directory(directory) as place:
         _write_tensors(place, leaves, sources, max_shard_bytes, format)
         write_json(place, "config.json", config)
@@ -188,11 +188,15 @@ def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) 
     return {**kept, "architectures": [name], key: str(np.dtype(next(iter(leaves.values())).dtype))}
 
 
-def _quantization(hf: dict[str, Any], leaves: dict, sources: dict[tuple[str, ...], Source]) -> dict[str, Any]:
+def _quantization(
+    hf: dict[str, Any], model: Any, leaves: dict, sources: dict[tuple[str, ...], Source]
+) -> dict[str, Any]:
     """What `config.json` says of weights that are kept in the form of a code of bitsandbytes."""
     code = bitsandbytes.code_to_write(leaves)
     plain = [path for path, leaf in leaves.items() if path[-1] == "kernel" and not isinstance(leaf, Stored)]
     skipped = [name.removesuffix(".weight") for path in plain for name in sources[path].names]
+    if isinstance(model, Llama) and model.config.language_head and model.config.tie_word_embeddings:
+        skipped.append("lm_head")  # a linear layer there, whose weight is the embedding
     dtype = next(str(np.dtype(leaf.dtype)) for leaf in leaves.values() if isinstance(leaf, Stored))
     return {"quantization_config": bitsandbytes.config_to_write(hf, code, dtype, skipped)}
 
