@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.quantize import keeping
 from jlora.core.tree.spec import ALL_LINEAR, Keys, resolve
 from jlora.paths import flatten_with_keys
+from jlora.stored.int8 import Int8
 from jlora.stored.names import NAMES, named
 
 
@@ -55,6 +57,24 @@ def sites_to_code(
     params = unflatten_dict(flat)
     found = resolve(flatten_with_keys(params)[0], keeping(spec), traced(model, params))
     return {site.keys: site for site in found}
+
+
+def fitting(code: Code, model: nn.Module, params: Any) -> tuple[dict[Any, Any], dict[str, str]]:
+    """A spec of one code for all linear weights whose sizes it takes, and why it does not take the others, by path.
+
+    Args:
+        code: the code.
+        model: the model.
+        params: its params, of which shapes are enough.
+    """
+    leaves, refused = flatten_with_keys(params)[0], {}
+    # A code that takes every size.
+    for site in resolve(leaves, keeping({ALL_LINEAR: Int8()}), traced(model, params)):
+        try:
+            code.check(site.in_size, site.out_size)
+        except ValueError as error:
+            refused[site.path] = str(error)
+    return {**{re.escape(path): None for path in refused}, ALL_LINEAR: code}, refused
 
 
 def traced(model: nn.Module, params: Any) -> Sites:

@@ -144,9 +144,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a quantized checkpoint is read as it is",
-        "jlora/models/load.py",
-        'if hf.get("quantization_config"):',
-        "if False:",
+        "jlora/models/bitsandbytes.py",
+        "    if not config:\n        return False\n",
+        "    return False\n",
         (ERRORS + "an_unsupported_config_is_named",),
     ),
     Mutation(
