@@ -269,6 +269,19 @@ def stored_dtypes(directory: str | os.PathLike, follow_links: bool = False) -> s
     return {FLOATS[kind] for kind in kinds if kind in FLOATS}
 
 
+def stored_codes(
+    directory: str | os.PathLike, hf: dict[str, Any], model: nn.Module, follow_links: bool = False
+) -> dict[tuple[str, ...], Code]:
+    """The codes in whose form a directory's files keep leaves of its model, by path; no weights are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    family = family_of(hf, directory)
+    with open_checkpoint(directory, hf, follow_links) as checkpoint:
+        return codes_of(checkpoint, leaf_sources(model, leaf_shapes(model), family, family.prefix(checkpoint)))
+
+
 def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shape of every leaf of a model's params, by path; nothing is computed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

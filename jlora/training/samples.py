@@ -27,7 +27,7 @@ def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]
 
 
 def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callable[..., Any], Any]:
-    """A model's function and its params with the adapters: merged, or lifted where that would be no weight, or a decoded base."""
+    """A model's function and its params with the adapters: merged, or lifted where no weight, or a decoded one, would stand."""
     coded = any(isinstance(leaf, jlora.Stored) for leaf in paths.leaves(adapted.base))
     if not coded and all(site.method.mergeable for site in adapted.plan.sites):
         return apply, jlora.merge(adapted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jlora
 from jlora import models, paths
 from jlora.models.bitsandbytes import is_quantized
 from jlora.models.config import read_config
-from jlora.models.load import describe, family_of, stored_dtypes
+from jlora.models.load import describe, family_of, stored_codes, stored_dtypes
 from jlora.models.quantized import fitting, traced
 from jlora.stored.names import named
 from jlora.training.errors import SettingError
@@ -133,7 +134,10 @@ def _codes(settings: Settings, config: dict[str, Any]) -> tuple[dict[Any, Any] |
         raise SettingError("quantize", f"{settings.quantize}: {model_directory(settings)} is quantized already")
     model, params = _abstract(settings, config)
     spec, refused = fitting(named(settings.quantize), model, params)
-    told = (f"--quantize {settings.quantize} leaves {path} as it is: {why.partition(';')[0]}" for path, why in refused.items())
+    told = (
+        f"--quantize {settings.quantize} leaves {path} as it is: {why.partition(';')[0]}"
+        for path, why in refused.items()
+    )
     return spec, tuple(told)
 
 
@@ -206,11 +210,16 @@ def example_batch(settings: Settings) -> dict[str, Any]:
 
 
 def abstract_subject(settings: Settings, codec: Codec, config: dict[str, Any], labels: Sequence[str]) -> Subject:
-    """The model with shapes in place of weights: nothing is read but `config.json`."""
+    """The model with shapes in place of weights: nothing is read but `config.json`, and headers where weights are quantized."""
     directory = model_directory(settings)
     model, params = _abstract(settings, config)
-    spec, notes = _codes(settings, config)
-    if spec is not None:
+    spec, _ = _codes(settings, config)
+    if is_quantized(config, directory):
+        spec = {
+            re.escape("/".join(path)): code
+            for path, code in stored_codes(directory, config, model, settings.follow_links).items()
+        }
+    if spec:
         sites = traced(model, params)
         params = jax.eval_shape(lambda params: jlora.quantize(params, spec, sites), params)
     subject = Subject(directory, model, params, language_model(model), codec, config)

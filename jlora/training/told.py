@@ -36,7 +36,9 @@ def method_help() -> str:
 def quantize_help() -> str:
     """What `--quantize` may be."""
     codes = ", ".join(f"{name} ({str(code).removesuffix('()')})" for name, code in NAMES.items())
-    return f"keep the base's linear weights, but the head, as a code: {codes}; nf4 is QLoRA's (default: as in the files)"
+    return (
+        f"keep the base's linear weights, but the head, as a code: {codes}; nf4 is QLoRA's (default: as in the files)"
+    )
 
 
 def rank_help() -> str:
