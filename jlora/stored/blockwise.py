@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +41,9 @@ class Blockwise(Code):
     levels: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self, bounds={"block": number(lambda v: type(v) is int and v in BLOCKS, f"one of {BLOCKS}")})
+        check_hyperparameters(
+            self, bounds={"block": number(lambda v: type(v) is int and v in BLOCKS, f"one of {BLOCKS}")}
+        )
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -76,5 +80,5 @@ def _nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
     order = np.argsort(levels, kind="stable")
     middles = (levels[order][:-1] + levels[order][1:]) / np.float32(2)
     above = [(x > middle).astype(jnp.uint8) for middle in middles]
-    rank = sum(above[1:], start=above[0])
+    rank = functools.reduce(operator.add, above)
     return rank if (order == np.arange(len(levels))).all() else jnp.asarray(order, jnp.uint8)[rank]

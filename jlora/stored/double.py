@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.core.protocol.code import Arrays
 from jlora.stored.blockwise import Blockwise
-from jlora.stored.scaling import to_most
+from jlora.stored.scaling import to_most, total
 
 #: Scales that share a scale.
 NESTED = 256
@@ -77,7 +77,7 @@ class Double(Blockwise):
 
 def compress(scales: jax.Array) -> Arrays:
     """The second level of scales `[in / block, out]`, in the arithmetic of bitsandbytes."""
-    offset = _mean(scales.T.reshape(-1))
+    offset = total(scales.T.reshape(-1)) / scales.size
     return {**compress_around(scales, offset), "offset": offset}
 
 
@@ -88,7 +88,7 @@ def compress_around(scales: jax.Array, offset: jax.Array) -> Arrays:
     nested = jnp.max(jnp.abs(groups), axis=1)
     middles = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)
     scaled = groups * to_most(nested)[:, None]
-    codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left", method="compare_all").astype(jnp.uint8)
+    codes = jnp.searchsorted(jnp.asarray(middles), scaled, side="left").astype(jnp.uint8)
     return {"scales": codes.reshape(-1)[: flat.size].reshape(scales.shape[::-1]).T, "nested_scales": nested}
 
 
@@ -96,16 +96,7 @@ def expand(fields: Arrays) -> jax.Array:
     """The scales `[in / block, out]` in float32 of a second level."""
     codes = fields["scales"]
     nested = jnp.repeat(fields["nested_scales"], NESTED)[: codes.size].reshape(codes.shape[::-1]).T
-    # The barrier keeps the product apart, since a fused multiplication and addition would round otherwise than here and in
-    # bitsandbytes.
+    # The barrier keeps product and sum apart: fused they would round otherwise than here and in bitsandbytes, as the compiler
+    # of JAX 0.10 has it all the same.
     products = jax.lax.optimization_barrier(jnp.asarray(DYNAMIC_MAP)[codes] * nested)
     return products + fields["offset"]
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """The mean of a vector, added in pairs: the same bits under every compiler, and within one place of torch's."""
-    total = x
-    while total.size > 1:
-        half = -(-total.size // 2)
-        total = total[:half] + jnp.pad(total[half:], (0, 2 * half - total.size))
-    return total[0] / x.size

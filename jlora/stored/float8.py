@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.core.protocol.code import Arrays, Code
 from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
-from jlora.stored.scaling import to_most
+from jlora.stored.scaling import to_most, unit
 
 #: Bits of the mantissa and bias of the exponent.
 KINDS = {"e4m3fn": (3, 7), "e5m2": (2, 15)}
@@ -20,10 +20,10 @@ KINDS = {"e4m3fn": (3, 7), "e5m2": (2, 15)}
 class Float8(Code):
     """8-bit floating point with a scale for each output.
 
-    `w ~ code / most * scale`, where an output's scale is its largest magnitude and `most` the largest finite number of the kind,
-    448 or 57344. `codes [in, out]` in that dtype, `scales [out]` float32: `8 + 32 / in` bits a weight. Any size can be kept so.
-    The relative error on normal weights is 0.026 for "e4m3fn" and 0.053 for "e5m2"; `Int8` has 0.008 on those, but floats
-    keep small weights better where an output has outliers.
+    `w ~ code / most * scale`, where an output's scale is its largest magnitude and `most` the largest finite number of the
+    kind, 448 or 57344. `codes [in, out]` in that dtype, `scales [out]` float32: `8 + 32 / in` bits a weight. Any size can be
+    kept so. The relative error on normal weights is 0.026 for "e4m3fn" and 0.053 for "e5m2"; `Int8` has 0.008 on those, but
+    floats keep small weights better where an output has outliers.
 
     Args:
         kind: "e4m3fn" or "e5m2", by bits of exponent and mantissa.
@@ -60,7 +60,7 @@ class Float8(Code):
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`code / most * scale`."""
-        return _widened(fields["codes"], *KINDS[self.kind]) * np.float32(1 / self._most) * fields["scales"][None]
+        return _widened(fields["codes"], *KINDS[self.kind]) * unit(self._most) * fields["scales"][None]
 
 
 def _widened(codes: jax.Array, mantissa: int, bias: int) -> jax.Array:

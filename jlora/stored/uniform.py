@@ -11,6 +11,7 @@ import numpy as np
 from jlora.core.protocol.code import Arrays, Code
 from jlora.core.protocol.hyperparameters import check_hyperparameters, number
 from jlora.stored import packing
+from jlora.stored.scaling import total
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Uniform(Code):
     ```
 
     `codes` uint8 are `[in / 4, out]`, `[3, in / 8, out]` (three planes of bits) or `[in / 2, out]` for 2, 3 or 4 bits; `levels
-    [2^bits]` float32. `bits` bits a weight, and `32 2^bits` for the matrix. The relative error on normal weights is 0.39, 0.23 and
-    0.17, most of the last from clipping. A decoded matrix has less spread, and coded again it has other levels.
+    [2^bits]` float32. `bits` bits a weight, and `32 2^bits` for the matrix. The relative error on normal weights is 0.39, 0.19
+    and 0.13, most of the last from clipping. A decoded matrix has less spread, and coded again it may have other levels.
 
     Args:
         bits: 2, 3 or 4.
@@ -41,7 +42,9 @@ class Uniform(Code):
     bits: int = 4
 
     def __post_init__(self) -> None:
-        check_hyperparameters(self, bounds={"bits": number(lambda v: type(v) is int and v in packing.GROUP, "2, 3 or 4")})
+        check_hyperparameters(
+            self, bounds={"bits": number(lambda v: type(v) is int and v in packing.GROUP, "2, 3 or 4")}
+        )
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -59,17 +62,18 @@ class Uniform(Code):
 
     def encode(self, w: jax.Array) -> Arrays:
         """`codes` and `levels`."""
-        mean, spread = jnp.mean(w), 2 * jnp.std(w, ddof=1)
+        mean = total(w.reshape(-1)) / w.size
+        spread = 2 * jnp.sqrt(total(jnp.square(w - mean).reshape(-1)) / (w.size - 1))
         clipped = jnp.clip(w, mean - spread, mean + spread)
         steps = 2**self.bits - 1
         low = jnp.min(clipped)
         # LoftQ adds 1e-8, so that a matrix of equal numbers divides by something.
         width = jnp.max(clipped) - low + 1e-8
         codes = jnp.round((clipped - low) / width * steps)
-        return {
-            "codes": packing.pack(codes, self.bits),
-            "levels": jnp.arange(steps + 1, dtype=jnp.float32) / np.float32(steps) * width + low,
-        }
+        shares = np.arange(steps + 1, dtype=np.float32) / np.float32(steps)
+        # The barrier keeps product and sum from being fused, which would round otherwise.
+        levels = jax.lax.optimization_barrier(shares * width) + low
+        return {"codes": packing.pack(codes, self.bits), "levels": levels}
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`levels[code]`."""

@@ -58,11 +58,15 @@ def four_bits(out, name, w, kind, block, dtypes, decoded):
 
 
 def double(out, name, w, block, dtype):
-    codes, state = functional.quantize_4bit(w.to(DTYPES[dtype]), blocksize=block, quant_type="nf4", compress_statistics=True)
+    codes, state = functional.quantize_4bit(
+        w.to(DTYPES[dtype]), blocksize=block, quant_type="nf4", compress_statistics=True
+    )
     plain = functional.quantize_4bit(w.to(DTYPES[dtype]), blocksize=block, quant_type="nf4")[1].absmax
     compress = torch.ops.bitsandbytes.quantize_blockwise.default
     second, nested = torch_only(compress, plain - state.offset, state.state2.code, 256)
-    scales = functional.dequantize_blockwise(second, absmax=nested, code=state.state2.code, blocksize=256) + state.offset
+    scales = (
+        functional.dequantize_blockwise(second, absmax=nested, code=state.state2.code, blocksize=256) + state.offset
+    )
     state.absmax, state.state2.absmax = second, nested
     columns = len(w)
     out[f"{name}/codes"], out[f"{name}/nested_scales"], out[f"{name}/offset"] = (
@@ -88,7 +92,9 @@ def main():
         w = matrices["small"].to(DTYPES[dtype])
         codes, scales, _ = functional.int8_vectorwise_quant(w)
         out[f"int8/{dtype}/codes"], out[f"int8/{dtype}/scales"] = array(codes.T), array(scales)
-    out["int8/decoded"] = array(functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(matrices["small"])[:2]).T)
+    out["int8/decoded"] = array(
+        functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(matrices["small"])[:2]).T
+    )
     np.savez_compressed(Path(__file__).with_name("bitsandbytes.npz"), **out)
 
 

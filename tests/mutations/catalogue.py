@@ -1,7 +1,9 @@
 """All mutations, those of the whole package."""
 
-from mutations import core, interchange, methods, models, states, training
+from mutations import core, interchange, methods, models, states, stored, training
 
 MUTATIONS = tuple(
-    mutation for module in (core, methods, states, interchange, models, training) for mutation in module.MUTATIONS
+    mutation
+    for module in (core, methods, states, stored, interchange, models, training)
+    for mutation in module.MUTATIONS
 )
