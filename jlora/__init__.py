@@ -76,11 +76,20 @@ from jlora.optimize.allocate.reading import skipped_steps as skipped_steps
 from jlora.optimize.events import EventContext as EventContext
 from jlora.optimize.events import EventContext as Moment  # noqa: F401  (its former name)
 from jlora.optimize.events import run_events as run_events
+from jlora.optimize.offload import offload as offload
 from jlora.optimize.optimizer import optimizer as optimizer
 from jlora.optimize.optimizer import with_rules as with_rules
 from jlora.optimize.restart import link_ends as link_ends
 from jlora.optimize.restart import restart as restart
 from jlora.optimize.restart import restart_schedule as restart_schedule
+from jlora.stored.float8 import Float8 as Float8
+from jlora.stored.fp4 import FP4 as FP4
+from jlora.stored.int4 import Int4 as Int4
+from jlora.stored.int8 import Int8 as Int8
+from jlora.stored.normal_float import NF2 as NF2
+from jlora.stored.normal_float import NF3 as NF3
+from jlora.stored.normal_float import NF4 as NF4
+from jlora.stored.uniform import Uniform as Uniform
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name

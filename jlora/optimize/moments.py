@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.renewal import Renewal
+from jlora.optimize import offload
 from jlora.optimize.allocate import triplets
 from jlora.optimize.allocate.triplets import NOTHING, Fields, Sites, Triplet
 
@@ -53,6 +54,7 @@ def edited(
         values: for each of `trees` and each site the new values; by default zero.
     """
     number = itertools.count()
+    given, state = state, offload.fetched(state)
 
     def one_tree(tree: Any) -> Any:
         n = next(number)
@@ -67,7 +69,7 @@ def edited(
                     tree = triplets.put(tree, (*site.keys, name), value)
         return tree
 
-    return optax.tree_map_params(tx, one_tree, state, is_leaf=lambda _: True)
+    return offload.put_back(optax.tree_map_params(tx, one_tree, state, is_leaf=lambda _: True), given)
 
 
 def _fits(moment: Any, mask: jax.Array) -> bool:
@@ -157,6 +159,7 @@ def renewed(
     if renewal.prune == 1:
         fresh = tx.init(params)
         return jax.tree.map(lambda mark, old, new: new if mark.number >= 0 else old, _counted(marks), opt_state, fresh)
+    given, opt_state = opt_state, offload.fetched(opt_state)
     masks: dict[Any, jax.Array] = {}
 
     def pruned(mark: _Mark, moment: jax.Array) -> jax.Array:
@@ -169,7 +172,7 @@ def renewed(
             masks[place] = _kept(mark, moment, renewal, key)
         return jnp.where(masks[place], moment, jnp.zeros_like(moment))
 
-    return jax.tree.map(pruned, marks, opt_state)
+    return offload.put_back(jax.tree.map(pruned, marks, opt_state), given)
 
 
 def _marks(params: Any, sites: tuple[Site, ...]) -> Any:

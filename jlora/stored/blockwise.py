@@ -72,7 +72,9 @@ class Blockwise(Code):
 
     def values(self, packed: jax.Array) -> jax.Array:
         """The levels `[in, out]` of packed codes."""
-        return packing.choose(packing.unpack(packed, self.bits), self.levels)
+        # Constants would be spread to the matrix's size before a loop over layers, and kept there, all of them.
+        packed, levels = jax.lax.optimization_barrier((packed, jnp.asarray(self.levels, jnp.float32)))
+        return packing.choose(packing.unpack(packed, self.bits), levels)
 
 
 def _nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:

@@ -42,7 +42,7 @@ def restarts_of(adapted: jlora.Adapted) -> list[int]:
 
 
 def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:
-    """AdamW as the methods need it, after clipping by the gradient's global norm."""
+    """AdamW as the methods need it, after clipping by the gradient's global norm; its state on the host where asked for."""
     tx = jlora.optimizer(
         adapted,
         optax.adamw,
@@ -50,4 +50,5 @@ def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.Gradient
         ratio=settings.lora_plus_ratio,
         weight_decay=settings.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx
+    tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx
+    return jlora.offload(tx) if settings.offload else tx

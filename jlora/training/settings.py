@@ -144,6 +144,9 @@ class Settings:
     clip: float = _setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="training")
     weight_decay: float = _setting(0.0, "decoupled weight decay", group="training")
     seed: int = _setting(0, "seed of adapters, data order and dropout", group="training")
+    offload: bool = _setting(
+        False, "keep the optimizer's moments in the host's memory, not the device's", group="training", resumable=True
+    )
     mesh: str | None = _setting(
         None, "devices as axes, such as data=2,model=2 (default: one device)", group="training", resumable=True
     )

@@ -8,6 +8,7 @@ FINGERPRINT = "tests/test_fingerprint.py::test_"
 INTRINSIC = "tests/test_intrinsic.py::test_"
 LOSSES = "tests/test_ba_lora.py::test_"
 MESH = "tests/test_mesh.py::test_"
+OFFLOAD = "tests/test_offload.py::test_"
 OBSERVE = "tests/test_observe.py::test_"
 PREPARE = "tests/test_prepare.py::test_"
 SERIALIZE = "tests/test_serialize.py::test_"
@@ -298,4 +299,84 @@ STORED = (
     ),
 )
 
-MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED)
+HELD = (
+    Mutation(
+        "all groups are fetched as early as can be",
+        "jlora/optimize/offload.py",
+        "        if last:\n",
+        "        if False:\n",
+        (OFFLOAD + "a_group_is_sent_back_before_the_next_is_fetched",),
+    ),
+    Mutation(
+        "a group has no size",
+        "jlora/optimize/offload.py",
+        "if groups and size + own <= group_bytes:",
+        "if groups:",
+        (OFFLOAD + "a_group_is_sent_back_before_the_next_is_fetched",),
+    ),
+    Mutation(
+        "moments of different arrays are in one order of their own",
+        "jlora/optimize/offload.py",
+        "next((order[end] for end in ends if end in order), -1)",
+        "number",
+        (OFFLOAD + "a_group_is_sent_back_before_the_next_is_fetched",),
+    ),
+    Mutation(
+        "the new state stays on the device",
+        "jlora/optimize/offload.py",
+        "self.sent[n] = jax.device_put(self._value(atom), jax.memory.Space.Host)",
+        "self.sent[n] = self._value(atom)",
+        (OFFLOAD + "a_group_is_sent_back_before_the_next_is_fetched",),
+    ),
+    Mutation(
+        "what stays as it is goes to the device and back",
+        "jlora/optimize/offload.py",
+        "            if on_host(old):\n",
+        "            if False:\n",
+        (OFFLOAD + "what_an_optimizer_leaves_as_it_is_is_not_fetched",),
+    ),
+    Mutation(
+        "a rule's masks lie on one device of a mesh",
+        "jlora/optimize/offload.py",
+        "own = leaf.sharding if leaf.committed or place is None else place",
+        "own = leaf.sharding",
+        (OFFLOAD + "on_a_mesh_and_in_a_scan_the_state_lies_beside_the_trained_arrays",),
+    ),
+    Mutation(
+        "a step count lies on no device in particular",
+        "jlora/optimize/offload.py",
+        "return leaf if place is None else jax.device_put(leaf, own)",
+        "return leaf",
+        (OFFLOAD + "steps_are_those_of_the_optimizer_and_the_state_stays_on_the_host",),
+    ),
+    Mutation(
+        "a state on the device is taken",
+        "jlora/optimize/offload.py",
+        "        _check_state(state)\n",
+        "",
+        (OFFLOAD + "what_cannot_work_is_refused",),
+    ),
+    Mutation(
+        "a rule goes around a state on the host",
+        "jlora/optimize/allocate/inside.py",
+        "    if any(map(on_host, jax.tree.leaves(state))):\n",
+        "    if False:\n",
+        (OFFLOAD + "what_cannot_work_is_refused",),
+    ),
+    Mutation(
+        "moments on the host are pruned there",
+        "jlora/optimize/moments.py",
+        "given, opt_state = opt_state, offload.fetched(opt_state)",
+        "given = opt_state",
+        (OFFLOAD + "a_restart_prunes_a_state_on_the_host_and_leaves_it_there",),
+    ),
+    Mutation(
+        "a round records on the host",
+        "jlora/methods/alora/rule.py",
+        "_recorded(offload.fetched(opt_state), adapted,",
+        "_recorded(opt_state, adapted,",
+        (OFFLOAD + "a_round_of_alora_moves_ranks_and_moments_of_a_state_on_the_host",),
+    ),
+)
+
+MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD)

@@ -71,8 +71,8 @@ STEP = (
     Mutation(
         "the gradient is not clipped",
         "jlora/training/schedule.py",
-        "return optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx",
-        "return tx",
+        "tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx",
+        "pass",
         (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
     ),
     Mutation(
@@ -186,6 +186,13 @@ DATA = (
 )
 
 RUN = (
+    Mutation(
+        "moments stay on the device whatever is asked for",
+        "jlora/training/schedule.py",
+        "return jlora.offload(tx) if settings.offload else tx",
+        "return tx",
+        (JOB + "a_run_goes_on_with_its_moments_on_the_host_and_ends_with_the_same_bits",),
+    ),
     Mutation(
         "one checkpoint too many is kept",
         "jlora/training/checkpoint.py",

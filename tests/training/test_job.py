@@ -157,6 +157,22 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, stopped, capsys):
     assert "resumed from the checkpoint of step 6, the last one: nothing is left to train" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_its_moments_on_the_host_and_ends_with_the_same_bits(finished, stopped, monkeypatch):
+    kinds, make = [], trainer.make_step
+
+    def seen(forward, tx, start, cuts):
+        kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(start.opt_state) if leaf.ndim})
+        return make(forward, tx, start, cuts)
+
+    monkeypatch.setattr(trainer, "make_step", seen)
+    for offload in (True, False):  # the second goes on from what the first has stored
+        assert finetune(settings(stopped, resume=True, offload=offload), quiet).record["resumed_at"] == 4
+        assert trained(stopped) == trained(finished[0].out)
+        if offload:
+            shutil.rmtree(stopped / "checkpoints" / "6")
+    assert kinds == [{"pinned_host"}, {"device"}]
+
+
 def damage_content(step):
     largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())

@@ -24,7 +24,7 @@ class Code:
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """For each field the role of each of its axes: "in" or "out" where it runs along the matrix's in whole blocks; or ""."""
+        """For each field the role of each axis: "in" or "out" where it runs along the matrix's in whole blocks, else ""."""
         raise NotImplementedError(f"{type(self).__name__} must state the axes of its fields")
 
     @property

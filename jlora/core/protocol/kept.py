@@ -12,7 +12,7 @@ from jlora.core.protocol.code import Code
 from jlora.core.protocol.method import Method, Site, Start, View
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Kept(Method):
     """The weight as it is: of leaves that are looked at (`jlora.watch`), or kept in the form of a code.
 
@@ -22,6 +22,12 @@ class Kept(Method):
 
     code: Code | None = None
     local = frozenset({"in", "out"})
+
+    def __repr__(self) -> str:
+        """The code, of which messages speak."""
+        return "Kept()" if self.code is None else str(self.code)
+
+    __str__ = __repr__
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:

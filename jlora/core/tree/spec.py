@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _compat, paths
 from jlora.core.protocol.code import Code
+from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import GROUPED, Method, Site
 from jlora.core.protocol.readings import Leaf, Sites
 from jlora.core.protocol.stored import Stored
@@ -226,7 +227,8 @@ def _roles(path: str, array: Any, method: Method, leaf: Leaf | None) -> tuple[An
     """(kind, in, out, batch) of a leaf's axes."""
     shape = tuple(array.shape)
     if len(shape) < 2:
-        raise ValueError(f"{path}, shape {shape}: {method!r} adapts a matrix; use jlora.Full() for vectors and scalars")
+        instead = "leave it out" if isinstance(method, Kept) else "use jlora.Full() for vectors and scalars"
+        raise ValueError(f"{path}, shape {shape}: {method!r} adapts a matrix; {instead}")
     if leaf is not None:
         return _traced_roles(path, shape, method, leaf)
     if isinstance(array, Stored):

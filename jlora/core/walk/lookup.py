@@ -177,8 +177,8 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
         return None
     if weight.code is not None:
         raise ValueError(
-            f"{weight.name}: rows of it are looked up, for which {weight.code} would decode the whole matrix; leave embeddings out "
-            "of jlora.quantize, as jlora.ALL_LINEAR does"
+            f"{weight.name}: rows of it are looked up, for which {weight.code} would decode the whole matrix; leave "
+            "embeddings out of jlora.quantize, as jlora.ALL_LINEAR does"
         )
     walk.seen.add(weight.name)
     return [_looked_up(eqn, weight, indices, side, found)]

@@ -19,7 +19,7 @@ from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.starts import start_of
-from jlora.optimize import moments
+from jlora.optimize import moments, offload
 from jlora.optimize.allocate import budget, history, triplets
 from jlora.optimize.allocate.budget import Phases
 from jlora.optimize.allocate.transform import Allocation, AllocationState, Edit, Step, allocated, counts
@@ -180,7 +180,7 @@ def _round(
         adapted, opt_state, tx, key, sites, triplets.split(kept, gates), triplets.split(grown, gates)
     )
     masks = triplets.split(kept | grown, gates)
-    opt_state = _recorded(opt_state, adapted, sites, masks)
+    opt_state = offload.put_back(_recorded(offload.fetched(opt_state), adapted, sites, masks), opt_state)
     before, after = (jnp.sum(table, axis=1, dtype=jnp.int32) for table in (active, kept | grown))
     return params, opt_state, [mask.astype(gate.dtype) for mask, gate in zip(masks, gates)], before, after
 

@@ -1,4 +1,4 @@
-"""Refuses optimizers that a rule can't go around: those that skip updates, keep a copy of the arrays, or leave some out."""
+"""Refuses optimizers that a rule can't go around: those that skip updates, copy or hide arrays, or leave some out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import optax.contrib
 from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
+from jlora.optimize.offload import on_host
 
 _WHY = {
     optax.MultiStepsState: "optax.MultiSteps inside it would have it count and score parts of a step; put it around, as in "
@@ -50,6 +51,11 @@ def _check(state: Any, site: Site) -> None:
         for kind, why in _WHY.items():
             if isinstance(node, kind):
                 raise ValueError(f"{site.path}: {site.method} goes around the optimizer's steps, and {why}")
+    if any(map(on_host, jax.tree.leaves(state))):
+        raise ValueError(
+            f"{site.path}: {site.method} goes around the optimizer's steps, and jlora.offload inside it hides the moments that "
+            "it reads; put it around, as in jlora.offload(jlora.optimizer(...))"
+        )
 
 
 def _whole(

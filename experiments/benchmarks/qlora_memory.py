@@ -1,0 +1,168 @@
+"""What a step of QLoRA takes on one GPU, compiled without a GPU and without a weight.
+
+    pip install jax-cuda13-plugin jax-cuda13-pjrt      (of JAX's own version: the compiler; no GPU, no other package)
+    python experiments/benchmarks/qlora_memory.py                        every program; minutes on two cores
+    python experiments/benchmarks/qlora_memory.py --model 65b --base nf4 --tokens 512
+
+Shapes go in; XLA's GPU compiler gives back the program of one H100, with the bytes of its arguments and of what it keeps
+on the way. Rank 64 on all linear weights but the head, AdamW, activations in bfloat16, layers scanned and rematerialised,
+trained arrays and moments in float32 and donated; `--rows` rows of `--tokens` tokens.
+
+bf16      a base of bfloat16.
+nf4       NF4 with double quantization in blocks of 64, as `jlora.models.load(..., quantize="nf4")` keeps it.
+offload   the same, and moments in the host's memory (`jlora.offload`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # CUDA's own libraries are not needed to compile
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+
+import jlora
+from jlora.models import Llama, LlamaConfig
+
+GIB = 2**30
+BASES = ("bf16", "nf4", "offload")
+# vocabulary, width, feed-forward, layers, heads, key and value heads
+SIZES = {
+    "7b": (32000, 4096, 11008, 32, 32, 32),
+    "8b": (128256, 4096, 14336, 32, 32, 8),
+    "65b": (32000, 8192, 22016, 80, 64, 64),
+    "70b": (32000, 8192, 28672, 80, 64, 8),
+}
+PROGRAMS = (
+    ("7b", "bf16", 8, 512),
+    ("7b", "nf4", 8, 512),
+    ("7b", "nf4", 1, 4096),
+    ("8b", "nf4", 4, 512),
+    ("65b", "nf4", 1, 512),
+    ("65b", "offload", 1, 512),
+    ("70b", "offload", 1, 512),
+)
+#: Facts of an H100 SXM from which XLA's GPU compiler works; fused kernels are chosen without a trial.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 85045346304 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+def model_config(name: str, layers: int | None = None) -> LlamaConfig:
+    """The published shape of a Llama, scanned and rematerialised, in bfloat16."""
+    vocab, width, hidden, depth, heads, pairs = SIZES[name]
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        num_key_value_heads=pairs,
+        head_dim=width // heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        scan_layers=True,
+        remat=True,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+
+
+def h100() -> Any:
+    """One described H100.
+
+    Raises:
+        RuntimeError: where the GPU compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1"
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"no GPU compiler ({type(error).__name__}): pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt"
+        ) from error
+    return found.devices[0]
+
+
+def measure(config: LlamaConfig, base: str, rows: int, tokens: int, device: Any, rank: int = 64) -> dict[str, Any]:
+    """Bytes of one training step's program."""
+    model, row = Llama(config), jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
+    sites = jlora.sites(model.apply, {"params": params}, row)
+    if base != "bf16":
+        params = jax.eval_shape(
+            lambda params: jlora.quantize(params, {jlora.ALL_LINEAR: jlora.NF4(double=True)}, sites), params
+        )
+    spec = {jlora.ALL_LINEAR: jlora.LoRA(rank, alpha=16)}
+    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), params)
+    tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4)
+    tx = jlora.offload(tx) if base == "offload" else tx
+    apply = jlora.lift(model.apply)
+
+    def loss(trained: Any, adapted: Any, row: jax.Array) -> jax.Array:
+        logits = apply({"params": adapted.replace(params=trained)}, row)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], row[:, 1:]).mean()
+
+    def step(trained: Any, state: Any, adapted: Any, row: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(loss)(trained, adapted, row)
+        updates, state = tx.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    place = SingleDeviceSharding(device)
+    on_host = SingleDeviceSharding(device, memory_kind="pinned_host") if base == "offload" else place
+
+    def shapes(tree: Any, place: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    given = (adapted.params, jax.eval_shape(tx.init, adapted.params), adapted.replace(params={}), row)
+    placed = [shapes(tree, on_host if n == 1 else place) for n, tree in enumerate(given)]
+    found = jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile(compiler_options=OPTIONS).memory_analysis()
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "base": base,
+        "arguments_gib": round(found.argument_size_in_bytes / GIB, 2),
+        "temporary_gib": round(found.temp_size_in_bytes / GIB, 2),
+        "peak_gib": round((found.argument_size_in_bytes + found.temp_size_in_bytes) / GIB, 2),
+        "on_host_gib": round(found.host_argument_size_in_bytes / GIB, 2),
+    }
+
+
+def main() -> None:
+    """Prints a line a program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES)
+    parser.add_argument("--base", choices=BASES, default="nf4")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=64)
+    asked = parser.parse_args()
+    programs = ((asked.model, asked.base, asked.rows, asked.tokens),) if asked.model else PROGRAMS
+    device = h100()
+    for model, base, rows, tokens in programs:
+        found = measure(model_config(model), base, rows, tokens, device, asked.rank)
+        print(json.dumps({"model": model, **found, "jax": jax.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
