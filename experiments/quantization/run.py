@@ -8,7 +8,7 @@ stories260k    The 260K-parameter Llama that comes with jlora: loss in nats a to
 minilm         A sentence encoder of 22.7 million parameters: Spearman's correlation of its cosines with people's on the
                test set of `stsb_cc`.
 
-All other linear weights but heads and embeddings are quantized, nothing is trained. Written to results.md and results.png. The data
+All other linear weights but heads and embeddings are quantized, nothing is trained. Writes results.md and results.png. The data
 are those that PROVENANCE.md describes beside them; for another place say --data or set JLORA_DATA.
 """
 

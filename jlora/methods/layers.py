@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.products.acting import Acting
+from jlora.core.products.added import Added
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
@@ -24,7 +25,7 @@ from jlora.methods.hira import HiRA
 from jlora.methods.lora import LoRA
 
 #: Forms that are switched off without another product, or, for what acts, by one with the base's matrix.
-_FORMS = (None, Factors, Sparse, Acting)
+_FORMS = (None, Factors, Sparse, Acting, Added)
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Layers(Around):
 
     def update(self, view: View) -> Update | None:
         """The inner update, with zeros for what it adds and 1 for its scale where it is not in use."""
-        if self.form is None or self.form is Acting:
-            return Acting(view) if self.form is Acting else None
+        if self.form is None or issubclass(self.form, Acting):
+            return None if self.form is None else self.form(view)
         found, on = self.inner.update(self._inside_view(view)), view.frozen["active"]
         assert isinstance(found, Factors | Sparse)
         scale = None if found.scale is None else jnp.where(on, found.scale, 1)

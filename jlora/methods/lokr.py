@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.products.added import Added
 from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters, number, one_of
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View
@@ -55,6 +56,7 @@ class LoKr(Method):
     init: str = "default"
 
     family: ClassVar[str] = "Structured updates"
+    form: ClassVar[type[Added]] = Added
     optional: ClassVar[frozenset[str]] = frozenset({"w1", "a1", "b1", "w2", "a2", "b2"})
     recipe: ClassVar[Recipe] = Recipe(rank=8)
 
@@ -113,6 +115,10 @@ class LoKr(Method):
         w1, w2 = _pair(view.params)
         update = jnp.kron(w1, w2)
         return view.w.astype(update.dtype) + self.alpha / self.rank * update
+
+    def update(self, view: View) -> Added:
+        """Formed for the input, cut into pieces for the gradients of its own arrays."""
+        return Added(view)
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
         """The base's product and that of `x [.., i1, i2]` with `w2`, then with `w1`; the Kronecker product is never formed."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.products.added import Added
 from jlora.core.products.contraction import drop
 from jlora.core.protocol.hyperparameters import check_hyperparameters, one_of
 from jlora.core.protocol.job import Recipe
@@ -59,6 +60,7 @@ class MoRA(Method):
     dropout: float = 0.0
 
     family: ClassVar[str] = "Structured updates"
+    form: ClassVar[type[Added]] = Added
     recipe: ClassVar[Recipe] = Recipe(rank=8, rank_means="LoRA's rank with the same number of values")
 
     def __post_init__(self) -> None:
@@ -106,6 +108,10 @@ class MoRA(Method):
         m = view.params["m"]
         rows, columns = view.w.shape
         return view.w.astype(m.dtype) + self._update(jnp.eye(rows, dtype=m.dtype), m, columns)
+
+    def update(self, view: View) -> Added:
+        """Formed for the input, cut into pieces for the gradients of its own arrays."""
+        return Added(view)
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
         """The base's product and `x @ c @ m @ d`, of sums and copies alone beside the product with `m`."""

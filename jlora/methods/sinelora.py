@@ -15,6 +15,12 @@ from jlora.core.protocol.method import Method, Site, Start, View
 from jlora.methods.lora import kaiming, trained_dtype
 
 GAINS = ("sqrt_in", "sqrt_out")
+#: Pi in parts, of which the first have so few bits that their products with whole and half numbers below 2**12 are exact.
+_PI = (3.140625, 0.0009675025939941406, 1.5099580252808664e-07)
+#: `(sin(x) / x - 1) / x**2` between -pi / 2 and pi / 2 as a polynomial of `x**2`: the best fit, within 1.4e-11 of the sine.
+_POLYNOMIAL = (
+    -0.1666666716337204, 0.008333329111337662, -0.00019840702589135617, 2.751885403995402e-06, -2.379469776769838e-08,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,41 @@ class SineLoRA(Method):
         frequency = 3 * gain if self.frequency is None else self.frequency
         # Not in the 16 bits of an accelerator's default: the frequency multiplies the rounding too.
         angle = frequency * jnp.matmul(a, b, precision="highest")
-        return view.w.astype(a.dtype) + self.alpha / self.rank / gain * jnp.sin(angle)
+        return view.w.astype(a.dtype) + self.alpha / self.rank / gain * sine(angle)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups."""
         return {"a": "a", "b": "b"}
+
+
+@jax.custom_jvp
+def sine(angle: jax.Array) -> jax.Array:
+    """`sin(angle)`; in float32 by sums and products alone, which XLA's CPU backend runs on vectors, as it does no sine.
+
+    Right within 2.5e-7 for angles up to 10,000, and beyond them within their own rounding; never above 1.
+    """
+    return _sine(angle, 0.0) if angle.dtype == jnp.float32 else jnp.sin(angle)
+
+
+@sine.defjvp
+def _sine_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """By the cosine, computed in the same way."""
+    (angle,), (tangent,) = primals, tangents
+    cosine = -_sine(angle, 0.5) if angle.dtype == jnp.float32 else jnp.cos(angle)
+    return sine(angle), cosine * tangent
+
+
+def _sine(angle: jax.Array, shift: float) -> jax.Array:
+    """`sin(angle - shift * pi)`: by the nearest multiple of pi, and a polynomial of what is left."""
+    turns = jnp.round(angle / math.pi - shift)
+    left, odd = angle, turns - 2 * jnp.floor(turns / 2)
+    for part in _PI:
+        left = left - (turns + shift) * part
+    left = jnp.clip(left, -math.pi / 2, math.pi / 2)  # of huge angles nothing else is sure
+    square, tail = left * left, jnp.float32(_POLYNOMIAL[-1])
+    for coefficient in _POLYNOMIAL[-2::-1]:
+        tail = tail * square + coefficient
+    return (1 - 2 * odd) * (left + left * square * tail)
 
 
 SineLoRA.CASES = (

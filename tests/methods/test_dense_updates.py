@@ -14,6 +14,7 @@ from descent import descend
 import jlora
 from jlora.methods.c3a import circulant
 from jlora.methods.fourierft import positions
+from jlora.methods.sinelora import sine
 from jlora.methods.spectral_tensor_train import prime_factors, train
 
 pytestmark = pytest.mark.newest
@@ -147,6 +148,15 @@ def test_sinelora_is_the_sine_of_numpy_in_values_gradients_and_steps(frequency, 
         close(found["b"], a.T @ inner, rtol=1e-4, atol=1e-4)
         a, b = a - 0.001 * inner @ b.T, b - 0.001 * a.T @ inner
         mine = {name: mine_ - 0.001 * found[name] for name, mine_ in mine.items()} if frequency else {"a": a, "b": b}
+
+
+def test_the_sine_is_that_of_64_bits_up_to_large_angles_and_bounded_beyond_them():
+    angle = np.concatenate([np.linspace(-9, 9, 4001), np.linspace(-1e4, 1e4, 4001), [0, 1e-30]]).astype(np.float32)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(sine)))(angle)
+    close(value, np.sin(angle.astype(np.float64)), rtol=0, atol=2.5e-7)
+    close(slope, np.cos(angle.astype(np.float64)), rtol=0, atol=2.5e-7)
+    assert value[-2] == 0 and value[-1] == angle[-1]
+    assert np.max(np.abs(sine(jnp.float32([1e6, 1e20, -3e38])))) <= 1 and np.isnan(sine(jnp.float32(np.inf)))
 
 
 def test_sinelora_has_a_high_rank_bounded_entries_and_lora_as_its_limit():

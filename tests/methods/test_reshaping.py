@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract.problems import close, normal, weight
+from contract.problems import close, normal, perturbed, weight
 
 import jlora
 from jlora import LoKr, MiSS, MoRA
@@ -185,6 +185,55 @@ def test_an_activation_meets_no_matrix_of_the_weights_shape_but_the_base(method)
     loss = lambda p, x: jnp.sum(jnp.sin(jlora.lift(PRODUCT)(adapted.replace(params=p), x)))
     program = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(adapted.params, normal(1, 3, 24)))
     assert "dot_general" in program and "f32[24,40] = dot_general" not in program
+
+
+def lifted_loss(adapted, fn=PRODUCT):
+    return lambda p, base, x: jnp.sum(normal(7, 40, 40) * jlora.lift(fn)(adapted.replace(params=p, base=base), x))
+
+
+@pytest.mark.parametrize("method", [MoRA(1, 6), LoKr(2, decompose_both=True)], ids=str)
+def test_with_many_tokens_mora_and_lokr_are_formed_and_have_the_gradients_of_their_weight(method):
+    adapted = perturbed(jlora.adapterize({"w": weight(0, 24, 40)}, {"w": method}))
+    x, half = normal(1, 40, 24), lambda params, x: x @ (0.5 * params["w"])
+    merged = lambda p, base, x: jnp.sum(normal(7, 40, 40) * half(jlora.merge(adapted.replace(params=p, base=base)), x))
+    arguments = adapted.params, adapted.base, x
+    found, wanted = (
+        jax.jit(jax.value_and_grad(each, argnums=(0, 1, 2)))(*arguments)
+        for each in (lifted_loss(adapted, half), merged)
+    )
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), found, wanted)
+    program = str(jax.make_jaxpr(jax.grad(lifted_loss(adapted)))(*arguments))
+    assert "f32[24,40] = add" in program and "f32[24,40] = dot_general" not in program
+
+
+def test_where_an_input_is_dropped_or_tokens_are_few_mora_acts():
+    adapted = perturbed(jlora.adapterize({"w": weight(0, 24, 40)}, {"w": MoRA(1, 6, dropout=0.5)}))
+    program = lambda x, **more: str(jax.make_jaxpr(jlora.lift(PRODUCT))(adapted.replace(**more), x))
+    many, few = normal(1, 40, 24), normal(1, 13, 24)
+    assert "f32[24,40] = add" in program(many)
+    assert "f32[24,40] = add" not in program(few)
+    assert "f32[24,40] = add" not in program(many, context={"dropout": jax.random.key(0)})
+    assert "f32[24,40] = add" not in program(many.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("unroll", [1, 6])
+def test_neither_weights_nor_parts_of_inputs_are_kept_where_lokr_is_formed(unroll):
+    def temporary(method):
+        def fn(params, x):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"], unroll=unroll)[0]
+
+        adapted = jlora.adapterize({"w": weight(0, 6, 128, 128)}, {"w": jlora.Axes("batch in out", method)})
+        loss = lambda p, base, x: jnp.sum(jlora.lift(fn)(adapted.replace(params=p, base=base), x) ** 2)
+        compiled = jax.jit(jax.grad(loss)).lower(adapted.params, adapted.base, normal(1, 64, 128)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (128 * 128 * 4)
+
+    formed, factored = temporary(LoKr(4)), temporary(jlora.LoRA(4))
+    assert formed - factored < 4, f"{formed - factored:.1f} matrices more"
+
+
+@pytest.mark.parametrize(("method", "number"), [(LoKr(1), 24), (MoRA(1), 8)], ids=str)
+def test_the_cost_is_that_of_acting_also_of_matrices_so_small_that_two_rows_would_form_them(method, number):
+    assert f" {number} multiply-adds more" in jlora.explain(jlora.adapterize({"w": weight(0, 4, 6)}, {"w": method}))
 
 
 def test_ten_steps_of_mora_are_those_of_its_formula():

@@ -7,6 +7,7 @@ DEEP = "tests/test_deeplora.py::test_"
 DORA = "tests/test_dora.py::test_"
 HADAMARD = "tests/methods/test_hadamard.py::test_weight_and_gradients_are_those_of_the_formula"
 INITS = "tests/test_weight_inits.py::test_"
+ADDED = "tests/methods/test_reshaping.py::test_"
 DENSE = "tests/methods/test_dense_updates.py::test_"
 FASTFOOD = "tests/methods/test_said.py::test_"
 LORA = "tests/test_lora.py::test_"
@@ -40,6 +41,20 @@ DENSE_UPDATES = (
         'view.site.in_size if self.gain == "sqrt_in" else view.site.out_size',
         'view.site.out_size if self.gain == "sqrt_in" else view.site.in_size',
         (DENSE + "sinelora_is_the_sine_of_numpy_in_values_gradients_and_steps",),
+    ),
+    Mutation(
+        "the sine's slope is that of the next quarter",
+        "jlora/methods/sinelora.py",
+        "-_sine(angle, 0.5)",
+        "-_sine(angle, -0.5)",
+        (DENSE + "the_sine_is_that_of_64_bits_up_to_large_angles_and_bounded_beyond_them",),
+    ),
+    Mutation(
+        "the sine of a huge angle is whatever the polynomial makes of it",
+        "jlora/methods/sinelora.py",
+        "    left = jnp.clip(left, -math.pi / 2, math.pi / 2)",
+        "    left = left",
+        (DENSE + "the_sine_is_that_of_64_bits_up_to_large_angles_and_bounded_beyond_them",),
     ),
     Mutation(
         "FourierFT's spectrum is not made even",
@@ -842,6 +857,34 @@ SHARED = (
         (
             "tests/methods/test_reshaping.py::test_rotary_mora_has_a_block_for_each_part_of_the_input_turned_by_its_number",
         ),
+    ),
+    Mutation(
+        "the base's product is left out of the gradient of the base beside MoRA",
+        "jlora/core/products/added.py",
+        "product = _nothing if still else plain_product",
+        "product = _nothing",
+        (ADDED + "with_many_tokens_mora_and_lokr_are_formed_and_have_the_gradients_of_their_weight",),
+    ),
+    Mutation(
+        "what MoRA forms is kept for the backward pass",
+        "jlora/core/products/added.py",
+        "jax.checkpoint(lambda dx, update: update._product(dx, options))(dx, update)",
+        "update._product(dx, options)",
+        (ADDED + "neither_weights_nor_parts_of_inputs_are_kept_where_lokr_is_formed",),
+    ),
+    Mutation(
+        "the cost of LoKr is counted where its weight is formed",
+        "jlora/core/products/acting.py",
+        "lambda x, update: Acting.dense(update, x, update.view.w, None, options)",
+        "lambda x, update: update.dense(x, update.view.w, None, options)",
+        (ADDED + "the_cost_is_that_of_acting_also_of_matrices_so_small_that_two_rows_would_form_them",),
+    ),
+    Mutation(
+        "MoRA with dropout forms its weight",
+        "jlora/core/products/added.py",
+        "if drops or not wide",
+        "if not wide",
+        (ADDED + "where_an_input_is_dropped_or_tokens_are_few_mora_acts",),
     ),
     Mutation(
         "MPO takes the first kind's central core",

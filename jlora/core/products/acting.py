@@ -40,17 +40,17 @@ class Acting(Update):
     def _counted(self, number: int, rows: int) -> int:
         """Multiplications for a number of rows of input."""
         x, options = jax.ShapeDtypeStruct((number, rows), self.view.w.dtype), Options(self.view.w.dtype)
-        program = jax.make_jaxpr(lambda x, update: update.dense(x, update.view.w, None, options))(x, self)
+        program = jax.make_jaxpr(lambda x, update: Acting.dense(update, x, update.view.w, None, options))(x, self)
         return _multiplications(program.jaxpr)
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`apply(x [..., in])`; its result is rounded once."""
-        return self._applied(x, key, options, _split_product)
+        return self._applied(x, key, options, split_product)
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ v.T`, the transpose of what `apply` does, for a method that is linear in its input."""
         shape, wide = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[0]), x.dtype), accumulation_dtype(options.out_dtype)
-        forward = lambda z: self._applied(z, None, replace(options, out_dtype=wide), _product)  # noqa: E731
+        forward = lambda z: self._applied(z, None, replace(options, out_dtype=wide), plain_product)  # noqa: E731
         (y,) = jax.linear_transpose(forward, shape)(x.astype(wide))
         return y.astype(options.out_dtype)
 
@@ -69,18 +69,18 @@ class Acting(Update):
         return (y if self.number is None else y * self.number.astype(y.dtype)).astype(options.out_dtype)
 
 
-def _product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:
+def plain_product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:
     """`z @ w` in `wide`, with `z` as `dtype`."""
     return matmul(z.astype(dtype), w, wide, precision)
 
 
-def _split_product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:
+def split_product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:
     """`z @ w` in `wide`; a `z` of more bits than `dtype` in two parts, so that a small change of the input arrives."""
-    y = _product(z, w, dtype, wide, precision)
+    y = plain_product(z, w, dtype, wide, precision)
     if z.dtype.itemsize <= jnp.dtype(dtype).itemsize:
         return y
     rest = jax.lax.stop_gradient(z - z.astype(dtype).astype(z.dtype))
-    return y + _product(rest, w, dtype, wide, precision)
+    return y + plain_product(rest, w, dtype, wide, precision)
 
 
 def _multiplications(jaxpr: Any) -> int:

@@ -48,7 +48,7 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
             looked up, a size that the code refuses (such as a block that doesn't divide), or values that are not finite.
 
     Example:
-        >>> spec = {r".*/(q|v)_proj/kernel": jlora.NF4(block=16)}
+        >>> spec = {r".*/(q|v)_proj/kernel": jlora.Int8()}
         >>> adapted = jlora.adapterize(jlora.quantize(params, spec), {r".*/q_proj/kernel": jlora.LoRA(8)})
         >>> logits = jlora.lift(model.apply)({"params": adapted}, tokens)
     """
@@ -61,7 +61,7 @@ def dequantize(params: Any) -> Any:
     """Params with every leaf that is kept in the form of a code decoded, in its shape and dtype.
 
     Example:
-        >>> plain = jlora.dequantize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4(block=16)}))
+        >>> plain = jlora.dequantize(jlora.quantize(params, {r".*/q_proj/kernel": jlora.Int8()}))
     """
     leaves, treedef = paths.flatten_with_keys(params)
     return jax.tree.unflatten(treedef, [decoded(leaf) for _, leaf in leaves])
@@ -76,7 +76,7 @@ def requantize(adapted: Adapted) -> Any:
         ValueError: as `merge`, and where a merged weight is not finite.
 
     Example:
-        >>> quantized = jlora.quantize(params, {r".*/q_proj/kernel": jlora.NF4(block=16)})
+        >>> quantized = jlora.quantize(params, {r".*/q_proj/kernel": jlora.Int8()})
         >>> adapted = jlora.adapterize(quantized, {r".*/q_proj/kernel": jlora.LoRA(8)})
         >>> served = jlora.requantize(adapted)
     """

@@ -106,7 +106,7 @@ def loftq(
 
     Example:
         >>> spec = {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=8, init="residual")}
-        >>> base, prepared = jlora.loftq(params, spec, jlora.NF4(block=16), steps=5)
+        >>> base, prepared = jlora.loftq(params, spec, jlora.Int8(), steps=5)
         >>> adapted = jlora.adapterize(base, spec, prepared=prepared)
 
     Reference:
