@@ -27,7 +27,7 @@ def named(name: str) -> Code:
 
     Example:
         >>> jlora.stored.names.named("nf4")
-        NF4(double=True)
+        NF4(block=64, double=True)
     """
     if name not in NAMES:
         raise ValueError(f"{name!r} is no name of a code; there are {', '.join(NAMES)}")
