@@ -283,21 +283,21 @@ RUN = (
         "jlora/training/samples.py",
         "if not coded and all(",
         "if all(",
-        (QUANTIZED + "what_opens_the_run_has_the_base_that_it_trained_on",),
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
     ),
     Mutation(
         "a weight that no block divides is left out in silence",
         "jlora/training/subject.py",
         "return spec, tuple(told)",
         "return spec, ()",
-        (QUANTIZED + "the_run_says_bits_and_bytes_and_what_is_left_out",),
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
     ),
     Mutation(
         "a run is opened on the plain base",
         "jlora/training/subject.py",
         "        quantize=spec,\n",
         "",
-        (QUANTIZED + "what_opens_the_run_has_the_base_that_it_trained_on",),
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
     ),
     Mutation(
         "inspect takes a quantized model for a plain one",
@@ -311,7 +311,7 @@ RUN = (
         "jlora/core/transforms/lift.py",
         "if not any(isinstance(leaf, Adapted | Stored) for _, leaf in found):",
         "if not any(leaf.plan.sites if isinstance(leaf, Adapted) else isinstance(leaf, Stored) for _, leaf in found):",
-        (QUANTIZED + "what_opens_the_run_has_the_base_that_it_trained_on",),
+        ("tests/test_lift_forms.py::test_an_adapted_without_sites_runs_as_its_base",),
     ),
 )
 

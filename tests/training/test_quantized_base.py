@@ -16,6 +16,7 @@ from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune, read_settings
 from jlora.training.runs import evaluate_file, open_run, write_merged
+from jlora.training.samples import runnable
 from jlora.training.settings import Settings
 from jlora.training.subject import load_subject, memory, open_codec
 
@@ -41,6 +42,7 @@ def run(tmp_path_factory):
     return result, "\n".join(lines), folder
 
 
+@pytest.mark.long
 def test_the_run_says_bits_and_bytes_and_what_is_left_out(run):
     result, said, folder = run
     assert "float32 (as in its files), linear weights as NF4(double=True), 0.44 MB" in said
@@ -51,6 +53,7 @@ def test_the_run_says_bits_and_bytes_and_what_is_left_out(run):
     assert result.after["loss"] < result.before["loss"]
 
 
+@pytest.mark.long
 def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     _, _, folder = run
     opened = open_run(folder / "run")
@@ -69,6 +72,7 @@ def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     assert abs(evaluate_file(plain, data, 8)["loss"] - trained) < 1e-5 < abs(base - trained)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_same_base_alone(run):
     _, _, folder = run
     asked = dataclasses.replace(settings_of(folder), resume=True)
@@ -77,6 +81,18 @@ def test_a_run_goes_on_with_the_same_base_alone(run):
         finetune(dataclasses.replace(asked, quantize="int8"), lambda text: None)
 
 
+def test_the_subject_of_a_job_is_encoded_and_says_what_is_not():
+    asked = Settings(quantize="nf4")
+    subject = load_subject(asked, *open_codec(asked))
+    _, wanted = models.load(models.STORIES260K, quantize=NARROW)
+    assert jax.tree.structure(subject.params) == jax.tree.structure(wanted)
+    assert subject.notes == (REFUSED,)
+    assert memory(subject, asked) == "float32 (as in its files), linear weights as NF4(double=True), 0.44 MB"
+    adapted = jlora.adapterize(subject.params, {r".*/q_proj/kernel": jlora.LoRA(2)})
+    assert runnable(subject.model.apply, adapted)[1] is adapted  # no decoded base is formed to write text
+
+
+@pytest.mark.newest
 def test_a_method_that_trains_the_weight_itself_is_refused_by_the_leaf(tmp_path):
     asked = settings_of(tmp_path, method="full", rank=None, targets=None)
     with pytest.raises(ValueError, match=r"gate_proj/kernel is kept as NF4.*, and Full\(\) trains the leaf itself"):
@@ -96,6 +112,7 @@ def test_a_model_of_bitsandbytes_is_a_base_as_it_is(tmp_path):
     assert "6 leaves kept as NF4(double=True)" in _inspected(resolve(asked))
 
 
+@pytest.mark.newest
 def test_a_classifier_has_a_quantized_backbone_and_a_plain_head(tmp_path):
     asked = settings_of(tmp_path, quantize="int8", task="classify", dtype="bfloat16")
     subject = load_subject(asked, *open_codec(asked)).with_head(["a", "b"])
@@ -105,6 +122,7 @@ def test_a_classifier_has_a_quantized_backbone_and_a_plain_head(tmp_path):
     assert "linear weights as Int8(), 0.31 MB" in memory(subject, asked)
 
 
+@pytest.mark.newest
 def test_inspect_tells_of_codes_and_reads_no_weights(monkeypatch):
     monkeypatch.setattr(models, "load", None)
     assert "6 leaves kept as NF4(double=True): 171,520 values of 4.136 bits" in _inspected(
