@@ -215,3 +215,10 @@ def test_strict_refuses_exactly_the_forms_that_need_the_weight_itself(name):
             lifted(adapted)
     else:
         jax.eval_shape(lifted, adapted)
+
+
+def test_an_adapted_without_sites_runs_as_its_base():
+    base = {"w": jnp.ones((2, 3))}
+    adapted = jlora.adapterize(base, {})
+    x = jnp.arange(2.0)[None]
+    assert jlora.lift(lambda params, x: x @ params["w"])(adapted, x).tolist() == (x @ base["w"]).tolist()

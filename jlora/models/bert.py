@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
+from jlora.models.quantized import refuse_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +271,9 @@ class Bert(nn.Module):
 
         Raises:
             ValueError: The text is longer than the position embedding, or the checkpoint has no pooler.
+            TypeError: Params are kept in the form of a code: run the model by `jlora.lift(model.apply)`.
         """
+        refuse_codes(self.variables)
         c = self.config
         longest = c.max_position_embeddings - c.position_offset
         if tokens.shape[1] > longest and segment_ids is None and positions is None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.core.protocol.code import Code
 from jlora.models.config import read_json
 from jlora.models.names import modern_name
 
@@ -93,6 +94,10 @@ class Checkpoint(contextlib.AbstractContextManager):
                 f"{path}: tensor {stored!r} has dtype {kind}, wanted one of {', '.join(FLOATS)}; dequantize it first."
             )
         return FLOATS[kind]
+
+    def code(self, name: str) -> Code | None:
+        """The code in whose form a tensor is kept; of plain files none."""
+        return None
 
     def read(self, name: str) -> np.ndarray:
         """The tensor itself.

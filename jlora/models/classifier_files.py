@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from jlora.core.protocol.stored import decoded
 from jlora.models.classify import Classifier
 from jlora.models.config import read_json
 from jlora.models.finite import all_finite
@@ -45,7 +46,7 @@ def save_classifier(
     if len(labels) != model.num_labels:
         raise ValueError(f"labels: wanted {model.num_labels} names, got {len(labels)}.")
     head = params["classifier"]
-    tensors = {"weight": np.ascontiguousarray(np.asarray(head["kernel"]).T), "bias": np.asarray(head["bias"])}
+    tensors = {"weight": np.ascontiguousarray(np.asarray(decoded(head["kernel"])).T), "bias": np.asarray(head["bias"])}
 
     def write_head(place: str) -> None:
         write_safetensors(tensors, os.path.join(place, TENSORS))

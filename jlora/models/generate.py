@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.attention import empty_cache
+from jlora.models.quantized import runnable
 
 # Prompts are padded to a multiple of this, so that prompts of similar length share one compiled program.
 WIDTH_STEP = 32
@@ -77,7 +78,8 @@ def generate(
     Args:
         apply: `model.apply` of a decoder, or `jlora.lift(model.apply)`; called as `apply({"params": params}, tokens,
             attention_mask=mask, cache=cache)`.
-        params: The model's params, or what a lifted function takes in their place.
+        params: The model's params, or what a lifted function takes in their place. Leaves that are kept in the form of a
+            code are decoded where they are used, whether or not the function is lifted.
         prompt_tokens: Token ids of each prompt, of any lengths, at least one each.
         max_new_tokens: Tokens to write, at most.
         temperature: Divides the logits; 0 always takes the likeliest token.
@@ -122,6 +124,7 @@ def _pad_left(prompts: Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray
 def _write(apply, sampling, steps, params, tokens, mask, end, key):
     """New tokens `[batch, steps]` and how many of them count in each row."""
     rows, width = tokens.shape
+    apply = runnable(apply, params)
     logits, cache = apply({"params": params}, tokens, attention_mask=mask, cache=empty_cache(rows, width + steps))
     written = jnp.zeros((rows, steps), jnp.int32)
     lengths = jnp.zeros((rows,), jnp.int32)

@@ -15,6 +15,7 @@ import numpy as np
 from jlora.disk.json_files import shown
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
+from jlora.models.quantized import refuse_codes
 from jlora.models.rope import RopeConfig, rotate, rotation
 
 # The window of a layer that has none, beside layers that have one: wider than any text.
@@ -278,7 +279,11 @@ class Llama(nn.Module):
         Returns:
             Logits `[batch, length, vocab_size]` (or hidden states `[batch, length, hidden_size]`), float32; with a
             cache, the pair of these and the cache with the new tokens.
+
+        Raises:
+            TypeError: Params are kept in the form of a code: run the model by `jlora.lift(model.apply)`.
         """
+        refuse_codes(self.variables)
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, name="embed_tokens")
         inputs, cache = self._attention_inputs(tokens, positions, segment_ids, attention_mask, cache)

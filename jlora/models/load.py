@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jlora.core.protocol.code import Code
+from jlora.core.protocol.method import Site
+from jlora.core.protocol.stored import Stored
+from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
 from jlora.models.bert import Bert, BertConfig
+from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
 from jlora.models.checkpoint import FLOATS, Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
 from jlora.models.finite import all_finite
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.names import Source, source
+from jlora.models.quantized import sites_to_code, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +136,7 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     """The family of a `config.json`.
 
     Raises:
-        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized.
+        ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized, but not by bitsandbytes.
     """
     kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -139,11 +145,19 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
             f"{path}: model_type {got}; supported: {', '.join(FAMILIES)}; for any other model bring its JAX function, which "
             "jlora adapts whatever it is (docs/frameworks.md)."
         )
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{path}: the checkpoint is quantized (quantization_config), wanted plain weights; dequantize it first."
-        )
+    is_quantized(hf, directory)
     return FAMILIES[kind]
+
+
+def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Checkpoint:
+    """The tensors of a directory, in the way that its `config.json` says.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Checkpoint` and `QuantizedCheckpoint`.
+    """
+    if is_quantized(hf, directory):
+        return QuantizedCheckpoint(directory, follow_links, hf)
+    return Checkpoint(directory, follow_links)
 
 
 def describe(directory: str | os.PathLike, hf: dict[str, Any], **options: Any) -> Any:
@@ -172,8 +186,12 @@ def load(
     drop_heads: bool = False,
     allow_nonfinite: bool = False,
     follow_links: bool = False,
+    quantize: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the model that a Hugging Face directory describes and reads its weights.
+
+    Weights that bitsandbytes quantized (NF4, FP4 and LLM.int8()) are never decoded: leaves are kept in the form of a code,
+    whose bytes are those of the files. (Where bitsandbytes computes with 8-bit activations, a lifted function does not.)
 
     A tensor in the files that is not used, and a leaf of the params that is not filled, are errors. Weights are read one
     tensor at a time: beside the params no more than one leaf is in memory.
@@ -188,6 +206,10 @@ def load(
         allow_nonfinite: Take tensors that hold NaN or infinity as they are.
         follow_links: Read files that are links out of the directory. (Those of the Hugging Face Hub's cache, which lead
             from a model's `snapshots` to its `blobs`, are read in any case.)
+        quantize: Keep weights in the form of a code, such as 4-bit numbers: the name of a code (`"nf4"` is QLoRA's, with
+            double quantization; `"int8"`, `"int4"`, `"fp8"`, `"nf3"`, `"nf2"`) or a code, for all linear weights but the head;
+            or a spec as for `jlora.quantize`, which gives the same params bit for bit. Weights are encoded as they are read:
+            beside what is stored no more than one layer's matrix is in memory, as read and as it is encoded.
 
     Returns:
         A Linen module and its params: `model.apply({"params": params}, tokens)`.
@@ -195,12 +217,15 @@ def load(
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing.
         ValueError: The model type is not supported, a config key is missing or wrong, a file is damaged or outside of the
-            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite.
+            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
+            that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
+        TypeError: `quantize` is neither a name nor a code nor a spec.
     """
     hf = read_config(directory)
     family = family_of(hf, directory)
+    spec = None if quantize is None else spec_of(quantize)
     options = {"scan_layers": scan_layers, "remat": remat, "dtype": dtype, "param_dtype": param_dtype or jnp.float32}
-    with Checkpoint(directory, follow_links) as checkpoint:
+    with open_checkpoint(directory, hf, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
         _check_layers(checkpoint, hf, family, prefix)
         if family.config is BertConfig:
@@ -215,9 +240,19 @@ def load(
         sources = leaf_sources(model, shapes, family, prefix)
         _check_leaves(checkpoint, sources, shapes)
         _check_rest(checkpoint, sources, family, model, drop_heads)
-        leaves = {
-            path: _read(checkpoint, sources[path], shapes[path], param_dtype, allow_nonfinite) for path in sources
-        }
+        dtypes = {path: _dtype(checkpoint, made_of, param_dtype) for path, made_of in sources.items()}
+        stored = codes_of(checkpoint, sources)
+        if stored and spec is not None:
+            raise ValueError(f"{directory}: the weights are quantized already, so that they can't be by quantize.")
+        coded = {} if spec is None else sites_to_code(model, shapes, dtypes, spec)
+        leaves: dict[tuple[str, ...], Any] = {}
+        for path, made_of in sources.items():
+            if path in stored:
+                leaves[path] = _stored(checkpoint, made_of, stored[path], shapes[path], dtypes[path])
+            elif path in coded:
+                leaves[path] = _coded(checkpoint, made_of, coded[path], allow_nonfinite)
+            else:
+                leaves[path] = jnp.asarray(_read(checkpoint, made_of, shapes[path], dtypes[path], allow_nonfinite))
         _check_tied_head(checkpoint, model, leaves)
     return model, unflatten_dict(leaves)
 
@@ -229,9 +264,22 @@ def stored_dtypes(directory: str | os.PathLike, follow_links: bool = False) -> s
         FileNotFoundError: A safetensors file is missing.
         ValueError: A file is damaged or outside of the directory.
     """
-    with Checkpoint(directory, follow_links) as checkpoint:
+    with open_checkpoint(directory, read_config(directory), follow_links) as checkpoint:
         kinds = {checkpoint.kind(name) for name in checkpoint.names}
     return {FLOATS[kind] for kind in kinds if kind in FLOATS}
+
+
+def stored_codes(
+    directory: str | os.PathLike, hf: dict[str, Any], model: nn.Module, follow_links: bool = False
+) -> dict[tuple[str, ...], Code]:
+    """The codes in whose form a directory's files keep leaves of its model, by path; no weights are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    family = family_of(hf, directory)
+    with open_checkpoint(directory, hf, follow_links) as checkpoint:
+        return codes_of(checkpoint, leaf_sources(model, leaf_shapes(model), family, family.prefix(checkpoint)))
 
 
 def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -307,24 +355,82 @@ def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: An
         )
 
 
-def _read(
-    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], param_dtype: Any, allow_nonfinite: bool
-) -> jax.Array:
+def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtype:
+    """The dtype of a leaf: as JAX will have it, which makes 32 bits of 64 unless it was told to keep them."""
     kinds = {checkpoint.dtype(name) for name in made_of.names}
     if param_dtype is None and len(kinds) > 1:
         raise ValueError(
             f"{checkpoint.file(made_of.names[0])}: the layers of {made_of.names[0]!r} have different dtypes "
             f"({', '.join(sorted(map(str, kinds)))}) and can't be stacked; give param_dtype."
         )
-    # In the dtype that JAX will give it: 64 bits become 32 unless JAX was told to keep them.
-    leaf = np.empty(shape, jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype))
+    return jax.dtypes.canonicalize_dtype(kinds.pop() if param_dtype is None else param_dtype)
+
+
+def _read(
+    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
+) -> np.ndarray:
+    leaf = np.empty(shape, dtype)
     for layer, name in enumerate(made_of.names):
         tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]
         with np.errstate(over="ignore", invalid="ignore"):
             place[...] = tensor.T if made_of.transposed else tensor
         if not (allow_nonfinite or all_finite(place)):
             raise ValueError(f"{checkpoint.file(name)}: tensor {name!r} {_not_finite(tensor, leaf.dtype)}")
-    return jnp.asarray(leaf)
+    return leaf
+
+
+def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
+    """The codes in whose form a checkpoint keeps leaves, by path.
+
+    Raises:
+        ValueError: The layers of a stack are kept in different forms, or a leaf in one that is no kernel.
+    """
+    found = {}
+    for path, made_of in sources.items():
+        codes = {checkpoint.code(name) for name in made_of.names}
+        first = made_of.names[0]
+        if len(codes) > 1:
+            told = ", ".join(sorted("plain" if code is None else str(code) for code in codes))
+            raise ValueError(
+                f"{checkpoint.file(first)}: the layers of {first!r} are kept in different forms ({told}) and can't be "
+                "stacked; load with scan_layers=False."
+            )
+        if (code := codes.pop()) is not None:
+            if not made_of.transposed:
+                raise ValueError(f"{checkpoint.file(first)}: {first!r} is kept as {code}, but is no linear layer's.")
+            found[path] = code
+    return found
+
+
+def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
+    """A leaf that the files keep in the form of a code: their bytes."""
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    batch = (0,) if made_of.stacked else ()
+    kept: dict[str, np.ndarray] = {}
+    for layer, name in enumerate(made_of.names):
+        fields = checkpoint.fields(name)
+        kept = kept or {field: np.empty((len(made_of.names), *np.shape(x)), x.dtype) for field, x in fields.items()}
+        for field, array in fields.items():
+            kept[field][layer] = array
+    arrays = {field: jnp.asarray(array if made_of.stacked else array[0]) for field, array in kept.items()}
+    return Stored(arrays, code, shape, jnp.dtype(dtype), (len(shape) - 2,), (len(shape) - 1,), batch)
+
+
+def _coded(checkpoint: Checkpoint, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
+    """A leaf in the form of a code, encoded layer by layer."""
+    code, dtype = code_at(site), np.dtype(site.dtype)
+    if len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
+        # Roles that take layers for something else than a stack: only the whole leaf can be folded.
+        return encoded(site, code, _read(checkpoint, made_of, site.shape, dtype, allow_nonfinite))
+
+    def matrices() -> Iterator[jax.Array]:
+        for name in made_of.names:
+            one = dataclasses.replace(made_of, names=(name,), stacked=False)
+            matrix = jnp.asarray(_read(checkpoint, one, site.shape[-2:], dtype, allow_nonfinite))
+            yield matrix if site.in_axes < site.out_axes else matrix.T
+            del matrix
+
+    return by_matrix(site, code, matrices())
 
 
 def _not_finite(tensor: np.ndarray, dtype: Any) -> str:

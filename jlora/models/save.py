@@ -15,12 +15,19 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jlora.core.protocol.stored import Stored
+from jlora.models import bitsandbytes
 from jlora.models.bert import Bert
 from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
 from jlora.models.llama import Llama
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
+from jlora.models.names import Source
+from jlora.models.quantized import one_matrix, whole
+
+#: The `format` of weights that transformers loads by bitsandbytes.
+BITSANDBYTES = "bitsandbytes"
 
 # Files of the source that are copied.
 COMPANIONS = (
@@ -53,6 +60,7 @@ def save(
     source: str | os.PathLike,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    format: str | None = None,
     extra: Callable[[str], None] | None = None,
 ) -> None:
     """Writes a directory that `load` and transformers read: config, safetensors, tokenizer.
@@ -65,12 +73,16 @@ def save(
         params: Its params, of any floating dtype, which the files keep.
         source: The directory that the model was loaded from; gives config and tokenizer files.
         max_shard_bytes: Larger models are cut in several files.
+        format: None writes plain weights: leaves that are kept in the form of a code are decoded, one layer at a time.
+            "bitsandbytes" writes the codes themselves, so that transformers loads them by bitsandbytes; all such leaves
+            must have one code, which is NF4, FP4 or Int8.
         extra: Writes further files into the folder it is given, before the renaming.
 
     Raises:
         FileExistsError: The directory holds something.
         TypeError: The model is neither a Llama nor a Bert.
-        ValueError: The params are not the model's, or the source is another model's.
+        ValueError: The params are not the model's, or the source is another model's; there is no such format, or it has no
+            form for the params.
         OSError: The disk is full or can't be written; nothing is left behind.
     """
     if not isinstance(model, (Llama, Bert)):
@@ -78,9 +90,14 @@ def save(
     hf = read_config(source)
     _check_source(source, hf, model)
     leaves = _check_params(model, params)
+    if format not in (None, BITSANDBYTES):
+        raise ValueError(f"format: wanted None or {BITSANDBYTES!r}, got {format!r}.")
+    sources, config = _sources(model, leaves, family_of(hf, source)), _config(hf, model, leaves)
+    if format == BITSANDBYTES:
+        config |= _quantization(hf, model, leaves, sources)
     with new_directory(directory) as place:
-        _write_tensors(place, model, leaves, family_of(hf, source), max_shard_bytes)
-        write_json(place, "config.json", _config(hf, model, leaves))
+        _write_tensors(place, leaves, sources, max_shard_bytes, format)
+        write_json(place, "config.json", config)
         for name in COMPANIONS:
             if os.path.isfile(os.path.join(source, name)):
                 shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
@@ -167,17 +184,36 @@ def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) 
         name = name.replace("ForCausalLM", "Model")
     # Which of the two keys transformers reads depends on its version.
     key = "dtype" if "dtype" in hf else "torch_dtype"
-    return {**hf, "architectures": [name], key: str(np.dtype(next(iter(leaves.values())).dtype))}
+    kept = {name: value for name, value in hf.items() if name != "quantization_config"}
+    return {**kept, "architectures": [name], key: str(np.dtype(next(iter(leaves.values())).dtype))}
 
 
-def _write_tensors(place: str, model: Any, leaves: dict, family: Any, max_shard_bytes: int) -> None:
+def _quantization(
+    hf: dict[str, Any], model: Any, leaves: dict, sources: dict[tuple[str, ...], Source]
+) -> dict[str, Any]:
+    """What `config.json` says of weights that are kept in the form of a code of bitsandbytes."""
+    code = bitsandbytes.code_to_write(leaves)
+    plain = [path for path, leaf in leaves.items() if path[-1] == "kernel" and not isinstance(leaf, Stored)]
+    skipped = [name.removesuffix(".weight") for path in plain for name in sources[path].names]
+    if isinstance(model, Llama) and model.config.language_head and model.config.tie_word_embeddings:
+        skipped.append("lm_head")  # a linear layer there, whose weight is the embedding
+    dtype = next(str(np.dtype(leaf.dtype)) for leaf in leaves.values() if isinstance(leaf, Stored))
+    return {"quantization_config": bitsandbytes.config_to_write(hf, code, dtype, skipped)}
+
+
+def _sources(model: Any, leaves: dict, family: Any) -> dict[tuple[str, ...], Source]:
     headless = isinstance(model, Bert) or not model.config.language_head
-    sources = leaf_sources(model, leaves, family, "" if headless else family.prefixes[0])
-    shards = _shards(sources, leaves, max_shard_bytes)
+    return leaf_sources(model, leaves, family, "" if headless else family.prefixes[0])
+
+
+def _write_tensors(place: str, leaves: dict, sources: dict, max_shard_bytes: int, format: str | None) -> None:
+    shards = _shards(sources, leaves, max_shard_bytes, format)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _tensor(leaves[path], sources[path], layer) for name, path, layer in shard}
+        tensors: dict[str, np.ndarray] = {}
+        for name, path, layer in shard:
+            tensors |= _tensors(name, leaves[path], sources[path], layer, format)
         write_safetensors(tensors, os.path.join(place, file))
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -185,11 +221,15 @@ def _write_tensors(place: str, model: Any, leaves: dict, family: Any, max_shard_
         write_json(place, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(sources: dict, leaves: dict, max_shard_bytes: int) -> list[list[tuple[str, tuple[str, ...], int]]]:
+def _shards(
+    sources: dict, leaves: dict, max_shard_bytes: int, format: str | None
+) -> list[list[tuple[str, tuple[str, ...], int]]]:
     """Groups of (tensor name, path of its leaf, layer), each of at most `max_shard_bytes`, or of one tensor."""
     shards, room = [[]], max_shard_bytes
     for path, made_of in sources.items():
-        size = leaves[path].size * np.dtype(leaves[path].dtype).itemsize // len(made_of.names)
+        leaf = leaves[path]
+        whole = leaf.nbytes if format and isinstance(leaf, Stored) else leaf.size * np.dtype(leaf.dtype).itemsize
+        size = whole // len(made_of.names)
         for layer, name in enumerate(made_of.names):
             if shards[-1] and size > room:
                 shards.append([])
@@ -199,10 +239,16 @@ def _shards(sources: dict, leaves: dict, max_shard_bytes: int) -> list[list[tupl
     return shards
 
 
-def _tensor(leaf: Any, made_of: Any, layer: int) -> np.ndarray:
-    tensor = np.asarray(leaf[layer] if made_of.stacked else leaf)
+def _tensors(name: str, leaf: Any, made_of: Source, layer: int, format: str | None) -> dict[str, np.ndarray]:
+    """The tensors of one layer of a leaf by their names: several where they are the fields of a code."""
+    if format == BITSANDBYTES and isinstance(leaf, Stored):
+        return bitsandbytes.tensors_to_write(name, leaf, layer if made_of.stacked else None)
+    if isinstance(leaf, Stored):
+        tensor = np.asarray(one_matrix(leaf, layer) if made_of.stacked else whole(leaf))
+    else:
+        tensor = np.asarray(leaf[layer] if made_of.stacked else leaf)
     # Contiguous, since safetensors writes an array's memory and ignores strides.
-    return np.ascontiguousarray(tensor.T if made_of.transposed else tensor)
+    return {name: np.ascontiguousarray(tensor.T if made_of.transposed else tensor)}
 
 
 def write_safetensors(tensors: dict[str, np.ndarray], path: str) -> None:

@@ -99,6 +99,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     check_batch(mesh, settings.batch, settings.accumulate)
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
+    notes += subject.notes
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     fingerprint = jlora.fingerprint(subject.params)
     adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import jlora
-from jlora import models
+from jlora import models, paths
 from jlora.training.data import Data
 from jlora.training.settings import Settings
 from jlora.training.subject import Subject
@@ -27,8 +27,9 @@ def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]
 
 
 def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callable[..., Any], Any]:
-    """A model's function and its params with the adapters: merged, or lifted where a method has no weight to merge."""
-    if all(site.method.mergeable for site in adapted.plan.sites):
+    """A model's function and its params with the adapters: merged, or lifted where no weight, or a decoded one, would stand."""
+    coded = any(isinstance(leaf, jlora.Stored) for leaf in paths.leaves(adapted.base))
+    if not coded and all(site.method.mergeable for site in adapted.plan.sites):
         return apply, jlora.merge(adapted)
     return jlora.lift(apply), adapted
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
+from jlora.stored.names import NAMES
 from jlora.training import told
 from jlora.training.errors import SettingError, nearest
 from jlora.training.hyperparameters import check_names
@@ -62,6 +63,12 @@ class Settings:
         "computed in float32)",
         group="model",
         choices=("float32", "bfloat16"),
+    )
+    quantize: str | None = _setting(
+        None,
+        told.quantize_help,
+        group="model",
+        choices=lambda: tuple(NAMES),
     )
     follow_links: bool = _setting(
         False, "read model files that are links out of the model's directory", group="model", resumable=True

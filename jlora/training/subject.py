@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import models
+import jlora
+from jlora import models, paths
+from jlora.models.bitsandbytes import is_quantized
 from jlora.models.config import read_config
-from jlora.models.load import describe, family_of, stored_dtypes
+from jlora.models.load import describe, family_of, stored_codes, stored_dtypes
+from jlora.models.quantized import fitting, traced
+from jlora.stored.names import named
 from jlora.training.errors import SettingError
 from jlora.training.losses import Forward
 from jlora.training.settings import Settings
@@ -32,6 +37,7 @@ class Subject:
         codec: its tokenizer.
         config: the content of its `config.json`.
         labels: names of the labels, or empty for language models.
+        notes: what the user must know of how it was read.
     """
 
     directory: Path
@@ -41,6 +47,7 @@ class Subject:
     codec: Codec
     config: dict[str, Any]
     labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def with_head(self, labels: Sequence[str]) -> Subject:
         """The model as a classifier, with a new head that is the same in every run."""
@@ -102,16 +109,36 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
         OSError: if it cannot be read.
     """
     _check_task(settings, config)
-    directory = model_directory(settings)
+    directory, (spec, notes) = model_directory(settings), _codes(settings, config)
     model, params = models.load(
         directory,
         scan_layers=settings.scan_layers,
         remat=settings.remat,
         drop_heads=settings.task == "classify",
         follow_links=settings.follow_links,
+        quantize=spec,
         **number_formats(settings),
     )
-    return Subject(directory, model, params, language_model(model), codec, config)
+    return Subject(directory, model, params, language_model(model), codec, config, notes=notes)
+
+
+def _codes(settings: Settings, config: dict[str, Any]) -> tuple[dict[Any, Any] | None, tuple[str, ...]]:
+    """The spec of `--quantize`: its code for every linear weight whose size it takes; and a note on the others.
+
+    Raises:
+        SettingError: for a model that is quantized already.
+    """
+    if settings.quantize is None:
+        return None, ()
+    if is_quantized(config, model_directory(settings)):
+        raise SettingError("quantize", f"{settings.quantize}: {model_directory(settings)} is quantized already")
+    model, params = _abstract(settings, config)
+    spec, refused = fitting(named(settings.quantize), model, params)
+    told = (
+        f"--quantize {settings.quantize} leaves {path} as it is: {why.partition(';')[0]}"
+        for path, why in refused.items()
+    )
+    return spec, tuple(told)
 
 
 def number_formats(settings: Settings) -> dict[str, Any]:
@@ -131,11 +158,13 @@ def number_formats(settings: Settings) -> dict[str, Any]:
 
 def memory(subject: Subject, settings: Settings) -> str:
     """The number format of the base and the memory it takes, beside that of its files, in words."""
-    leaves = jax.tree.leaves(subject.params["backbone"] if subject.labels else subject.params)
+    leaves = paths.leaves(subject.params["backbone"] if subject.labels else subject.params)
     held = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
     stored = ", ".join(sorted(map(str, stored_dtypes(subject.directory, settings.follow_links))))
     source = "as in its files" if held == stored else f"its files hold {stored}"
-    return f"{held} ({source}), {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"
+    codes = dict.fromkeys(str(leaf.code) for leaf in leaves if isinstance(leaf, jlora.Stored))
+    kept = "".join(f", linear weights as {code}" for code in codes)
+    return f"{held} ({source}){kept}, {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"
 
 
 def language_model(model: Any) -> Forward:
@@ -161,6 +190,15 @@ def classifier(model: models.Classifier) -> Forward:
     return forward
 
 
+def _abstract(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and the shapes of its params: nothing is read but `config.json`."""
+    directory, dtype = model_directory(settings), jnp.dtype(settings.dtype or jnp.float32)
+    options = {"scan_layers": settings.scan_layers, "remat": settings.remat, "dtype": dtype, "param_dtype": dtype}
+    model = family_of(config, directory).module(describe(directory, config, **options))
+    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+    return model, jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
 def example_batch(settings: Settings) -> dict[str, Any]:
     """Shapes of a small batch, for tracing."""
     rows, length = 1, 8
@@ -172,13 +210,18 @@ def example_batch(settings: Settings) -> dict[str, Any]:
 
 
 def abstract_subject(settings: Settings, codec: Codec, config: dict[str, Any], labels: Sequence[str]) -> Subject:
-    """The model with shapes in place of weights: nothing is read but `config.json`."""
+    """The model with shapes in place of weights: nothing is read but `config.json`, and headers where weights are quantized."""
     directory = model_directory(settings)
-    dtype = jnp.dtype(settings.dtype or jnp.float32)
-    options = {"scan_layers": settings.scan_layers, "remat": settings.remat, "dtype": dtype, "param_dtype": dtype}
-    model = family_of(config, directory).module(describe(directory, config, **options))
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    model, params = _abstract(settings, config)
+    spec, _ = _codes(settings, config)
+    if is_quantized(config, directory):
+        spec = {
+            re.escape("/".join(path)): code
+            for path, code in stored_codes(directory, config, model, settings.follow_links).items()
+        }
+    if spec:
+        sites = traced(model, params)
+        params = jax.eval_shape(lambda params: jlora.quantize(params, spec, sites), params)
     subject = Subject(directory, model, params, language_model(model), codec, config)
     if settings.task == "lm":
         return subject

@@ -9,6 +9,7 @@ from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.statistics import RESIDUAL
 from jlora.disk import catalog
 from jlora.methods.lora import INITS, PATTERNS
+from jlora.stored.names import NAMES
 
 #: The method of a run that names none, and the job's own word for training a classifier's head alone.
 DEFAULT, PROBE = "lora", "probe"
@@ -30,6 +31,14 @@ def method_help() -> str:
     whole = ", ".join(names(lambda recipe: recipe.targets == "all"))
     told = f"{', '.join(names())} ({whole}: every weight) or {PROBE} (the head alone)"
     return f"{told}; `jlora inspect --method NAME` tells more"
+
+
+def quantize_help() -> str:
+    """What `--quantize` may be."""
+    codes = ", ".join(f"{name} ({str(code).removesuffix('()')})" for name, code in NAMES.items())
+    return (
+        f"keep the base's linear weights, but the head, as a code: {codes}; nf4 is QLoRA's (default: as in the files)"
+    )
 
 
 def rank_help() -> str:

@@ -3,11 +3,13 @@
 from mutations.mutation import Mutation
 
 ATTENTION = "tests/models/test_model_attention.py::test_"
+BITSANDBYTES = "tests/models/test_model_bitsandbytes.py::test_"
 CLASSIFY = "tests/models/test_model_classify.py::test_"
 ERRORS = "tests/models/test_model_load_errors.py::test_"
 GENERATE = "tests/models/test_model_generate.py::test_"
 GOLDEN = "tests/models/test_model_golden.py::test_"
 HOSTILE = "tests/models/test_model_hostile_files.py::test_"
+QUANTIZED = "tests/models/test_model_quantized.py::test_"
 AGREES = GOLDEN + "output_agrees_with_transformers"
 
 MUTATIONS = (
@@ -144,9 +146,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a quantized checkpoint is read as it is",
-        "jlora/models/load.py",
-        'if hf.get("quantization_config"):',
-        "if False:",
+        "jlora/models/bitsandbytes.py",
+        "    if not config:\n        return False\n",
+        "    return False\n",
         (ERRORS + "an_unsupported_config_is_named",),
     ),
     Mutation(
@@ -155,5 +157,124 @@ MUTATIONS = (
         "if self not in self._last:",
         "if not self._last:",
         ("tests/interchange/test_commands.py::test_a_lazy_merge_has_the_shapes_dtypes_and_values_of_a_merge",),
+    ),
+    Mutation(
+        "a spec's codes are those of another order of axes",
+        "jlora/models/load.py",
+        "yield matrix if site.in_axes < site.out_axes else matrix.T",
+        "yield matrix",
+        (QUANTIZED + "a_model_is_encoded_while_it_is_read_as_it_would_be_afterwards",),
+    ),
+    Mutation(
+        "a name quantizes in float32 what the params have in 16 bits",
+        "jlora/models/load.py",
+        "code, dtype = code_at(site), np.dtype(site.dtype)",
+        "code, dtype = code_at(site), np.dtype(np.float32)",
+        (QUANTIZED + "a_model_is_encoded_while_it_is_read_as_it_would_be_afterwards",),
+    ),
+    Mutation(
+        "a leaf is read whole before it is encoded",
+        "jlora/models/load.py",
+        "    return by_matrix(site, code, matrices())",
+        "    return encoded(site, code, _read(checkpoint, made_of, site.shape, dtype, allow_nonfinite))",
+        (QUANTIZED + "beside_what_is_stored_one_matrix_is_in_memory",),
+    ),
+    Mutation(
+        "matrices are held until all are encoded",
+        "jlora/core/tree/quantize.py",
+        "    for number, w in enumerate(matrices):",
+        "    for number, w in enumerate(list(matrices)):",
+        (QUANTIZED + "beside_what_is_stored_one_matrix_is_in_memory",),
+    ),
+    Mutation(
+        "what is not finite is encoded",
+        "jlora/core/tree/quantize.py",
+        "        if not finite:\n",
+        "        if False:\n",
+        (QUANTIZED + "values_that_are_not_finite_are_never_encoded",),
+    ),
+    Mutation(
+        "a name quantizes heads",
+        "jlora/models/quantized.py",
+        "        return {ALL_LINEAR: quantize}",
+        '        return {r".*/kernel": quantize}',
+        (QUANTIZED + "a_name_means_all_linear_weights_but_the_head",),
+    ),
+    Mutation(
+        "text is written by the function as it is",
+        "jlora/models/generate.py",
+        "    apply = runnable(apply, params)\n",
+        "",
+        (QUANTIZED + "text_is_written_from_codes_with_and_without_a_lift",),
+    ),
+    Mutation(
+        "every layer is saved as the first",
+        "jlora/models/quantized.py",
+        "fields = {name: array[layer] for name, array in leaf.fields.items()}",
+        "fields = {name: array[0] for name, array in leaf.fields.items()}",
+        (QUANTIZED + "saving_decodes_layer_by_layer",),
+    ),
+    Mutation(
+        "Flax says what is wrong with codes",
+        "jlora/models/llama.py",
+        "        refuse_codes(self.variables)\n",
+        "",
+        (QUANTIZED + "a_model_that_is_not_lifted_says_what_to_do",),
+    ),
+    Mutation(
+        "blocks of bitsandbytes are not transposed",
+        "jlora/models/bitsandbytes.py",
+        "along = lambda array: array.reshape(rows, -1).T  # noqa: E731",
+        "along = lambda array: array.reshape(-1, rows)  # noqa: E731",
+        (BITSANDBYTES + "logits_are_those_of_the_weights_that_bitsandbytes_decodes",),
+    ),
+    Mutation(
+        "blocks run over the ends of rows",
+        "jlora/models/bitsandbytes.py",
+        "            if columns % block:\n",
+        "            if False:\n",
+        (BITSANDBYTES + "a_damaged_weight_is_refused_by_name",),
+    ),
+    Mutation(
+        "other levels than bitsandbytes' are read",
+        "jlora/models/bitsandbytes.py",
+        "if not np.array_equal(self.read(name), levels):",
+        "if False:",
+        (BITSANDBYTES + "a_damaged_weight_is_refused_by_name",),
+    ),
+    Mutation(
+        "transformers takes plain layers for quantized ones",
+        "jlora/models/bitsandbytes.py",
+        '"llm_int8_skip_modules": skipped,',
+        '"llm_int8_skip_modules": None,',
+        (BITSANDBYTES + "a_plain_model_is_written_as_bitsandbytes_writes_it",),
+    ),
+    Mutation(
+        "FP4's second zero is written with its sign",
+        "jlora/models/bitsandbytes.py",
+        "np.asarray(code.levels, np.float32) + 0",
+        "np.asarray(code.levels, np.float32)",
+        (BITSANDBYTES + "what_was_read_is_written_with_the_same_bytes",),
+    ),
+    Mutation(
+        "layers in different forms take the first one's",
+        "jlora/models/load.py",
+        "        if len(codes) > 1:\n",
+        "        if False:\n",
+        (BITSANDBYTES + "layers_in_different_forms_are_not_stacked",),
+    ),
+    Mutation(
+        "the dtype of a quantized model is that of its scales",
+        "jlora/models/bitsandbytes.py",
+        "return [name for name in super().names if name not in self._beside]",
+        "return super().names",
+        (BITSANDBYTES + "the_dtype_is_that_of_what_was_quantized",),
+    ),
+    Mutation(
+        "a quantized model is quantized again",
+        "jlora/models/load.py",
+        "if stored and spec is not None:",
+        "if False:",
+        (BITSANDBYTES + "a_quantized_model_is_not_quantized_again",),
     ),
 )

@@ -6,6 +6,7 @@ BATCHES = "tests/training/test_batches.py::test_"
 CHECKPOINTS = "tests/training/test_checkpoints.py::test_"
 EXAMPLES = "tests/training/test_examples.py::test_"
 JOB = "tests/training/test_job.py::test_"
+QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
 STEPS = "tests/training/test_steps.py::test_"
 VERDICT = "tests/training/test_verdict.py::test_"
@@ -276,6 +277,41 @@ RUN = (
         "    if holder is not None:\n        raise",
         "    if False:\n        raise",
         (JOB + "a_folder_in_use_names_the_process",),
+    ),
+    Mutation(
+        "a quantized base is decoded to write text",
+        "jlora/training/samples.py",
+        "if not coded and all(",
+        "if all(",
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
+    ),
+    Mutation(
+        "a weight that no block divides is left out in silence",
+        "jlora/training/subject.py",
+        "return spec, tuple(told)",
+        "return spec, ()",
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
+    ),
+    Mutation(
+        "a run is opened on the plain base",
+        "jlora/training/subject.py",
+        "        quantize=spec,\n",
+        "",
+        (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
+    ),
+    Mutation(
+        "inspect takes a quantized model for a plain one",
+        "jlora/training/subject.py",
+        "    if is_quantized(config, directory):\n",
+        "    if False:\n",
+        (QUANTIZED + "a_model_of_bitsandbytes_is_a_base_as_it_is",),
+    ),
+    Mutation(
+        "a function gets an Adapted without sites",
+        "jlora/core/transforms/lift.py",
+        "if not any(isinstance(leaf, Adapted | Stored) for _, leaf in found):",
+        "if not any(leaf.plan.sites if isinstance(leaf, Adapted) else isinstance(leaf, Stored) for _, leaf in found):",
+        ("tests/test_lift_forms.py::test_an_adapted_without_sites_runs_as_its_base",),
     ),
 )
 

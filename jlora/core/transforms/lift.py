@@ -101,10 +101,10 @@ def call(
 ) -> Any:
     """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first, and those kept as a code."""
     found, treedef = paths.flatten_with_keys((args, kwargs), lambda node: isinstance(node, Adapted))
+    if not any(isinstance(leaf, Adapted | Stored) for _, leaf in found):
+        return fn(*args, **kwargs)
     taken = [_weights(keys[2:] or keys, leaf) for keys, leaf in found]
     values = [change(value) for each in taken for value in each]
-    if not values:
-        return fn(*args, **kwargs)
     beside = [leaves_beside(leaf, each) if isinstance(leaf, Adapted) else {} for (_, leaf), each in zip(found, taken)]
     _check_cuts(walk.cuts, [site for _, leaf in found if isinstance(leaf, Adapted) for site in leaf.plan.sites])
 

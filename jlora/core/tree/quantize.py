@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,7 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
         >>> logits = jlora.lift(model.apply)({"params": adapted}, tokens)
     """
     leaves, treedef = paths.flatten_with_keys(params)
-    found = {site.keys: site for site in resolve(leaves, _keeping(spec), sites)}
+    found = {site.keys: site for site in resolve(leaves, keeping(spec), sites)}
     return jax.tree.unflatten(treedef, [_stored(found[keys], leaf) if keys in found else leaf for keys, leaf in leaves])
 
 
@@ -89,7 +90,7 @@ def requantize(adapted: Adapted) -> Any:
     return adapted.with_replaced(merged_leaves(adapted, formed))
 
 
-def _keeping(spec: Any) -> dict[Any, Any]:
+def keeping(spec: Any) -> dict[Any, Any]:
     """The spec with methods in the place of codes, by which its leaves are found.
 
     Raises:
@@ -110,20 +111,56 @@ def _keeping(spec: Any) -> dict[Any, Any]:
 def _stored(site: Site, leaf: Any) -> Stored:
     if isinstance(leaf, Stored):
         raise ValueError(f"{site.path} is kept as {leaf.code} already; decode it first (jlora.dequantize)")
+    return encoded(site, code_at(site), leaf)
+
+
+def code_at(site: Site) -> Code:
+    """The code of a site by `keeping`."""
     assert isinstance(site.method, Kept) and site.method.code is not None
-    return encoded(site, site.method.code, leaf)
+    return site.method.code
 
 
 def encoded(site: Site, code: Code, leaf: Any) -> Stored:
     """A leaf in the form of a code, cut over a mesh as it was."""
     sharding = placement.named_sharding(leaf)
     if sharding is not None:
-        fields = _on_mesh(site, code, leaf, sharding)
-    elif isinstance(leaf, Tracer):
-        fields = _all(site, code, leaf)
-    else:
-        fields = _one_by_one(site, code, leaf)
-    return _as_stored(site, code, fields)
+        return _as_stored(site, code, _on_mesh(site, code, leaf, sharding))
+    if isinstance(leaf, Tracer):
+        return _as_stored(site, code, _all(site, code, leaf))
+    order = (*site.batch_axes, *site.in_axes, *site.out_axes)
+    stack = leaf.transpose(order).reshape(-1, site.in_size, site.out_size)
+    return by_matrix(site, code, (stack[number] for number in range(stack.shape[0])))
+
+
+def by_matrix(site: Site, code: Code, matrices: Iterable[Any]) -> Stored:
+    """A leaf in the form of a code from its folded matrices `[in, out]`, which are taken one after the other.
+
+    Beside the fields of the whole leaf no more than one matrix and its fields are in memory, wherever matrices come from.
+
+    Args:
+        site: the leaf.
+        code: the code.
+        matrices: as many as the batch axes count, in their order, in the leaf's dtype.
+
+    Raises:
+        ValueError: where values are not finite.
+    """
+    count, kept = math.prod(site.batch_shape), {}
+    for number, w in enumerate(matrices):
+        fields, finite = _encode(code, jnp.asarray(w))
+        if not finite:
+            raise ValueError(f"{site.path} holds values that are not finite, which {code} can't keep")
+        kept = kept or {name: jnp.zeros((count, *array.shape), array.dtype) for name, array in fields.items()}
+        kept = _written(kept, fields, number)
+        del w, fields  # before the next matrix is made
+    shapes = {name: (*site.batch_shape, *array.shape[1:]) for name, array in kept.items()}
+    return _as_stored(site, code, {name: array.reshape(shapes[name]) for name, array in kept.items()})
+
+
+@partial(jax.jit, donate_argnums=0)
+def _written(kept: Arrays, fields: Arrays, number: int) -> Arrays:
+    """The fields of all matrices with those of one in their place."""
+    return {name: kept[name].at[number].set(array) for name, array in fields.items()}
 
 
 def _as_stored(site: Site, code: Code, fields: Any) -> Stored:
@@ -139,25 +176,6 @@ def _all(site: Site, code: Code, leaf: jax.Array) -> Arrays:
     for _ in site.batch_axes:
         one = jax.vmap(one)
     return one(site.fold(leaf))
-
-
-def _one_by_one(site: Site, code: Code, leaf: Any) -> Arrays:
-    """The same, one matrix after the other, so that a stack is nowhere whole in float32."""
-    order = (*site.batch_axes, *site.in_axes, *site.out_axes)
-    stack = leaf.transpose(order).reshape(-1, site.in_size, site.out_size)
-    found = []
-    for number in range(stack.shape[0]):
-        fields, finite = _encode(code, jnp.asarray(stack[number]))
-        if not finite:
-            raise ValueError(f"{site.path} holds values that are not finite, which {code} can't keep")
-        found.append(fields)
-    if not site.batch_axes:
-        return found[0]
-    return {name: _joined(site, [fields[name] for fields in found]) for name in found[0]}
-
-
-def _joined(site: Site, arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack(arrays).reshape(*site.batch_shape, *arrays[0].shape)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import _compat, paths
+from jlora.core.protocol.code import Code
 from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import GROUPED, Method, Site
 from jlora.core.protocol.readings import Leaf, Sites
@@ -36,7 +37,7 @@ class Axes:
 
     Args:
         roles: one word an axis: "in", "out" or "batch" (stacked layers, experts), as in `"batch in out"`.
-        method: the method.
+        method: the method; a code in a spec of `quantize`.
         kind: "dot", or "gather" for an embedding, or "conv" for a convolution ("grouped conv" where it has feature groups).
 
     Raises:
@@ -47,7 +48,7 @@ class Axes:
     """
 
     roles: str
-    method: Method
+    method: Method | Code
     kind: str = "dot"
 
     def __post_init__(self) -> None:
