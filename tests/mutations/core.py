@@ -407,15 +407,15 @@ PASSES = (
     Mutation(
         "DoRA's norms are those of the weight times the function's number",
         "jlora/core/walk/weight.py",
-        "return weight.array if weight.stored is None else weight.stored",
-        "return weight.array",
+        "array = weight.array if weight.stored is None else weight.stored",
+        "array = weight.array",
         form("times a number", method="dora"),
     ),
     Mutation(
         "a formed weight is not multiplied",
         "jlora/core/walk/weight.py",
-        "return formed if weight.factor is None else formed * weight.factor.astype(formed.dtype)",
-        "return formed",
+        "return array if weight.factor is None else array * weight.factor.astype(array.dtype)",
+        "return array",
         form("elementwise use of a multiple"),
     ),
     Mutation(
@@ -499,8 +499,8 @@ PASSES = (
     Mutation(
         "a leaf that is never read is no error",
         "jlora/core/transforms/lift.py",
-        "sorted({value.name for value in values} - walk.seen)",
-        "sorted({value.name for value in values} & set())",
+        "sorted(adapted - walk.seen)",
+        "sorted(adapted & set())",
         (SITES + "a_lifted_function_that_never_reads_an_adapted_leaf_is_refused",),
     ),
     Mutation(
@@ -621,7 +621,7 @@ LOOPS = (
     Mutation(
         "weights cut along rows enter a mesh though their method may not be cut",
         "jlora/core/walk/weight.py",
-        'if not group or not first or not (role == "batch" or role in weight.method.local):',
+        'if not group or not first or not (role == "batch" or role in parts):',
         "if not group or not first:",
         form("shard_map over in", method="dora"),
     ),
@@ -796,8 +796,8 @@ ACTING = (
     Mutation(
         "a function gets the bias beside as it was",
         "jlora/core/transforms/lift.py",
-        " | changed.pop(0)",
-        "",
+        " | changed)",
+        ")",
         (ACTS + "however_the_function_uses_kernel_and_bias_it_is_lifted_to_what_it_is_on_merged_params[Gain()]",),
     ),
     Mutation(

@@ -32,14 +32,14 @@ ADAPTED = (
     Mutation(
         "a merge leaves the adapter that is under another one",
         "jlora/core/tree/merge.py",
-        "lambda node: merge(node) if is_adapted(node) else node,",
-        "lambda node: node.base if is_adapted(node) else node,",
+        "lambda node: merge(node) if isinstance(node, Adapted) else decoded(node)",
+        "lambda node: node.base if isinstance(node, Adapted) else decoded(node)",
         ("tests/test_trees.py::test_a_second_adapter_goes_on_an_adapted_and_lift_and_merge_see_through",),
     ),
     Mutation(
         "a merged leaf lies where the compiler puts it",
         "jlora/core/tree/merge.py",
-        "return jax.device_put(array, leaf.sharding)",
+        "return jax.device_put(array, sharding)",
         "return array",
         (
             MESH + "merge_save_and_load_keep_the_shardings",
@@ -271,9 +271,9 @@ STORED = (
     ),
     Mutation(
         "fields are cut by the inner one of two folded axes",
-        "jlora/core/tree/placement.py",
-        "return axes[wide[0]] if wide else None",
-        "return axes[wide[-1]] if wide else None",
+        "jlora/core/protocol/roles.py",
+        "return entries[wide[0]] if wide else None",
+        "return entries[wide[-1]] if wide else None",
         (MESH + "adapters_lie_as_their_base_does_before_and_after_training",),
     ),
     Mutation(

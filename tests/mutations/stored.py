@@ -10,6 +10,9 @@ AGAIN = BITS + "a_decoded_matrix_has_the_same_fields_again"
 PART = CODES + "a_part_of_the_fields_is_a_part_of_the_matrix"
 UNIFORM = CODES + "uniform_is_that_of_loftq"
 FLOAT8 = CODES + "float8_is_the_nearest_of_its_dtype"
+LEAVES = "tests/stored/test_stored_leaves.py::test_"
+ROOM = LEAVES + "a_step_takes_no_more_memory_than_on_a_float32_base"
+MESH = LEAVES + "on_a_mesh_fields_are_cut_as_the_leaf_in_whole_blocks"
 FINITE = CODES + "numbers_near_the_ends_of_float32_make_none_that_are_not_finite"
 
 MUTATIONS = (
@@ -187,5 +190,75 @@ MUTATIONS = (
         "optimization_barrier(shares * width) + low",
         "optimization_barrier(shares * width)",
         (UNIFORM,),
+    ),
+    Mutation(
+        "decoded weights are kept for the backward pass",
+        "jlora/core/walk/decoding.py",
+        "return jax.checkpoint(tied)",
+        "return tied",
+        (ROOM + "[False-False]",),
+    ),
+    Mutation(
+        "a code's levels are constants in a loop",
+        "jlora/stored/blockwise.py",
+        "packed, levels = jax.lax.optimization_barrier((packed, jnp.asarray(self.levels, jnp.float32)))",
+        "levels = jnp.asarray(self.levels, jnp.float32)",
+        (ROOM + "[True-False]",),
+    ),
+    Mutation(
+        "a leaf in the form of a code ignores the number that multiplies it",
+        "jlora/core/walk/weight.py",
+        "return _times(weight, over_batch(lambda view: view.w, weight))",
+        "return over_batch(lambda view: view.w, weight)",
+        (LEAVES + "every_use_equals_that_of_the_decoded_base",),
+    ),
+    Mutation(
+        "a matrix that can't be decoded in parts is cut",
+        "jlora/core/walk/weight.py",
+        "weight.method.local & weight.code.local",
+        "weight.method.local",
+        (MESH,),
+    ),
+    Mutation(
+        "a cut into a block is made",
+        "jlora/core/tree/placement.py",
+        "for name, array in leaf.fields.items():",
+        "for name, array in ():",
+        (MESH,),
+    ),
+    Mutation(
+        "values that are not finite are kept as a code",
+        "jlora/core/tree/quantize.py",
+        "if not finite:",
+        "if False:",
+        (LEAVES + "quantize_refuses",),
+    ),
+    Mutation(
+        "adapters are loaded on a base in another form",
+        "jlora/disk/adapters.py",
+        "if (before := made_on.get(path)) != (after := now.get(path)):",
+        "if (before := made_on.get(path)) is (after := now.get(path)) is path:",
+        (LEAVES + "saved_adapters_know_the_form_of_their_base",),
+    ),
+    Mutation(
+        "rows of a leaf in the form of a code are looked up",
+        "jlora/core/walk/lookup.py",
+        "if weight.code is not None:",
+        "if False:",
+        (LEAVES + "leaves_kept_as_a_code_are_no_arrays",),
+    ),
+    Mutation(
+        "a leaf in the form of a code is adapted by other roles than its own",
+        "jlora/core/tree/spec.py",
+        "if isinstance(leaf, Stored) and tuple(roles) != leaf.roles:",
+        "if False:",
+        (LEAVES + "leaves_kept_as_a_code_are_no_arrays",),
+    ),
+    Mutation(
+        "a finished link goes into a base in the form of a code",
+        "jlora/optimize/restart.py",
+        "elif isinstance(leaf := leaves[site.keys], Stored):",
+        "elif False and isinstance(leaf := leaves[site.keys], Stored):",
+        (LEAVES + "what_merges_into_the_base_is_refused_and_chains_beside_it_go_on",),
     ),
 )

@@ -129,7 +129,7 @@ def test_a_step_takes_no_more_memory_than_on_a_float32_base(scanned, remat):
     x = normal(2, 32, 128)
     sites = jlora.sites(fn, params, x)
     sizes = []
-    for base in (params, jlora.quantize(params, {".*": Rounded(64)}, sites)):
+    for base in (params, jlora.quantize(params, {".*": jlora.NF4()}, sites)):
         adapted = jlora.adapterize(base, {".*": jlora.LoRA(4)}, sites=sites)
         loss = lambda p, a: jnp.sum(jlora.lift(fn)(a.replace(params=p), x) ** 2)
         found = jax.jit(jax.value_and_grad(loss)).lower(adapted.params, adapted).compile().memory_analysis()
