@@ -35,4 +35,6 @@ class Rounded(Code):
         return fields["codes"].astype(jnp.float32) * self._spread(fields["scales"], (rows, columns))
 
     def _spread(self, scales, shape):
-        return scales if self.whole else jnp.repeat(scales, self.block, axis=0, total_repeat_length=shape[0])
+        if self.whole:  # by the place in the whole matrix, which a part of it does not know
+            return scales * (1 + jnp.arange(shape[0])[:, None] / shape[0])
+        return jnp.repeat(scales, self.block, axis=0, total_repeat_length=shape[0])

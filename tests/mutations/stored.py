@@ -196,7 +196,7 @@ MUTATIONS = (
         "jlora/core/walk/decoding.py",
         "return jax.checkpoint(tied)",
         "return tied",
-        (ROOM + "[False-False]",),
+        (ROOM + "[True-False]",),
     ),
     Mutation(
         "a code's levels are constants in a loop",
