@@ -51,6 +51,17 @@ def uses(params, x):
     image = lax.conv_general_dilated(
         x[None, None], params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    for name, groups in (("grouped", 2), ("depthwise", 8)):
+        image = jnp.tanh(
+            lax.conv_general_dilated(
+                image,
+                params[name],
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=groups,
+            )
+        )
     return image + jnp.sum(jnp.square(params["formed"]))
 
 
@@ -61,6 +72,8 @@ USES = {
     "stack": weight(8, 2, 8, 8),
     "experts": weight(9, 2, 8, 8),
     "conv": normal(10, 1, 3, 8, 8, scale=0.2),
+    "grouped": normal(11, 1, 3, 4, 8, scale=0.4),
+    "depthwise": normal(12, 2, 2, 1, 8, scale=0.5),
 }
 
 
@@ -187,6 +200,14 @@ def test_on_a_mesh_with_explicit_axes():
             {"w": jlora.LoRA(2)},
             run=jax.jit,
         )
+        codes = {"heads": jlora.Axes("in in out", CODE), "w": jlora.NF4(32, double=True)}
+        params = {
+            "heads": place(normal(2, 4, 8, 8), None, "rows", None),
+            "w": place(weight(3, 64, 8), "rows", "columns"),
+        }
+        kept = jlora.quantize(params, codes)
+        spec = {"heads": jlora.Axes("in in out", jlora.LoRA(2, init="pissa")), "w": jlora.LoRA(2, init="pissa")}
+        close(*(jlora.merge(perturbed(jlora.adapterize(base, spec))) for base in (kept, jlora.dequantize(kept))))
 
 
 def test_shardings_by_logical_names_are_those_of_the_fields():
@@ -346,6 +367,7 @@ def test_peft_files_of_a_base_kept_as_a_code_are_those_of_the_decoded_base(tmp_p
         ({"w": weight(0, 8, 8)}, [CODE], "a spec maps patterns to codes"),
         ({"w": weight(0, 8, 8).at[2, 3].set(jnp.nan)}, {"w": CODE}, "w holds values that are not finite"),
         ({"w": weight(0, 2, 8, 8)}, {"w": CODE}, r'jlora.Axes\("batch in out", Rounded\(\)\)'),
+        ({"w": jnp.zeros((8, 0))}, {"w": CODE}, "w, shape .*: it holds no values"),
         ({"w": jnp.zeros(8)}, {"w": CODE}, "Rounded\\(\\) adapts a matrix; leave it out"),
     ],
 )
@@ -370,7 +392,16 @@ def test_leaves_kept_as_a_code_are_no_arrays():
         jlora.quantize(
             {"e": weight(1, 8, 8)}, {"e": CODE}, jlora.sites(lookup, {"e": weight(1, 8, 8)}, jnp.array([1, 2]))
         )
+    cut = jax.tree.map(lambda x: x[:1], kept)
     with pytest.raises(ValueError, match="was cut or joined outside of a lifted function"):
-        jlora.dequantize(jax.tree.map(lambda x: x[0], kept["w"]))
+        jlora.dequantize(cut)
+    with pytest.raises(
+        ValueError, match=r"w, shape \(2, 8, 8\), is kept as Rounded\(\), but its field .* was cut or joined"
+    ):
+        jlora.lift(lambda p, x: jnp.tanh(x @ p["w"][1]))({"w": cut["w"]}, jnp.ones((3, 8)))
+    with pytest.raises(TypeError, match="got an Adapted, whose trained arrays would be rounded"):
+        jlora.quantize(jlora.adapterize(kept, {"e": jlora.LoRA(2)}), {"base/.*": CODE})
+    with pytest.raises(ValueError, match=r"e is kept as Rounded\(\) already; start from the original"):
+        jlora.loftq(kept, {"e": jlora.LoRA(2, init="residual")}, CODE)
     with pytest.raises(ValueError, match="is kept as .* with the axes 'in out', but is to be adapted with 'out in'"):
         jlora.adapterize(kept, {"e": jlora.Axes("out in", jlora.LoRA(2))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -38,10 +39,12 @@ class Kept(Method):
         """Whether the code can hold the leaf.
 
         Raises:
-            ValueError: for an embedding, of which single rows are read, and a size that the code refuses.
+            ValueError: for an embedding, of which single rows are read, no values, and a size that the code refuses.
         """
         if self.code is None:
             return
+        if not math.prod(site.shape):
+            raise ValueError(f"it holds no values, of which {self.code} could take the scale; leave it out")
         if site.kind == "gather":
             raise ValueError(
                 f"the function looks up rows of it (an embedding), and {self.code} decodes whole matrices; leave it out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import paths
+from jlora import _compat, paths
 from jlora.core.protocol.code import Arrays, Code
 from jlora.core.protocol.roles import Folded
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Stored(paths.Whole, Folded):
     """A leaf in the form of a code; made by `quantize`, understood by `lift`.
 
@@ -62,16 +63,18 @@ class Stored(paths.Whole, Folded):
     def sharding(self) -> Any:
         """Where the leaf lies: on a mesh cut as its fields are, else where the fields lie; None of shapes and tracers."""
         found = [getattr(array, "sharding", None) for array in self.fields.values()]
-        meshes = [sharding for sharding in found if isinstance(sharding, NamedSharding)]
-        if not meshes:
-            return found[0]
+        meshes = [sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)]
+        return NamedSharding(meshes[0], self._spec(found)) if meshes else found[0]
+
+    def _spec(self, shardings: list[Any]) -> PartitionSpec:
+        """How the leaf is cut, by the shardings of its fields."""
         entries: list[Any] = [None] * self.ndim
-        for roles, sharding in zip(self._roles(), found, strict=True):
+        for roles, sharding in zip(self._roles(), shardings, strict=True):
             if isinstance(sharding, NamedSharding):
                 for role, entry in zip(roles, sharding.spec):
                     if entry is not None and role is not None:
                         entries[role] = entry
-        return NamedSharding(meshes[0].mesh, PartitionSpec(*entries))
+        return PartitionSpec(*entries)
 
     def _roles(self) -> list[list[int | None]]:
         """For each field the leaf's axis that each of the field's axes is cut by, or None."""
@@ -82,26 +85,43 @@ class Stored(paths.Whole, Folded):
     def _first(self, folded: tuple[int, ...]) -> int | None:
         return next((axis for axis in folded if self.shape[axis] > 1), None)
 
-    def decoded(self) -> jax.Array:
-        """The leaf as an array of its shape and dtype.
+    def check(self, path: str = "a leaf") -> None:
+        """Whether the fields are those of a leaf of this shape.
 
         Raises:
-            ValueError: where the fields were cut or joined, as by `jax.tree.map`, so that they are not those of the shape.
+            ValueError: where they were cut or joined, as by `jax.tree.map`, with the leaf's path.
         """
         for name, array in self.fields.items():
             batch, wanted = jnp.shape(array)[: len(self.batch_axes)], len(self.batch_axes) + len(self.code.axes[name])
             if batch != self.batch_shape or jnp.ndim(array) != wanted:
                 raise ValueError(
-                    f"the field {name} of a leaf of shape {self.shape} that is kept as {self.code} has the shape "
+                    f"{path}, shape {self.shape}, is kept as {self.code}, but its field {name} has the shape "
                     f"{jnp.shape(array)}: it was cut or joined outside of a lifted function, which such a leaf can't take"
                 )
+
+    def decoded(self) -> jax.Array:
+        """The leaf as an array of its shape and dtype.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check()
 
         def one(fields: Arrays) -> jax.Array:
             return self.code.decode(fields, self.in_size, self.out_size)
 
         for _ in self.batch_axes:
             one = jax.vmap(one)
-        return self.unfold(one(self.fields).astype(self.dtype))
+
+        def whole(fields: Arrays) -> jax.Array:
+            return self.unfold(one(fields).astype(self.dtype))
+
+        return self.automatic(whole)(self.fields)
+
+    def automatic(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that gives an array of the leaf's form, on meshes with explicit axes too: cut as the leaf is."""
+        avals = [jax.typeof(array) for array in self.fields.values()]
+        return _compat.automatic(function, avals[0], lambda _: self._spec([aval.sharding for aval in avals]))
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses to be taken for an array.
@@ -114,7 +134,8 @@ class Stored(paths.Whole, Folded):
             "decodes it where it is used, or decode all leaves first by jlora.dequantize(params)"
         )
 
-    __array__ = __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __getitem__ = (
+    __array__ = __jax_array__ = __getitem__ = astype = reshape = transpose = _refuse
+    __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __neg__ = (
         _refuse
     )
 

@@ -107,7 +107,12 @@ def _given(weight: Weight, view: View, name: str) -> jax.Array:
 
 def effective_leaf(weight: Weight) -> jax.Array:
     """The effective weight of a leaf, in its form and dtype, on meshes with explicit axes too."""
-    return _compat.automatic(weights.effective, weight.aval)(weight)
+    if weight.code is None:
+        return _compat.automatic(weights.effective, weight.aval)(weight)
+    site = weight.site
+    assert site is not None
+    roles = (site.in_axes, site.out_axes, site.batch_axes)
+    return Stored(weight.codes, weight.code, site.shape, site.dtype, *roles).automatic(weights.effective)(weight)
 
 
 def _placed_like(array: Any, leaf: Any) -> Any:

@@ -43,7 +43,7 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
         The same tree with `Stored` leaves.
 
     Raises:
-        TypeError: for a spec or code of the wrong kind, and for leaves of integers.
+        TypeError: for a spec or code of the wrong kind, an `Adapted`, and for leaves of integers.
         ValueError: for a pattern that matches nothing, a leaf that is kept as a code already, an embedding of which rows are
             looked up, a size that the code refuses (such as a block that doesn't divide), or values that are not finite.
 
@@ -52,6 +52,11 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
         >>> adapted = jlora.adapterize(jlora.quantize(params, spec), {r".*/q_proj/kernel": jlora.LoRA(8)})
         >>> logits = jlora.lift(model.apply)({"params": adapted}, tokens)
     """
+    if isinstance(params, Adapted):
+        raise TypeError(
+            "quantize takes the params of a base, and got an Adapted, whose trained arrays would be rounded too: quantize "
+            "first, then adapterize"
+        )
     leaves, treedef = paths.flatten_with_keys(params)
     found = {site.keys: site for site in resolve(leaves, keeping(spec), sites)}
     return jax.tree.unflatten(treedef, [_stored(found[keys], leaf) if keys in found else leaf for keys, leaf in leaves])
@@ -191,7 +196,8 @@ def _on_mesh(site: Site, code: Code, leaf: jax.Array, sharding: NamedSharding) -
         ValueError: where a cut would fall into a block.
     """
     specs = site.specs(code.axes, sharding.spec)
-    shapes: Any = _as_stored(site, code, jax.eval_shape(partial(_all, site, code), leaf))
+    whole = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    shapes: Any = _as_stored(site, code, jax.eval_shape(partial(_all, site, code), whole))
     placement.check_fields(site.path, shapes, specs, sharding.mesh.shape)
     shardings = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
     encode = _compat.automatic(lambda leaf: _all(site, code, leaf), jax.typeof(leaf), lambda _: specs)

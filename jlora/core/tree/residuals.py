@@ -17,7 +17,7 @@ from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Site, View
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import RESIDUAL
-from jlora.core.protocol.stored import decoded
+from jlora.core.protocol.stored import Stored, decoded
 from jlora.core.tree import placement
 from jlora.core.tree.quantize import encoded
 from jlora.core.tree.spec import Spec, resolve
@@ -119,6 +119,11 @@ def loftq(
     found = {}
     for site in _needing(by_keys, spec, sites):
         original = by_keys[site.keys]
+        if isinstance(original, Stored):
+            raise ValueError(
+                f"{site.path} is kept as {original.code} already; start from the original params, or from this base by "
+                "jlora.residuals"
+            )
         _check_finite(f"{site.path}: the original", original)
         quantized = _alternated(site, original, code, steps)
         found[site] = quantized, _minus(original, quantized)

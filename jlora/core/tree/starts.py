@@ -100,9 +100,8 @@ def start_of(site: Site, leaf: Any, key: jax.Array, **statistics: jax.Array) -> 
             "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
         )
     key = jax.random.fold_in(key, paths.number(site.path))
-    if isinstance(leaf, Stored):  # in one program, which decodes nothing for methods that don't look at the weight
-        return jax.jit(lambda leaf, key, given: _start(site, leaf.decoded(), key, given))(leaf, key, statistics)
-    leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use
+    if not isinstance(leaf, Stored):
+        leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use
 
     def placed(sharding: Any) -> Start:
         """Where the start lies: its arrays cut as the leaf is."""
@@ -113,6 +112,10 @@ def start_of(site: Site, leaf: Any, key: jax.Array, **statistics: jax.Array) -> 
         drawers: list[Any] = [{name: specs[name] for name in drawer} for drawer in (found.params, found.frozen)]
         return Start(*drawers)
 
+    if isinstance(leaf, Stored):  # in one program, which decodes nothing for methods that don't look at the weight
+        start = jax.jit(lambda leaf, key, given: _start(site, leaf.decoded(), key, given))
+        aval = jax.typeof(next(iter(leaf.fields.values())))
+        return _compat.automatic(start, aval, lambda _: placed(leaf.sharding))(leaf, key, statistics)
     return _compat.automatic(partial(_start, site), jax.typeof(leaf), placed)(leaf, key, statistics)
 
 

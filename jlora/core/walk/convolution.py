@@ -60,7 +60,7 @@ def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
         if groups == 1:
             return jnp.moveaxis(matmul(y, m, dtype, precision), -1, feature)
         y = y.reshape(*y.shape[:-1], groups, m.shape[0])
-        m = m.reshape(m.shape[0], groups, -1)
+        m = m.reshape(m.shape[0], groups, m.shape[1] // groups)  # whose rank may be 0
         mixed = jnp.einsum("...gr,rgo->...go", y, m, precision=precision, preferred_element_type=dtype)
         return jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], -1), -1, feature)
 

@@ -214,6 +214,8 @@ def start(
     """A leaf of the base as the function receives it."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
     batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
+    if isinstance(array, Stored):
+        array.check(site.path)
     codes, code = (array.fields, array.code) if isinstance(array, Stored) else ({}, None)
     array = Blank.like(array) if code is not None else array
     laid_out = (site, site.path, site.shape, axes, batch)
