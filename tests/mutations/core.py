@@ -285,8 +285,8 @@ PRODUCTS = (
     Mutation(
         "a convolution in groups has one group's kernel",
         "jlora/core/walk/convolution.py",
-        "m = m.reshape(m.shape[0], groups, -1)",
-        "m = m.reshape(m.shape[0], -1, groups).swapaxes(1, 2)",
+        "m = m.reshape(m.shape[0], groups, m.shape[1] // groups)",
+        "m = m.reshape(m.shape[0], m.shape[1] // groups, groups).swapaxes(1, 2)",
         form("conv grouped"),
     ),
     Mutation(
