@@ -180,6 +180,7 @@ def test_on_a_mesh_fields_are_cut_as_the_leaf_in_whole_blocks():
         == P("rows", "columns")
     )
     assert kept["auto"].sharding == params["auto"].sharding
+    assert jlora.dequantize(kept)["auto"].sharding == params["auto"].sharding
     assert kept["whole"].fields["scales"].sharding.is_fully_replicated
     start = jlora.adapterize(kept, {"auto": jlora.LoRA(2)})
     assert start.params["auto"]["a"].sharding.spec == P("rows", None)
@@ -246,6 +247,8 @@ def test_requantize_encodes_what_merge_decodes():
     want = jlora.quantize(jlora.merge(kept), {"w_0": CODE})["w_0"]
     np.testing.assert_array_equal(again.fields["codes"], want.fields["codes"])
     assert float(jnp.abs(again.decoded() - jlora.merge(kept)["w_0"]).max()) > 0
+    twice = jlora.requantize(perturbed(jlora.adapterize(kept, {"base/w_0": jlora.LoRA(2)})))
+    assert isinstance(twice["w_0"], jlora.Stored)
 
 
 def test_saved_adapters_know_the_form_of_their_base(tmp_path):

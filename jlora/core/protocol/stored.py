@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat, paths
@@ -144,5 +145,9 @@ class Stored(paths.Whole, Folded):
 
 
 def decoded(leaf: Any) -> Any:
-    """The array of a leaf that is kept in another form; any other leaf as it is."""
-    return leaf.decoded() if isinstance(leaf, Stored) else leaf
+    """The array of a leaf that is kept in another form, cut over a mesh as that is; any other leaf as it is."""
+    if not isinstance(leaf, Stored):
+        return leaf
+    array = leaf.decoded()
+    on_mesh = not isinstance(array, Tracer) and isinstance(leaf.sharding, NamedSharding)
+    return jax.device_put(array, leaf.sharding) if on_mesh else array

@@ -92,7 +92,10 @@ def requantize(adapted: Adapted) -> Any:
         whole, leaf = effective_leaf(weight), leaves[weight.site.keys]
         return encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) else whole
 
-    return adapted.with_replaced(merged_leaves(adapted, formed))
+    params = adapted.with_replaced(merged_leaves(adapted, formed))
+    is_node = lambda node: isinstance(node, Adapted | Stored)  # noqa: E731
+    again = lambda node: requantize(node) if isinstance(node, Adapted) else node  # noqa: E731
+    return jax.tree.map(again, params, is_leaf=is_node)
 
 
 def keeping(spec: Any) -> dict[Any, Any]:
