@@ -89,6 +89,7 @@ from jlora.stored.int8 import Int8 as Int8
 from jlora.stored.normal_float import NF2 as NF2
 from jlora.stored.normal_float import NF3 as NF3
 from jlora.stored.normal_float import NF4 as NF4
+from jlora.stored.qwix import from_qwix as from_qwix
 from jlora.stored.uniform import Uniform as Uniform
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]

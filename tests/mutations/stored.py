@@ -261,4 +261,18 @@ MUTATIONS = (
         "elif False and isinstance(leaf := leaves[site.keys], Stored):",
         (LEAVES + "what_merges_into_the_base_is_refused_and_chains_beside_it_go_on",),
     ),
+    Mutation(
+        "what qwix keeps is computed in float32",
+        "jlora/stored/qwix.py",
+        "values = values.astype(scales.dtype)",
+        "values = values.astype(jnp.float32)",
+        ("tests/stored/test_qwix.py::test_values_are_those_of_qwix_and_are_lifted",),
+    ),
+    Mutation(
+        "tiles of folded axes are taken to lie together",
+        "jlora/stored/qwix.py",
+        "return not cut or all(",
+        "return True or all(",
+        ("tests/stored/test_qwix.py::test_tiles_that_do_not_lie_together_when_axes_are_folded_are_spread",),
+    ),
 )
