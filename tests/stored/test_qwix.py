@@ -60,12 +60,12 @@ def test_values_are_those_of_qwix_and_are_lifted(name):
 
 def test_tiles_that_do_not_lie_together_when_axes_are_folded_are_spread():
     values = jnp.asarray(np.random.default_rng(0).integers(-127, 127, (3, 8, 2, 6)), jnp.int8)
-    scale = jnp.abs(normal(1, 1, 4, 2, 3)) + 0.1
-    spread = jnp.repeat(jnp.repeat(scale, 2, axis=1), 2, axis=3)
+    scale = jnp.abs(normal(1, 1, 4, 1, 6)) + 0.1
+    spread = jnp.repeat(jnp.repeat(scale, 2, axis=1), 2, axis=2)
     _, params, _, sites = taken("", QArray(values, scale, None, "int8"))
     found = jlora.from_qwix(params, sites)["w"]
     np.testing.assert_array_equal(found.decoded(), values.astype(jnp.float32) * spread)
-    assert found.fields["scales"].shape == (3, 4, 6)
+    assert found.fields["scales"].shape == (3, 4, 12)
 
 
 def test_what_is_not_of_qwix_is_refused():
