@@ -1,4 +1,4 @@
-"""Makes `bitsandbytes/`: small models as transformers and bitsandbytes write them, and loads what jlora wrote.
+"""Makes `checkpoints_of_bitsandbytes/`: small models as transformers and bitsandbytes write them, and loads what jlora wrote.
 
     python tests/models/make_bitsandbytes.py               makes the folders
     python tests/models/make_bitsandbytes.py check FOLDER  loads a folder that `jlora.models.save(format="bitsandbytes")`
@@ -20,7 +20,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-FOLDER = pathlib.Path(__file__).resolve().parent / "bitsandbytes"
+FOLDER = (
+    pathlib.Path(__file__).resolve().parent / "checkpoints_of_bitsandbytes"
+)  # not as the package: the folder of this file is on the path of imports
 VOCAB = 32
 SIZES = {
     "vocab_size": VOCAB,

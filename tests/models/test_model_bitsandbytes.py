@@ -15,7 +15,7 @@ import jlora.models as models
 from jlora.models.load import stored_dtypes
 from jlora.stored import FP4, NF3, NF4, Int8
 
-FOLDER = GOLDEN.parent / "bitsandbytes"
+FOLDER = GOLDEN.parent / "checkpoints_of_bitsandbytes"
 CODES = {
     "nf4_double": NF4(double=True),
     "nf4": NF4(),
