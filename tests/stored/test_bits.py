@@ -6,21 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coded import COLUMNS, ROWS, decode, encode, equal, named, normal
 
 from jlora.stored import FP4, NF2, NF3, NF4, Float8, Int4, Int8, Uniform
 
 AGAIN = [NF4(32), NF3(32), NF2(32), Int4(32), Int8(), Float8(), Float8("e5m2")]
-ROWS, COLUMNS = 128, 6
-equal = np.testing.assert_array_equal
-encode = jax.jit(lambda w, code: code.encode(w), static_argnames="code")
-decode = partial(jax.jit, static_argnames=("code", "rows", "columns"))(
-    lambda f, code, rows, columns: code.decode(f, rows, columns)
-)
-named = partial(pytest.mark.parametrize, "code", ids=str)
-
-
-def normal(rows=ROWS, columns=COLUMNS, seed=0):
-    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
 @named(AGAIN)

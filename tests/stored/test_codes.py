@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from coded import COLUMNS, ROWS, decode, encode, equal, named, normal
 
 from jlora import stored
 from jlora.core.protocol.code import Code
@@ -20,17 +21,6 @@ pytestmark = pytest.mark.newest
 CLASSES = [value for value in vars(stored).values() if isinstance(value, type) and issubclass(value, Code)]
 CASES = [case for cls in CLASSES for case in cls.CASES]
 LEVELS = [NF4(32), NF3(32), NF2(32), FP4(32), Int4(32)]
-ROWS, COLUMNS = 128, 6
-equal = np.testing.assert_array_equal
-encode = jax.jit(lambda w, code: code.encode(w), static_argnames="code")
-decode = partial(jax.jit, static_argnames=("code", "rows", "columns"))(
-    lambda f, code, rows, columns: code.decode(f, rows, columns)
-)
-named = partial(pytest.mark.parametrize, "code", ids=str)
-
-
-def normal(rows=ROWS, columns=COLUMNS, seed=0):
-    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
 def again(w, code):

@@ -19,7 +19,7 @@ Arrays = dict[str, jax.Array]
 class Code:
     """Base of all codes. A subclass is a frozen dataclass and gives `axes`, `encode` and `decode`."""
 
-    #: Examples of the code for the contract test; every code has some.
+    #: Examples of the code for its tests; every code that `quantize` takes has some.
     CASES: ClassVar[tuple[Code, ...]] = ()
 
     @property

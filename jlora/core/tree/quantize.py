@@ -32,7 +32,8 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
     `save`. A lifted function decodes it inside of the product that uses it, in every pass; codes and scales are never trained.
 
     Args:
-        params: any pytree of arrays. It is encoded matrix by matrix: beside the result no more than one matrix is in memory.
+        params: any pytree of arrays. A leaf that lies on one device is encoded matrix by matrix, so that a stack is nowhere
+            whole in float32; one on a mesh is encoded where it lies.
         spec: ordered mapping from pattern to code, as for `adapterize`: a regex that must match a leaf's whole path, or
             `ALL_LINEAR`, which leaves out embeddings and heads. The first match wins; what nothing matches, or what matches
             None, stays as it is. `jlora.Axes("batch in out", code)` names the roles of a leaf's axes.

@@ -188,8 +188,8 @@ def _coded(site: Site, code: Code | Rounding, like: Any, leaf: jax.Array) -> Any
         return encoded(site, code, _beside(leaf, like))
     matrices = site.fold(leaf)
     matrices = matrices.reshape(-1, site.in_size, site.out_size)
-    decoded = jnp.stack([_decoded(site, code, matrix) for matrix in matrices])
-    return _beside(site.unfold(decoded).astype(like.dtype), like)
+    rounded = jnp.stack([_decoded(site, code, matrix) for matrix in matrices])
+    return _beside(site.unfold(rounded).astype(like.dtype), like)
 
 
 def _check_code(site: Site, code: Code) -> None:
