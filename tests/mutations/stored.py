@@ -199,6 +199,13 @@ MUTATIONS = (
         (ROOM + "[True-False]",),
     ),
     Mutation(
+        "codes are not tied to what they are multiplied with",
+        "jlora/core/walk/decoding.py",
+        "codes = jax.lax.optimization_barrier((operands, codes))[1]",
+        "codes = [*codes]",
+        (ROOM + "[False-True]",),
+    ),
+    Mutation(
         "a code's levels are constants in a loop",
         "jlora/stored/blockwise.py",
         "packed, levels = jax.lax.optimization_barrier((packed, jnp.asarray(self.levels, jnp.float32)))",
