@@ -72,6 +72,21 @@ def exact(weight: Weight) -> Weight | None:
     return _with_lora(weight, method, LoRA(rank, float(rank), dropout=found.dropout), found.a, found.b)
 
 
+def factors(weight: Weight) -> PlainLoRA | None:
+    """The leaf's own factors and scale, where its method's weight is `w + scale * (a * gates) @ b`; None for any other.
+
+    A method that says what it is as plain LoRA gives what it says, any other its exact factors with scale 1.
+    """
+    method = weight.method
+    if type(method) is LoRA and not method.from_weight:
+        a, b = weight.params["a"], weight.params["b"]
+        return PlainLoRA(a, jnp.ones(a.shape[:-2] + a.shape[-1:], a.dtype), b, method.scale, method.dropout)
+    if _says(method):
+        return _plain(weight, method)
+    found = exact(weight)
+    return None if found is None or type(found.method) is not LoRA else factors(found)
+
+
 def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The LoRA of scale 1 with the smallest `|delta - a @ b|`, `delta` being what the method adds to the weight.
 
@@ -89,7 +104,7 @@ def nearest(weight: Weight, site: Site, rank: int) -> tuple[np.ndarray, np.ndarr
     if not site.method.mergeable or weight.beside:
         raise ValueError(f"{site.path}: {site.method} does more than change the weight, so no LoRA is nearest to it")
     if site.method.matrix:
-        delta = np.asarray(weights.over_batch(_delta(site.method), weight))
+        delta = np.asarray(weights.over_batch(change(site.method), weight))
     else:
         whole = site.method.weight(View(weights.base(weight), weight.params, weight.frozen, site, weight.shared))
         delta = np.asarray(site.fold(whole) - site.fold(weights.base(weight)).astype(whole.dtype))
@@ -193,13 +208,15 @@ def _factors(method: Method, weight: Weight) -> Factors | None:
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:
     """Whether a method's factors give its weight, as the contract demands; a class that fails it may have another weight."""
-    told, wanted = found.a @ found.b, weights.over_batch(_delta(method), weight)
+    told, wanted = found.a @ found.b, weights.over_batch(change(method), weight)
     # The second term is the rounding error of the weights, of which `wanted` is a difference.
     size = jnp.max(jnp.abs(wanted)) * 1e-4 + jnp.max(jnp.abs(weights.base(weight))) * 8 * jnp.finfo(wanted.dtype).eps
     return bool(jnp.max(jnp.abs(told - wanted)) <= size)
 
 
-def _delta(method: Method) -> Callable[[View], jax.Array]:
+def change(method: Method) -> Callable[[View], jax.Array]:
+    """A function of a matrix's view that gives what the method adds to it."""
+
     def delta(view: View) -> jax.Array:
         weight = method.weight(view)
         return weight - view.w.astype(weight.dtype)
