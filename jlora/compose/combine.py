@@ -96,9 +96,9 @@ def combine(
     | the same with `"_svd"` | the rule applied to the changes `delta_i` with the weights `w_i`, then as `"svd"` |
 
     "magnitude_prune" keeps the largest `density` of each array's entries, "dare" keeps any and divides them by `density`;
-    "ties" averages those that have the elected sign. Only "cat", "svd" and the "_svd" ones don't depend on how a change is split
-    into factors. A leaf that not all adapters change is combined from those that do. A leaf trained as it is (`Full`, norms,
-    rows) becomes `Full`, and the rule is applied to its change.
+    "ties" averages those that have the elected sign. "cat", "svd" and the "_svd" ones alone don't depend on how a change is
+    split into factors. A leaf that not all adapters change is combined from those that do. A leaf trained as it is (`Full`,
+    norms, rows) becomes `Full`, and the rule is applied to its change.
 
     Args:
         adapters: on equal bases, such as `jlora.load` gives them on one. The first one's base is the result's.

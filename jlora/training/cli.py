@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | inspect | merge | generate | eval | export | import`.
+"""The command line: `jlora finetune | inspect | merge | generate | eval | export | import | merge-adapters`.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3.
@@ -12,6 +12,8 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from jlora.compose.combine import COMBINATIONS
+from jlora.compose.election import MAJORITIES
 from jlora.training.errors import DivergenceError, SettingError
 from jlora.training.flags import Parser, add_flags, number
 from jlora.training.versions import installed
@@ -27,6 +29,7 @@ _EXAMPLES = """examples:
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
   jlora import adapter --model DIR --to run
+  jlora merge-adapters style facts --weights 0.8,1 --to both
 """
 
 _COUNT = number(int, lambda value: value >= 1, "at least 1")
@@ -53,6 +56,7 @@ def build_parser() -> Parser:
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
     _add_export(commands.add_parser("export", help="write the adapters in PEFT's format"))
     _add_import(commands.add_parser("import", help="make a run of an adapter in PEFT's format"))
+    _add_merge_adapters(commands.add_parser("merge-adapters", help="make one run of the adapters of several"))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(parser=command)
@@ -115,6 +119,27 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--model", help="directory of the base (default: the shipped model)")
     parser.add_argument("--to", required=True, metavar="DIR", help="run to write, which must not exist")
+
+
+def _add_merge_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of jlora finetune on one base")
+    parser.add_argument(
+        "--weights", type=_numbers, required=True, metavar="W,W", help="a number for each run, as in --weights=0.8,-1"
+    )
+    ways = f"one of {', '.join(COMBINATIONS)} (cat, which is exact)"
+    parser.add_argument("--combination", choices=COMBINATIONS, default="cat", metavar="NAME", help=ways)
+    parser.add_argument("--rank", type=_COUNT, help="of the result of an svd (the largest of the runs')")
+    quantile = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+    parser.add_argument("--density", type=quantile, help="share of the entries that pruning keeps")
+    parser.add_argument("--majority", choices=MAJORITIES, default="total", help="whose sign ties elects (total)")
+    parser.add_argument("--clamp", type=quantile, help="clip the factors of an svd to this quantile of their entries")
+    parser.add_argument("--seed", type=number(int), default=0, help="seed of dare's drawing (0)")
+    parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
+    parser.add_argument("--to", required=True, metavar="DIR", help="run to write, which must not exist")
+
+
+def _numbers(text: str) -> list[float]:
+    return [number(float)(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

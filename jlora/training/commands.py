@@ -13,6 +13,7 @@ import jax
 import jlora
 from jlora import models
 from jlora.training import processes
+from jlora.training.combined import combine_runs
 from jlora.training.configuration import Given
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
@@ -148,6 +149,14 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"run written to {arguments.to}")
 
 
+def _merge_adapters(arguments: argparse.Namespace) -> None:
+    key = jax.random.key(arguments.seed)
+    options = {name: getattr(arguments, name) for name in ("combination", "rank", "clamp", "density", "majority")}
+    combined = combine_runs(arguments.runs, arguments.weights, arguments.to, arguments.model, key=key, **options)
+    print(jlora.summary(combined))
+    print(f"run written to {arguments.to}")
+
+
 COMMANDS = {
     "finetune": _finetune,
     "inspect": _inspect,
@@ -156,4 +165,5 @@ COMMANDS = {
     "eval": _eval,
     "export": _export,
     "import": _import,
+    "merge-adapters": _merge_adapters,
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jlora
 from jlora import models
@@ -67,16 +69,27 @@ def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> j
     settings = resolve(asked)
     subject = load_subject(settings, *open_codec(settings))
     adapted = jlora.load_peft(adapter, subject.params, models.peft_names(subject.model))
+    about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
+    source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}
+    write_run(out, adapted, about | source, {name: found.text for name, found in read_chat_templates(adapter).items()})
+    return adapted
+
+
+def write_run(out: Path, adapted: jlora.Adapted, about: dict[str, Any], templates: Mapping[str, str]) -> None:
+    """Write a run without a training, whole or not at all.
+
+    Args:
+        out: its folder, which must not exist.
+        adapted: its adapters.
+        about: the content of its settings.json.
+        templates: its chat templates by name; none where it reads no chats.
+    """
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         jlora.save(staging / ADAPTERS, adapted)
-        about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
-        source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}
-        write_json(staging / SETTINGS, {**about, **source})
-        templates = read_chat_templates(adapter)
+        write_json(staging / SETTINGS, about)
         if templates:
-            write_chat_templates(staging, {name: template.text for name, template in templates.items()})
+            write_chat_templates(staging, templates)
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return adapted

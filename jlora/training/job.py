@@ -172,10 +172,11 @@ def read_settings(out: str | Path) -> dict[str, Any]:
 def _resumable(out: str) -> dict[str, Any]:
     """The settings.json of a run that can go on."""
     stored = read_settings(out)
-    if "imported" in stored:
-        raise CheckpointError(
-            f"{out} holds an adapter imported from {stored['imported']}, and no training to go on with"
-        )
+    for source in ("imported", "combined"):
+        if source in stored:
+            raise CheckpointError(
+                f"{out} holds an adapter {source} from {stored[source]}, and no training to go on with"
+            )
     return stored
 
 

@@ -96,6 +96,30 @@ def test_an_export_for_servers_refuses_what_they_ignore_and_truncates_on_request
     }
 
 
+def test_two_runs_become_one_whose_change_is_their_sum(run, adapted, base, tmp_path, capsys):
+    command = ["merge-adapters", str(run), str(run), "--weights=1.5,-0.5", "--to", str(tmp_path / "both")]
+    assert main(command) == 0
+    assert "run written to" in capsys.readouterr().out
+    both = jlora.load(tmp_path / "both" / "adapters", base[1])
+    ranks = {site.path: getattr(site.method, "rank", None) for site in both.plan.sites}
+    assert ranks["layers/self_attn/q_proj/kernel"] == 8 and ranks["norm/scale"] is None
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jlora.merge(both), jlora.merge(adapted))
+    about = json.loads((tmp_path / "both" / "settings.json").read_text())
+    assert about["combined"] == [str(run)] * 2 and about["weights"] == [1.5, -0.5]
+    assert main(["generate", str(tmp_path / "both"), "--prompt", "Once", "--tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(tmp_path / "both"), "--resume"]) == 2
+    assert "holds an adapter combined from" in capsys.readouterr().err
+    for more, message in {
+        "--weights=1": "--weights must be 2 numbers, one for each run, got 1",
+        "--density=0.5": "'cat' keeps all entries: leave density out",
+    }.items():
+        assert main([*command[:-1], str(tmp_path / "third"), more]) == 2 and message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["both"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

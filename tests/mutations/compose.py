@@ -1,0 +1,47 @@
+"""Faults in what makes one adapter of several."""
+
+from mutations.mutation import Mutation
+
+COMBINE = "tests/test_combine.py::test_"
+SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
+PEFT = COMBINE + "what_peft_makes_of_three_adapters"
+PLACE = "jlora/compose/combine.py"
+MUTATIONS = (
+    Mutation("side by side forgets a scale", PLACE, "jnp.concatenate([size * a for", "jnp.concatenate([a for", SUM),
+    Mutation("closed gates are open", PLACE, "(one.a * one.gates[..., None, :], one.b)", "(one.a, one.b)", SUM),
+    Mutation(
+        "a weight below 0 turns both factors",
+        PLACE,
+        '"b": _by_rule(way.rule, b, roots, keys[1])',
+        '"b": _by_rule(way.rule, b, signed, keys[1])',
+        (PEFT + "[linear]",),
+    ),
+    Mutation(
+        "the weighted arrays elect the sign",
+        "jlora/compose/election.py",
+        "votes = kept if",
+        "votes = weights * kept if",
+        (PEFT + "[ties]",),
+    ),
+    Mutation(
+        "random pruning does not make up for what it drops",
+        "jlora/compose/election.py",
+        "arrays / self.density, 0)",
+        "arrays, 0)",
+        (COMBINE + "pruning_keeps_so_many_and_random_pruning_keeps_the_mean",),
+    ),
+    Mutation(
+        "bases are not compared",
+        PLACE,
+        "            if not same:",
+        "            if False:",
+        (COMBINE + "what_cannot_be_combined_is_refused",),
+    ),
+    Mutation(
+        "weights go to the adapters in the order of a leaf's members",
+        PLACE,
+        "amounts[jnp.array([one.order for one in members])]",
+        "amounts[: len(members)]",
+        (COMBINE + "a_leaf_that_some_leave_alone_is_combined_from_the_others",),
+    ),
+)
