@@ -12,6 +12,8 @@ from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimension
 from jlora.analysis.objective import TaskDimension as TaskDimension
 from jlora.analysis.objective import intrinsic_dimension_90 as intrinsic_dimension_90
 from jlora.compose.combine import combine as combine
+from jlora.compose.lorahub import LoraHub as LoraHub
+from jlora.compose.lorahub import lorahub as lorahub
 from jlora.compose.plain import compact as compact
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse

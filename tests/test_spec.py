@@ -108,6 +108,13 @@ def test_roles_are_three_words(roles):
         jlora.Axes(roles, LORA)
 
 
+def test_axes_are_for_a_method():
+    with pytest.raises(
+        TypeError, match="Axes are for a method, or a code of quantize, such as jlora.LoRA\\(8\\); got None"
+    ):
+        jlora.Axes("in out", None)
+
+
 def test_a_kind_of_axes_is_one_of_three():
     with pytest.raises(ValueError, match='kind must be "dot", "gather" or "conv", got "?\'lookup\''):
         jlora.Axes("in out", LORA, kind="lookup")

@@ -133,7 +133,7 @@ def combine(
         raise ValueError(
             f"wanted one weight for each adapter, got {len(adapters)} adapters and weights {amounts.shape}"
         )
-    _check_one_base(adapters)
+    check_one_base(adapters)
     leaves = dict(paths.flatten_with_keys(adapters[0].base)[0])
     params: dict[str, Any] = {}
     sites = []
@@ -170,7 +170,7 @@ def _checked(
     return _Way(name, replace(rule, density=density or 1.0, majority=majority), rank, clamp)
 
 
-def _check_one_base(adapters: Sequence[Adapted]) -> None:
+def check_one_base(adapters: Sequence[Adapted]) -> None:
     """Refuses adapters whose bases differ in a path, a shape or a value."""
     first = dict(paths.flatten_with_keys(adapters[0].base)[0])
     for order, adapted in enumerate(adapters[1:], 1):

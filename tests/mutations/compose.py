@@ -4,6 +4,7 @@ from mutations.mutation import Mutation
 
 COMBINE = "tests/test_combine.py::test_"
 SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
+HUB = "tests/test_lorahub.py::test_"
 PEFT = COMBINE + "what_peft_makes_of_three_adapters"
 PLACE = "jlora/compose/combine.py"
 MUTATIONS = (
@@ -43,5 +44,26 @@ MUTATIONS = (
         "amounts[jnp.array([one.order for one in members])]",
         "amounts[: len(members)]",
         (COMBINE + "a_leaf_that_some_leave_alone_is_combined_from_the_others",),
+    ),
+    Mutation(
+        "LoraHub begins beside the base",
+        "jlora/compose/lorahub.py",
+        "else np.zeros(size)",
+        "else np.full(size, 0.1)",
+        (HUB + "the_points_tried_are_those_of_the_authors_optimizer",),
+    ),
+    Mutation(
+        "LoraHub's weights beyond a bound are left there",
+        "jlora/compose/lorahub.py",
+        "inside = _reflected(point, bound)",
+        "inside = np.array(point)",
+        (HUB + "a_search_makes_all_its_steps_within_its_bounds",),
+    ),
+    Mutation(
+        "LoraHub's weights multiply one factor alone",
+        "jlora/compose/lorahub.py",
+        "name: jnp.tensordot(weights.astype(side.dtype), side, 1)",
+        'name: jnp.tensordot(weights if name == "a" else jnp.ones_like(weights), side, 1)',
+        (HUB + "the_update_is_quadratic_in_the_weights",),
     ),
 )

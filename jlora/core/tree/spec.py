@@ -42,6 +42,7 @@ class Axes:
 
     Raises:
         ValueError: for other words.
+        TypeError: for a method that is none.
 
     Example:
         >>> {r"layers/mlp/up/kernel": jlora.Axes("batch in out", jlora.LoRA(8))}
@@ -57,6 +58,8 @@ class Axes:
             raise ValueError(f'roles are words "in", "out" and "batch", with in and out among them; got {self.roles!r}')
         if self.kind not in ("dot", "gather", "conv", GROUPED):
             raise ValueError(f'kind must be "dot", "gather" or "conv", got {self.kind!r} (or {GROUPED!r})')
+        if not isinstance(self.method, Method | Code):
+            raise TypeError(f"Axes are for a method, or a code of quantize, such as jlora.LoRA(8); got {self.method!r}")
 
 
 Spec = Mapping[Any, Method | Axes | None]
