@@ -68,7 +68,8 @@ def lorahub(
         TypeError: for a method without factors.
 
     Example:
-        >>> hub = jlora.lorahub([adapted, adapted], lambda adapted: jnp.mean(jlora.merge(adapted)["up"]["kernel"] ** 2))
+        >>> loss_fn = lambda adapted: jnp.mean(jlora.lift(model.apply)({"params": adapted}, tokens) ** 2)
+        >>> hub = jlora.lorahub([adapted, adapted], loss_fn)
 
     Reference:
         Huang et al. 2023, arXiv:2307.13269.

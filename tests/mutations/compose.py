@@ -5,6 +5,7 @@ from mutations.mutation import Mutation
 COMBINE = "tests/test_combine.py::test_"
 SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
 HUB = "tests/test_lorahub.py::test_"
+MERA = "tests/test_mera.py::test_"
 PEFT = COMBINE + "what_peft_makes_of_three_adapters"
 PLACE = "jlora/compose/combine.py"
 MUTATIONS = (
@@ -65,5 +66,26 @@ MUTATIONS = (
         "name: jnp.tensordot(weights.astype(side.dtype), side, 1)",
         'name: jnp.tensordot(weights if name == "a" else jnp.ones_like(weights), side, 1)',
         (HUB + "the_update_is_quadratic_in_the_weights",),
+    ),
+    Mutation(
+        "MerA moves the neurons of one side the other way",
+        "jlora/compose/mera.py",
+        "matches @ network",
+        "matches.mT @ network",
+        (MERA + "permuted_networks_merge_to_the_function_that_they_all_are[options0]",),
+    ),
+    Mutation(
+        "MerA matches by one side alone",
+        "jlora/compose/mera.py",
+        '[jnp.concatenate([each["d"].mT, each["u"]], axis=-1) for each',
+        '[each["d"].mT for each',
+        (MERA + "unlike_networks_are_averaged_after_the_cheapest_matching",),
+    ),
+    Mutation(
+        "MerA forgets a learned scale",
+        "jlora/compose/mera.py",
+        '"u": fields["u"] * scale}',
+        '"u": fields["u"]}',
+        (MERA + "permuted_networks_merge_to_the_function_that_they_all_are[options0]",),
     ),
 )
