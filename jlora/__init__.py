@@ -22,6 +22,8 @@ from jlora.compose.switch import interference as interference
 from jlora.compose.switch import pack as pack
 from jlora.compose.switch import restore as restore
 from jlora.compose.switch import switch as switch
+from jlora.compose.ziplora import Zipped as Zipped
+from jlora.compose.ziplora import zip_adapters as zip_adapters
 from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update

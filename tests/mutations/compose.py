@@ -6,6 +6,7 @@ COMBINE = "tests/test_combine.py::test_"
 SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
 HUB = "tests/test_lorahub.py::test_"
 MERA = "tests/test_mera.py::test_"
+ZIP = "tests/test_ziplora.py::test_"
 PEFT = COMBINE + "what_peft_makes_of_three_adapters"
 PLACE = "jlora/compose/combine.py"
 MUTATIONS = (
@@ -87,5 +88,33 @@ MUTATIONS = (
         '"u": fields["u"] * scale}',
         '"u": fields["u"]}',
         (MERA + "permuted_networks_merge_to_the_function_that_they_all_are[options0]",),
+    ),
+    Mutation(
+        "ZipLoRA's gains are not used",
+        "jlora/compose/ziplora.py",
+        "(gain[..., None] * one.scale * one.a",
+        "(one.scale * one.a",
+        (ZIP + "gains_multiply_the_input_features_of_each_adapter",),
+    ),
+    Mutation(
+        "ZipLoRA's parents forget their scale",
+        "jlora/compose/ziplora.py",
+        "gain[..., None] * one.scale * one.a",
+        "gain[..., None] * one.a",
+        (ZIP + "gains_multiply_the_input_features_of_each_adapter",),
+    ),
+    Mutation(
+        "ZipLoRA's penalty lets signs cancel where the code does not",
+        "jlora/compose/ziplora.py",
+        "jnp.abs(met).mean(-1)",
+        "jnp.abs(met.mean(-1))",
+        (ZIP + "the_penalty_is_that_of_the_paper_or_of_its_code",),
+    ),
+    Mutation(
+        "ZipLoRA compares with the first adapter alone",
+        "jlora/compose/ziplora.py",
+        "fn(self.parent(number), x)",
+        "fn(self.parent(0), x)",
+        (ZIP + "the_objective_is_zero_where_each_does_alone_what_all_do_and_training_lowers_it",),
     ),
 )
