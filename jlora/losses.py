@@ -99,6 +99,40 @@ def consistency(
     return jnp.sum(each * weights) / _rows(weights)
 
 
+def agreement(logits: jax.Array, other: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """AdaMix's consistency of two draws: half of `KL(q ‖ p) + KL(p ‖ q)`, `p` and `q` the softmaxes of the two outputs.
+
+    Each divergence pulls one side alone: the other has no gradient in it. Both are summed over classes (and tokens) and divided
+    by the number of rows. The value is zero where both agree, and so is the gradient.
+
+    Args:
+        logits: `[rows, ..., classes]` of one draw, such as of `adapted.replace(context={"dropout": key})`.
+        other: of another draw, of the same shape.
+        mask: `[rows, ...]`, zero for rows or tokens that do not count, such as padding and prompts.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+
+    Example:
+        >>> apply, keys = jlora.lift(model.apply), jax.random.split(key)
+        >>> drawn = [apply({"params": adapted.replace(context={"dropout": each})}, tokens) for each in keys]
+        >>> loss = jlora.losses.agreement(*drawn)
+
+    Reference:
+        Wang et al. 2022, arXiv:2205.12410: weight 1 for GLUE, and 100 for GPT-2, with the task's loss on the first draw alone.
+    """
+    z, weights = _outputs(logits, mask, "generate")
+    if other.shape != logits.shape:
+        raise ValueError(f"the other draw's logits have shape {other.shape}, those of the first {logits.shape}")
+    sides = [jax.nn.log_softmax(each) for each in (z, _outputs(other, mask, "generate")[0])]
+
+    def pulled(by: jax.Array, side: jax.Array) -> jax.Array:
+        fixed = jax.lax.stop_gradient(by)
+        return jnp.sum(jnp.sum(jnp.exp(fixed) * (fixed - side), axis=-1) * weights)
+
+    return (pulled(sides[1], sides[0]) + pulled(sides[0], sides[1])) / (2 * _rows(weights))
+
+
 def diversity(logits: jax.Array, mask: jax.Array | None = None, *, form: str = "classify") -> jax.Array:
     """BA-LoRA's second regularizer: the outputs stay different from one another.
 

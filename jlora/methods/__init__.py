@@ -1,6 +1,7 @@
 """The methods: one file each, or one folder where a method allocates ranks; one line here."""
 
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.adamix import AdaMix as AdaMix
 from jlora.methods.alora import ALoRA as ALoRA
 from jlora.methods.beamlora import BeamLoRA as BeamLoRA
 from jlora.methods.boft import BOFT as BOFT

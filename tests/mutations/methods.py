@@ -34,6 +34,30 @@ def contract(method: str, check: str) -> tuple[str, ...]:
 
 
 PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
+ADAMIX = "tests/methods/test_adamix.py::test_"
+MIXTURES = (
+    Mutation(
+        "AdaMix draws one number for both sides",
+        "jlora/core/products/one_of.py",
+        "jax.random.randint(each, (), 0",
+        "jax.random.randint(keys[0], (), 0",
+        (ADAMIX + "with_a_key_one_copy_acts_and_each_in_its_turn",),
+    ),
+    Mutation(
+        "AdaMix's mean acts in training",
+        "jlora/core/products/one_of.py",
+        "return replace(self.mean, a=self.a[i], b=self.b[j])",
+        "return self.mean",
+        (ADAMIX + "with_a_key_one_copy_acts_and_each_in_its_turn",),
+    ),
+    Mutation(
+        "both draws are pulled by both divergences",
+        "jlora/losses.py",
+        "        fixed = jax.lax.stop_gradient(by)\n",
+        "        fixed = by\n",
+        (ADAMIX + "agreement_is_half_of_both_divergences_each_pulling_one_side",),
+    ),
+)
 DENSE_UPDATES = (
     Mutation(
         "SineLoRA's gain is that of the other side",
@@ -1236,6 +1260,7 @@ CONFINED = (
 )
 
 MUTATIONS = (
+    *MIXTURES,
     *DENSE_UPDATES,
     *PRODUCTS_OF_FACTORS,
     *FORMULAS,
