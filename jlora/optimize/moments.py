@@ -96,30 +96,32 @@ class _Mark:
 _STAYS, _OTHER = _Mark(-1), _Mark(-2)
 # A step count that begins anew: any number that is not negative says so.
 _COUNT = _Mark(0)
-# The names that optax gives to what a state has counted since its start: the steps, by which it corrects its averages;
-# Prodigy's and D-Adaptation's sum, which they divide by one of moments; the loss for which a line search keeps a gradient.
-_COUNTS = ("count", "t", "numerator_weighted", "value")
+# The names that optax gives to what a state has counted since its start: the steps, by which it corrects its averages, and
+# Prodigy's and D-Adaptation's sum, which they divide by one of moments.
+_COUNTS = ("count", "t", "numerator_weighted")
 # Optimizers whose state has a copy of the trained arrays.
-_COPIES = {
-    optax.contrib.ScheduleFreeState: "a schedule-free optimizer",
-    optax.contrib.ProdigyState: "Prodigy",
-    optax.ScaleByLBFGSState: "L-BFGS",
-}
+_COPIES = {optax.contrib.ScheduleFreeState: "a schedule-free optimizer", optax.contrib.ProdigyState: "Prodigy"}
+_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
 def check_state(opt_state: Any, renewal: Renewal) -> None:
     """Refuses states whose moments can't be renewed.
 
     Raises:
-        ValueError: for gradients that are being accumulated, and for a share of copies of the trained arrays.
+        ValueError: for gradients that are being accumulated, a share of copies of the trained arrays, and line searches.
     """
-    kinds = (optax.MultiStepsState, *_COPIES)
+    kinds = (optax.MultiStepsState, *_COPIES, *_SEARCHES)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
         done = state.mini_step if isinstance(state, optax.MultiStepsState) else 0
         if not isinstance(done, Tracer) and np.asarray(done):
             raise ValueError(
                 f"the optimizer is in the middle of accumulating gradients (part {np.asarray(done)} of a step of "
                 "optax.MultiSteps): restart after a whole step"
+            )
+        if isinstance(state, _SEARCHES):
+            raise ValueError(
+                "L-BFGS and line searches keep gradients and losses of the function as it was: restart with optax.identity() "
+                "and its state, and make a new state by tx.init(adapted.params)"
             )
         if type(state) in _COPIES and renewal.prune < 1:
             raise ValueError(

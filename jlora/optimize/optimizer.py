@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable
-from numbers import Real
 from typing import Any
 
 import jax
@@ -143,9 +142,8 @@ def optimizer(
         "vector": (fast, undecayed),
         "embedding": (embedding_learning_rate, options),
     }
-    tree, given = _merged(_with_rates(adapted, labels(adapted)), groups)
-    made = {label: factory(rate, **chosen) for label, (rate, chosen) in given.items()}
-    tree, made = _together(adapted, tree, made)
+    tree = _with_rates(adapted, labels(adapted))
+    tree, made = _made(adapted, tree, lambda tree: _merged(tree, groups, factory))
     return with_rules(adapted, _of_groups(made, tree))
 
 
@@ -153,44 +151,47 @@ def _undecayed(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str
     """The options without weight decay: the same object where they have none."""
     decay = inspect.signature(factory).parameters.get("weight_decay")
     used = None if decay is None else options.get("weight_decay", decay.default)
-    return options if decay is None or (isinstance(used, Real) and used == 0) else {**options, "weight_decay": 0.0}
+    if decay is None or (isinstance(used, int | float) and used == 0):
+        return options
+    return {**options, "weight_decay": 0.0}
 
 
-def _merged(tree: dict[str, Any], groups: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tree of labels with one label for all of equal rate, options and renewal, and rate and options of each."""
+def _merged(tree: Any, groups: dict[str, Any], factory: Callable[..., Any]) -> tuple[Any, dict[Any, Any]]:
+    """The tree of labels with one label for all of equal rate, options and renewal, and the optimizer of each."""
     first: dict[Hashable, str] = {}
-    names, given = {}, {}
+    names: dict[str, str] = {}
+    made: dict[Any, Any] = {}
     for label in sorted(set(jax.tree.leaves(tree))):
         named, _, renewal = label.partition(", ")
         group, _, factor = named.partition(" x ")
         rate, options = groups[group]
         factor = float(factor or 1)
         # Equal numbers are equal rates; schedules and traced scalars are only where they are one object.
-        own = float(rate * factor) if isinstance(rate, Real) else (id(rate), factor)
+        own = float(rate * factor) if isinstance(rate, int | float) else (id(rate), factor)
         names[label] = first.setdefault((own, id(options), renewal), label)
         if names[label] == label:
-            given[label] = (scaled(rate, factor), options)
-    return jax.tree.map(names.__getitem__, tree), given
+            made[label] = factory(scaled(rate, factor), **options)
+    return jax.tree.map(names.__getitem__, tree), made
 
 
-def _together(adapted: Adapted, tree: dict[str, Any], made: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The labels without their renewals, where optimizers that look at arrays together would be kept apart by those alone.
+def _made(
+    adapted: Adapted, tree: Any, merged: Callable[[Any], tuple[Any, dict[str, Any]]]
+) -> tuple[Any, dict[str, Any]]:
+    """The labels and their optimizers: without renewals, where these would cut what looks at arrays together.
 
     Raises:
         ValueError: for an optimizer that can't be one of several.
     """
-    by_rate: dict[str, str] = {}
-    for label in made:
-        by_rate.setdefault(label.partition(", ")[0], label)
-    if len(by_rate) < len(made) and any(together.coupled(made[label], adapted.params) for label in by_rate.values()):
-        tree = jax.tree.map(lambda label: label.partition(", ")[0], tree)
-        made = {name: made[label] for name, label in by_rate.items()}
+    apart = merged(tree)
+    whole = merged(jax.tree.map(lambda label: label.partition(", ")[0], tree))
+    cut = len(whole[1]) < len(apart[1]) and any(together.coupled(tx, adapted.params) for tx in whole[1].values())
+    tree, made = whole if cut else apart
     if len(made) > 1:
         together.check_several(made, adapted.params)
     return tree, made
 
 
-def _of_groups(made: dict[str, optax.GradientTransformation], tree: dict[str, Any]) -> optax.GradientTransformation:
+def _of_groups(made: dict[Any, Any], tree: dict[str, Any]) -> optax.GradientTransformation:
     """The optimizer of all groups; that of the only one sees the whole tree, and its state is its own."""
     # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
     chosen = lambda trained: _labelled(trained, tree) if jax.tree.leaves(trained) else tree  # noqa: E731
@@ -273,7 +274,7 @@ def scaled(rate: optax.ScalarOrSchedule | None, factor: float | jax.Array) -> An
     Raises:
         ValueError: for a multiple of None.
     """
-    if isinstance(factor, Real) and factor == 1:
+    if isinstance(factor, int | float) and factor == 1:
         return rate
     if rate is None:
         raise ValueError(

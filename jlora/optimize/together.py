@@ -76,7 +76,7 @@ def _sources(jaxpr: Any, given: list[frozenset[int]]) -> list[frozenset[int]]:
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def check_several(made: Mapping[str, optax.GradientTransformation], params: Any) -> None:
+def check_several(made: Mapping[Any, optax.GradientTransformation], params: Any) -> None:
     """Refuses several optimizers of a kind that works on all arrays alone.
 
     Raises:
