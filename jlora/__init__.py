@@ -52,6 +52,7 @@ from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
 from jlora.core.tree.starts import Prepared as Prepared
 from jlora.core.tree.summary import summary as summary
+from jlora.disk import registered as _registered  # noqa: F401  (Flax's serialization and jax.export know Adapted)
 from jlora.disk.adapters import load as load
 from jlora.disk.adapters import save as save
 from jlora.disk.fingerprint import fingerprint as fingerprint

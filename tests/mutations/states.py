@@ -11,6 +11,7 @@ MESH = "tests/test_mesh.py::test_"
 OFFLOAD = "tests/test_offload.py::test_"
 OBSERVE = "tests/test_observe.py::test_"
 PREPARE = "tests/test_prepare.py::test_"
+REGISTERED = "tests/test_registered.py::test_"
 SERIALIZE = "tests/test_serialize.py::test_"
 SWITCH = "tests/test_switch.py::test_"
 
@@ -379,4 +380,42 @@ HELD = (
     ),
 )
 
-MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD)
+SERIALIZED = (
+    Mutation(
+        "Flax writes the base with its adapters",
+        "jlora/disk/registered.py",
+        '"frozen": adapted.frozen}',
+        '"frozen": adapted.frozen, "all": adapted.base}',
+        (REGISTERED + "flax_writes_the_adapters_and_not_the_base",),
+    ),
+    Mutation(
+        "Flax restores adapters on another base",
+        "jlora/disk/registered.py",
+        'written = state.get("base") if _has_values(adapted.base) else None',
+        "written = None",
+        (REGISTERED + "adapters_of_another_base_shape_or_kind_are_refused",),
+    ),
+    Mutation(
+        "Flax restores arrays of any shape",
+        "jlora/disk/registered.py",
+        "if _compat.is_array(old) and (np.shape(leaf), leaf.dtype) != (old.shape, old.dtype):",
+        "if False:",
+        (REGISTERED + "adapters_of_another_base_shape_or_kind_are_refused",),
+    ),
+    Mutation(
+        "an exported plan forgets what is beside a leaf",
+        "jlora/disk/registered.py",
+        ', beside=tuple(each["beside"]))',
+        ")",
+        (REGISTERED + "plans_of_all_methods_and_forms_of_all_codes_come_back_from_bytes",),
+    ),
+    Mutation(
+        "an Adapted is any container",
+        "jlora/core/tree/adapted.py",
+        "    __contains__ = __getitem__ = _refuse\n",
+        "",
+        (REGISTERED + "an_adapted_is_no_tree_of_params_and_says_what_is",),
+    ),
+)
+
+MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD, *SERIALIZED)
