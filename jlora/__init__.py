@@ -11,6 +11,7 @@ from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
 from jlora.analysis.objective import TaskDimension as TaskDimension
 from jlora.analysis.objective import intrinsic_dimension_90 as intrinsic_dimension_90
+from jlora.compose.average import average as average
 from jlora.compose.plain import compact as compact
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse

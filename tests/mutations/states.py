@@ -2,6 +2,7 @@
 
 from mutations.mutation import Mutation
 
+AVERAGE = "tests/test_average.py::test_"
 EVERY_LEAF = "tests/test_spec.py::test_every_leaf_gets_its_own_random_values_whatever_else_is_adapted"
 FILES = "tests/test_files.py::test_"
 FINGERPRINT = "tests/test_fingerprint.py::test_"
@@ -380,6 +381,37 @@ HELD = (
     ),
 )
 
+AVERAGED = (
+    Mutation(
+        "the mean weighs both factors",
+        "jlora/compose/average.py",
+        'jnp.concatenate([each.params["b"].astype(wide) for each in plain], -2)',
+        'jnp.concatenate([share * each.params["b"].astype(wide) for share, each in zip(shares, plain)], -2)',
+        (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
+    ),
+    Mutation(
+        "the mean takes its scale twice",
+        "jlora/compose/average.py",
+        '{"a": a, "b": b / scale}',
+        '{"a": a, "b": b}',
+        (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
+    ),
+    Mutation(
+        "ranks that a mean does not need are dead",
+        "jlora/compose/average.py",
+        "root = np.sqrt(np.where(used, s, 1.0))",
+        "root = np.sqrt(s)",
+        (AVERAGE + "ranks_that_the_mean_does_not_need_start_as_lora_does",),
+    ),
+    Mutation(
+        "adapters of other bases are averaged",
+        "jlora/compose/average.py",
+        "    _check_bases(adapters)\n",
+        "",
+        (AVERAGE + "what_has_no_mean_is_refused_by_name",),
+    ),
+)
+
 SERIALIZED = (
     Mutation(
         "Flax writes the base with its adapters",
@@ -418,4 +450,4 @@ SERIALIZED = (
     ),
 )
 
-MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD, *SERIALIZED)
+MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD, *AVERAGED, *SERIALIZED)
