@@ -100,6 +100,8 @@ def test_l_bfgs_is_the_program_of_optax_s_own(adapted):
 def test_what_couples_arrays_is_seen_in_the_optimizers_program(adapted):
     found = {name: coupled(factory(rate), adapted.params) for name, (factory, rate) in (WHOLE | EACH).items()}
     assert found == dict.fromkeys(WHOLE, True) | dict.fromkeys(EACH, False)
+    alike = {name: jnp.ones((2, 2)) for name in "abc"}
+    assert coupled(clipped(0.1), alike) and not coupled(optax.adam(0.1), alike), "arrays of one shape"
     assert coupled(optax.polyak_sgd(), adapted.params), "it asks for the loss"
     assert not coupled(optax.inject_hyperparams(optax.adamw)(learning_rate=0.1), adapted.params)
 

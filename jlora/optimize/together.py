@@ -43,9 +43,9 @@ def check_trained(tree: Any) -> None:
 def coupled(tx: optax.GradientTransformation, params: Any) -> bool:
     """Whether an update, or a state, depends on the gradients of several arrays, as by clipping to a global norm.
 
-    Seen in the optimizer's program, which is traced and not run, or known of a state in `_ONE`.
+    Seen in the optimizer's program on some of the arrays, which is traced and not run, or known of a state in `_ONE`.
     """
-    shapes = jax.eval_shape(lambda tree: tree, params)
+    shapes = _few(params)
     state = jax.eval_shape(tx.init, shapes)
     if _of_one(state):
         return True
@@ -57,6 +57,21 @@ def coupled(tx: optax.GradientTransformation, params: Any) -> bool:
     gradients = len(jax.tree.leaves(shapes))
     given = [frozenset([n]) if n < gradients else _NONE for n in range(len(jaxpr.invars))]
     return any(len(sources) > 1 for sources in _sources(jaxpr, given))
+
+
+def _few(params: Any) -> Any:
+    """The shapes of two arrays of each kind, and in place of the others what `optax.partition` puts there.
+
+    A model of hundreds of unstacked layers would take seconds to trace.
+    """
+    seen: dict[Any, int] = {}
+
+    def one(leaf: Any) -> Any:
+        kind = (leaf.shape, leaf.dtype)
+        seen[kind] = seen.get(kind, 0) + 1
+        return jax.ShapeDtypeStruct(*kind) if seen[kind] <= 2 else optax.MaskedNode()
+
+    return jax.tree.map(one, params)
 
 
 def _sources(jaxpr: Any, given: list[frozenset[int]]) -> list[frozenset[int]]:
@@ -83,7 +98,7 @@ def check_several(made: Mapping[Any, optax.GradientTransformation], params: Any)
         ValueError: naming the kind and the groups.
     """
     for tx in made.values():
-        if why := _of_one(jax.eval_shape(tx.init, params)):
+        if why := _of_one(jax.eval_shape(tx.init, _few(params))):
             raise ValueError(
                 f"{why}, but these groups of them learn at other rates, or decay otherwise: {'; '.join(sorted(made))}; leave "
                 "ratio, embedding_learning_rate and weight_decay out"

@@ -613,6 +613,13 @@ RATES = (
         (TOGETHER_ALL + "what_couples_arrays_is_seen_in_the_optimizers_program",),
     ),
     Mutation(
+        "one array of each shape stands for all",
+        "jlora/optimize/together.py",
+        "if seen[kind] <= 2 else",
+        "if seen[kind] <= 1 else",
+        (TOGETHER_ALL + "what_couples_arrays_is_seen_in_the_optimizers_program",),
+    ),
+    Mutation(
         "params of other mappings reach the rules as they are",
         "jlora/optimize/together.py",
         "if not _foreign(jax.tree.structure(tree)) or not jax.tree.leaves(tree):",
