@@ -65,8 +65,8 @@ def restart(
        at the base's output, so the output stays what it was.
     3. The optimizer's moments of these arrays become what they were at the start, and so does the step count by which Adam
        corrects them (`jlora.optimizer` has one count for each chain, and another for what never begins anew, but for
-       optimizers that look at all arrays together). A learning-rate schedule's count goes on. With `prune` below 1, as in ReLoRA, only that share of each moment becomes zero, and all
-       counts go on.
+       optimizers that look at all arrays together). A learning-rate schedule's count goes on. With `prune` below 1, as in
+       ReLoRA, only that share of each moment becomes zero, and all counts go on.
 
     Leaves whose methods train values of the weight itself (`Full`, `Rows`) keep them, and their moments. All is one
     compiled program that serves every link; shapes, dtypes and shardings stay.
