@@ -30,8 +30,8 @@ def average(adapters: Sequence[Adapted], weights: Sequence[float] | None = None,
 
     The mean of the factors is another thing: `mean(a) @ mean(b)` is not `mean(a @ b)`. Here the factors are laid side by side,
     `[p_1 a_1, p_2 a_2, ...] @ [b_1; b_2; ...]`, which is the mean itself, of the sum of the ranks. Ranks, scales and methods
-    may differ; the result has the scale of the first adapter, if that is LoRA's, else 1. Leaves that `Full` trains get the
-    mean of their values.
+    may differ; the result has the dropout of the first adapter, and its scale, if that is LoRA's, else 1. Leaves that `Full`
+    trains get the mean of their values.
 
     With `rank` the mean is cut to the nearest product of that rank: QR of both factors, and a singular value decomposition of
     the small product between them, on the host in float64. `a` and `b` share the singular values evenly. A rank that the mean
@@ -132,9 +132,10 @@ def _mean(members: list[Weight], shares: list[float], rank: int | None) -> tuple
     b = jnp.concatenate([each.params["b"].astype(wide) for each in plain], -2)
     if rank is not None and rank < a.shape[-1]:
         a, b = _cut(members[0].name, a, b, rank)
-    size, first = a.shape[-1], members[0].method
+    size, first, lora = a.shape[-1], members[0].method, plain[0].method
+    assert isinstance(lora, LoRA)
     scale = first.scale if type(first) is LoRA else 1.0
-    return LoRA(size, scale * size, dropout=plain[0].method.dropout), {"a": a, "b": b / scale}
+    return LoRA(size, scale * size, dropout=lora.dropout), {"a": a, "b": b / scale}
 
 
 def _plain(weight: Weight) -> Weight:
