@@ -11,6 +11,7 @@ from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
 from jlora.analysis.objective import TaskDimension as TaskDimension
 from jlora.analysis.objective import intrinsic_dimension_90 as intrinsic_dimension_90
+from jlora.compose.average import average as average
 from jlora.compose.combine import combine as combine
 from jlora.compose.lorahub import LoraHub as LoraHub
 from jlora.compose.lorahub import lorahub as lorahub
@@ -58,6 +59,7 @@ from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
 from jlora.core.tree.starts import Prepared as Prepared
 from jlora.core.tree.summary import summary as summary
+from jlora.disk import registered as _registered  # noqa: F401  (Flax's serialization and jax.export know Adapted)
 from jlora.disk.adapters import load as load
 from jlora.disk.adapters import save as save
 from jlora.disk.fingerprint import fingerprint as fingerprint

@@ -156,7 +156,7 @@ def _load_by_former_keys(directory: Path, described: dict[str, Any], params: Any
 
 
 def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
-    sites = tuple(_site_from(entry, directory) for entry in described["sites"])
+    sites = tuple(site_from(entry, str(directory / MANIFEST)) for entry in described["sites"])
     if len({site.keys for site in sites}) < len(sites):
         raise ValueError(f"{directory / MANIFEST} describes a leaf twice")
     leaves = dict(paths.flatten_with_keys(params)[0])
@@ -181,7 +181,7 @@ def describe(adapted: Adapted) -> dict[str, Any]:
         "format": FORMAT,
         "base": fingerprint(adapted.base),
         "adapters": fingerprint(drawers),
-        "sites": [{**_site_fields(site), "method": method_to_dict(site.method)} for site in adapted.plan.sites],
+        "sites": [site_to_dict(site) for site in adapted.plan.sites],
         "arrays": [
             {"keys": keys, "shape": leaf.shape, "dtype": str(leaf.dtype)}
             for keys, leaf in paths.flatten_with_keys(drawers)[0]
@@ -196,8 +196,9 @@ def _codes(params: Any) -> dict[str, str]:
     }
 
 
-def _site_fields(site: Site) -> dict[str, Any]:
-    return {f.name: getattr(site, f.name) for f in _SITE}
+def site_to_dict(site: Site) -> dict[str, Any]:
+    """A site as plain data, without what is beside it."""
+    return {**{f.name: getattr(site, f.name) for f in _SITE}, "method": method_to_dict(site.method)}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -238,7 +239,12 @@ def _digest(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _site_from(entry: dict[str, Any], directory: Path) -> Site:
+def site_from(entry: dict[str, Any], where: str) -> Site:
+    """The site that plain data describes.
+
+    Raises:
+        ValueError: where it can't be read, with where it stands.
+    """
     try:
         fields = {f.name: _field(entry[f.name], f) for f in _SITE}
         site = Site(**fields, method=method_from_dict(entry["method"]))
@@ -247,7 +253,7 @@ def _site_from(entry: dict[str, Any], directory: Path) -> Site:
             raise ValueError(f"{site.path} has shape {site.shape}, but in, out and batch axes {axes}")
         return site
     except ILL_FORMED as error:
-        raise ValueError(f"{directory / MANIFEST} describes a leaf that can't be read: {error}") from None
+        raise ValueError(f"{where} describes a leaf that can't be read: {error}") from None
 
 
 def _field(value: Any, field: dataclasses.Field) -> Any:

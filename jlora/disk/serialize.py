@@ -5,11 +5,13 @@ A class is named by its import path, since another class may have the same name.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from jlora.core.protocol.job import hyperparameters
 from jlora.core.protocol.method import Method
 from jlora.disk import catalog
+
+_T = TypeVar("_T")
 
 
 class UnknownClass(ValueError):
@@ -35,7 +37,7 @@ def method_to_dict(method: Method) -> dict[str, Any]:
     """
     cls = type(method)
     plain = {name: _plain(getattr(method, name), f"{cls.__name__}'s {name}") for name in hyperparameters(cls)}
-    return {"method": cls.__name__ if is_own(cls) else _import_path(cls), **plain}
+    return {"method": cls.__name__ if is_own(cls) else import_path(cls), **plain}
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -78,7 +80,7 @@ def _class_of(table: Any) -> type[Method]:
     own = catalog.methods()
     if isinstance(name, str) and name in own:
         return own[name]
-    paths = {path: cls for path, cls in _imported(Method).items() if not is_own(cls)}
+    paths = {path: cls for path, cls in imported(Method).items() if not is_own(cls)}
     # A class that can't start is no method, but the base of some.
     if isinstance(name, str) and name in paths and paths[name].start is not Method.start:
         return paths[name]
@@ -90,15 +92,16 @@ def _class_of(table: Any) -> type[Method]:
     raise ValueError(f"a method table needs method = one of {sorted(own)}; got {table!r}{hint}")
 
 
-def _imported(cls: type[Method]) -> dict[str, type[Method]]:
+def imported(cls: type[_T]) -> dict[str, type[_T]]:
     """All classes below one, by import path; of one path the last that was defined, as in a notebook's cell run again."""
-    found: dict[str, type[Method]] = {}
+    found: dict[str, type[_T]] = {}
     for sub in cls.__subclasses__():
-        found.update({_import_path(sub): sub, **_imported(sub)})
+        found.update({import_path(sub): sub, **imported(sub)})
     return found
 
 
-def _import_path(cls: type) -> str:
+def import_path(cls: type) -> str:
+    """The module and name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,17 +96,21 @@ class _Mark:
 _STAYS, _OTHER = _Mark(-1), _Mark(-2)
 # A step count that begins anew: any number that is not negative says so.
 _COUNT = _Mark(0)
-# The names that optax gives to a step count by which a state corrects its averages.
-_COUNTS = ("count", "t")
+# The names that optax gives to what a state has counted since its start: the steps, by which it corrects its averages, and
+# Prodigy's and D-Adaptation's sum, which they divide by one of moments.
+_COUNTS = ("count", "t", "numerator_weighted")
+# Optimizers whose state has a copy of the trained arrays.
+_COPIES = {optax.contrib.ScheduleFreeState: "a schedule-free optimizer", optax.contrib.ProdigyState: "Prodigy"}
+_SEARCHES = (optax.ScaleByLBFGSState, optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
 def check_state(opt_state: Any, renewal: Renewal) -> None:
     """Refuses states whose moments can't be renewed.
 
     Raises:
-        ValueError: for gradients that are being accumulated, and for a share of copies of the trained arrays.
+        ValueError: for gradients that are being accumulated, a share of copies of the trained arrays, and line searches.
     """
-    kinds = (optax.MultiStepsState, optax.contrib.ScheduleFreeState)
+    kinds = (optax.MultiStepsState, *_COPIES, *_SEARCHES)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
         done = state.mini_step if isinstance(state, optax.MultiStepsState) else 0
         if not isinstance(done, Tracer) and np.asarray(done):
@@ -114,9 +118,14 @@ def check_state(opt_state: Any, renewal: Renewal) -> None:
                 f"the optimizer is in the middle of accumulating gradients (part {np.asarray(done)} of a step of "
                 "optax.MultiSteps): restart after a whole step"
             )
-        if isinstance(state, optax.contrib.ScheduleFreeState) and renewal.prune < 1:
+        if isinstance(state, _SEARCHES):
             raise ValueError(
-                "a schedule-free optimizer keeps a copy of the trained arrays in its state, of which no share can become zero: "
+                "L-BFGS and line searches keep gradients and losses of the function as it was: restart with optax.identity() "
+                "and its state, and make a new state by tx.init(adapted.params)"
+            )
+        if type(state) in _COPIES and renewal.prune < 1:
+            raise ValueError(
+                f"{_COPIES[type(state)]} keeps a copy of the trained arrays in its state, of which no share can become zero: "
                 "restart it with prune=1"
             )
 
@@ -135,10 +144,11 @@ def renewed(
     `tx.init` makes of the new arrays.
 
     So does the step count in the same optax state (`count` or `t`), by which Adam corrects its averages for having started at
-    zero. A state with a count and no moments, such as a schedule's, goes on. One count may serve moments that begin anew and
-    moments that stay. For the latter the correction is then wrong: their steps are up to twice as long after a restart in the
-    first hundred steps of a run, when averages are still small, and shorter after a later one. `jlora.optimizer` avoids this
-    by a state of its own for everything that begins anew at a time of its own.
+    zero, and what else such a state has counted since its start (`_COUNTS`). A state with a count and no moments, such as a
+    schedule's, goes on. One count may serve moments that begin anew and moments that stay. For the latter the correction is
+    then wrong: their steps are up to twice as long after a restart in the first hundred steps of a run, when averages are
+    still small, and shorter after a later one. `jlora.optimizer` avoids this by a state of its own for everything that begins
+    anew at a time of its own, but for optimizers that look at all arrays together.
 
     Args:
         tx: the optimizer.
@@ -195,7 +205,7 @@ def _counted(marks: Any) -> Any:
     if not hasattr(marks, "_fields"):
         return type(marks)(inside)
     node: Any = type(marks)(*inside)
-    moments = [each for each in node if isinstance(each, dict)]
+    moments = [each for each in node if isinstance(each, Mapping)]
     if not any(mark.number >= 0 for mark in jax.tree.leaves(moments)):
         return node
     return node._replace(**{name: _COUNT for name in _COUNTS if getattr(node, name, None) == _OTHER})

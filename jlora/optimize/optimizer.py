@@ -1,4 +1,4 @@
-"""`optimizer`: what the methods ask of an optimizer, as an optax partition over the learning-rate groups of their fields."""
+"""`optimizer`: what the methods ask of an optimizer, as one for each group of fields of equal learning rate and decay."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import optax
 from jlora import paths
 from jlora.core.protocol.method import Method
 from jlora.core.tree.adapted import SHARED, Adapted
+from jlora.optimize import together
 from jlora.optimize.allocate import inside
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
@@ -59,7 +60,9 @@ def _labelled(trained: Any, tree: dict[str, Any]) -> Any:
 
     Raises:
         ValueError: for an array without one.
+        TypeError: for an `Adapted`.
     """
+    together.check_trained(trained)
     known = dict(paths.flatten_with_keys(tree)[0])
     leaves, treedef = paths.flatten_with_keys(trained)
     found = []
@@ -77,7 +80,7 @@ def _labelled(trained: Any, tree: dict[str, Any]) -> Any:
 def optimizer(
     adapted: Adapted,
     factory: Callable[..., optax.GradientTransformation],
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | None,
     *,
     ratio: float | jax.Array | None = None,
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -95,13 +98,19 @@ def optimizer(
     Fields for which a method gives a rate of its own (`Method.rates`, `Method.shared_rates`) have that multiple of their
     group's. What methods ask for beyond rates, such as rank allocation, is wrapped around the whole (`with_rules`).
 
+    Fields of equal rate and decay share one optimizer, which sees them as one tree: without `ratio`, and without decay or
+    without vectors, it is `factory(learning_rate, **options)` itself, to the bit and with its state. What such an optimizer
+    does with all arrays together (a clip inside the factory, Prodigy's estimate, L-BFGS) it does group by group where rates
+    differ. Arrays that a restart renews at another time than others, or never, have an optimizer and so a step count of their
+    own, unless it looks at arrays together.
+
     With `ratio` this is LoRA+. Its rule gives all trained vectors the rate of `b`; DoRA's magnitude belongs to them, and
     never decays, since decay would shrink the base.
 
     Args:
         adapted: what is trained.
         factory: an optax optimizer, called as `factory(learning_rate, **options)`, such as `optax.adamw`.
-        learning_rate: a number or schedule.
+        learning_rate: a number or schedule; None for a factory that needs none, such as `optax.lbfgs`.
         ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
         embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
         **options: passed on; `weight_decay` is taken out for vectors.
@@ -110,8 +119,10 @@ def optimizer(
         An optax transformation whose state follows `adapted.params`.
 
     Raises:
-        ValueError: for a ratio that is not positive; for a trained array without a group (see `labels`), also where `init` or
-            `update` gets one.
+        ValueError: for a ratio that is not positive; for a multiple of a learning rate of None; for several groups, where the
+            optimizer is one that works on all arrays alone (Prodigy, D-Adaptation, line searches); for a trained array
+            without a group (see `labels`), also where `init` or `update` gets one.
+        TypeError: where `init` or `update` gets the whole `Adapted`.
 
     Example:
         >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
@@ -124,8 +135,7 @@ def optimizer(
     fast = learning_rate if ratio is None else scaled(learning_rate, ratio)
     if embedding_learning_rate is None:
         embedding_learning_rate = learning_rate if ratio is None else 1e-6
-    decays = "weight_decay" in inspect.signature(factory).parameters
-    undecayed = {**options, "weight_decay": 0.0} if decays else options
+    undecayed = _undecayed(factory, options)
     groups = {
         "a": (learning_rate, options),
         "b": (fast, options),
@@ -133,25 +143,84 @@ def optimizer(
         "embedding": (embedding_learning_rate, options),
     }
     tree = _with_rates(adapted, labels(adapted))
-    used: dict[Hashable, optax.GradientTransformation] = {}
+    tree, made = _made(adapted, tree, lambda tree: _merged(tree, groups, factory))
+    return with_rules(adapted, _of_groups(made, tree))
+
+
+def _undecayed(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options without weight decay: the same object where they have none."""
+    decay = inspect.signature(factory).parameters.get("weight_decay")
+    used = None if decay is None else options.get("weight_decay", decay.default)
+    if decay is None or (isinstance(used, int | float) and used == 0):
+        return options
+    return {**options, "weight_decay": 0.0}
+
+
+def _merged(tree: Any, groups: dict[str, Any], factory: Callable[..., Any]) -> tuple[Any, dict[Any, Any]]:
+    """The tree of labels with one label for all of equal rate, options and renewal, and the optimizer of each."""
+    first: dict[Hashable, str] = {}
+    names: dict[str, str] = {}
+    made: dict[Any, Any] = {}
     for label in sorted(set(jax.tree.leaves(tree))):
-        group, _, factor = label.partition(", ")[0].partition(" x ")
-        rate, given = groups[group]
-        used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
+        named, _, renewal = label.partition(", ")
+        group, _, factor = named.partition(" x ")
+        rate, options = groups[group]
+        factor = float(factor or 1)
+        # Equal numbers are equal rates; schedules and traced scalars are only where they are one object.
+        own = float(rate * factor) if isinstance(rate, int | float) else (id(rate), factor)
+        names[label] = first.setdefault((own, id(options), renewal), label)
+        if names[label] == label:
+            made[label] = factory(scaled(rate, factor), **options)
+    return jax.tree.map(names.__getitem__, tree), made
+
+
+def _made(
+    adapted: Adapted, tree: Any, merged: Callable[[Any], tuple[Any, dict[str, Any]]]
+) -> tuple[Any, dict[str, Any]]:
+    """The labels and their optimizers: without renewals, where these would cut what looks at arrays together.
+
+    Raises:
+        ValueError: for an optimizer that can't be one of several.
+    """
+    apart = merged(tree)
+    whole = merged(jax.tree.map(lambda label: label.partition(", ")[0], tree))
+    cut = len(whole[1]) < len(apart[1]) and any(together.coupled(tx, adapted.params) for tx in whole[1].values())
+    tree, made = whole if cut else apart
+    if len(made) > 1:
+        together.check_several(made, adapted.params)
+    return tree, made
+
+
+def _of_groups(made: dict[Any, Any], tree: dict[str, Any]) -> optax.GradientTransformation:
+    """The optimizer of all groups; that of the only one sees the whole tree, and its state is its own."""
     # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
     chosen = lambda trained: _labelled(trained, tree) if jax.tree.leaves(trained) else tree  # noqa: E731
-    return with_rules(adapted, optax.partition(used, chosen))
+    if len(made) != 1:
+        return optax.partition(made, chosen)
+    (inner,) = map(optax.with_extra_args_support, made.values())
+
+    def init(params: Any) -> Any:
+        chosen(params)
+        return inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        chosen(updates)
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
 
     `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where no method has
-    a rule, this is `tx` itself.
+    a rule, this is `tx` itself. Params in any mapping (`FrozenDict`, `nnx.State`) give updates in that mapping; the state is
+    laid out by plain dicts.
 
     Raises:
         ValueError: for an optimizer that a rule can't have inside it: one that accumulates gradients, or is schedule-free;
             and, by its `update`, for one that leaves some arrays their raw gradients.
+        TypeError: where `init` or `update` of an optimizer with a rule gets the whole `Adapted`.
 
     Example:
         >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
@@ -165,7 +234,7 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
         given = getattr(rule, "with_constants", None)
         bound = rule if given is None else given(adapted.frozen)
         tx = bound.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
-    return tx
+    return together.in_dicts(tx)
 
 
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
@@ -199,8 +268,19 @@ def _multiply(fields: dict[str, str], rates: dict[str, float]) -> None:
             fields[name] = f"{fields[name]} x {factor!r}"
 
 
-def scaled(rate: optax.ScalarOrSchedule, factor: float | jax.Array) -> optax.ScalarOrSchedule:
-    """A learning rate or schedule times a factor; factor 1 gives the very same values."""
+def scaled(rate: optax.ScalarOrSchedule | None, factor: float | jax.Array) -> Any:
+    """A learning rate or schedule times a factor; factor 1 gives the very same object.
+
+    Raises:
+        ValueError: for a multiple of None.
+    """
+    if isinstance(factor, int | float) and factor == 1:
+        return rate
+    if rate is None:
+        raise ValueError(
+            f"{factor} times the learning rate is asked for, by ratio or a method's rates, but learning_rate is None: give "
+            "one, or leave the ratio out"
+        )
     if callable(rate):
         return lambda count: factor * rate(count)
     return factor * rate

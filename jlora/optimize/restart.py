@@ -64,9 +64,9 @@ def restart(
     2. The method's arrays are drawn anew from `key`, the constants too, except those that leaves share. The new adapter starts
        at the base's output, so the output stays what it was.
     3. The optimizer's moments of these arrays become what they were at the start, and so does the step count by which Adam
-       corrects them (`jlora.optimizer` has one count for each chain, and another for what never begins anew). A learning-rate
-       schedule's count goes on. With `prune` below 1, as in ReLoRA, only that share of each moment becomes zero, and all
-       counts go on.
+       corrects them (`jlora.optimizer` has one count for each chain, and another for what never begins anew, but for
+       optimizers that look at all arrays together). A learning-rate schedule's count goes on. With `prune` below 1, as in
+       ReLoRA, only that share of each moment becomes zero, and all counts go on.
 
     Leaves whose methods train values of the weight itself (`Full`, `Rows`) keep them, and their moments. All is one
     compiled program that serves every link; shapes, dtypes and shardings stay.
@@ -90,7 +90,7 @@ def restart(
         ValueError: for a base of 16 bits, in which a small link would be rounded away; a full chain; a method that starts
             elsewhere than at the base, from data, or follows a schedule of its own, or trains arrays that leaves share; a share
             or choice out of range, or chains that disagree about them; an optimizer that accumulates gradients, in the middle
-            of that.
+            of that; L-BFGS and line searches; a share of the moments of an optimizer that keeps copies of the trained arrays.
         TypeError: for a `Chain` under `jit`, where the number of finished links can't be read.
 
     Example:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from jlora.disk.checksums import checksums, difference
 from jlora.disk.json_files import read_object
-from jlora.training import processes
+from jlora.training import former_groups, processes
 from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
 from jlora.training.loop import State
@@ -137,7 +137,9 @@ class Checkpoints:
         """The state and the `Adapted` of a step, placed as the given ones; the iterator's position is set.
 
         Raises:
-            CheckpointError: if the checkpoint is of another base, or its arrays have other names or shapes.
+            CheckpointError: if the checkpoint is of another base, or of a former release whose groups of the optimizer can't be
+                joined.
+            ValueError: by orbax, if its arrays have other names or shapes.
         """
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         if run["base"] != self.fingerprint:
@@ -148,12 +150,19 @@ class Checkpoints:
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _arrays(state, adapted)
         )
+        folder, optimizer = self.directory / str(step), like.get("optimizer", {})
+        saved: Any = ocp.StandardCheckpointHandler().metadata(folder / "state")  # pyright: ignore[reportArgumentType]
+        wanted = former_groups.alike(saved.get("optimizer", {}), optimizer)
+        if optimizer:
+            like["optimizer"] = {each: optimizer[name] for name, names in wanted.items() for each in names or [name]}
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(like), data=grain.checkpoint.CheckpointRestore(position)
             ),
         )["state"]
+        if optimizer:
+            restored["optimizer"] = former_groups.joined(restored["optimizer"], wanted, str(folder))
         return _unflatten(restored, state, adapted)
 
     def close(self) -> None:

@@ -133,7 +133,7 @@ def test_ranks_given_up_for_good_lose_their_moments(course):
     moments = [
         tree for state in jax.tree.leaves(states.inner, is_leaf=adam) if adam(state) for tree in (state.mu, state.nu)
     ]
-    assert len(moments) == 2 * 3, "one Adam for each group: a, b and vectors"
+    assert len(moments) == 2 * 2, "one Adam for each group: factors and vectors"
     assert sum(np.sum(~states.active[name][-1]) for name in BASE) == (RANK - TARGET) * 4
     for t in (STEPS - FINAL - 1, STEPS - 1):
         for name in BASE:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import jlora
@@ -40,13 +41,14 @@ def by_path(state):
         (lambda a: optax.lion(0.1), {"[0].count"}, set()),
         (lambda a: optax.adafactor(0.1), {"[0].count"}, set()),
         (lambda a: optax.adan(0.1), {"[0].t"}, set()),
+        (lambda a: optax.contrib.prodigy(1.0), {".count", ".numerator_weighted"}, {".estim_lr"}),
         (
             lambda a: optax.MultiSteps(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), 2),
             {".inner_opt_state.inner_state[0].count"},
             {".inner_opt_state.count", ".gradient_step"},
         ),
     ],
-    ids=["adamw", "sgd", "lion", "adafactor", "adan", "multisteps"],
+    ids=["adamw", "sgd", "lion", "adafactor", "adan", "prodigy", "multisteps"],
 )
 def test_moments_of_restarted_leaves_begin_anew_with_their_counts(tx, begin, go_on):
     state, new = map(by_path, anew(tx))

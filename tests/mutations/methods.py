@@ -14,6 +14,7 @@ LORA = "tests/test_lora.py::test_"
 PLUS = "tests/test_loraplus.py::test_"
 DEEP_LINEAR, FA, PRODUCTS = (f"tests/methods/test_{name}.py::test_" for name in ("deeplinear", "lorafa", "products"))
 RENEWAL = "tests/chains/test_renewal.py::test_"
+TOGETHER_ALL = "tests/test_together.py::test_"
 ROTATED = "tests/methods/test_rotations.py::test_"
 FROM_PEFT = "tests/interchange/test_from_peft.py::test_an_adapter_of_peft_computes_what_peft_computes"
 RESTART = "tests/chains/test_restart.py::test_"
@@ -561,8 +562,8 @@ RATES = (
     Mutation(
         "vectors decay",
         "jlora/optimize/optimizer.py",
-        '{**options, "weight_decay": 0.0} if decays else options',
-        "options",
+        'return {**options, "weight_decay": 0.0}',
+        "return options",
         (PLUS + "without_a_ratio_only_the_decay_of_vectors_differs_from_the_plain_optimizer",),
     ),
     Mutation(
@@ -613,6 +614,55 @@ RATES = (
         "for site in sites if site.method.optimizer_rule == rule))",
         "for site in sites if site.method.optimizer_rule == rule)[:1])",
         (ALLOCATION + "sites_with_equal_rules_share_a_budget_and_methods_mix",),
+    ),
+    Mutation(
+        "groups that learn alike are optimized apart",
+        "jlora/optimize/optimizer.py",
+        "first.setdefault((own, id(options), renewal), label)",
+        "first.setdefault(label, label)",
+        (TOGETHER_ALL + "optimizers_of_the_whole_tree_are_optax_s_own_to_the_bit",),
+    ),
+    Mutation(
+        "restarts cut what looks at arrays together",
+        "jlora/optimize/optimizer.py",
+        "tree, made = whole if cut else apart",
+        "tree, made = apart",
+        (TOGETHER_ALL + "optimizers_of_the_whole_tree_are_optax_s_own_to_the_bit",),
+    ),
+    Mutation(
+        "every optimizer is taken for one that looks at arrays together",
+        "jlora/optimize/together.py",
+        "any(len(sources) > 1 for sources in",
+        "any(len(sources) > 0 for sources in",
+        (TOGETHER_ALL + "what_couples_arrays_is_seen_in_the_optimizers_program",),
+    ),
+    Mutation(
+        "one array of each shape stands for all",
+        "jlora/optimize/together.py",
+        "if seen[kind] <= 2 else",
+        "if seen[kind] <= 1 else",
+        (TOGETHER_ALL + "what_couples_arrays_is_seen_in_the_optimizers_program",),
+    ),
+    Mutation(
+        "params of other mappings reach the rules as they are",
+        "jlora/optimize/together.py",
+        "if not _foreign(jax.tree.structure(tree)) or not jax.tree.leaves(tree):",
+        "if True:",
+        (TOGETHER_ALL + "params_in_any_mapping_get_the_same_updates_in_that_mapping",),
+    ),
+    Mutation(
+        "Prodigy's sum outlives the moments that it is divided by",
+        "jlora/optimize/moments.py",
+        '_COUNTS = ("count", "t", "numerator_weighted")',
+        '_COUNTS = ("count", "t")',
+        (RENEWAL + "moments_of_restarted_leaves_begin_anew_with_their_counts",),
+    ),
+    Mutation(
+        "groups of a former release are joined although they differ",
+        "jlora/training/former_groups.py",
+        "if not any(np.array_equal(arrays[other], arrays[each]) for each in taken):",
+        "if not taken:",
+        ("tests/training/test_checkpoints.py::test_the_groups_of_a_former_release_are_joined_where_they_are_one_now",),
     ),
     Mutation(
         "a restart leaves the step count",

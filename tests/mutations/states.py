@@ -2,6 +2,7 @@
 
 from mutations.mutation import Mutation
 
+AVERAGE = "tests/test_average.py::test_"
 EVERY_LEAF = "tests/test_spec.py::test_every_leaf_gets_its_own_random_values_whatever_else_is_adapted"
 FILES = "tests/test_files.py::test_"
 FINGERPRINT = "tests/test_fingerprint.py::test_"
@@ -11,6 +12,7 @@ MESH = "tests/test_mesh.py::test_"
 OFFLOAD = "tests/test_offload.py::test_"
 OBSERVE = "tests/test_observe.py::test_"
 PREPARE = "tests/test_prepare.py::test_"
+REGISTERED = "tests/test_registered.py::test_"
 SERIALIZE = "tests/test_serialize.py::test_"
 SWITCH = "tests/test_switch.py::test_"
 
@@ -379,4 +381,73 @@ HELD = (
     ),
 )
 
-MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD)
+AVERAGED = (
+    Mutation(
+        "the mean weighs both factors",
+        "jlora/compose/average.py",
+        'jnp.concatenate([each.params["b"].astype(wide) for each in plain], -2)',
+        'jnp.concatenate([share * each.params["b"].astype(wide) for share, each in zip(shares, plain)], -2)',
+        (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
+    ),
+    Mutation(
+        "the mean takes its scale twice",
+        "jlora/compose/average.py",
+        '{"a": a, "b": b / scale}',
+        '{"a": a, "b": b}',
+        (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
+    ),
+    Mutation(
+        "ranks that a mean does not need are dead",
+        "jlora/compose/average.py",
+        "root = np.sqrt(np.where(used, s, 1.0))",
+        "root = np.sqrt(s)",
+        (AVERAGE + "ranks_that_the_mean_does_not_need_start_as_lora_does",),
+    ),
+    Mutation(
+        "adapters of other bases are averaged",
+        "jlora/compose/average.py",
+        "    _check_bases(adapters)\n",
+        "",
+        (AVERAGE + "what_has_no_mean_is_refused_by_name",),
+    ),
+)
+
+SERIALIZED = (
+    Mutation(
+        "Flax writes the base with its adapters",
+        "jlora/disk/registered.py",
+        '"frozen": adapted.frozen}',
+        '"frozen": adapted.frozen, "all": adapted.base}',
+        (REGISTERED + "flax_writes_the_adapters_and_not_the_base",),
+    ),
+    Mutation(
+        "Flax restores adapters on another base",
+        "jlora/disk/registered.py",
+        'written = state.get("base") if _has_values(adapted.base) else None',
+        "written = None",
+        (REGISTERED + "adapters_of_another_base_shape_or_kind_are_refused",),
+    ),
+    Mutation(
+        "Flax restores arrays of any shape",
+        "jlora/disk/registered.py",
+        "if _compat.is_array(old) and (np.shape(leaf), leaf.dtype) != (old.shape, old.dtype):",
+        "if False:",
+        (REGISTERED + "adapters_of_another_base_shape_or_kind_are_refused",),
+    ),
+    Mutation(
+        "an exported plan forgets what is beside a leaf",
+        "jlora/disk/registered.py",
+        ', beside=tuple(each["beside"]))',
+        ")",
+        (REGISTERED + "plans_of_all_methods_and_forms_of_all_codes_come_back_from_bytes",),
+    ),
+    Mutation(
+        "an Adapted is any container",
+        "jlora/core/tree/adapted.py",
+        "    __contains__ = __getitem__ = _refuse\n",
+        "",
+        (REGISTERED + "an_adapted_is_no_tree_of_params_and_says_what_is",),
+    ),
+)
+
+MUTATIONS = (*ADAPTED, *ANALYSIS, *STORED, *HELD, *AVERAGED, *SERIALIZED)

@@ -106,3 +106,40 @@ def test_a_state_comes_back_with_its_key_its_constants_and_its_step(tmp_path):
     ):
         stranger.restore(3, state, adapted, fresh)
     stranger.close()
+
+
+@pytest.mark.newest
+def test_the_groups_of_a_former_release_are_joined_where_they_are_one_now(tmp_path):
+    adapted = jlora.adapterize({"w": jnp.eye(4), "b": jnp.ones(4)}, {"w": jlora.LoRA(2), "b": jlora.Full()})
+    grads = jax.tree.map(jnp.ones_like, adapted.params)
+    each = {
+        name: optax.adamw(0.1, weight_decay=0.0 if name == "vector, kept" else 1e-4)
+        for name in ("a", "b", "vector, kept")
+    }
+    former = optax.partition(each, {"w": {"a": "a", "b": "b"}, "b": {"w": "vector, kept"}})
+    present = jlora.optimizer(adapted, optax.adamw, 0.1)
+    after = lambda tx: tx.update(grads, tx.init(adapted.params), adapted.params)[1]
+    state, wanted = jax.jit(lambda: (after(former), after(present)))()
+    now = jax.tree.map(jnp.zeros_like, wanted)
+
+    def position():
+        return iter(grain.MapDataset.range(9).to_iter_dataset())
+
+    def resumed(place, state):
+        run = State(adapted.params, state, jnp.int32(1), jax.random.key(0))
+        checkpoints = Checkpoints(tmp_path / place, 2, "base")
+        checkpoints.save(run, adapted, position())
+        checkpoints.close()
+        again = Checkpoints(tmp_path / place, 2, "base")
+        try:
+            return again.restore(1, run._replace(opt_state=now), adapted, position())[0].opt_state
+        finally:
+            again.close()
+
+    jax.tree.map(np.testing.assert_array_equal, resumed("former", state), wanted)
+    inner = dict(state.inner_states)
+    inner["b"] = jax.tree.map(lambda leaf: leaf + 1, inner["b"])
+    with pytest.raises(
+        CheckpointError, match="its inner_states.b.inner_state.0.count differs from .*: go on with that release"
+    ):
+        resumed("changed", state._replace(inner_states=inner))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,19 @@ class Adapted:
         """The base tree with some leaves replaced, by their keys."""
         leaves, treedef = paths.flatten_with_keys(self.base)
         return jax.tree.unflatten(treedef, [new.get(keys, leaf) for keys, leaf in leaves])
+
+    def _refuse(self, key: Any) -> NoReturn:
+        """Refuses to be taken for a tree of params, as by a function that is not lifted or a `TrainState`.
+
+        Raises:
+            TypeError: with what can be done.
+        """
+        raise TypeError(
+            f"a jlora.Adapted has no keys, such as {key!r}: functions of params take it by jlora.lift(fn); what is trained, as "
+            "TrainState(params=...) and optimizers want it, is adapted.params, and the tree that was adapted adapted.base"
+        )
+
+    __contains__ = __getitem__ = _refuse
 
     def __repr__(self) -> str:
         return f"Adapted({len(self.plan.sites)} sites, {count(self.params):,} trained values on {count(self.base):,})"

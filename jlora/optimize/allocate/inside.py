@@ -14,11 +14,16 @@ from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted
 from jlora.optimize.offload import on_host
 
+_SEARCH = "a line search inside it would search along a step that the rule then changes; use an optimizer without one"
 _WHY = {
     optax.MultiStepsState: "optax.MultiSteps inside it would have it count and score parts of a step; put it around, as in "
     "optax.MultiSteps(jlora.optimizer(...), k)",
     optax.ApplyEvery: "optax.apply_every inside it would have it count and score parts of a step; accumulate outside, as in "
     "optax.MultiSteps(jlora.optimizer(...), k)",
+    optax.ScaleByLBFGSState: "L-BFGS inside it would take the rule's changes for its own steps, and search along one that the "
+    "rule then changes; use another optimizer",
+    optax.ScaleByZoomLinesearchState: _SEARCH,
+    optax.ScaleByBacktrackingLinesearchState: _SEARCH,
     optax.contrib.ScheduleFreeState: "a schedule-free optimizer inside it keeps a second copy of the trained arrays, from "
     "which what is taken away comes back; use another optimizer",
 }
