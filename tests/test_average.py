@@ -50,7 +50,10 @@ def test_the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods()
     clients, weights = [client(n + 2, method, flat) for n, method in enumerate(methods)], [1, 2, 3.5, 4]
     found = jlora.average(clients, weights)
     close(deltas(found), mean(clients, weights))
-    assert [str(site.method) for site in found.plan.sites] == ["Full()", "LoRA(rank=10, alpha=40.0)"]
+    assert [str(site.method) for site in found.plan.sites] == [
+        "Full()",
+        "LoRA(rank=6, alpha=24.0)",
+    ]  # of a 6 x 6 matrix
     close(deltas(jlora.average(clients[:2])), mean(clients[:2], [1, 1]))
     assert found.base is clients[0].base and set(found.params) == set(flat) and found.frozen == {}
 
@@ -64,9 +67,11 @@ def test_a_mean_of_a_rank_is_the_nearest_one():
             wanted = (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
             np.testing.assert_allclose(deltas(found)[name], wanted, atol=1e-6)
     assert found.params["stack"]["a"].shape == (2, 6, 2)
-    np.testing.assert_allclose(
-        *(np.linalg.norm(found.params["w"][f] * s, axis=n) for f, s, n in (("a", 1, 0), ("b", 4, 1))), rtol=1e-5
-    )
+
+
+def test_a_leaf_that_one_leaves_alone_is_not_changed_by_it():
+    clients = [client(2), jlora.adapterize(PARAMS, {"w": LORA}, KEYS[1])]
+    close(deltas(jlora.average(clients, [1, 3])), mean(clients, [1, 3]))
 
 
 def test_ranks_that_the_mean_does_not_need_start_as_lora_does():
@@ -82,9 +87,8 @@ def test_on_a_mesh_the_mean_lies_as_adapters_do_and_under_jit_it_is_the_same():
     one, two = (jlora.adapterize(base, {"w": LORA}, key) for key in KEYS[:2])
     for rank in (None, 2):
         assert jlora.average([one, two], rank=rank).params["w"]["a"].sharding.spec == P("model", None)
-    close(jax.jit(lambda *each: jlora.average(each).params)(one, two), jlora.average([one, two]).params)
-    with pytest.raises(TypeError, match="w: average cuts to a rank on the host: call it outside of jit"):
-        jax.jit(lambda *each: jlora.average(each, rank=2).params)(one, two)
+    of_params = lambda *each: jlora.average([one.replace(params=params) for params in each]).params
+    close(jax.jit(of_params)(one.params, two.params), jlora.average([one, two]).params)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +97,16 @@ def test_on_a_mesh_the_mean_lies_as_adapters_do_and_under_jit_it_is_the_same():
         (list, {}, "average takes adapters and a weight for each, got 0 and 0"),
         (lambda: [client(2)], {"weights": [1, 2]}, "got 1 and 2"),
         (lambda: [client(2), client(3)], {"weights": [1, -1]}, r"weights must be positive numbers, got \[1, -1\]"),
-        (lambda: [client(2)], {"rank": 0}, "rank must be a positive whole number or None, got 0"),
-        (lambda: [client(2), jlora.adapterize(PARAMS, {"w": LORA})], {}, "bias is adapted by 1 and not by both of 1 and 2"),
-        (lambda: [client(2, jlora.DoRA(LORA))], {}, r"stack: DoRA\(.*is no product of factors"),
-        (lambda: [jlora.adapterize({"w": jnp.ones((2, 2))}, {"w": jlora.IA3()})], {}, r"w: IA3\(.*is no product of factors"),
+        (lambda: [client(2)], {"rank": 0}, "rank must be a positive integer, got 0"),
+        (lambda: [client(2, jlora.DoRA(LORA))], {}, r"stack: DoRA\(.*has no factors"),
+        (lambda: [jlora.adapterize({"w": jnp.ones((2, 2))}, {"w": jlora.IA3()})], {}, r"w: IA3\(.*has no factors"),
         (lambda: [client(2), client(3, params={**PARAMS, "bias": jnp.zeros(6)})], {},
-         "adapter 2 was made on another base than adapter 1: fingerprint"),
+         "bias: adapters 0 and 1 stand on different bases"),
         (lambda: [jlora.adapterize({"w": jnp.ones((2, 2, 2))}, {"w": jlora.Axes(roles, LORA)}) for roles in
-                  ("batch in out", "in batch out")], {}, "w: adapters 1 and 2 read it differently"),
+                  ("batch in out", "in batch out")], {}, "w: adapters 0 and 1 take it differently"),
     ],
-    ids=["none", "count", "negative", "rank", "leaves", "DoRA", "IA3", "base", "axes"],
+    ids=["none", "count", "negative", "rank", "DoRA", "IA3", "base", "axes"],
 )  # fmt: skip
 def test_what_has_no_mean_is_refused_by_name(adapters, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         jlora.average(adapters(), **options)

@@ -383,32 +383,18 @@ HELD = (
 
 AVERAGED = (
     Mutation(
-        "the mean weighs both factors",
+        "weights of a mean are not divided by their sum",
         "jlora/compose/average.py",
-        'jnp.concatenate([each.params["b"].astype(wide) for each in plain], -2)',
-        'jnp.concatenate([share * each.params["b"].astype(wide) for share, each in zip(shares, plain)], -2)',
+        "float(weight) / sum(given) for",
+        "float(weight) for",
         (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
     ),
     Mutation(
         "the mean takes its scale twice",
         "jlora/compose/average.py",
-        '{"a": a, "b": b / scale}',
-        '{"a": a, "b": b}',
+        '"b": fields["b"] / like.scale}',
+        '"b": fields["b"]}',
         (AVERAGE + "the_mean_is_that_of_the_updates_whatever_the_ranks_scales_and_methods",),
-    ),
-    Mutation(
-        "ranks that a mean does not need are dead",
-        "jlora/compose/average.py",
-        "root = np.sqrt(np.where(used, s, 1.0))",
-        "root = np.sqrt(s)",
-        (AVERAGE + "ranks_that_the_mean_does_not_need_start_as_lora_does",),
-    ),
-    Mutation(
-        "adapters of other bases are averaged",
-        "jlora/compose/average.py",
-        "    _check_bases(adapters)\n",
-        "",
-        (AVERAGE + "what_has_no_mean_is_refused_by_name",),
     ),
 )
 
