@@ -233,6 +233,28 @@ def test_a_base_on_another_mesh_than_the_one_in_use_is_refused():
         jlora.adapterize({"up": params["up"]}, {"up/kernel": jlora.LoRA(2)})
 
 
+def test_rules_for_paths_say_where_a_base_lies_and_a_wrong_one_is_refused():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    params = {**base(), "down": jlora.quantize(base()["down"], {"kernel": jlora.Int8()})}
+    rules = {"up/kernel": P(None, ("data", "model")), "(up|down)/kernel": P("data", None), "up/bias": P("model")}
+    placed = jax.device_put(params, jlora.mesh.by_path(params, mesh, rules))
+    assert placed["up"]["kernel"].sharding.spec == rules["up/kernel"]
+    assert placed["down"]["kernel"].sharding.spec == P("data", None)
+    assert placed["up"]["bias"].sharding.spec == P("model")
+    assert placed["qkv"]["kernel"].sharding.is_fully_replicated
+    for rule, message in [
+        ({"kernel": P()}, "'kernel' matches the whole path of no leaf; nearest:"),
+        ({"up/.*": P(None, "model")}, r"up/bias: P.*\(None, 'model'\) has 2 entries, but the leaf \(32,\) has 1 axes"),
+        ({"up/bias": P("tensor")}, "up/bias: axis 0 is cut by 'tensor', but the mesh has only data=2, model=4"),
+        (
+            {"out/kernel": P(("model", "data"), None, None)},
+            "out/kernel: the mesh axis model=4 x data=2 does not divide the 4",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jlora.mesh.by_path(params, mesh, rule)
+
+
 RULES = (("embed", "data"), ("mlp", "model"), ("layers", None))
 
 

@@ -62,7 +62,10 @@ def _stored(asked: Given) -> dict[str, Any]:
     out = asked.values.get("out", Settings.out)
     if not (Path(out) / SETTINGS).exists():
         return {}  # the job says what is wrong with the folder
-    return read_settings(out)["asked"]
+    stored = read_settings(out)["asked"]
+    if "mesh" in asked.values:  # the rules of a run are for its mesh
+        stored.pop("shard", None)
+    return stored
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -65,6 +65,17 @@ def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) 
             )
 
 
+def check_rule(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
+    """`check_cut` for a spec that was written for a leaf by hand, and so has an entry for each of its axes.
+
+    Raises:
+        ValueError: as `check_cut`, and for another number of entries.
+    """
+    if len(spec) != len(shape):
+        raise ValueError(f"{path}: {spec} has {len(spec)} entries, but the leaf {tuple(shape)} has {len(shape)} axes")
+    check_cut(path, shape, spec, sizes)
+
+
 def check_fields(path: str, leaf: Stored, specs: dict[str, Any], sizes: Any) -> None:
     """`check_cut` for the fields of a leaf that is kept in the form of a code: a cut must not fall into a block."""
     for name, array in leaf.fields.items():
