@@ -6,7 +6,6 @@ And shardings of a base, by the paths of its leaves.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,24 +130,21 @@ def by_path(params: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec]) -> Any:
         `jax.jit(..., out_shardings=...)`, or for the shapes that a checkpoint is restored to.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a spec with another number of entries than the leaf has axes, an axis
-            that the mesh lacks, and one that does not divide, naming leaf and numbers.
+        ValueError: for a pattern that matches nothing, or nothing that is left; a spec with another number of entries than the
+            leaf has axes; an axis that the mesh lacks, and one that does not divide, naming leaf and numbers.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("model",))
         >>> placed = jax.device_put(params, jlora.mesh.by_path(params, mesh, {".*/kernel": jax.P(None, "model")}))
     """
     leaves, treedef = paths.flatten_with_keys(params)
-    names = ["/".join(keys) for keys, _ in leaves]
-    for pattern in rules:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(f"{pattern!r} matches the whole path of no leaf; nearest: {paths.nearest(pattern, names)}")
+    ruled = placement.first_rules(["/".join(keys) for keys, _ in leaves], rules)
     found = []
-    for path, (_, leaf) in zip(names, leaves, strict=True):
-        spec = next((rule for pattern, rule in rules.items() if re.fullmatch(pattern, path)), None)
-        if spec is not None:
-            placement.check_rule(path, jnp.shape(leaf), spec, mesh.shape)
-        specs = _of_fields(leaf, PartitionSpec() if spec is None else spec)
+    for keys, leaf in leaves:
+        path = "/".join(keys)
+        if path in ruled:
+            placement.check_rule(path, jnp.shape(leaf), rules[ruled[path]], mesh.shape)
+        specs = _of_fields(leaf, rules[ruled[path]] if path in ruled else PartitionSpec())
         if isinstance(leaf, Stored):
             placement.check_fields(path, leaf, specs.fields, mesh.shape)
         found.append(jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec))

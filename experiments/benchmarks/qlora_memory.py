@@ -116,7 +116,7 @@ def measure(config: LlamaConfig, base: str, rows: int, tokens: int, device: Any,
             lambda params: jlora.quantize(params, {jlora.ALL_LINEAR: jlora.NF4(double=True)}, sites), params
         )
     spec = {jlora.ALL_LINEAR: jlora.LoRA(rank, alpha=16)}
-    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), params)
+    adapted = jlora.adapterize(params, spec, sites=sites)
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4)
     apply = jlora.lift(model.apply)
 

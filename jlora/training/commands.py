@@ -21,7 +21,6 @@ from jlora.training.flags import given
 from jlora.training.folder import check_new
 from jlora.training.inspected import settings_table
 from jlora.training.job import SETTINGS, finetune, read_settings
-from jlora.training.prepared import adapted_shapes
 from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.selection import make_spec, trace_sites
@@ -85,7 +84,7 @@ def _inspected(settings: Settings) -> str:
     subject = abstract_subject(settings, codec, config, labels)
     sites = trace_sites(subject, settings)
     spec = make_spec(subject, settings)
-    adapted = adapted_shapes(subject.params, spec, sites)
+    adapted = jlora.adapterize(subject.params, spec, sites=sites)
     parts = {
         "how the model reads its weights": sites,
         "what would be trained": jlora.summary(adapted),

@@ -10,10 +10,11 @@ the axis that they share with the weight is cut as the weight's is, the rank is 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora import paths
-from jlora.core.tree.placement import check_fields, check_rule
+from jlora.core.tree.placement import check_fields, check_rule, first_rules
 from jlora.training import processes
 from jlora.training.axes import ROWS, Rules, cutting_axes
 from jlora.training.errors import SettingError
@@ -112,19 +113,14 @@ def rows_of_batch(mesh: Mesh, rows_axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, names or None))
 
 
-def weight_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules | None = None) -> PartitionSpec:
-    """How a base weight is cut: by the first rule whose pattern matches its whole path, else by the module's own rule.
+def weight_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """How a base weight is cut by the module's rule.
 
     Raises:
-        SettingError: if an axis does not divide, naming the weight and the numbers; or a rule has another number of axes.
+        SettingError: if an axis does not divide, naming the weight and the numbers.
     """
-    if path.startswith(_HEAD):
-        return PartitionSpec()
-    for pattern, spec in (rules or {}).items():
-        if re.fullmatch(pattern, path):
-            return _by_rule(pattern, spec, path, shape, mesh)
     names = cutting_axes(mesh.axis_names)
-    if not _MATRIX.fullmatch(path) or not names:
+    if path.startswith(_HEAD) or not _MATRIX.fullmatch(path) or not names:
         return PartitionSpec()
     entries: list[str | None] = [*[None] * (len(shape) - len(names)), *names]
     if _BACK.search(path):
@@ -139,40 +135,48 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules | Non
     return PartitionSpec(*entries)
 
 
-def _by_rule(pattern: str, spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    try:
-        check_rule(path, shape, spec, mesh.shape)
-    except ValueError as error:
-        raise SettingError("shard", f"{pattern!r}: {error}") from None
-    return spec
-
-
 def base_shardings(params: Any, mesh: Any, rules: Rules | None = None) -> Any:
     """Where the base's weights lie on the mesh, from arrays or their shapes; of a code for each of its fields.
 
+    Args:
+        params: the base.
+        mesh: the mesh; an abstract one is enough.
+        rules: the user's own, which come before the module's; the head of a classifier has none.
+
     Raises:
-        SettingError: as `weight_spec`; for a rule that matches no weight; for a cut that falls into a code's block.
+        SettingError: as `weight_spec`; for a rule that matches no weight, or does not fit one; for a cut within a code's block.
     """
     leaves, treedef = paths.flatten_with_keys(params)
     names = ["/".join(keys) for keys, _ in leaves]
-    for pattern in rules or {}:
-        known = [name for name in names if not name.startswith(_HEAD)]
-        if not any(re.fullmatch(pattern, name) for name in known):
-            near = paths.nearest(pattern, known)
-            raise SettingError("shard", f"{pattern!r} matches the whole path of no weight; the nearest are {near}")
-    found = [_leaf_shardings(path, leaf, mesh, rules) for path, (_, leaf) in zip(names, leaves)]
+    rules = rules or {}
+    with _named("shard"):
+        ruled = first_rules([name for name in names if not name.startswith(_HEAD)], rules)
+        for name, (_, leaf) in zip(names, leaves):
+            if name in ruled:
+                check_rule(name, leaf.shape, rules[ruled[name]], mesh.shape)
+    specs = [
+        rules[ruled[name]] if name in ruled else weight_spec(name, tuple(leaf.shape), mesh)
+        for name, (_, leaf) in zip(names, leaves)
+    ]
+    found = [_leaf_shardings(name, leaf, spec, mesh) for name, (_, leaf), spec in zip(names, leaves, specs)]
     return jax.tree.unflatten(treedef, found)
 
 
-def _leaf_shardings(path: str, leaf: Any, mesh: Any, rules: Rules | None) -> Any:
-    spec = weight_spec(path, tuple(leaf.shape), mesh, rules)
+@contextlib.contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Errors are those of a setting."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(setting, f"can't cut the base: {error}") from None
+
+
+def _leaf_shardings(path: str, leaf: Any, spec: PartitionSpec, mesh: Any) -> Any:
     if not isinstance(leaf, jlora.Stored):
         return NamedSharding(mesh, spec)
     specs = leaf.specs(leaf.code.axes, spec)
-    try:
+    with _named("mesh"):
         check_fields(path, leaf, specs, mesh.shape)
-    except ValueError as error:
-        raise SettingError("mesh", str(error)) from None
     return dataclasses.replace(leaf, fields={name: NamedSharding(mesh, specs[name]) for name in leaf.fields})
 
 

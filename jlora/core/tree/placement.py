@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jlora import paths
 from jlora.core.protocol.method import Site, Start
 from jlora.core.protocol.stored import Stored
 
@@ -20,6 +22,20 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
     if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
     return sharding
+
+
+def is_shape(leaf: Any) -> bool:
+    """Whether a leaf is only the shape of an array; or is kept in the form of a code whose fields are."""
+    arrays = leaf.fields.values() if isinstance(leaf, Stored) else (leaf,)
+    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
+
+
+def is_cut_unseen(leaf: Any) -> bool:
+    """Whether a leaf is traced on a mesh of several devices whose axes are automatic, so that nothing tells how it is cut."""
+    if not isinstance(leaf, Tracer):
+        return False
+    mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
+    return mesh is not None and not mesh.empty and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
 
 
 def field_specs(site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
@@ -63,6 +79,27 @@ def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) 
                 f"{path}: the mesh axis {cut} does not divide the {shape[axis]} of axis {axis} of {tuple(shape)}; cut "
                 "another axis of this leaf, or leave it whole"
             )
+
+
+def first_rules(names: Sequence[str], patterns: Iterable[str]) -> dict[str, str]:
+    """For each path that some pattern matches as a whole the first such pattern.
+
+    Raises:
+        ValueError: for a pattern that matches no path, or none that those before it leave.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if re.fullmatch(pattern, name)]
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} matches the whole path of no weight; nearest: {paths.nearest(pattern, names)}"
+            )
+        if all(name in found for name in matched):
+            raise ValueError(
+                f"all that {pattern!r} matches is taken by a pattern before it, such as {found[matched[0]]!r}"
+            )
+        found = {**dict.fromkeys(matched, pattern), **found}
+    return found
 
 
 def check_rule(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
@@ -112,6 +149,36 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
     params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
     frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
     return Start(params, frozen)
+
+
+def shapes_beside(
+    shapes: Mapping[tuple[str, ...], Any], sites: Iterable[Site], leaves: Mapping[tuple[str, ...], Any], other: Any
+) -> dict[tuple[str, ...], Any]:
+    """Shapes of a method's arrays, with the shardings that the arrays get beside their base.
+
+    Args:
+        shapes: by the drawer `params` or `frozen`, the keys of the leaf or of what leaves share, and the field's name.
+        sites: the adapted leaves.
+        leaves: the base, arrays or shapes.
+        other: the sharding of what is beside no leaf on a mesh of several devices.
+    """
+    sites = tuple(sites)
+    fields = {site.keys: field_shardings(site, leaves[site.keys]) or {} for site in sites}
+    whole = replicated(leaves[site.keys] for site in sites) or other
+    found = {}
+    for keys, shape in shapes.items():
+        at = fields.get(keys[1:-1])  # None for what leaves share, which lies whole on every device
+        sharding = whole if at is None else at.get(keys[-1], other)
+        found[keys] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return found
+
+
+def alone(leaves: Iterable[Any]) -> Any:
+    """Where what is whole lies beside the first leaf of which that is known; None where it is of none."""
+    sharding = next(filter(None, (getattr(leaf, "sharding", None) for leaf in leaves)), None)
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding if isinstance(sharding, SingleDeviceSharding) else None
 
 
 def replicate(tree: Any, leaves: Iterable[Any]) -> Any:
