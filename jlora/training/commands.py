@@ -95,6 +95,20 @@ def _inspected(settings: Settings) -> str:
     return "\n\n".join([f"model {subject.directory}", *told])
 
 
+def _plan(arguments: argparse.Namespace) -> str | None:
+    """Returns that the run does not fit, if that is known."""
+    from jlora.training import plan
+    from jlora.training.chips import CHIPS, stay_off_chips
+
+    stay_off_chips()
+    asked = given(arguments)
+    with _as_written(asked):
+        made = plan.make_plan(resolve(asked.settings()), CHIPS[arguments.device], arguments.slices)
+        text, large = plan.report(made)
+    print(text)
+    return f"does not fit into the memory of {arguments.device}" if large else None
+
+
 def _merge(arguments: argparse.Namespace) -> None:
     check_new(arguments.directory)  # before a large model is read
     run = open_run(arguments.run, arguments.model)
@@ -153,6 +167,7 @@ def _import(arguments: argparse.Namespace) -> None:
 COMMANDS = {
     "finetune": _finetune,
     "inspect": _inspect,
+    "plan": _plan,
     "merge": _merge,
     "generate": _generate,
     "eval": _eval,

@@ -70,16 +70,25 @@ def mesh_of(axes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
     if len(set(slices.values())) > 1:
         counts = ", ".join(f"{count} of slice {index}" for index, count in sorted(slices.items()))
         raise SettingError("mesh", f"takes {counts}: it must take as many devices of each slice")
-    if axes.get("data", 1) % len(slices):
-        raise SettingError(
-            "mesh",
-            f"lies on {len(slices)} slices, between which only data can be cut, since the network there is slow: data must "
-            f"be a multiple of {len(slices)}, got {', '.join(f'{name}={size}' for name, size in axes.items())}",
-        )
+    check_slices(axes, len(slices))
     across = [len(slices) if name == "data" else 1 for name in axes]
     within = [size // outer for size, outer in zip(sizes, across)]
     found = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(found, tuple(axes), axis_types=types)
+
+
+def check_slices(axes: Mapping[str, int], slices: int) -> None:
+    """Refuses a mesh whose axis `data` does not go across that many slices.
+
+    Raises:
+        SettingError: if it does not.
+    """
+    if axes.get("data", 1) % slices:
+        raise SettingError(
+            "mesh",
+            f"lies on {slices} slices, between which only rows are cut, since the network there is slow: data must be a "
+            f"multiple of {slices}, got {', '.join(f'{name}={size}' for name, size in axes.items())}",
+        )
 
 
 def row_parts(mesh: Mesh) -> int:
