@@ -93,13 +93,15 @@ def described(chip: Chip, chips: int, slices: int) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    if slices > 1 and not chip.dimensions:
+        raise SettingError("slices", f"are of TPUs; {chip.name} has none")
     if chip.dimensions:
         shape = "x".join(map(str, chip.shape(chips // slices)))
         wanted: dict[str, Any] = {"platform": "tpu", "topology_name": f"{chip.name}:{shape}"}
         wanted |= {"num_slices": slices} if slices > 1 else {}
     else:
-        within = min(chips // slices, _GPUS_OF_A_HOST)
-        layout = f"{slices}x{math.ceil(chips / slices / within)}x{within}"
+        within = min(chips, _GPUS_OF_A_HOST)
+        layout = f"1x{math.ceil(chips / within)}x{within}"
         wanted = {"platform": "cuda", "topology_name": chip.name, "target_config": H100, "topology": layout}
     try:
         return list(topologies.get_topology_desc(**wanted).devices)

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jlora
@@ -63,7 +65,7 @@ class Plan:
         settings, mesh = self.settings, self.mesh
         assert settings.batch and settings.max_length
         cuts = jlora.mesh.cuts(self.adapted, set(mesh.shape) - set(ROWS))
-        step = make_step(self.subject.forward, make_optimizer(self.adapted, settings), self.state, cuts)
+        step = make_step(self.subject.forward, _optimizer(self.adapted, settings), self.state, cuts)
         sizes = (settings.accumulate, settings.batch // settings.accumulate, settings.max_length)
         place = rows_of_batch(mesh, 1)
         whole = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), jnp.int32) | {"weights": jnp.float32}
@@ -141,6 +143,12 @@ def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:
+    """The run's optimizer; rules that take numbers from constants, as LoRAFA's does, get zeros."""
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), adapted.frozen)
+    return make_optimizer(adapted.replace(frozen=zeros), settings)
+
+
 def _state(adapted: jlora.Adapted, settings: Settings, whole: NamedSharding) -> State:
     """The first state; an array of the optimizer's that is named and shaped as a trained one lies as that does."""
     trained = dict(paths.flatten_with_keys(adapted.params)[0])
@@ -149,7 +157,7 @@ def _state(adapted: jlora.Adapted, settings: Settings, whole: NamedSharding) -> 
         like = next((trained[keys[n:]] for n in range(len(keys)) if keys[n:] in trained), None)
         return _shape(leaf, like.sharding if like is not None and like.shape == leaf.shape else whole)
 
-    found = jax.eval_shape(make_optimizer(adapted, settings).init, adapted.params)
+    found = jax.eval_shape(_optimizer(adapted, settings).init, adapted.params)
     flat, treedef = paths.flatten_with_keys(found)
     opt_state = jax.tree.unflatten(treedef, [place(keys, leaf) for keys, leaf in flat])
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
@@ -180,7 +188,7 @@ def report(plan: Plan) -> tuple[str, bool]:
         arguments, besides, note = _step(plan)
         total, known = arguments + besides, ""
         if math.isfinite(total):
-            rows.append(("these in tiles, and a batch", arguments, f"as XLA compiles the step for {plan.chip.name}"))
+            rows.append(("these and a batch", arguments, f"as XLA compiles the step for {plan.chip.name}"))
             rows.append(("activations, gradients, buffers", besides, "likewise"))
     large = total > plan.chip.memory
     verdict = "does not fit" if large else f"fits {known}".strip()
