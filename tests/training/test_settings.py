@@ -1,12 +1,14 @@
 """Settings from flags and files: what is wrong is named as the user wrote it."""
 
 import dataclasses
+import json
 
 import pytest
 from jax.sharding import PartitionSpec
 
 from jlora.training.axes import cutting_axes, mesh_axes, shard_rules
 from jlora.training.cli import build_parser
+from jlora.training.commands import _stored
 from jlora.training.configuration import gather
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
@@ -152,6 +154,28 @@ def test_flags_of_rules_come_before_those_of_the_file_and_an_axis_that_a_rule_na
         ("a", PartitionSpec("fsdp")),
     ]
     assert cutting_axes(["data", "expert", "fsdp", "tensor"]) == ["fsdp", "tensor"]
+
+
+def test_a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one(tmp_path):
+    old = dataclasses.asdict(Settings(mesh="fsdp=2", shard={"w": "fsdp"}))
+    stored = {"asked": old, "settings": old, "labels": []}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    words = ["finetune", "--out", str(tmp_path), "--resume"]
+    same = given(build_parser().parse_args(words))
+    assert same.settings(_stored(same)).shard == {"w": "fsdp"}
+    other = given(build_parser().parse_args([*words, "--mesh", "data=4"]))
+    assert other.settings(_stored(other)).shard == {}
+
+
+def test_a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one(tmp_path):
+    old = dataclasses.asdict(Settings(mesh="fsdp=2", shard={"w": "fsdp"}))
+    stored = {"asked": old, "settings": old, "labels": []}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    words = ["finetune", "--out", str(tmp_path), "--resume"]
+    same = given(build_parser().parse_args(words))
+    assert same.settings(_stored(same)).shard == {"w": "fsdp"}
+    other = given(build_parser().parse_args([*words, "--mesh", "data=4"]))
+    assert other.settings(_stored(other)).shard == {}
 
 
 @pytest.mark.parametrize(("value", "message"), [("w", "must be REGEX=AXES"), ("=fsdp", "must be REGEX=AXES")])
