@@ -229,6 +229,7 @@ def test_base_and_adapters_are_read_straight_to_their_places_on_a_mesh(tmp_path,
         checkpointer.save(tmp_path / "whole", adapted)
     planned, put, pieces = jlora.load(tmp_path / "adapters", shapes_of(params)), jax.device_put, []
     assert same_places(planned, start)
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(planned))
 
     def counted(x, *args, **kwargs):
         pieces.extend(leaf.nbytes for leaf in jax.tree.leaves(x) if isinstance(leaf, np.ndarray))

@@ -361,11 +361,11 @@ MESH = (
         (SETTINGS + "a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one",),
     ),
     Mutation(
-        "shapes of what leaves share lie nowhere",
+        "what leaves share is read onto one device",
         "jlora/core/tree/placement.py",
         "sharding = whole if at is None else at.get(keys[-1], other)",
         "sharding = other if at is None else at.get(keys[-1], other)",
-        ("tests/test_mesh.py::test_shapes_of_a_base_give_shapes_of_adapters_that_lie_as_the_arrays_would[mixed]",),
+        ("tests/test_shared.py::test_on_a_mesh_they_lie_whole_and_give_what_one_device_gives",),
     ),
     Mutation(
         "a trace on a mesh warns of nothing",

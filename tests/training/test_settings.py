@@ -167,17 +167,6 @@ def test_a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one(tmp_path
     assert other.settings(_stored(other)).shard == {}
 
 
-def test_a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one(tmp_path):
-    old = dataclasses.asdict(Settings(mesh="fsdp=2", shard={"w": "fsdp"}))
-    stored = {"asked": old, "settings": old, "labels": []}
-    (tmp_path / "settings.json").write_text(json.dumps(stored))
-    words = ["finetune", "--out", str(tmp_path), "--resume"]
-    same = given(build_parser().parse_args(words))
-    assert same.settings(_stored(same)).shard == {"w": "fsdp"}
-    other = given(build_parser().parse_args([*words, "--mesh", "data=4"]))
-    assert other.settings(_stored(other)).shard == {}
-
-
 @pytest.mark.parametrize(("value", "message"), [("w", "must be REGEX=AXES"), ("=fsdp", "must be REGEX=AXES")])
 def test_a_rule_that_is_no_rule_is_refused_by_its_flag(value, message, capsys):
     with pytest.raises(SystemExit):
