@@ -188,7 +188,7 @@ def report(plan: Plan) -> tuple[str, bool]:
         arguments, besides, note = _step(plan)
         total, known = arguments + besides, ""
         if math.isfinite(total):
-            rows.append(("these and a batch", arguments, f"as XLA compiles the step for {plan.chip.name}"))
+            rows.append(("these and a batch, in tiles", arguments, f"as XLA compiles the step for {plan.chip.name}"))
             rows.append(("activations, gradients, buffers", besides, "likewise"))
     large = total > plan.chip.memory
     verdict = "does not fit" if large else f"fits {known}".strip()
