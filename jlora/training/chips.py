@@ -101,6 +101,8 @@ def described(chip: Chip, chips: int, slices: int) -> list[Any]:
         wanted |= {"num_slices": slices} if slices > 1 else {}
     else:
         within = min(chips, _GPUS_OF_A_HOST)
+        if chips % within:
+            raise SettingError("mesh", f"is of {chips} GPUs, but those of several hosts come in eights")
         layout = f"1x{math.ceil(chips / within)}x{within}"
         wanted = {"platform": "cuda", "topology_name": chip.name, "target_config": H100, "topology": layout}
     try:

@@ -125,6 +125,7 @@ def test_a_compiler_that_finds_no_program_is_quoted(monkeypatch, of_cpus):
     [
         (["--slices", "2"], "--mesh lies on 2 slices, between which only rows are cut.*got fsdp=2, tensor=2"),
         (["--device", "h100", "--mesh", "data=2", "--slices", "2"], "--slices are of TPUs; h100 has none"),
+        (["--device", "h100", "--mesh", "data=12"], "--mesh is of 12 GPUs, but those of several hosts come in eights"),
         (["--mesh", "fsdp=6"], "--mesh is of 6 chips a slice, but slices of v5e have 1, 2, 4, 8, … up to 256"),
         (["--mesh", "fsdp=512"], "--mesh is of 512 chips a slice, but slices of v5e have"),
         (["--batch", "3"], "--mesh cuts the rows in fsdp=2, but batch 3 / accumulate 1 is 3 rows"),
