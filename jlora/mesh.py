@@ -1,9 +1,12 @@
-"""Shardings of adapters from those of their base: `in` axes as the base's, `out` axes as the base's, ranks replicated."""
+"""Shardings of adapters from those of their base: `in` axes as the base's, `out` axes as the base's, ranks replicated.
+
+And shardings of a base, by the paths of its leaves.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,15 +106,53 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
     specs = logical_axes(adapted, names)
     if rules:  # else the names are the mesh's own, as NNX has them
         specs = linen.spmd.logical_to_mesh(specs, tuple(rules))
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    found = dict(paths.flatten_with_keys(specs, is_spec)[0])
+    found = dict(paths.flatten_with_keys(specs, _is_spec)[0])
     for keys, leaf in paths.flatten_with_keys(adapted)[0]:
         path, spec = "/".join(keys), found[keys]
         if isinstance(leaf, Stored):
             placement.check_fields(path, leaf, spec.fields, mesh.shape)
         else:
             placement.check_cut(path, jnp.shape(leaf), spec, mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def by_path(params: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec]) -> Any:
+    """Where every leaf of a base lies on a mesh, by rules for the paths of its leaves.
+
+    Args:
+        params: arrays, or shapes from `jax.eval_shape`.
+        mesh: the mesh.
+        rules: ordered mapping from a regex, which must match a leaf's whole `/`-joined path, to a `PartitionSpec` with an
+            entry for each axis of the leaf. The first match wins; what nothing matches is whole on every device.
+
+    Returns:
+        The tree with a `NamedSharding` in place of each array, for `jax.device_put(params, ...)`, for
+        `jax.jit(..., out_shardings=...)`, or for the shapes that a checkpoint is restored to.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, or nothing that is left; a spec with another number of entries than the
+            leaf has axes; an axis that the mesh lacks, and one that does not divide, naming leaf and numbers.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> placed = jax.device_put(params, jlora.mesh.by_path(params, mesh, {".*/kernel": jax.P(None, "model")}))
+    """
+    leaves, treedef = paths.flatten_with_keys(params)
+    ruled = placement.first_rules(["/".join(keys) for keys, _ in leaves], rules)
+    found = []
+    for keys, leaf in leaves:
+        path = "/".join(keys)
+        if path in ruled:
+            placement.check_rule(path, jnp.shape(leaf), rules[ruled[path]], mesh.shape)
+        specs = _of_fields(leaf, rules[ruled[path]] if path in ruled else PartitionSpec())
+        if isinstance(leaf, Stored):
+            placement.check_fields(path, leaf, specs.fields, mesh.shape)
+        found.append(jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec))
+    return jax.tree.unflatten(treedef, found)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
 
 
 def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -165,7 +166,7 @@ def test_only_the_axes_that_cut_activations_count_as_cuts():
     cut = {"w": P("fsdp"), "v": P("model"), "u": P(None, "model"), "both": P(("fsdp", "model"))}
     place = lambda spec: jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
     params = {name: place(spec) for name, spec in cut.items()}
-    adapted = jax.eval_shape(lambda p: jlora.adapterize(p, {".*": jlora.LoRA(2)}), params).replace(base=params)
+    adapted = jlora.adapterize(params, {".*": jlora.LoRA(2)})
     assert jlora.mesh.cuts(adapted, {"model"}) == {"v": 4}
     assert jlora.mesh.cuts(adapted, {"model", "fsdp"}) == {"w": 2, "v": 4, "both": 8}
 
@@ -182,6 +183,68 @@ def test_merge_save_and_load_keep_the_shardings(tmp_path, trained):
     np.testing.assert_array_equal(
         jlora.load(tmp_path / "adapters", base()).params["up"]["kernel"]["a"], adapted.params["up"]["kernel"]["a"]
     )
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def same_places(shapes, arrays):
+    same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, b.ndim)
+    return jax.tree.all(jax.tree.map(same, shapes, arrays))
+
+
+SHARING = {"up/kernel": jlora.VeRA(2), "out/kernel": jlora.EVA(2), **SPEC}
+
+
+@pytest.mark.parametrize("layout", ["mixed", None])
+def test_shapes_of_a_base_give_shapes_of_adapters_that_lie_as_the_arrays_would(layout):
+    params, x = on_mesh(layout)[:2] if layout else (base(), X)
+    sites = jlora.sites(model, params, x)
+    batch = lambda p, x: jnp.mean(model(p, x) ** 2)
+    arrays = jlora.adapterize(
+        params, SHARING, sites=sites, prepared=jlora.prepare(params, SHARING, batch, [x], sites=sites)
+    )
+    planned = jlora.adapterize(shapes_of(params), SHARING, sites=sites)
+    assert same_places(planned, arrays)
+
+
+def test_under_jit_the_shardings_of_shapes_say_where_adapters_lie_and_without_them_a_warning_does():
+    params, x, _ = on_mesh("mixed")
+    sites = jlora.sites(model, params, x)
+    make = lambda params: jlora.adapterize(params, SPEC, sites=sites)
+    planned = make(shapes_of(params))
+    with pytest.warns(
+        UserWarning, match="down/kernel lies on a mesh, but under jax.jit nothing shows how.*out_shardings="
+    ):
+        made = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, planned))(params)
+    assert same_places(planned, made)
+
+
+def test_base_and_adapters_are_read_straight_to_their_places_on_a_mesh(tmp_path, trained, monkeypatch):
+    params, start, _, adapted, *_ = trained("mixed")
+    jlora.save(tmp_path / "adapters", adapted)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", params)
+        checkpointer.save(tmp_path / "whole", adapted)
+    planned, put, pieces = jlora.load(tmp_path / "adapters", shapes_of(params)), jax.device_put, []
+    assert same_places(planned, start)
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(planned))
+
+    def counted(x, *args, **kwargs):
+        pieces.extend(leaf.nbytes for leaf in jax.tree.leaves(x) if isinstance(leaf, np.ndarray))
+        return put(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    with ocp.StandardCheckpointer() as checkpointer:
+        read = checkpointer.restore(tmp_path / "base", planned.base)
+        whole = checkpointer.restore(tmp_path / "whole", planned)
+    loaded = jlora.load(tmp_path / "adapters", read)
+    shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(adapted)]
+    assert len(pieces) >= 8 * len(jax.tree.leaves(params)) and max(pieces) <= max(shards), pieces
+    for found in (loaded, whole):
+        assert same_places(found, start)
+        jax.tree.map(np.testing.assert_array_equal, found, adapted)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +294,32 @@ def test_a_base_on_another_mesh_than_the_one_in_use_is_refused():
         pytest.raises(ValueError, match="up/kernel: the base is cut by model=4, but the mesh in use has only data=8"),
     ):
         jlora.adapterize({"up": params["up"]}, {"up/kernel": jlora.LoRA(2)})
+
+
+def test_rules_for_paths_say_where_a_base_lies_and_a_wrong_one_is_refused():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    params = {**base(), "down": jlora.quantize(base()["down"], {"kernel": jlora.Int8()})}
+    rules = {"up/kernel": P(None, ("data", "model")), "(up|down)/kernel": P("data", None), "up/bias": P("model")}
+    placed = jax.device_put(params, jlora.mesh.by_path(params, mesh, rules))
+    assert placed["up"]["kernel"].sharding.spec == rules["up/kernel"]
+    assert placed["down"]["kernel"].sharding.spec == P("data", None)
+    assert placed["up"]["bias"].sharding.spec == P("model")
+    assert placed["qkv"]["kernel"].sharding.is_fully_replicated
+    for rule, message in [
+        ({"kernel": P()}, "'kernel' matches the whole path of no weight; nearest:"),
+        (
+            {"up/.*": P(None), "up/bias": P(None)},
+            "all that 'up/bias' matches is taken by a pattern before it, such as 'up/",
+        ),
+        ({"up/.*": P(None, "model")}, r"up/bias: P.*\(None, 'model'\) has 2 entries, but the leaf \(32,\) has 1 axes"),
+        ({"up/bias": P("tensor")}, "up/bias: axis 0 is cut by 'tensor', but the mesh has only data=2, model=4"),
+        (
+            {"out/kernel": P(("model", "data"), None, None)},
+            "out/kernel: the mesh axis model=4 x data=2 does not divide the 4",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jlora.mesh.by_path(params, mesh, rule)
 
 
 RULES = (("embed", "data"), ("mlp", "model"), ("layers", None))

@@ -72,14 +72,16 @@ def test_a_pattern_that_hits_a_number_is_refused_with_the_number():
         jlora.adapterize({"eps": 1e-5, "w": jnp.ones((4, 4))}, {".*": jlora.Full()})
 
 
-def test_shapes_alone_are_planned_by_eval_shape_and_refused_without():
-    shapes, spec = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}, {"w": jlora.LoRA(rank=2)}
-    with pytest.raises(
-        TypeError, match=r"w is a shape and no array.*jax.eval_shape\(lambda params: jlora.adapterize\("
-    ):
-        jlora.adapterize(shapes, spec)
-    planned = jax.eval_shape(lambda params: jlora.adapterize(params, spec), shapes)
-    assert planned.params["w"]["a"].shape == (4, 2) and planned.plan.sites[0].path == "w"
+def test_shapes_alone_give_adapters_that_are_shapes():
+    shapes = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32), "v": jax.ShapeDtypeStruct((6, 4), jnp.float32)}
+    spec = {"w": jlora.LoRA(rank=2), "v": jlora.EVA(rank=2)}
+    planned = jlora.adapterize(shapes, spec)
+    assert planned.base["w"] is shapes["w"] and planned.plan.sites[1].path == "w"
+    assert planned.params["w"] == {
+        "a": jax.ShapeDtypeStruct((4, 2), jnp.float32),
+        "b": jax.ShapeDtypeStruct((2, 6), jnp.float32),
+    }
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((planned.params, planned.frozen)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def measure(layers: int, method: str, group: int | None, mesh: Mesh) -> dict[str
     whole = NamedSharding(mesh, PartitionSpec())
     on_device, host = (lambda leaf: whole), whole.with_memory_kind("pinned_host")
     base = {f"layer{n:02}": {"kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)} for n in range(layers)}
-    adapted = placed(jax.eval_shape(partial(jlora.adapterize, spec={".*": METHODS[method]}), base), on_device)
+    adapted = placed(jlora.adapterize(base, {".*": METHODS[method]}), on_device)
     tx = optax.chain(optax.clip_by_global_norm(1.0), jlora.optimizer(adapted, optax.adamw, 1e-3))
     state = jax.eval_shape(tx.init, adapted.params)
     if group is not None:

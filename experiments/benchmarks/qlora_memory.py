@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.models import Llama, LlamaConfig
+from jlora.training.chips import H100
 
 GIB = 2**30
 BASES = ("bf16", "nf4")
@@ -51,20 +52,7 @@ PROGRAMS = (
     ("65b", "nf4", 1, 512),
     ("70b", "nf4", 1, 512),
 )
-#: Facts of an H100 SXM from which XLA's GPU compiler works; fused kernels are chosen without a trial.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 85045346304 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-OPTIONS = {"xla_gpu_autotune_level": 0}
+OPTIONS = {"xla_gpu_autotune_level": 0}  # fused kernels are chosen without a trial
 
 
 def model_config(name: str, layers: int | None = None) -> LlamaConfig:
@@ -116,7 +104,7 @@ def measure(config: LlamaConfig, base: str, rows: int, tokens: int, device: Any,
             lambda params: jlora.quantize(params, {jlora.ALL_LINEAR: jlora.NF4(double=True)}, sites), params
         )
     spec = {jlora.ALL_LINEAR: jlora.LoRA(rank, alpha=16)}
-    adapted = jax.eval_shape(lambda params: jlora.adapterize(params, spec, sites=sites), params)
+    adapted = jlora.adapterize(params, spec, sites=sites)
     tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4)
     apply = jlora.lift(model.apply)
 

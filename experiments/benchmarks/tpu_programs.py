@@ -45,7 +45,6 @@ from variants import beside, with_factors
 import jlora
 from jlora import mesh as meshes
 from jlora import paths
-from jlora.core.tree import placement
 from jlora.models import Llama, LlamaConfig
 from jlora.models.rope import RopeConfig
 
@@ -239,15 +238,7 @@ def adapt(program: Program, apply: Callable[..., Any], base: Any, tokens: Any) -
     """LoRA on every linear weight but the head, as shapes that lie where their base does."""
     report = jlora.sites(apply, {"params": base}, tokens)
     method = jlora.LoRA(program.rank, alpha=2 * program.rank)
-    adapted = jax.eval_shape(lambda base: jlora.adapterize(base, {jlora.ALL_LINEAR: method}, sites=report), base)
-    leaves = dict(paths.flatten_with_keys(base)[0])
-    params: dict[str, Any] = {}
-    for site in adapted.plan.sites:
-        shardings = placement.field_shardings(site, leaves[site.keys])
-        assert shardings is not None
-        fields = paths.lookup(adapted.params, site.keys)
-        paths.insert(params, site.keys, {name: struct(x, shardings[name]) for name, x in fields.items()})
-    return adapted.replace(base=base, params=params)
+    return jlora.adapterize(base, {jlora.ALL_LINEAR: method}, sites=report)
 
 
 def measure(program: Program, config: LlamaConfig, devices: list[Any], sequences: int | None = None) -> dict[str, Any]:

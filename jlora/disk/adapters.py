@@ -120,7 +120,9 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
 
     Args:
         path: the directory.
-        params: the base that they were made for; its values are compared by fingerprint.
+        params: the base that they were made for; its values are compared by fingerprint. Where a leaf is a
+            `jax.ShapeDtypeStruct` there are no values to compare, and no array is read: the adapters are shapes too, with the
+            shardings that the arrays would get beside those of the base.
 
     Raises:
         FileNotFoundError: where there is no such directory, or it is not whole.
@@ -131,7 +133,7 @@ def load(path: str | os.PathLike[str], params: Any) -> Adapted:
     """
     directory = Path(path).absolute()
     described = read_manifest(directory)
-    former = paths.former_keys(params)
+    former = {} if _is_abstract(params) else paths.former_keys(params)
     if former and described["base"] != fingerprint(params):
         return _load_by_former_keys(directory, described, params, former)
     return _load(directory, described, params)
@@ -165,8 +167,11 @@ def _load(directory: Path, described: dict[str, Any], params: Any) -> Adapted:
     saved = _arrays_from(directory, described, blank.plan)
     _check_digest(directory, described)
     _check_base(directory, described, blank)
+    shapes = _placed(saved, blank)
+    if _is_abstract(params):
+        return dataclasses.replace(blank, params=shapes["params"], frozen=shapes["frozen"])
     _check_files(directory, described.get("files", {}))
-    arrays = _restore(directory, _placed(saved, blank))
+    arrays = _restore(directory, shapes)
     if fingerprint(arrays) != described["adapters"]:
         raise ValueError(f"{directory} is damaged: its arrays are not those that were saved")
     return dataclasses.replace(blank, params=arrays["params"], frozen=arrays["frozen"])
@@ -322,6 +327,8 @@ def _check_base(directory: Path, described: dict[str, Any], blank: Adapted) -> N
                 f"{directory} was made on a base whose {path} is {_form(before)}; here it is {_form(after)}: what an adapter "
                 "learned holds for its own base alone, so quantize as it was then"
             )
+    if _is_abstract(blank.base):
+        return  # no values to compare
     if (found := fingerprint(blank.base)) != described["base"]:
         raise ValueError(
             f"{directory} was made for another base: fingerprint {described['base']}, but these params have {found}"
@@ -341,17 +348,19 @@ def _restore(directory: Path, shapes: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{directory} is damaged: {str(error).splitlines()[0]}") from error
 
 
+def _is_abstract(params: Any) -> bool:
+    """Whether some of the base is shapes alone."""
+    return any(map(placement.is_shape, paths.leaves(params)))
+
+
 def _placed(saved: dict[tuple[str, ...], Any], blank: Adapted) -> dict[str, Any]:
     """The saved arrays as a tree of shapes, each with the sharding that it gets beside its base."""
     leaves = dict(paths.flatten_with_keys(blank.base)[0])
-    fields = {site.keys: placement.field_shardings(site, leaves[site.keys]) or {} for site in blank.plan.sites}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    # Arrays that leaves share lie whole on every device of the mesh, if there is one.
-    whole = placement.replicated(leaves[site.keys] for site in blank.plan.sites) or device
+    other = placement.alone(leaves.values()) if _is_abstract(blank.base) else device
     shapes: dict[str, Any] = {"params": {}, "frozen": {}}
     for site in blank.plan.sites:  # also where a leaf trains nothing of its own
         paths.insert(shapes["params"], site.keys, {})
-    for keys, shape in saved.items():
-        sharding = whole if keys[1] == SHARED else fields[keys[1:-1]].get(keys[-1], device)
-        paths.insert(shapes, keys, jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
+    for keys, shape in placement.shapes_beside(saved, blank.plan.sites, leaves, other).items():
+        paths.insert(shapes, keys, shape)
     return shapes

@@ -1,7 +1,7 @@
-"""The command line: `jlora finetune | inspect | merge | generate | eval | export | import | merge-adapters`.
+"""The command line: `jlora finetune | inspect | plan | merge | generate | eval | export | import | merge-adapters`.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
-diverged, or made the model worse, ends with exit code 3.
+diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
+  jlora plan --model DIR --mesh fsdp=4,tensor=2 --device v5e --rank 16 --batch 8 --length 1024
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
   jlora import adapter --model DIR --to run
@@ -51,6 +52,7 @@ def build_parser() -> Parser:
     _add_processes(finetune.add_argument_group("several processes, one command for each"))
     inspect = commands.add_parser("inspect", help="show what would be adapted, without training")
     add_flags(inspect, ("model", "data", "method"), also=("steps",))
+    _add_plan(commands.add_parser("plan", help="show what a run would take of each chip, without weights or chips"))
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
@@ -61,6 +63,15 @@ def build_parser() -> Parser:
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(parser=command)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", required=True, choices=("v5e", "v5p", "h100"), help="kind of the chips")
+    parser.add_argument("--slices", type=_COUNT, default=1, help="slices of TPUs, over which data goes (1)")
+    add_flags(parser, ("model", "method"), also=("max_length", "steps", "batch", "accumulate", "mesh", "shard"))
+    parser.add_argument(
+        "--length", dest="max_length", type=_COUNT, default=argparse.SUPPRESS, help="the same as --max-length"
+    )
 
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:

@@ -22,7 +22,6 @@ from jlora.training.flags import given
 from jlora.training.folder import check_new
 from jlora.training.inspected import settings_table
 from jlora.training.job import SETTINGS, finetune, read_settings
-from jlora.training.prepared import adapted_shapes
 from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.selection import make_spec, trace_sites
@@ -63,7 +62,10 @@ def _stored(asked: Given) -> dict[str, Any]:
     out = asked.values.get("out", Settings.out)
     if not (Path(out) / SETTINGS).exists():
         return {}  # the job says what is wrong with the folder
-    return read_settings(out)["asked"]
+    stored = read_settings(out)["asked"]
+    if "mesh" in asked.values:  # the rules of a run are for its mesh
+        stored.pop("shard", None)
+    return stored
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -83,7 +85,7 @@ def _inspected(settings: Settings) -> str:
     subject = abstract_subject(settings, codec, config, labels)
     sites = trace_sites(subject, settings)
     spec = make_spec(subject, settings)
-    adapted = adapted_shapes(subject.params, spec, sites)
+    adapted = jlora.adapterize(subject.params, spec, sites=sites)
     parts = {
         "how the model reads its weights": sites,
         "what would be trained": jlora.summary(adapted),
@@ -92,6 +94,20 @@ def _inspected(settings: Settings) -> str:
     }
     told = [f"{title}:\n{text}" for title, text in parts.items() if str(text)]
     return "\n\n".join([f"model {subject.directory}", *told])
+
+
+def _plan(arguments: argparse.Namespace) -> str | None:
+    """Returns that the run does not fit, if that is known."""
+    from jlora.training import plan
+    from jlora.training.chips import CHIPS, stay_off_chips
+
+    stay_off_chips()
+    asked = given(arguments)
+    with _as_written(asked):
+        made = plan.make_plan(resolve(asked.settings()), CHIPS[arguments.device], arguments.slices)
+        text, large = plan.report(made)
+    print(text)
+    return f"does not fit into the memory of {arguments.device}" if large else None
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -160,6 +176,7 @@ def _merge_adapters(arguments: argparse.Namespace) -> None:
 COMMANDS = {
     "finetune": _finetune,
     "inspect": _inspect,
+    "plan": _plan,
     "merge": _merge,
     "generate": _generate,
     "eval": _eval,

@@ -42,15 +42,16 @@ def gather(flags: Mapping[str, Any], config: str | Path | None = None) -> Given:
     Args:
         flags: setting to value, for the flags that were given.
         config: path of a TOML file, whose keys are settings (dashes may stand for underscores), with a `[spec]` table
-            of regex to method table such as `{method = "LoRA", rank = 8}`, or a `[set]` table of hyperparameters.
+            of regex to method table such as `{method = "LoRA", rank = 8}`, or a `[set]` table of hyperparameters. Tables are
+            joined entry by entry; what flags say comes first.
     """
     values, names = {}, {}
     if config is not None:
         for key, value in read_toml(config).items():
             values[key], names[key] = value, f"{key} in {config}"
     for key, value in flags.items():
-        if key == "set" and isinstance(values.get(key), dict):
-            value = {**values[key], **value}  # hyperparameter by hyperparameter
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            value = {**value, **{name: given for name, given in values[key].items() if name not in value}}
         values[key], names[key] = value, "--" + key.replace("_", "-")
     return Given(values, names)
 

@@ -51,6 +51,25 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, {**found, name: value})
 
 
+class _Rules(argparse.Action):
+    """Gathers the values of a flag that is given several times, `REGEX=AXES` each."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        pattern, equals, axes = values.rpartition("=")  # a regex may have an = too
+        if not equals or not pattern:
+            raise argparse.ArgumentError(self, f"must be REGEX=AXES, such as w/kernel=None,fsdp,tensor, got {values!r}")
+        found = getattr(namespace, self.dest, None) or {}
+        if pattern in found:
+            raise argparse.ArgumentError(self, f"{pattern} is given twice: {found[pattern]!r} and {axes!r}")
+        setattr(namespace, self.dest, {**found, pattern: axes})
+
+
+_TABLES: dict[str, dict[str, Any]] = {
+    "set": {"action": _Pairs, "metavar": "NAME=VALUE"},
+    "shard": {"action": _Rules, "metavar": "REGEX=AXES"},
+}
 _PARSERS = {"str": str, "int": number(int), "float": number(float)}
 
 
@@ -101,7 +120,7 @@ def _add(section: Any, field: dataclasses.Field) -> None:
     shown = "" if default in (None, dataclasses.MISSING) or annotation == "bool" else f" ({default})"
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": metadata_of(field, "help") + shown}
     if annotation == "dict[str, Any]":
-        section.add_argument(name, action=_Pairs, metavar="NAME=VALUE", **options)
+        section.add_argument(name, **_TABLES[field.name], **options)
     elif annotation == "bool":
         action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
         section.add_argument(name, action=action, **options)

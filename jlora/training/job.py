@@ -13,12 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 import jlora
 from jlora.core.tree.adapted import count
 from jlora.disk.json_files import ILL_FORMED, read_object, shown
 from jlora.interchange.folder import CONFIG
 from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder, processes
+from jlora.training.axes import Rules, mesh_axes, shard_rules
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
 from jlora.training.defaults import count_steps, resolve
@@ -26,12 +29,13 @@ from jlora.training.errors import CheckpointError, DivergenceError, SettingError
 from jlora.training.files import is_full_disk, write_json
 from jlora.training.measured import measured_of
 from jlora.training.metrics import Metrics
-from jlora.training.placement import check_batch, make_mesh, place_adapters, place_base, row_parts
+from jlora.training.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
 from jlora.training.report import REPORT, write_report
 from jlora.training.samples import prompt_tokens, sample
 from jlora.training.selection import adapt
-from jlora.training.settings import Settings, mesh_axes
-from jlora.training.subject import Subject, check_model, load_subject, memory, open_codec
+from jlora.training.settings import Settings
+from jlora.training.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
+from jlora.training.tokens import Codec
 from jlora.training.trainer import Trainer
 from jlora.training.verdict import complaint, unsteady
 from jlora.training.versions import installed
@@ -87,6 +91,9 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
     check_model(settings, config)
+    rules = shard_rules(settings.shard)
+    if mesh.size > 1 or rules:
+        _check_cuts(settings, codec, config, mesh, rules)
     stored = _resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with.
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
@@ -100,7 +107,7 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
     notes += subject.notes
-    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
+    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
     fingerprint = jlora.fingerprint(subject.params)
     adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
     with processes.claim(settings.out, settings.resume) as out:
@@ -119,6 +126,11 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
             if is_full_disk(error):
                 raise _full(out) from error
             raise
+
+
+def _check_cuts(settings: Settings, codec: Codec, config: dict[str, Any], mesh: Mesh, rules: Rules) -> None:
+    """Whether the mesh can cut the base, before data and weights are read."""
+    base_shardings(abstract_subject(settings, codec, config, ("0", "1")).params, mesh, rules)
 
 
 def _silent(text: str) -> None:

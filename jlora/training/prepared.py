@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 import jlora
 from jlora.core.protocol.wrapping import innermost
-from jlora.core.tree.starts import blank
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.losses import sums
@@ -39,16 +38,6 @@ def prepared(
         parts = _parts(settings, data, mesh, number)
         starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites, mask=_no_padding).starts
     return jlora.Prepared(starts) if starts else None
-
-
-def adapted_shapes(params: Any, spec: dict[Any, Any], sites: jlora.Sites) -> jlora.Adapted:
-    """What `adapterize` gives, in shapes alone, whatever its methods take from data."""
-
-    def make(params: Any) -> jlora.Adapted:
-        needs = any(method is not None and method.needs for method in spec.values())
-        return jlora.adapterize(params, spec, sites=sites, prepared=blank(params, spec, sites) if needs else None)
-
-    return jax.eval_shape(make, params)
 
 
 def _batches_of(method: jlora.Method) -> int:

@@ -15,6 +15,7 @@ from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
 from jlora.stored.names import NAMES
 from jlora.training import told
+from jlora.training.axes import check_axes, mesh_axes, shard_rules
 from jlora.training.errors import SettingError, nearest
 from jlora.training.hyperparameters import check_names
 from jlora.training.told import PROBE
@@ -150,6 +151,14 @@ class Settings:
     mesh: str | None = _setting(
         None, "devices as axes, such as data=2,model=2 (default: one device)", group="training", resumable=True
     )
+    shard: dict[str, Any] = _setting(  # noqa: RUF009  (a field)
+        {},
+        "how the weights whose whole path the regex matches are cut over the mesh: for each axis of the weight an axis of "
+        "--mesh, several joined by +, or None, such as None,fsdp,tensor; may be given several times, the first match counts "
+        "(TOML: a [shard] table)",
+        group="training",
+        resumable=True,
+    )
 
     out: str = _setting("jlora_run", "output folder", group="run", resumable=True)
     resume: bool = _setting(False, "go on from the last whole checkpoint in --out", group="run", resumable=True)
@@ -175,24 +184,7 @@ class Settings:
             _check_type(field, getattr(self, field.name))
         _check_ranges(self)
         _check_combinations(self)
-        mesh_axes(self.mesh)
-
-
-def mesh_axes(text: str | None) -> dict[str, int]:
-    """`"data=2,model=2"` as `{"data": 2, "model": 2}`; nothing as `{}`.
-
-    Raises:
-        SettingError: if an entry is not `name=number`, a name comes twice, or more than two axes cut the weights.
-    """
-    axes: dict[str, int] = {}
-    for part in (text or "").split(",") if text is not None else []:
-        matched = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([1-9]\d*)\s*", part)
-        if matched is None or matched[1] in axes:
-            raise SettingError("mesh", f"must be distinct name=number pairs such as data=2,model=2, got {text!r}")
-        axes[matched[1]] = int(matched[2])
-    if len([name for name in axes if name != "data"]) > 2:
-        raise SettingError("mesh", f"may have at most two axes besides data, got {text!r}")
-    return axes
+        check_axes(mesh_axes(self.mesh), shard_rules(self.shard))
 
 
 _TYPES = {

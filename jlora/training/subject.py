@@ -190,10 +190,11 @@ def classifier(model: models.Classifier) -> Forward:
     return forward
 
 
-def _abstract(settings: Settings, config: dict[str, Any]) -> tuple[Any, Any]:
+def _abstract(settings: Settings, config: dict[str, Any], formats: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """The model and the shapes of its params: nothing is read but `config.json`."""
     directory, dtype = model_directory(settings), jnp.dtype(settings.dtype or jnp.float32)
     options = {"scan_layers": settings.scan_layers, "remat": settings.remat, "dtype": dtype, "param_dtype": dtype}
+    options |= formats or {}
     model = family_of(config, directory).module(describe(directory, config, **options))
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     return model, jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -209,10 +210,24 @@ def example_batch(settings: Settings) -> dict[str, Any]:
     return batch
 
 
-def abstract_subject(settings: Settings, codec: Codec, config: dict[str, Any], labels: Sequence[str]) -> Subject:
-    """The model with shapes in place of weights: nothing is read but `config.json`, and headers where weights are quantized."""
+def abstract_subject(
+    settings: Settings,
+    codec: Codec,
+    config: dict[str, Any],
+    labels: Sequence[str],
+    formats: dict[str, Any] | None = None,
+) -> Subject:
+    """The model with shapes in place of weights: nothing is read but `config.json`, and headers where weights are quantized.
+
+    Args:
+        settings: resolved.
+        codec: the tokenizer.
+        config: the content of `config.json`.
+        labels: names of the labels of a classifier.
+        formats: as of `number_formats`; by default all is in float32, or as `--dtype` says, which is enough for a trace.
+    """
     directory = model_directory(settings)
-    model, params = _abstract(settings, config)
+    model, params = _abstract(settings, config, formats)
     spec, _ = _codes(settings, config)
     if is_quantized(config, directory):
         spec = {

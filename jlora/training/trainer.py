@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 import jlora
 from jlora.optimize.events import is_due
 from jlora.training import processes
+from jlora.training.axes import ROWS
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data
 from jlora.training.errors import DivergenceError
 from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
-from jlora.training.placement import ROWS, on_mesh
+from jlora.training.placement import on_mesh
 from jlora.training.progress import Progress
 from jlora.training.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings import Settings

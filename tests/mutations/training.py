@@ -10,6 +10,8 @@ QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
 STEPS = "tests/training/test_steps.py::test_"
 VERDICT = "tests/training/test_verdict.py::test_"
+MESHES = "tests/training/test_mesh.py::test_"
+PLANS = "tests/training/test_plan.py::test_"
 OWN_KEY = STEPS + "every_step_and_every_part_of_it_drops_by_a_key_of_its_own"
 
 STEP = (
@@ -315,4 +317,93 @@ RUN = (
     ),
 )
 
-MUTATIONS = (*STEP, *DATA, *RUN)
+MESH = (
+    Mutation(
+        "a stack of vectors is cut as a matrix",
+        "jlora/training/placement.py",
+        "or not _MATRIX.fullmatch(path) or not names:",
+        "or len(shape) < 2 or not names:",
+        (MESHES + "two_axes_cut_the_last_two_axes_of_a_matrix_and_vectors_and_layers_are_whole",),
+    ),
+    Mutation(
+        "slices are filled one after another along the first axis",
+        "jlora/training/placement.py",
+        'across = [len(slices) if name == "data" else 1 for name in axes]',
+        "across = [len(slices) if name == next(iter(axes)) else 1 for name in axes]",
+        (MESHES + "data_goes_across_slices_and_the_rest_within",),
+    ),
+    Mutation(
+        "a rule that comes later wins",
+        "jlora/core/tree/placement.py",
+        "found = {**dict.fromkeys(matched, pattern), **found}",
+        "found = {**found, **dict.fromkeys(matched, pattern)}",
+        ("tests/test_mesh.py::test_rules_for_paths_say_where_a_base_lies_and_a_wrong_one_is_refused",),
+    ),
+    Mutation(
+        "rules of the file come before those of flags",
+        "jlora/training/configuration.py",
+        "value = {**value, **{name: given for name, given in values[key].items() if name not in value}}",
+        "value = {**values[key], **value}",
+        (SETTINGS + "flags_of_rules_come_before_those_of_the_file_and_an_axis_that_a_rule_names_cuts",),
+    ),
+    Mutation(
+        "an axis that cuts nothing passes",
+        "jlora/training/axes.py",
+        'if name == "data" or name in named or name in cutting:',
+        "if True:",
+        (SETTINGS + "impossible_combinations_name_the_flag",),
+    ),
+    Mutation(
+        "a run goes on to another mesh with the rules of the old one",
+        "jlora/training/commands.py",
+        'stored.pop("shard", None)',
+        "pass",
+        (SETTINGS + "a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one",),
+    ),
+    Mutation(
+        "what leaves share is read onto one device",
+        "jlora/core/tree/placement.py",
+        "sharding = whole if at is None else at.get(keys[-1], other)",
+        "sharding = other if at is None else at.get(keys[-1], other)",
+        ("tests/test_shared.py::test_on_a_mesh_they_lie_whole_and_give_what_one_device_gives",),
+    ),
+    Mutation(
+        "a trace on a mesh warns of nothing",
+        "jlora/core/tree/adapterize.py",
+        "if any(map(placement.is_cut_unseen, arrays)):",
+        "if False:",
+        (
+            "tests/test_mesh.py::test_under_jit_the_shardings_of_shapes_say_where_adapters_lie_and_without_them_a_warning_does",
+        ),
+    ),
+    Mutation(
+        "adapters on a base of shapes are read",
+        "jlora/disk/adapters.py",
+        "    if _is_abstract(params):\n        return",
+        "    if False:\n        return",
+        ("tests/test_mesh.py::test_base_and_adapters_are_read_straight_to_their_places_on_a_mesh",),
+    ),
+    Mutation(
+        "a plan counts arrays whole",
+        "jlora/training/plan.py",
+        "math.prod(leaf.sharding.shard_shape(leaf.shape))",
+        "math.prod(leaf.shape)",
+        (PLANS + "without_a_compiler_a_config_is_enough_and_what_is_not_counted_is_said",),
+    ),
+    Mutation(
+        "a plan that does not fit ends well",
+        "jlora/training/commands.py",
+        'return f"does not fit into the memory of {arguments.device}" if large else None',
+        "return None",
+        (PLANS + "what_does_not_fit_ends_in_a_sentence_and_exit_code_3",),
+    ),
+    Mutation(
+        "a plan takes moments to be whole on every chip",
+        "jlora/training/plan.py",
+        "like.sharding if like is not None and like.shape == leaf.shape else whole",
+        "whole",
+        (PLANS + "without_a_compiler_a_config_is_enough_and_what_is_not_counted_is_said",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN, *MESH)

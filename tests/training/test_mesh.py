@@ -12,7 +12,7 @@ from little_data import sentences
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune
 from jlora.training.metrics import read_metrics
-from jlora.training.placement import check_batch, make_mesh, rows_of_batch, weight_spec
+from jlora.training.placement import check_batch, make_mesh, mesh_of, rows_of_batch, weight_spec
 from jlora.training.settings import Settings
 
 pytestmark = pytest.mark.releases
@@ -52,12 +52,14 @@ def alone(tmp_path_factory):
 
 @pytest.mark.long
 def test_a_mesh_changes_nothing_but_where_things_lie(alone, tmp_path):
-    result = finetune(settings(tmp_path / "run", mesh="data=2,model=2"), quiet)
+    result = finetune(settings(tmp_path / "run", mesh="fsdp=2,tensor=2"), quiet)
     np.testing.assert_allclose(losses(result.out), losses(alone.out), rtol=1e-4)
     layer = result.adapted.base["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert layer.sharding.spec == PartitionSpec(None, None, "model")
+    assert layer.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert result.adapted.base["layers"]["input_layernorm"]["scale"].sharding.is_fully_replicated
     factors = result.adapted.params["layers"]["self_attn"]["q_proj"]["kernel"]
-    assert "model" in factors["b"].sharding.spec and "model" not in factors["a"].sharding.spec
+    assert "tensor" in factors["b"].sharding.spec and "fsdp" in factors["a"].sharding.spec
+    assert "tensor" not in factors["a"].sharding.spec and "fsdp" not in factors["b"].sharding.spec
     for one, other in zip(jax.tree.leaves(result.adapted.params), jax.tree.leaves(alone.adapted.params)):
         np.testing.assert_allclose(one, other, atol=2e-3)
 
@@ -67,7 +69,9 @@ def test_a_run_resumes_onto_another_mesh(alone, tmp_path, unplugged):
     with unplugged(3):
         finetune(settings(tmp_path / "run"), quiet)
     before = losses(tmp_path / "run")
-    result = finetune(settings(tmp_path / "run", mesh="data=4", resume=True), quiet)
+    mesh = {"mesh": "data=2,tensor=2", "shard": {".*q_proj/kernel": "None,tensor,None"}}
+    result = finetune(settings(tmp_path / "run", **mesh, resume=True), quiet)
+    assert result.adapted.base["layers"]["self_attn"]["q_proj"]["kernel"].sharding.spec[1] == "tensor"
     assert losses(result.out)[: len(before)] == before
     np.testing.assert_allclose(losses(result.out), losses(alone.out), rtol=1e-4)
     assert json.loads((result.out / "results.json").read_text())["steps"] == 4
@@ -87,12 +91,60 @@ def test_a_mesh_that_does_not_divide_is_an_error_with_the_numbers(tmp_path, mesh
     assert not (tmp_path / "run").exists()
 
 
-def test_two_axes_cut_the_last_two_axes_of_a_weight():
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            {"q_proj/kernel": "None"},
+            r"shard can't cut the base: 'q_proj/kernel' matches the whole path of no weight.*self_attn/q_proj",
+        ),
+        (
+            {".*": "None,fsdp"},
+            r"shard can't cut the base: layers/\S+: .*\(None, 'fsdp'\) has 2 entries.* \(5, 172, 64\) has 3",
+        ),
+        ({".*norm/scale": "fsdp,None"}, r"axis fsdp=2 does not divide the 5 of axis 0 of \(5, 64\); cut another axis"),
+    ],
+)
+def test_a_rule_that_fits_no_weight_is_refused_before_any_is_read(tmp_path, monkeypatch, rule, message):
+    monkeypatch.setattr("jlora.training.job.load_data", None)
+    with pytest.raises(SettingError, match=message):
+        finetune(settings(tmp_path / "run", mesh="fsdp=2", shard=rule), quiet)
+
+
+def test_two_axes_cut_the_last_two_axes_of_a_matrix_and_vectors_and_layers_are_whole():
     mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
-    assert weight_spec("w", (5, 6, 8), mesh) == PartitionSpec(None, "fsdp", "model")
-    assert weight_spec("b", (7,), mesh) == PartitionSpec()
-    with pytest.raises(SettingError, match=r"axis fsdp=2 does not divide the 5 of axis 0 of w \(5, 8\)"):
-        weight_spec("w", (5, 8), mesh)
+    assert weight_spec("layers/up/kernel", (6, 6, 8), mesh) == PartitionSpec(None, "fsdp", "model")
+    assert weight_spec("layers/norm/scale", (6, 8), mesh) == weight_spec("b", (8,), mesh) == PartitionSpec()
+    assert weight_spec("classifier/kernel", (8, 3), mesh) == PartitionSpec()
+    with pytest.raises(
+        SettingError, match=r"axis fsdp=2 does not divide the 5 of axis 0 of w/kernel \(5, 8\); say by --sh"
+    ):
+        weight_spec("w/kernel", (5, 8), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh needs to know of a device."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_data_goes_across_slices_and_the_rest_within():
+    chips = [Chip(number, number % 2) for number in range(8)]
+    mesh = mesh_of({"fsdp": 2, "data": 4}, chips)
+    assert mesh.axis_names == ("fsdp", "data") and mesh.devices.shape == (2, 4)
+    assert [[chip.slice_index for chip in row] for row in mesh.devices] == [[0, 0, 1, 1]] * 2
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(8))
+    with pytest.raises(SettingError, match="mesh lies on 2 slices.*data must be a multiple of 2, got data=1, fsdp=8"):
+        mesh_of({"data": 1, "fsdp": 8}, chips)
+    with pytest.raises(
+        SettingError, match="mesh takes 4 of slice 0, 3 of slice 1: it must take as many devices of each"
+    ):
+        mesh_of({"data": 7}, chips[:7])
 
 
 def test_kernels_back_to_the_models_width_are_cut_the_other_way_round():

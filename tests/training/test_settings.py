@@ -1,13 +1,19 @@
 """Settings from flags and files: what is wrong is named as the user wrote it."""
 
 import dataclasses
+import json
 
 import pytest
+from jax.sharding import PartitionSpec
 
+from jlora.training.axes import cutting_axes, mesh_axes, shard_rules
+from jlora.training.cli import build_parser
+from jlora.training.commands import _stored
 from jlora.training.configuration import gather
 from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
-from jlora.training.settings import Settings, mesh_axes
+from jlora.training.flags import given
+from jlora.training.settings import Settings
 
 
 def config(tmp_path, text):
@@ -64,7 +70,26 @@ def test_a_wrong_file_is_an_error_that_names_key_and_file(tmp_path, text, messag
         ({"data": "a.txt", "validation": "b.txt", "validation_fraction": 0.1}, "--validation-fraction cuts a part off"),
         ({"mesh": "data=0"}, "--mesh must be distinct name=number pairs"),
         ({"mesh": "data=2,data=2"}, "--mesh must be distinct"),
-        ({"mesh": "a=1,b=1,c=1"}, "--mesh may have at most two axes besides data"),
+        (
+            {"mesh": "a=1,b=1,c=1"},
+            "--mesh has an axis a, but beside data the last two axes cut the weights.*b and c: leave",
+        ),
+        (
+            {"mesh": "fsdp=2,expert=2"},
+            "--mesh has an axis expert, but the models of the job have no experts: leave it out",
+        ),
+        ({"mesh": "sequence=2"}, "--mesh has an axis sequence, but the job cuts no row along its tokens"),
+        (
+            {"mesh": "fsdp=2", "shard": {"w": "None,tensor"}},
+            "--shard 'w' names the axis tensor, but the mesh has only fsdp",
+        ),
+        ({"shard": {"w": "fsdp"}}, "--shard 'w' names the axis fsdp, but the mesh has only data"),
+        ({"mesh": "fsdp=2", "shard": {"(": "fsdp"}}, r"--shard has no regular expression: '\('"),
+        (
+            {"mesh": "fsdp=2", "shard": {"w": "fsdp,fsdp"}},
+            "--shard 'w' must say for each axis.*each once, got 'fsdp,fsdp'",
+        ),
+        ({"mesh": "fsdp=2", "shard": {"w": "fsdp,"}}, "--shard 'w' must say for each axis of the weight which axis"),
         ({"method": "probe", "lora_plus_ratio": 4.0}, "--lora-plus-ratio has no meaning with method probe"),
     ],
 )
@@ -116,6 +141,37 @@ def test_resolving_twice_changes_nothing():
     once = count_steps(resolve(Settings()), 1000)
     assert count_steps(resolve(once), 1000) == once
     assert Settings(**dataclasses.asdict(once)) == once
+
+
+def test_flags_of_rules_come_before_those_of_the_file_and_an_axis_that_a_rule_names_cuts(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('mesh = "expert=2,fsdp=2,tensor=2"\n[shard]\nb = "None"\na = "fsdp"\n')
+    parsed = build_parser().parse_args(["finetune", "--config", str(file), "--shard", "(?<=w)a=expert,fsdp+tensor"])
+    found = shard_rules(given(parsed).settings().shard)
+    assert list(found.items()) == [
+        ("(?<=w)a", PartitionSpec("expert", ("fsdp", "tensor"))),
+        ("b", PartitionSpec(None)),
+        ("a", PartitionSpec("fsdp")),
+    ]
+    assert cutting_axes(["data", "expert", "fsdp", "tensor"]) == ["fsdp", "tensor"]
+
+
+def test_a_run_goes_on_to_another_mesh_without_the_rules_of_the_old_one(tmp_path):
+    old = dataclasses.asdict(Settings(mesh="fsdp=2", shard={"w": "fsdp"}))
+    stored = {"asked": old, "settings": old, "labels": []}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    words = ["finetune", "--out", str(tmp_path), "--resume"]
+    same = given(build_parser().parse_args(words))
+    assert same.settings(_stored(same)).shard == {"w": "fsdp"}
+    other = given(build_parser().parse_args([*words, "--mesh", "data=4"]))
+    assert other.settings(_stored(other)).shard == {}
+
+
+@pytest.mark.parametrize(("value", "message"), [("w", "must be REGEX=AXES"), ("=fsdp", "must be REGEX=AXES")])
+def test_a_rule_that_is_no_rule_is_refused_by_its_flag(value, message, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["finetune", "--shard", value])
+    assert f"argument --shard: {message}" in capsys.readouterr().err
 
 
 def test_a_mesh_is_axes_with_sizes():

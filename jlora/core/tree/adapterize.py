@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,10 +11,13 @@ import jax
 from jlora import _compat, paths
 from jlora.core.protocol.method import Start
 from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
-from jlora.core.tree.starts import Prepared, starts_of
+from jlora.core.tree.starts import Prepared, blank_at, starts_of
+
+Leaves = Mapping[tuple[str, ...], Any]
 
 
 def adapterize(
@@ -23,6 +28,12 @@ def adapterize(
     prepared: Prepared | None = None,
 ) -> Adapted:
     """Splits params into a frozen base and small trainable adapters.
+
+    Where a leaf that is adapted is a `jax.ShapeDtypeStruct`, nothing is computed, and the adapters are such shapes too, with
+    the shardings that the arrays would get beside those of the base. (Methods that start from data need no `prepared` then.)
+
+    Under `jax.jit` the trace of a base on a mesh with automatic axes does not show how it is cut: the adapters lie as its
+    `out_shardings` say, which the shapes have.
 
     Args:
         params: any pytree of arrays, numpy's too; it is not changed or copied. What is no array (numbers, texts) is left
@@ -39,7 +50,7 @@ def adapterize(
         An `Adapted` that starts at the base's output (for methods with an exact start).
 
     Raises:
-        TypeError: for a spec of the wrong kind, a leaf that holds integers, or one that is only a shape.
+        TypeError: for a spec of the wrong kind, or a leaf that holds integers.
         ValueError: for a path that two leaves have or that jlora keeps for itself, a pattern that matches nothing, a leaf that
             a method can't adapt, an axis role that can't be known, a method that starts from data without `prepared`.
 
@@ -52,17 +63,60 @@ def adapterize(
     plan = Plan(tuple(resolve(leaves, spec, sites)))
     by_keys = dict(leaves)
     beside.check(plan.sites, by_keys)
-    trained, frozen = _shared(plan, key, by_keys)
-    for site, start in starts_of(plan.sites, by_keys, key, prepared).items():
-        start = placement.place(start, site, by_keys[site.keys])
-        paths.insert(trained, site.keys, start.params)
-        if start.frozen:
-            paths.insert(frozen, site.keys, start.frozen)
+    make = _shapes if any(placement.is_shape(by_keys[site.keys]) for site in plan.sites) else _arrays
+    trained, frozen = make(plan, key, by_keys, prepared)
     base = jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
     return Adapted(base, trained, frozen, {}, plan)
 
 
-def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _arrays(
+    plan: Plan, key: jax.Array, leaves: Leaves, prepared: Prepared | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained and what is constant, as arrays beside the base."""
+    _warn_of_cuts(plan, leaves)
+    trained, frozen = _shared(plan, key, leaves)
+    for site, start in starts_of(plan.sites, leaves, key, prepared).items():
+        start = placement.place(start, site, leaves[site.keys])
+        paths.insert(trained, site.keys, start.params)
+        if start.frozen:
+            paths.insert(frozen, site.keys, start.frozen)
+    return trained, frozen
+
+
+def _shapes(
+    plan: Plan, key: jax.Array, leaves: Leaves, prepared: Prepared | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`_arrays` in shapes, each with the sharding that the array would get."""
+    adapted = {site.keys: leaves[site.keys] for site in plan.sites}
+    # No shardings go in: starts don't depend on them, and a mesh of devices that are not there can't be traced on.
+    bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapted)
+
+    def make(given: Any) -> Any:
+        return _arrays(plan, key, given, blank_at(plan.sites, given) if prepared is None else prepared)
+
+    trained, frozen = jax.eval_shape(make, bare)
+    flat, treedef = paths.flatten_with_keys({"params": trained, "frozen": frozen})
+    placed = placement.shapes_beside(dict(flat), plan.sites, leaves, placement.alone(adapted.values()))
+    tree = jax.tree.unflatten(treedef, [placed[keys] for keys, _ in flat])
+    return tree["params"], tree["frozen"]
+
+
+def _warn_of_cuts(plan: Plan, leaves: Leaves) -> None:
+    """Says of a base that is traced on a mesh that nothing here shows how it is cut."""
+    for site in plan.sites:
+        leaf = leaves[site.keys]
+        arrays = leaf.fields.values() if isinstance(leaf, Stored) else (leaf,)
+        if any(map(placement.is_cut_unseen, arrays)):
+            warnings.warn(
+                f"{site.path} lies on a mesh, but under jax.jit nothing shows how it is cut, so that XLA chooses where the "
+                "adapters lie: give jax.jit(..., out_shardings=...), such as the shardings of adapterize on shapes "
+                "(jax.ShapeDtypeStruct), or call adapterize outside of jax.jit",
+                stacklevel=4,
+            )
+            return
+
+
+def _shared(plan: Plan, key: jax.Array, leaves: Leaves) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trained arrays that several leaves share, and the constants, by drawer; each in an empty tree where there are none.
 
     Raises:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jlora import paths
 from jlora.core.protocol.method import Site, Start
 from jlora.core.protocol.stored import Stored
 
@@ -20,6 +22,20 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
     if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
     return sharding
+
+
+def is_shape(leaf: Any) -> bool:
+    """Whether a leaf is only the shape of an array; or is kept in the form of a code whose fields are."""
+    arrays = leaf.fields.values() if isinstance(leaf, Stored) else (leaf,)
+    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
+
+
+def is_cut_unseen(leaf: Any) -> bool:
+    """Whether a leaf is traced on a mesh of several devices whose axes are automatic, so that nothing tells how it is cut."""
+    if not isinstance(leaf, Tracer):
+        return False
+    mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
+    return mesh is not None and not mesh.empty and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
 
 
 def field_specs(site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
@@ -65,6 +81,38 @@ def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) 
             )
 
 
+def first_rules(names: Sequence[str], patterns: Iterable[str]) -> dict[str, str]:
+    """For each path that some pattern matches as a whole the first such pattern.
+
+    Raises:
+        ValueError: for a pattern that matches no path, or none that those before it leave.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if re.fullmatch(pattern, name)]
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} matches the whole path of no weight; nearest: {paths.nearest(pattern, names)}"
+            )
+        if all(name in found for name in matched):
+            raise ValueError(
+                f"all that {pattern!r} matches is taken by a pattern before it, such as {found[matched[0]]!r}"
+            )
+        found = {**dict.fromkeys(matched, pattern), **found}
+    return found
+
+
+def check_rule(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
+    """`check_cut` for a spec that was written for a leaf by hand, and so has an entry for each of its axes.
+
+    Raises:
+        ValueError: as `check_cut`, and for another number of entries.
+    """
+    if len(spec) != len(shape):
+        raise ValueError(f"{path}: {spec} has {len(spec)} entries, but the leaf {tuple(shape)} has {len(shape)} axes")
+    check_cut(path, shape, spec, sizes)
+
+
 def check_fields(path: str, leaf: Stored, specs: dict[str, Any], sizes: Any) -> None:
     """`check_cut` for the fields of a leaf that is kept in the form of a code: a cut must not fall into a block."""
     for name, array in leaf.fields.items():
@@ -101,6 +149,36 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
     params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
     frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
     return Start(params, frozen)
+
+
+def shapes_beside(
+    shapes: Mapping[tuple[str, ...], Any], sites: Iterable[Site], leaves: Mapping[tuple[str, ...], Any], other: Any
+) -> dict[tuple[str, ...], Any]:
+    """Shapes of a method's arrays, with the shardings that the arrays get beside their base.
+
+    Args:
+        shapes: by the drawer `params` or `frozen`, the keys of the leaf or of what leaves share, and the field's name.
+        sites: the adapted leaves.
+        leaves: the base, arrays or shapes.
+        other: the sharding of what is beside no leaf on a mesh of several devices.
+    """
+    sites = tuple(sites)
+    fields = {site.keys: field_shardings(site, leaves[site.keys]) or {} for site in sites}
+    whole = replicated(leaves[site.keys] for site in sites) or other
+    found = {}
+    for keys, shape in shapes.items():
+        at = fields.get(keys[1:-1])  # None for what leaves share, which lies whole on every device
+        sharding = whole if at is None else at.get(keys[-1], other)
+        found[keys] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return found
+
+
+def alone(leaves: Iterable[Any]) -> Any:
+    """Where what is whole lies beside the first leaf of which that is known; None where it is of none."""
+    sharding = next(filter(None, (getattr(leaf, "sharding", None) for leaf in leaves)), None)
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding if isinstance(sharding, SingleDeviceSharding) else None
 
 
 def replicate(tree: Any, leaves: Iterable[Any]) -> Any:

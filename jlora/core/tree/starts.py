@@ -54,11 +54,16 @@ def blank(params: Any, spec: Spec, sites: Sites | None = None) -> Prepared:
         sites: as for `adapterize`.
     """
     leaves, _ = paths.flatten_with_keys(params)
-    by_keys, key, starts = dict(leaves), jax.random.key(0), {}
-    for site in resolve(leaves, spec, sites):
+    return blank_at(resolve(leaves, spec, sites), dict(leaves))
+
+
+def blank_at(sites: Sequence[Site], leaves: Mapping[tuple[str, ...], Any]) -> Prepared:
+    """`blank` for leaves that are known already."""
+    key, starts = jax.random.key(0), {}
+    for site in sites:
         if site.method.needs:
             zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in needed(site).items()}
-            starts[site] = start_of(site, by_keys[site.keys], key, **zeros)
+            starts[site] = start_of(site, leaves[site.keys], key, **zeros)
     return Prepared(starts)
 
 
@@ -93,11 +98,6 @@ def start_of(site: Site, leaf: Any, key: jax.Array, **statistics: jax.Array) -> 
                 if missing == [RESIDUAL]
                 else "jlora.prepare(params, spec, loss_fn, batches)"
             )
-        )
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{site.path} is a shape and no array, so that nothing can start from it; for the shapes of an Adapted call "
-            "jax.eval_shape(lambda params: jlora.adapterize(params, spec, ...), params)"
         )
     key = jax.random.fold_in(key, paths.number(site.path))
     if not isinstance(leaf, Stored):

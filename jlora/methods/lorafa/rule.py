@@ -36,7 +36,11 @@ class LoRAFARule:
         return LoRAFARule(self.scale, frozen)
 
     def wrap(self, tx: optax.GradientTransformation, sites: tuple[Site, ...]) -> optax.GradientTransformation:
-        """The optimizer behind the change of the gradients; without the constants its `update` raises a ValueError."""
+        """The optimizer behind the change of the gradients; without the constants its `update` raises a ValueError.
+
+        Raises:
+            TypeError: for constants that are shapes alone.
+        """
         inner = optax.with_extra_args_support(tx)
         factors = None if self.frozen is None else [self._factor(site) for site in sites]
 
@@ -57,6 +61,8 @@ class LoRAFARule:
     def _factor(self, site: Site) -> Any:
         """`(a.T @ a + 1e-8)^-1 / scale²`, `[*batch, rank, rank]`; of numpy where it can be, so that no program needs `a`."""
         a = paths.lookup(self.frozen, site.keys)["a"]
+        if isinstance(a, jax.ShapeDtypeStruct):
+            raise TypeError(f"{site.path}: LoRAFA's rule needs the values of a, which has only a shape here: {a}")
         if not isinstance(a, Tracer):
             a = np.asarray(placement.complete(a), np.float64)
         xp = jnp if isinstance(a, Tracer) else np
