@@ -36,8 +36,8 @@ class Lifted(nn.Module):
 
     Raises:
         TypeError: (when called) for a model that is no Linen module, or a spec of the wrong kind.
-        ValueError: (when called) for a spec that can't do what it says; for a call that reads the model's weights otherwise than
-            the one by which the adapters were made.
+        ValueError: (when called) for a spec that can't do what it says; for a call that reads the model's weights otherwise
+            than the one by which the adapters were made.
 
     Example:
         >>> lifted = jlora.linen.Lifted(model, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=2)})
@@ -105,8 +105,8 @@ class Lifted(nn.Module):
         if not self.is_mutable_collection("params"):
             found = sorted(self.variables.get("params", {}))
             raise ValueError(
-                f'the params of a jlora.linen.Lifted are {{"base": …, "lora": …}}, got {found}: take those that its init makes; '
-                "to start from trained params, init by "
+                f'the params of a jlora.linen.Lifted are {{"base": …, "lora": …}}, got {found}: take those that its init '
+                "makes; to start from trained params, init by "
                 'lifted.apply({"params": {"base": params}}, *inputs, rngs={"params": key}, mutable=True)[1]'
             )
         for collection, values in make().items():
@@ -130,7 +130,7 @@ class Lifted(nn.Module):
 
     def __kontext_keys__(self) -> Any:
         """The model's own names of inputs, for kauldron, which asks for them."""
-        from kauldron import kontext  # only there where it is asked for
+        from kauldron import kontext  # pyright: ignore[reportMissingImports]  # it is there where it asks
 
         return kontext.get_keypaths(self.model)
 

@@ -35,7 +35,8 @@ class Lifted(nnx.Module):
     `train()` and `eval()` switch the adapters' dropout on and off together with the model's.
 
     Attributes:
-        base: the model, a module of its own that has its `nnx.Param`s in common with the one that was given, and no other state.
+        base: the model, a module of its own that has its `nnx.Param`s in common with the one that was given, and no other
+            state.
         lora: the trained arrays as `nnx.LoRAParam`s, laid out like `jlora.Adapted.params`.
     """
 
@@ -108,8 +109,8 @@ class Lifted(nnx.Module):
         treedef, leaves, after = outside
         if nnx.graphdef(self.base) != after:
             raise ValueError(
-                f"{type(self.base).__name__}.{name} changes attributes that are no nnx.Variable, which a lifted call can't keep; "
-                "keep in a Variable what a call is to remember"
+                f"{type(self.base).__name__}.{name} changes attributes that are no nnx.Variable, which a lifted call can't "
+                "keep; keep in a Variable what a call is to remember"
             )
         left = iter(arrays)
         return jax.tree.unflatten(treedef, [next(left) if leaf is None else leaf for leaf in leaves])
@@ -145,8 +146,8 @@ def adapt(model: nnx.Module, spec: Spec, *inputs: Any, key: jax.Array | None = N
     _check(model)
     if not inputs and not named:
         raise TypeError(
-            "adapt(model, spec, *inputs) needs the inputs of one call, arrays or jax.ShapeDtypeStructs: they show how the model "
-            "reads its weights"
+            "adapt(model, spec, *inputs) needs the inputs of one call, arrays or jax.ShapeDtypeStructs: they show how the "
+            "model reads its weights"
         )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -229,7 +230,9 @@ def _adapters(state: Any) -> dict[str, Any]:
     """The arrays of a `Lifted`'s LoRAParams as `adapted.params` has them."""
     names = sorted(state)
     if names != ["lora"]:
-        raise ValueError(f'on_state wants the state of a jlora.nnx module with wrt=nnx.LoRAParam, {{"lora": …}}; got {names}')
+        raise ValueError(
+            f'on_state wants the state of a jlora.nnx module with wrt=nnx.LoRAParam, {{"lora": …}}; got {names}'
+        )
     return nnx.to_pure_dict(state)["lora"]
 
 
@@ -237,13 +240,15 @@ def _check(model: Any) -> None:
     """Refuses what is no module, and modules that have adapters already."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"jlora.nnx takes an nnx.Module, got {type(model).__name__}; for a Linen module there is jlora.linen, for a function "
-            "of params jlora.lift"
+            f"jlora.nnx takes an nnx.Module, got {type(model).__name__}; for a Linen module there is jlora.linen, for a "
+            "function of params jlora.lift"
         )
     own = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     if own:
         path = "/".join(map(str, next(iter(own))[0]))
-        raise ValueError(f"{path} is an nnx.LoRAParam already, which trainers would train too; adapt the model without it")
+        raise ValueError(
+            f"{path} is an nnx.LoRAParam already, which trainers would train too; adapt the model without it"
+        )
 
 
 def _values(variables: Any) -> Any:

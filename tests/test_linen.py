@@ -49,7 +49,7 @@ def test_only_the_adapters_get_gradients_and_state_and_merged_params_give_the_sa
 
     @jax.jit
     def step(params, state):
-        loss = lambda p: jnp.mean((lifted.apply({**variables, "params": p}, X) - 1) ** 2)  # noqa: E731
+        loss = lambda p: jnp.mean((lifted.apply({**variables, "params": p}, X) - 1) ** 2)
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value, grads["base"]
@@ -90,7 +90,9 @@ def test_adapters_start_from_given_params_and_a_stream_switches_their_dropout_on
     lifted = jlora.linen.Lifted(Model(), {"up/kernel": jlora.LoRA(rank=2, init="random", dropout=0.5)})
     given = {collection: {"base": held} for collection, held in variables.items()}
     started = lifted.apply(given, X, rngs={"params": KEY}, mutable=True)[1]
-    assert all(map(np.array_equal, jax.tree.leaves(below("base", started)["params"]), jax.tree.leaves(variables["params"])))
+    assert all(
+        map(np.array_equal, jax.tree.leaves(below("base", started)["params"]), jax.tree.leaves(variables["params"]))
+    )
     assert started["params"]["lora"]["up"]["kernel"]["a"].shape == (4, 2)
     one, other = (lifted.apply(started, X, rngs={"dropout": jax.random.key(n)}) for n in (1, 2))
     assert not np.array_equal(one, other)
@@ -101,7 +103,9 @@ def test_constants_are_a_collection_that_a_call_asks_for():
     lifted = jlora.linen.Lifted(nn.Dense(3), {"kernel": jlora.VeRA(rank=2)})
     variables = jax.jit(lifted.init)(KEY, X)
     assert sorted(variables) == ["lora_constants", "params"]
-    with pytest.raises(ValueError, match="by this call the adapters would be .* pass the collection 'lora_constants' too"):
+    with pytest.raises(
+        ValueError, match="by this call the adapters would be .* pass the collection 'lora_constants' too"
+    ):
         lifted.apply({"params": variables["params"]}, X)
 
 

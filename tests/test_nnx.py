@@ -92,7 +92,7 @@ def test_signature_attributes_and_methods_are_the_models(network):
 
 def test_nnx_trains_the_adapters_alone_and_allocates_ranks(network, tmp_path):
     method = jlora.AdaLoRA(rank=2, target=1, steps=2, orthogonality=0.0)
-    make = lambda: jlora.nnx.adapt(network, {"(up|head)/kernel": method}, X)  # noqa: E731
+    make = lambda: jlora.nnx.adapt(network, {"(up|head)/kernel": method}, X)
     model = make()
     model.eval()
     tx = jlora.nnx.on_state(jlora.optimizer(model.adapted(), optax.adamw, learning_rate=0.02))
@@ -101,7 +101,7 @@ def test_nnx_trains_the_adapters_alone_and_allocates_ranks(network, tmp_path):
 
     @nnx.jit
     def step(model, optimizer):
-        loss = lambda model: jnp.mean((model(X) - 1) ** 2)  # noqa: E731
+        loss = lambda model: jnp.mean((model(X) - 1) ** 2)
         value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
         optimizer.update(model, grads)
         return value

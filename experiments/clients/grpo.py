@@ -41,7 +41,11 @@ def train(method: str = "lora", steps: int = 15, learning_rate: float = 5e-3):
                 (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT), stories.mesh()
             ),
             training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=tx, eval_every_n_steps=10**6, max_steps=steps, mini_batch_size=4, train_micro_batch_size=4
+                actor_optimizer=tx,
+                eval_every_n_steps=10**6,
+                max_steps=steps,
+                mini_batch_size=4,
+                train_micro_batch_size=4,
             ),
             rollout_config=RolloutConfig(
                 max_tokens_to_generate=24, max_prompt_length=16, kv_cache_size=64, temperature=1.0

@@ -1,6 +1,6 @@
 """kauldron's `kd.train.Trainer` on a `jlora.linen.Lifted`: exact start, base untouched, optimizer state of the adapters alone.
 
-    python experiments/clients/kauldron_trainer.py
+python experiments/clients/kauldron_trainer.py
 """
 
 from __future__ import annotations
