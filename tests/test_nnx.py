@@ -123,7 +123,10 @@ def test_nnx_trains_the_adapters_alone_and_allocates_ranks(network, tmp_path):
 def test_the_adapters_dropout_follows_train_and_eval_and_constants_get_no_gradient(network):
     method = {"up/kernel": jlora.LoRA(rank=2, init="random", dropout=0.5), "head/kernel": jlora.VeRA(rank=2)}
     adapted = jlora.adapterize(nnx.state(network, nnx.Param), method)
-    model = jlora.nnx.attach(network, adapted.replace(context={"dropout": jax.random.key(7)}))
+    adapted = adapted.replace(
+        params=jax.tree.map(jnp.ones_like, adapted.params), context={"dropout": jax.random.key(7)}
+    )
+    model = jlora.nnx.attach(network, adapted)
     call = nnx.jit(lambda model: model.features(X))
     model.base.eval()
     assert not np.array_equal(call(model), call(model))
