@@ -221,7 +221,9 @@ def on_state(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         params = None if params is None else _adapters(params)
         new, state = inner.update(_adapters(updates), state, params, **extra)
-        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(new)), state
+        found, treedef = paths.flatten_with_keys(updates)
+        # By path, below "lora": a State's order of leaves is its own.
+        return jax.tree.unflatten(treedef, [paths.lookup(new, keys[1:]) for keys, _ in found]), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

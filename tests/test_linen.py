@@ -73,6 +73,7 @@ def test_only_the_adapters_get_gradients_and_state_and_merged_params_give_the_sa
     assert [site.path for site in adapted.plan.sites] == ["head/bias", "up/kernel"]
 
 
+@pytest.mark.newest
 def test_other_collections_and_random_streams_are_the_models_own(made):
     lifted, variables = made
     options = {"train": True, "mutable": ["batch_stats", "intermediates"]}
@@ -109,6 +110,7 @@ def test_constants_are_a_collection_that_a_call_asks_for():
         lifted.apply({"params": variables["params"]}, X)
 
 
+@pytest.mark.newest
 def test_what_can_not_be_adapted_is_refused(made):
     lifted, variables = made
     with pytest.raises(TypeError, match="Lifted takes a Linen module, got function"):
