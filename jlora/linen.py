@@ -7,9 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core.scope import subtract_filters
 
+from jlora import paths
 from jlora.core.transforms.lift import lift
 from jlora.core.transforms.sites import sites
 from jlora.core.tree.adapted import Adapted
@@ -85,7 +85,8 @@ class Lifted(nn.Module):
             return model.apply({"params": params, **rest}, *args, rngs=rngs, mutable=mutable, **kwargs)
 
         base = jax.lax.stop_gradient(self.get_variable("params", "base"))
-        report, key = sites(lambda params: call(params)[0], base), rngs.get("params", jax.random.key(0))
+        report = sites(lambda params: call(params)[0], base)
+        key = self.make_rng("params") if self.has_rng("params") else None
         spec = dict(self.spec) if isinstance(self.spec, tuple) else self.spec
         start = lambda: adapterize(base, spec, key, report)  # noqa: E731
         self._require("lora", lambda: _collections(jax.jit(start)()))
@@ -120,11 +121,14 @@ class Lifted(nn.Module):
         """
         params = self.get_variable("params", "lora")
         frozen = self.get_variable(CONSTANTS, "lora", {})
-        wanted, found = (jax.tree.map(jnp.shape, tree) for tree in ((shapes.params, shapes.frozen), (params, frozen)))
+        wanted = paths.shapes({"params": shapes.params, CONSTANTS: shapes.frozen})
+        found = paths.shapes({"params": params, CONSTANTS: frozen})
         if wanted != found:
+            path = min(path for path in {**wanted, **found} if wanted.get(path) != found.get(path))
             raise ValueError(
-                f"by this call the adapters would be {wanted}, but they are {found}: name the leaves in the spec, so that it "
-                f"doesn't depend on the call, and pass the collection {CONSTANTS!r} too"
+                f"by this call the adapters would be others than those in the variables: {path} would be {wanted.get(path)}, "
+                f"but is {found.get(path)}; name the leaves in the spec, so that it doesn't depend on the call, and pass the "
+                f"collection {CONSTANTS!r} too"
             )
         return Adapted(base, params, frozen, {}, shapes.plan)
 

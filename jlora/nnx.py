@@ -184,12 +184,12 @@ def attach(
     if not isinstance(adapted, Adapted):
         raise TypeError(f"attach(model, adapted) takes a jlora.Adapted, got {type(adapted).__name__}")
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    shapes, found = (dict(_shapes(tree)) for tree in (params, adapted.base))
-    if not isinstance(adapted.base, nnx.State) or shapes != found:
-        differing = sorted(path for path in {**shapes, **found} if shapes.get(path) != found.get(path))
+    wanted, found = paths.shapes(params), paths.shapes(adapted.base)
+    if not isinstance(adapted.base, nnx.State) or wanted != found:
+        differing = sorted(path for path in {**wanted, **found} if wanted.get(path) != found.get(path))
         raise ValueError(
             f"the adapters are on other params than nnx.state(model, nnx.Param) of this {type(model).__name__}"
-            + (f": {differing[0]} is {found.get(differing[0])}, not {shapes.get(differing[0])}" if differing else "")
+            + (f": {differing[0]} is {found.get(differing[0])}, not {wanted.get(differing[0])}" if differing else "")
         )
     options = {"strict": strict, "unread": unread, "plan": plan}
     # Where the arrays are the model's own, so are the variables: nnx.jit gives every variable a new array, and a base in two
@@ -221,9 +221,7 @@ def on_state(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         params = None if params is None else _adapters(params)
         new, state = inner.update(_adapters(updates), state, params, **extra)
-        found, treedef = paths.flatten_with_keys(updates)
-        # By path, below "lora": a State's order of leaves is its own.
-        return jax.tree.unflatten(treedef, [paths.lookup(new, keys[1:]) for keys, _ in found]), state
+        return _as_state(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -236,6 +234,12 @@ def _adapters(state: Any) -> dict[str, Any]:
             f'on_state wants the state of a jlora.nnx module with wrt=nnx.LoRAParam, {{"lora": …}}; got {names}'
         )
     return nnx.to_pure_dict(state)["lora"]
+
+
+def _as_state(adapters: Any, state: Any) -> Any:
+    """Arrays that are laid out like `adapted.params`, laid out like a state; by path, since a state's order is its own."""
+    found, treedef = paths.flatten_with_keys(state)
+    return jax.tree.unflatten(treedef, [paths.lookup(adapters, keys[1:]) for keys, _ in found])
 
 
 def _check(model: Any) -> None:
@@ -256,10 +260,6 @@ def _check(model: Any) -> None:
 def _values(variables: Any) -> Any:
     """Nested dicts of variables as dicts of their arrays."""
     return jax.tree.map(lambda v: v.get_value(), variables, is_leaf=lambda v: isinstance(v, nnx.Variable))
-
-
-def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [("/".join(keys), tuple(leaf.shape)) for keys, leaf in paths.flatten_with_keys(tree)[0]]
 
 
 def _changes(model: nnx.Module, params: nnx.State, rest: nnx.State) -> dict[Any, Any]:

@@ -105,7 +105,8 @@ def test_constants_are_a_collection_that_a_call_asks_for():
     variables = jax.jit(lifted.init)(KEY, X)
     assert sorted(variables) == ["lora_constants", "params"]
     with pytest.raises(
-        ValueError, match="by this call the adapters would be .* pass the collection 'lora_constants' too"
+        ValueError,
+        match="lora_constants/~shared/VeRA/a would be .4, 2., but is None; name the leaves .* pass the collection",
     ):
         lifted.apply({"params": variables["params"]}, X)
 
