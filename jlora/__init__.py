@@ -1,5 +1,6 @@
 """jlora: parameter-efficient fine-tuning for JAX and Flax, done as functions."""
 
+import importlib as _importlib
 from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
@@ -109,5 +110,11 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 if not _TYPE_CHECKING:  # to a type checker every name of jlora would exist
 
     def __getattr__(name: str) -> _ModuleType:
-        """A module under its former name."""
+        """`jlora.nnx` and `jlora.linen`, imported where they are first asked for; a module under its former name."""
+        if name in ("nnx", "linen"):
+            return _importlib.import_module(f"jlora.{name}")
         return _former.module(name)
+
+else:
+    from jlora import linen as linen
+    from jlora import nnx as nnx

@@ -48,6 +48,11 @@ def flatten_with_keys(
     return _leaves(tree, one), jax.tree.structure(tree, is_leaf=one)
 
 
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a tree's arrays by their paths."""
+    return {"/".join(keys): tuple(leaf.shape) for keys, leaf in flatten_with_keys(tree)[0]}
+
+
 def leaves(tree: Any) -> list[Any]:
     """The leaves of a tree. A `Whole` is one."""
     return [leaf for _, leaf in flatten_with_keys(tree)[0]]

@@ -214,6 +214,9 @@ def test_the_page_of_the_api_has_every_public_name():
     listed = set(re.findall(r"\w+", (ROOT / "docs" / "api.md").read_text(encoding="utf-8")))
     methods = {cls.__name__ for cls in methods_table.methods()}
     public = {n for n, value in vars(jlora).items() if not n.startswith("_") and not inspect.ismodule(value)}
+    for bridge in (jlora.nnx, jlora.linen):
+        own = {n for n, value in vars(bridge).items() if getattr(value, "__module__", "") == bridge.__name__}
+        public |= {n for n in own if not n.startswith("_")}
     assert sorted(public - listed - methods) == []
     assert {"adapterize", "lift", "LoRA"} <= public
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import jlora
 import jlora.models
@@ -37,10 +38,11 @@ def own(module):
 
 
 def public():
-    """What users call, by name: all of `jlora`, `jlora.models` and the entries of `jlora.training`."""
+    """What users call, by name: all of `jlora`, its bridges, `jlora.models` and the entries of `jlora.training`."""
     names = {f"jlora.{n}": v for n, v in vars(jlora).items() if not n.startswith("_") and not inspect.ismodule(v)}
     names |= {f"jlora.models.{n}": getattr(jlora.models, n) for n in jlora.models.__all__}
     names |= {f"jlora.training.{n}": v for n, v in vars(jlora.training).items() if not n.startswith("_")}
+    names |= dict(own(jlora.nnx)) | dict(own(jlora.linen))
     return {name: v for name, v in names.items() if str(getattr(v, "__module__", "")).startswith("jlora")}
 
 
@@ -176,6 +178,16 @@ class Model(nn.Module):
         return nn.Dense(16, name="out")(Attention(name="layer")(tokens))
 
 
+class Network(nnx.Module):
+    """The same for NNX."""
+
+    def __init__(self, rngs):
+        self.up, self.head = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.up(x)))
+
+
 def examples():
     """(name, examples) of every docstring of the package that has any."""
     parser = doctest.DocTestFinder(exclude_empty=True)
@@ -190,6 +202,7 @@ def stand_ins():
     sites = jlora.sites(model.apply, {"params": params}, tokens)
     adapted = jlora.adapterize(params, {r".*/(q|v)_proj/kernel": jlora.LoRA(rank=2)})
     names = {"tokens": tokens, "model": model, "params": params, "sites": sites, "adapted": adapted}
+    names |= {"nnx": nnx, "network": Network(nnx.Rngs(0)), "x": jnp.ones((2, 4))}
     return {**names, "jlora": jlora, "jax": jax, "jnp": jnp, "optax": optax, "key": jax.random.key(0)}
 
 

@@ -22,6 +22,8 @@ ROOMS = (
     "mesh",
     "optimize",
     "losses",
+    "nnx",
+    "linen",
     "methods",
     "disk",
     "analysis",
