@@ -13,6 +13,7 @@ from jlora import paths
 from jlora.core.protocol.method import Method
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.optimize.allocate import inside
+from jlora.optimize.placed import placed
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
 GROUPS = ("a", "b", "vector", "embedding")
@@ -81,6 +82,7 @@ def optimizer(
     *,
     ratio: float | jax.Array | None = None,
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    zero: str | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """An optimizer for `adapted.params` that gives every field the learning rate and decay of its group.
@@ -104,20 +106,22 @@ def optimizer(
         learning_rate: a number or schedule.
         ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
         embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
+        zero: a mesh axis over which all moments are cut besides (ZeRO): each of its devices keeps and computes its part, and
+            the steps are gathered. `jlora.mesh.moments` tells where each lies. The numbers stay the same.
         **options: passed on; `weight_decay` is taken out for vectors.
 
     Returns:
-        An optax transformation whose state follows `adapted.params`.
+        An optax transformation whose state follows `adapted.params`, on a mesh too: see `with_rules`.
 
     Raises:
         ValueError: for a ratio that is not positive; for a trained array without a group (see `labels`), also where `init` or
-            `update` gets one.
+            `update` gets one; for a `zero` that can't be (see `jlora.mesh.moments`).
 
     Example:
         >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
 
     Reference:
-        Hayou et al. 2024, arXiv:2402.12354.
+        Hayou et al. 2024, arXiv:2402.12354; for `zero`, stage 1 of Rajbhandari et al. 2019, arXiv:1910.02054.
     """
     if isinstance(ratio, int | float) and not ratio > 0:
         raise ValueError(f"LoRA+'s ratio must be positive, got {ratio!r}")
@@ -140,14 +144,22 @@ def optimizer(
         used[label] = factory(scaled(rate, float(factor)) if factor else rate, **given)
     # `optax.tree_map_params` calls with a stand-in for the params, which has no leaves.
     chosen = lambda trained: _labelled(trained, tree) if jax.tree.leaves(trained) else tree  # noqa: E731
-    return with_rules(adapted, optax.partition(used, chosen))
+    return with_rules(adapted, optax.partition(used, chosen), zero=zero)
 
 
-def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_rules(
+    adapted: Adapted, tx: optax.GradientTransformation, *, zero: str | None = None
+) -> optax.GradientTransformation:
     """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
 
-    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where no method has
-    a rule, this is `tx` itself.
+    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where the trained
+    arrays lie on a mesh with automatic axes, moments lie beside them, step counts on every device, and steps and state stay
+    there, so that a training step is compiled once. Where no method has a rule, and off a mesh, this is `tx` itself.
+
+    Args:
+        adapted: what is trained.
+        tx: the optimizer.
+        zero: as for `optimizer`.
 
     Raises:
         ValueError: for an optimizer that a rule can't have inside it: one that accumulates gradients, or is schedule-free;
@@ -157,15 +169,14 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
         >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
     """
     sites = tuple(site for site in adapted.plan.sites if site.method.optimizer_rule is not None)
-    if not sites:
-        return tx
-    tx = inside.around(tx, adapted, sites[0])
+    if sites:
+        tx = inside.around(tx, adapted, sites[0])
     for rule in dict.fromkeys(site.method.optimizer_rule for site in sites):
         assert rule is not None
         given = getattr(rule, "with_constants", None)
         bound = rule if given is None else given(adapted.frozen)
         tx = bound.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
-    return tx
+    return placed(tx, adapted, zero)
 
 
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:

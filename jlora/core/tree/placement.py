@@ -44,7 +44,19 @@ def field_shardings(site: Site, leaf: Any) -> dict[str, NamedSharding] | None:
         return None
     check_cut(site.path, site.shape, sharding.spec, sharding.mesh.shape)
     _check_in_use(site.path, sharding)
-    return {name: NamedSharding(sharding.mesh, spec) for name, spec in field_specs(site, sharding.spec).items()}
+    specs = field_specs(site, sharding.spec)
+    return {name: NamedSharding(sharding.mesh, shortest(spec)) for name, spec in specs.items()}
+
+
+def shortest(spec: PartitionSpec) -> PartitionSpec:
+    """A partition spec without what says nothing at its end, as `jax.jit` gives those of its results.
+
+    JAX counts specs that differ in it as different, and would compile a training step for its own results anew.
+    """
+    entries = list(spec)
+    while entries and entries[-1] in (None, ()):
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:

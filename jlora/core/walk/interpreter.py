@@ -77,6 +77,7 @@ class Walk:
         strict: refuse to form an effective weight where its form of update is made to avoid that.
         plan: how dense products are computed (see `jlora.core.products.contraction.choose`).
         cuts: into how many pieces a mesh cuts the input of a leaf's product (see `jlora.lift`).
+        rows: into how many pieces it cuts the rows of activations.
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.core.walk.grouping`).
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
@@ -88,6 +89,7 @@ class Walk:
     strict: bool = False
     plan: str = "auto"
     cuts: Mapping[str, int] = field(default_factory=dict)
+    rows: int = 1
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
