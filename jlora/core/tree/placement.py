@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora.core.protocol.method import Site, Start
 from jlora.core.protocol.stored import Stored
@@ -113,6 +113,21 @@ def place(start: Start, site: Site, leaf: Any) -> Start:
     params = {name: jax.device_put(x, shardings[name]) for name, x in start.params.items()}
     frozen = {name: jax.device_put(x, shardings[name]) for name, x in start.frozen.items()}
     return Start(params, frozen)
+
+
+def whole(tree: Any) -> Any:
+    """Traced arrays that stay whole on every device of the mesh that their program is on, if its axes are automatic.
+
+    For what leaves share, and for parts of it: cut as one leaf's product wants it, another's would have to be sent for.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        mesh = jax.typeof(x).sharding.mesh
+        if mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(lambda x: one(x) if isinstance(x, Tracer) else x, tree)
 
 
 def replicate(tree: Any, leaves: Iterable[Any]) -> Any:
