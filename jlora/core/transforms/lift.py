@@ -16,6 +16,7 @@ from jlora.core.protocol.stored import Stored
 from jlora.core.tree.adapted import Adapted, kept_weight
 from jlora.core.tree.merge import leaves_beside
 from jlora.core.walk import (
+    collectives,  # noqa: F401  (registers its rules)
     convolution,  # noqa: F401  (registers its rules)
     dot,  # noqa: F401  (registers its rules)
     entering,  # noqa: F401  (registers its rules)
