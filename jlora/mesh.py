@@ -160,27 +160,33 @@ def moments(adapted: Adapted, axis: str) -> Any:
             shapes.
 
     Example:
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+        >>> adapted = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh))
         >>> lies = jlora.mesh.moments(adapted, "data")
-        >>> whole = [x.size for x, s in zip(jax.tree.leaves(adapted.params), jax.tree.leaves(lies)) if "data" not in str(s)]
+        >>> whole = sum("data" not in str(place.spec) for place in jax.tree.leaves(lies))  # of how many arrays it cuts none
     """
     leaves, treedef = jax.tree.flatten(adapted.params)
-    own = [placement.named_sharding(leaf) for leaf in leaves]
-    automatic = [each for each in own if each is not None and AxisType.Explicit not in each.mesh.axis_types]
+    automatic = [each for leaf in leaves if (each := _automatic(leaf)) is not None]
     if not leaves or len(automatic) < len(leaves):
         raise ValueError(
-            f"moments are cut by {axis!r} where the trained arrays lie on a mesh of several devices with automatic axes; these do "
-            "not: place the base on one before adapterize"
+            f"moments are cut by {axis!r} where the trained arrays lie on a mesh of several devices with automatic axes; these "
+            "do not: place the base on one before adapterize"
         )
     if missing := next((each.mesh for each in automatic if axis not in each.mesh.shape), None):
         raise ValueError(f"moments can't be cut by {axis!r}: the mesh has {placement.mesh_text(missing.shape)}")
     found = [_cut_more(leaf.shape, each, axis) for leaf, each in zip(leaves, automatic, strict=True)]
     if found == automatic:
-        shapes = sorted({leaf.shape for leaf in leaves})
         raise ValueError(
             f"the mesh axis {axis}={automatic[0].mesh.shape[axis]} cuts no moment: it divides no axis of the trained arrays "
-            f"{shapes}, or cuts them already"
+            f"{sorted({leaf.shape for leaf in leaves})}, or cuts them already"
         )
     return jax.tree.unflatten(treedef, found)
+
+
+def _automatic(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array that lies on a mesh of several devices with automatic axes."""
+    found = placement.named_sharding(leaf)
+    return None if found is None or AxisType.Explicit in found.mesh.axis_types else found
 
 
 def _cut_more(shape: tuple[int, ...], sharding: NamedSharding, axis: str) -> NamedSharding:

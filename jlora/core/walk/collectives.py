@@ -14,7 +14,7 @@ import jax
 
 from jlora.core.walk import weight as weights
 from jlora.core.walk.interpreter import Walk, bind, passes
-from jlora.core.walk.weight import Piece, Weight
+from jlora.core.walk.weight import Blank, Piece, Weight
 
 
 @passes("all_gather")
@@ -34,7 +34,10 @@ def all_gather(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
         value = weights.along(value, piece, lambda field, axis: gather(field, axis=axis))
     grown = Piece(piece.order, piece.size * eqn.params["axis_size"])
     left = {**dict(value.cuts), piece.order: dict(value.cuts)[piece.order][: -len(names)]}
-    return [weights.resized(replace(value, cuts=tuple(left.items())), {piece: grown}).moved(lambda array: bind(eqn, [array])[0])]
+    value = weights.resized(replace(value, cuts=tuple(left.items())), {piece: grown})
+    if isinstance(value.array, Blank):
+        return [replace(value, array=Blank(weights.shape_of(value.axes), value.array.dtype))]
+    return [value.moved(lambda array: bind(eqn, [array])[0])]
 
 
 @passes("ppermute")
@@ -50,7 +53,9 @@ def ppermute(walk: Walk, eqn: Any, value: Weight) -> list[Any] | None:
     for piece in {piece for group in value.axes for piece in group if piece.order in cut}:
         cut.discard(piece.order)
         value = weights.along(value, piece, lambda field, axis: send(field))
-    return None if cut else [value.moved(lambda array: bind(eqn, [array])[0])]
+    if cut or isinstance(value.array, Blank):
+        return None if cut else [value]
+    return [value.moved(lambda array: bind(eqn, [array])[0])]
 
 
 def _names(eqn: Any) -> tuple[Any, ...]:

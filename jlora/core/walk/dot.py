@@ -145,7 +145,7 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
         return by_rows(whole, x, (view, w, weight.factor), pieces)
 
     walk.seen.add(weight.name)
-    key = walk.next_key(weight.key)
+    key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
             f"{weight.name}: {weight.method} has dropout, which can't act where its weight is formed or transposed; set it to "

@@ -243,7 +243,8 @@ def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
             weights.localised(value, spec) if isinstance(value, Weight) else value
             for value, spec in zip(values, specs, strict=True)
         ]
-        return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inside), passed)))
+        with walk.on_one_device():
+            return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inside), passed)))
 
     outputs = jax.shard_map(
         body,
@@ -264,12 +265,17 @@ def _sharded(walk: Walk, value: Any, spec: Any, eqn: Any, gathered_first: Callab
     """A value on its way into `shard_map` and its partition specs: one for an array, a tree of them for a weight."""
     if not isinstance(value, Weight):
         return walk.materialise(value, eqn), spec
-    specs = weights.partition_specs(value, spec) if value.key is None else None
+    if value.key is not None and not eqn.params["check_vma"]:
+        raise ValueError(
+            f"{value.name}: dropout inside `shard_map` needs check_vma=True, by which it is known between which devices an "
+            f"input differs, at {_compat.source_line(eqn)}; set it, or give no dropout key"
+        )
+    specs = weights.partition_specs(value, spec)
     if specs is not None and value.code is not None:
         part = weights.cut_blank(value, spec, specs, eqn.params["mesh"].shape)
         value, specs = (value, None) if part is None else (part, replace(specs, array=part.array))
     by = {axis: names if isinstance(names, tuple) else (names,) for axis, names in enumerate(spec) if names}
-    if specs is None and value.code is None and value.key is None and gathered_first(by):
+    if specs is None and value.code is None and gathered_first(by):
         value = replace(value, whole=True)
         specs = weights.whole_specs(value, spec)
     return (walk.materialise(value, eqn), spec) if specs is None else (value, specs)

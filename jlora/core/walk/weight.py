@@ -475,6 +475,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         array=weight.array if isinstance(weight.array, Blank) else spec,
         stored=None if weight.stored is None else spec,
         factor=None if weight.factor is None else PartitionSpec(),
+        key=None if weight.key is None else PartitionSpec(),
         params={name: field_spec(name, weight.method.axes) for name in weight.params},
         frozen={name: field_spec(name, weight.method.axes) for name in weight.frozen},
         shared={name: PartitionSpec() for name in weight.shared},
