@@ -163,7 +163,7 @@ def moments(adapted: Adapted, axis: str) -> Any:
         >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
         >>> adapted = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh))
         >>> lies = jlora.mesh.moments(adapted, "data")
-        >>> whole = sum("data" not in str(place.spec) for place in jax.tree.leaves(lies))  # of how many arrays it cuts none
+        >>> whole = sum("data" not in place.spec for place in jax.tree.leaves(lies))  # of how many arrays it cuts none
     """
     leaves, treedef = jax.tree.flatten(adapted.params)
     automatic = [each for leaf in leaves if (each := _automatic(leaf)) is not None]

@@ -1,5 +1,6 @@
 """What each method sends from device to device in a training step, beside LoRA; and that its step is compiled once."""
 
+import collections
 import functools
 import re
 import sys
@@ -9,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from contract import discovery, problems
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from contract import discovery, problems
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
 import hlo
 
-pytestmark = [pytest.mark.long, pytest.mark.newest]
+pytestmark = pytest.mark.newest
 
 # Each mesh: its axes, and what cuts the rows of the batch, up [64, 128] and down [128, 64]. Tensor parallelism as Megatron's.
 MESHES = {
@@ -105,6 +106,7 @@ def lora(mesh):
     return sent(case(mesh).step(jlora.LoRA(4), mesh == "tensor")[1].compile())
 
 
+@pytest.mark.long  # 140 seconds of one core, nearly all of them XLA's
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_sends_little_more_than_loras_and_is_compiled_once(name, mesh):
@@ -130,3 +132,26 @@ def test_no_dense_gradient_is_sent_where_the_rows_are_told():
         sums = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* (?:all-reduce|reduce-scatter)\(", text)
         sizes = {functools.reduce(lambda a, b: a * int(b), shape.split(","), 1) for shape in sums if shape}
         assert not sizes & weights, f"{method}: {sums}"
+
+
+def test_activations_that_are_cut_by_their_sequence_are_sent_as_often_as_without_adapters():
+    tiny = case("tensor")
+    cut = lambda x, *names: jax.lax.with_sharding_constraint(x, tiny.sharding(P("fsdp", *names)))
+
+    def layer(x, p):
+        h = jnp.tanh(cut(x) @ p["up_0"])
+        return cut(x + cut(h, None, "tensor") @ p["down_0"], "tensor")
+
+    def activations(run, *given):
+        """How often an array as large as one device's share of activations is sent, by kind."""
+        found = hlo.Module(problems.jit(jax.grad(run)).lower(*given).compile().as_text()).tally().collectives
+        return collections.Counter({kind: n for (kind, _, size), n in found.items() if size == 4 * 4 * 32 * 64})
+
+    two = lambda p, x: jnp.mean(layer(layer(x, p), p) ** 2)
+    adapted = problems.adapt(tiny.params, {".*": jlora.LoRA(4)})
+    lifted = jlora.lift(two, plan="factored", cuts=jlora.mesh.cuts(adapted, {"tensor"}), rows=2)
+    x = jax.device_put(tiny.x, tiny.sharding(P("fsdp", "tensor")))
+    plain = activations(lambda s, p, x: two(p, x * s), tiny.scale, tiny.params, x)
+    both = lambda trained, a, x: lifted(a.replace(params=trained[0]), x * trained[1])
+    assert activations(both, (adapted.params, tiny.scale), adapted, x) == plain
+    assert plain == {"all-gather": 4, "all-reduce": 4}

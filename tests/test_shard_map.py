@@ -1,4 +1,4 @@
-"""Weights that code under `shard_map` gathers, passes round or shares out keep their update: values, gradients, what is sent."""
+"""Weights that code under `shard_map` gathers or passes round keep their update: values, gradients, and what is sent."""
 
 import re
 

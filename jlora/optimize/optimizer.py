@@ -107,7 +107,7 @@ def optimizer(
         ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
         embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
         zero: a mesh axis over which all moments are cut besides (ZeRO): each of its devices keeps and computes its part, and
-            the steps are gathered. `jlora.mesh.moments` tells where each lies. The numbers stay the same.
+            the steps are gathered. `jlora.mesh.moments` tells where each lies. Numbers change by rounding alone.
         **options: passed on; `weight_decay` is taken out for vectors.
 
     Returns:
@@ -154,7 +154,8 @@ def with_rules(
 
     `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where the trained
     arrays lie on a mesh with automatic axes, moments lie beside them, step counts on every device, and steps and state stay
-    there, so that a training step is compiled once. Where no method has a rule, and off a mesh, this is `tx` itself.
+    there, so that a training step is compiled once: make the optimizer of what lies where it is trained. Where no method has a
+    rule, and off a mesh, this is `tx` itself.
 
     Args:
         adapted: what is trained.

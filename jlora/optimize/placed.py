@@ -16,9 +16,7 @@ from jlora.core.tree.adapted import Adapted
 Places = dict[tuple[str, ...], tuple[tuple[int, ...], NamedSharding]]
 
 
-def placed(
-    tx: optax.GradientTransformation, adapted: Adapted, zero: str | None = None
-) -> optax.GradientTransformation:
+def placed(tx: optax.GradientTransformation, adapted: Adapted, zero: str | None = None) -> optax.GradientTransformation:
     """An optimizer whose state, and whose updates, stay where they are from step to step.
 
     Moments lie beside their trained array, or by `jlora.mesh.moments` with `zero`; everything else of the state lies whole on
@@ -81,6 +79,8 @@ def _put(tree: Any, places: Places) -> Any:
         ends = (keys[n:] for n in range(len(keys)))
         shape, own = next((places[end] for end in ends if end in places), (None, everywhere))
         place = own if leaf.shape == shape else everywhere
-        return jax.lax.with_sharding_constraint(leaf, place) if isinstance(leaf, Tracer) else jax.device_put(leaf, place)
+        return (
+            jax.lax.with_sharding_constraint(leaf, place) if isinstance(leaf, Tracer) else jax.device_put(leaf, place)
+        )
 
     return jax.tree.unflatten(treedef, [one(keys, leaf) for keys, leaf in leaves])

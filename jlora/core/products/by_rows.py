@@ -14,7 +14,7 @@ Product = Callable[[jax.Array, Any], jax.Array]
 
 
 def by_rows(product: Product, x: jax.Array, arrays: Any, pieces: int) -> jax.Array:
-    """`product(x [..., in], arrays)`, with gradients of the arrays that are taken piece by piece of the rows, and then added up.
+    """`product(x [..., in], arrays)`, with gradients of the arrays that are taken by pieces of the rows, and then added up.
 
     Where they come from a dense gradient `xᵀ g` of the weight, a compiler sums that over devices as soon as each has its own.
     Taken piece by piece, each device goes on from its own to the gradients of the arrays, and those are summed, where they are
