@@ -854,6 +854,13 @@ MESHES = (
         ("tests/test_collectives.py::test_no_dense_gradient_is_sent_where_the_rows_are_told",),
     ),
     Mutation(
+        "pieces of the rows drop otherwise than the whole does",
+        "jlora/core/walk/dot.py",
+        "pieces = walk.rows if weight.form.sums_matrices and key is None else 1",
+        "pieces = walk.rows if weight.form.sums_matrices else 1",
+        ("tests/test_by_rows.py::test_with_dropout_the_rows_stay_together",),
+    ),
+    Mutation(
         "a weight is gathered without its factors",
         "jlora/core/walk/collectives.py",
         "if not value.whole:",
