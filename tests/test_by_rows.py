@@ -8,6 +8,8 @@ from contract import problems
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 SPEC = {
     "up": jlora.SHiRA(density=0.3),
     "down": jlora.HiRA(2),
