@@ -87,6 +87,23 @@ def typed_key(key: jax.Array) -> jax.Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """The axes of a `shard_map` with check_vma=True between whose devices an array differs, sorted.
+
+    Needed in every release: the type that says so is not documented.
+    """
+    return tuple(sorted(jax.typeof(x).mat.varying))
+
+
+def varying_as(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """An array that counts as different between all devices between which one of the others differs, as a loop's start must.
+
+    Needed in every release: see `varying`.
+    """
+    more = sorted(set().union(*map(varying, others)) - set(varying(x)))
+    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
+
+
 def explicit_sharding(aval: Any) -> Any:
     """The sharding of an abstract value that lies on a mesh with explicit axes, else None.
 

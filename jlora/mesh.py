@@ -113,7 +113,7 @@ def shardings(adapted: Adapted, mesh: Mesh, rules: Rules = (), names: Any = None
             placement.check_fields(path, leaf, spec.fields, mesh.shape)
         else:
             placement.check_cut(path, jnp.shape(leaf), spec, mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, placement.shortest(spec)), specs, is_leaf=_is_spec)
 
 
 def by_path(params: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec]) -> Any:
@@ -147,7 +147,7 @@ def by_path(params: Any, mesh: Mesh, rules: Mapping[str, PartitionSpec]) -> Any:
         specs = _of_fields(leaf, rules[ruled[path]] if path in ruled else PartitionSpec())
         if isinstance(leaf, Stored):
             placement.check_fields(path, leaf, specs.fields, mesh.shape)
-        found.append(jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec))
+        found.append(jax.tree.map(lambda spec: NamedSharding(mesh, placement.shortest(spec)), specs, is_leaf=_is_spec))
     return jax.tree.unflatten(treedef, found)
 
 
@@ -181,3 +181,66 @@ def cuts(adapted: Adapted, axes: Collection[str]) -> dict[str, int]:
         if names and set(names) <= set(axes):
             found[site.path] = math.prod(sharding.mesh.shape[name] for name in names)
     return {path: pieces for path, pieces in found.items() if pieces > 1}
+
+
+def moments(adapted: Adapted, axis: str) -> Any:
+    """Where an optimizer's moments lie that are cut over one mesh axis more than their trained arrays (ZeRO).
+
+    Each is cut along the longest of its axes that the mesh axis divides, beside what cuts that already. What it divides along
+    none, or cuts anyway, stays as the trained array lies.
+
+    Args:
+        adapted: its trained arrays lie on a mesh with automatic axes.
+        axis: an axis of that mesh, over which the arrays are copied (data parallelism).
+
+    Returns:
+        A tree of `NamedSharding`s, laid out like `adapted.params`; `axis` is in the spec of what it cuts.
+
+    Raises:
+        ValueError: for trained arrays on no such mesh; for an axis that the mesh lacks, or that cuts none of them, with their
+            shapes.
+
+    Example:
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+        >>> adapted = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh))
+        >>> lies = jlora.mesh.moments(adapted, "data")
+        >>> whole = sum("data" not in place.spec for place in jax.tree.leaves(lies))  # of how many arrays it cuts none
+    """
+    leaves, treedef = jax.tree.flatten(adapted.params)
+    automatic = [each for leaf in leaves if (each := _automatic(leaf)) is not None]
+    if not leaves or len(automatic) < len(leaves):
+        raise ValueError(
+            f"moments are cut by {axis!r} where the trained arrays lie on a mesh of several devices with automatic axes; these "
+            "do not: place the base on one before adapterize"
+        )
+    if missing := next((each.mesh for each in automatic if axis not in each.mesh.shape), None):
+        raise ValueError(f"moments can't be cut by {axis!r}: the mesh has {placement.mesh_text(missing.shape)}")
+    found = [_cut_more(leaf.shape, each, axis) for leaf, each in zip(leaves, automatic, strict=True)]
+    if found == automatic:
+        raise ValueError(
+            f"the mesh axis {axis}={automatic[0].mesh.shape[axis]} cuts no moment: it divides no axis of the trained arrays "
+            f"{sorted({leaf.shape for leaf in leaves})}, or cuts them already"
+        )
+    return jax.tree.unflatten(treedef, found)
+
+
+def _automatic(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array that lies on a mesh of several devices with automatic axes."""
+    found = placement.named_sharding(leaf)
+    return None if found is None or AxisType.Explicit in found.mesh.axis_types else found
+
+
+def _cut_more(shape: tuple[int, ...], sharding: NamedSharding, axis: str) -> NamedSharding:
+    """A sharding with one mesh axis more; as it is where that can't be."""
+    sizes = sharding.mesh.shape
+    names = [placement.axis_names(entry) for entry in (*sharding.spec, *([None] * (len(shape) - len(sharding.spec))))]
+    if any(axis in each for each in names):
+        return sharding
+    parts = [size // math.prod(sizes[name] for name in each) for size, each in zip(shape, names, strict=True)]
+    fitting = [n for n, part in enumerate(parts) if part % sizes[axis] == 0]
+    if not fitting:
+        return sharding
+    longest = max(fitting, key=lambda n: parts[n])
+    names[longest] = (*names[longest], axis)
+    entries = (each[0] if len(each) == 1 else each for each in names)
+    return NamedSharding(sharding.mesh, placement.shortest(PartitionSpec(*((each or None) for each in entries))))

@@ -359,7 +359,7 @@ def test_logical_axis_names_of_a_flax_base_give_the_adapters_theirs():
     made = jax.jit(
         lambda key: jlora.adapterize(boxed, spec, key), out_shardings=jlora.mesh.shardings(adapted, mesh, RULES)
     )
-    assert made(KEY).params["up"]["kernel"]["a"].sharding.spec == P("data", None)
+    assert made(KEY).params["up"]["kernel"]["a"].sharding.spec == P("data")
 
 
 def test_rules_that_do_not_fit_the_mesh_are_refused():
@@ -381,4 +381,4 @@ def test_sharding_metadata_of_nnx_variables_gives_the_adapters_theirs():
     assert jlora.mesh.logical_axes(adapted).params["kernel"] == {"a": P("data", None), "b": P(None, "model")}
     assert adapted.params["kernel"]["b"].sharding.spec == P(None, "model")
     placed = jax.device_put(adapted, jlora.mesh.shardings(adapted, mesh))
-    assert placed.params["kernel"]["a"].sharding.spec == P("data", None)
+    assert placed.params["kernel"]["a"].sharding.spec == P("data")

@@ -13,6 +13,7 @@ from jlora.core.protocol.hyperparameters import NOT_ZERO, check_hyperparameters,
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Factors, Method, Site, Start, View
 from jlora.core.protocol.peft import Peft
+from jlora.core.tree.placement import whole
 from jlora.methods.lora import shared_dtype, trained_dtype
 
 
@@ -27,7 +28,8 @@ class VeRA(Method):
 
     The pair is drawn from `projection_key` alone, so that adapters of one model that were trained apart share it. It lies
     in `adapted.frozen["~shared"]["VeRA"]`, and is saved with the adapters, since no generator is promised to stay the
-    same forever. It lies whole on every device of a mesh; where `shard_map` cuts a leaf, the weight is formed.
+    same forever. It lies whole on every device of a mesh; where `shard_map` cuts a leaf, the weight is formed, unless
+    it is gathered there first.
 
     Worth trying where many adapters have to be kept. The vectors want a learning rate well above LoRA's.
 
@@ -102,7 +104,8 @@ class VeRA(Method):
     def factors(self, view: View) -> Factors:
         """`A` and `d * B * b`: with both vectors on one side, the other has no gradient to compute."""
         a, b = _slices(view)
-        d, scale = view.params["d"], view.params["b"]
+        # Gathered themselves where `b` is cut, and not the product with a matrix that every device has.
+        d, scale = whole((view.params["d"], view.params["b"]))
         return Factors(a, d[:, None] * b * scale, dropout=self.dropout)
 
     def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
@@ -114,7 +117,7 @@ def _slices(view: View) -> tuple[jax.Array, jax.Array]:
     """The projections of one matrix: `A [in, rank]`, `B [rank, out]`."""
     rows, columns = view.w.shape
     dtype = view.params["d"].dtype
-    return view.shared["a"][:rows].astype(dtype), view.shared["b"][:, :columns].astype(dtype)
+    return whole((view.shared["a"][:rows].astype(dtype), view.shared["b"][:, :columns].astype(dtype)))
 
 
 def _kaiming_uniform(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:

@@ -14,6 +14,7 @@ from jlora.core.protocol.method import Method
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.optimize import together
 from jlora.optimize.allocate import inside
+from jlora.optimize.placed import placed
 
 #: The learning-rate groups: a factor on the input side, one on the output side, a vector, an embedding's factors.
 GROUPS = ("a", "b", "vector", "embedding")
@@ -84,6 +85,7 @@ def optimizer(
     *,
     ratio: float | jax.Array | None = None,
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    zero: str | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """An optimizer for `adapted.params` that gives every field the learning rate and decay of its group.
@@ -113,22 +115,25 @@ def optimizer(
         learning_rate: a number or schedule; None for a factory that needs none, such as `optax.lbfgs`.
         ratio: LoRA+'s lambda, a number or a traced scalar; None means 1, without LoRA+'s embedding rate.
         embedding_learning_rate: default 1e-6 with `ratio` (LoRA+'s reference), else `learning_rate`.
+        zero: a mesh axis over which all moments are cut besides (ZeRO): each of its devices keeps and computes its part, and
+            the steps are gathered. `jlora.mesh.moments` tells where each lies. Numbers change by rounding alone.
         **options: passed on; `weight_decay` is taken out for vectors.
 
     Returns:
-        An optax transformation whose state follows `adapted.params`.
+        An optax transformation whose state follows `adapted.params`, on a mesh too: see `with_rules`.
 
     Raises:
         ValueError: for a ratio that is not positive; for a multiple of a learning rate of None; for several groups, where the
             optimizer is one that works on all arrays alone (Prodigy, D-Adaptation, line searches); for a trained array
-            without a group (see `labels`), also where `init` or `update` gets one.
+            without a group (see `labels`), also where `init` or `update` gets one; for a `zero` that can't be (see
+            `jlora.mesh.moments`).
         TypeError: where `init` or `update` gets the whole `Adapted`.
 
     Example:
         >>> tx = jlora.optimizer(adapted, optax.adamw, learning_rate=2e-4, ratio=16, weight_decay=0.01)
 
     Reference:
-        Hayou et al. 2024, arXiv:2402.12354.
+        Hayou et al. 2024, arXiv:2402.12354; for `zero`, stage 1 of Rajbhandari et al. 2019, arXiv:1910.02054.
     """
     if isinstance(ratio, int | float) and not ratio > 0:
         raise ValueError(f"LoRA+'s ratio must be positive, got {ratio!r}")
@@ -144,7 +149,7 @@ def optimizer(
     }
     tree = _with_rates(adapted, labels(adapted))
     tree, made = _made(adapted, tree, lambda tree: _merged(tree, groups, factory))
-    return with_rules(adapted, _of_groups(made, tree))
+    return with_rules(adapted, _of_groups(made, tree), zero=zero)
 
 
 def _undecayed(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -210,12 +215,21 @@ def _of_groups(made: dict[Any, Any], tree: dict[str, Any]) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_rules(
+    adapted: Adapted, tx: optax.GradientTransformation, *, zero: str | None = None
+) -> optax.GradientTransformation:
     """An optimizer of your own, wrapped by what the methods ask for: rank allocation, penalties, proximal steps.
 
-    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where no method has
-    a rule, this is `tx` itself. Params in any mapping (`FrozenDict`, `nnx.State`) give updates in that mapping; the state is
-    laid out by plain dicts.
+    `optimizer` does this already. Sites whose methods have equal rules share one, and so one rank budget. Where the trained
+    arrays lie on a mesh with automatic axes, moments lie beside them, step counts on every device, and steps and state stay
+    there, so that a training step is compiled once: make the optimizer of what lies where it is trained. Where no method has a
+    rule, and off a mesh, this is `tx` itself. Params in any mapping (`FrozenDict`, `nnx.State`) give updates in that mapping;
+    the state is laid out by plain dicts.
+
+    Args:
+        adapted: what is trained.
+        tx: the optimizer.
+        zero: as for `optimizer`.
 
     Raises:
         ValueError: for an optimizer that a rule can't have inside it: one that accumulates gradients, or is schedule-free;
@@ -226,15 +240,14 @@ def with_rules(adapted: Adapted, tx: optax.GradientTransformation) -> optax.Grad
         >>> tx = jlora.with_rules(adapted, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
     """
     sites = tuple(site for site in adapted.plan.sites if site.method.optimizer_rule is not None)
-    if not sites:
-        return tx
-    tx = inside.around(tx, adapted, sites[0])
+    if sites:
+        tx = inside.around(tx, adapted, sites[0])
     for rule in dict.fromkeys(site.method.optimizer_rule for site in sites):
         assert rule is not None
         given = getattr(rule, "with_constants", None)
         bound = rule if given is None else given(adapted.frozen)
         tx = bound.wrap(tx, tuple(site for site in sites if site.method.optimizer_rule == rule))
-    return together.in_dicts(tx)
+    return placed(together.in_dicts(tx) if sites else tx, adapted, zero)
 
 
 def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def make_step(
     tx: optax.GradientTransformation,
     start: State | None = None,
     cuts: Mapping[str, int] | None = None,
+    rows: int = 1,
 ) -> Step:
     """The jitted training step.
 
@@ -59,14 +60,15 @@ def make_step(
         tx: the optimizer, clipping included.
         start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
             move them.
-        cuts: as for `jlora.lift`.
+        cuts, rows: as for `jlora.lift`.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
         and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
         of all, so the result does not depend on the number of parts (but for rounding).
     """
-    lifted = jlora.lift(forward, cuts=cuts)
+    lifting = {"cuts": cuts, "rows": rows}
+    lifted = jlora.lift(forward, **lifting)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -76,7 +78,7 @@ def make_step(
             whole = adapted.replace(params=params, context={"dropout": part_key})
             if asked is None:
                 return sums(lifted, whole, part).loss / weight, {}
-            found, seen = _observed_sums(forward, asked, whole, part, cuts)
+            found, seen = _observed_sums(forward, asked, whole, part, lifting)
             return found.loss / weight, seen
 
         (loss, seen), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
@@ -104,9 +106,11 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
     return jax.lax.scan(add, zero, (batch, jnp.arange(parts)))[0]
 
 
-def _observed_sums(forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, cuts: Any) -> tuple[Sums, Any]:
+def _observed_sums(
+    forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, lifting: dict[str, Any]
+) -> tuple[Sums, Any]:
     """The sums of a batch, and what was measured of the inputs, to be added up over parts."""
-    observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, cuts=cuts), []
+    observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, **lifting), []
 
     def kept(params: Any, batch: Any) -> jax.Array:
         logits, found = observed(params, batch)

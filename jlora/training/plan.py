@@ -65,7 +65,8 @@ class Plan:
         settings, mesh = self.settings, self.mesh
         assert settings.batch and settings.max_length
         cuts = jlora.mesh.cuts(self.adapted, set(mesh.shape) - set(ROWS))
-        step = make_step(self.subject.forward, _optimizer(self.adapted, settings), self.state, cuts)
+        tx = _optimizer(self.adapted, settings)
+        step = make_step(self.subject.forward, tx, self.state, cuts, row_parts(mesh))
         sizes = (settings.accumulate, settings.batch // settings.accumulate, settings.max_length)
         place = rows_of_batch(mesh, 1)
         whole = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), jnp.int32) | {"weights": jnp.float32}

@@ -24,7 +24,7 @@ from jlora.training.errors import DivergenceError
 from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
-from jlora.training.placement import on_mesh
+from jlora.training.placement import on_mesh, row_parts
 from jlora.training.progress import Progress
 from jlora.training.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings import Settings
@@ -93,7 +93,8 @@ class Trainer:
         whole = processes.by_first(lambda: find_whole(directory))
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
-        done, self._step = int(state.step), make_step(self.forward, self._tx, state, self._cuts)
+        done = int(state.step)
+        self._step = make_step(self.forward, self._tx, state, self._cuts, row_parts(self.mesh))
         self.resumed_at = done
         self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)

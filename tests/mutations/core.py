@@ -7,6 +7,7 @@ PRECISION = CONTRACTION + "every_product_of_a_lift_and_of_its_gradient_has_the_p
 CONTROL = "tests/test_control.py::test_"
 DROPOUT = "tests/test_dropout.py::test_"
 FORMS = "tests/test_lift_forms.py::test_"
+SHARDS = "tests/test_shard_map.py::test_"
 SHIRA = "tests/test_shira.py::test_"
 SITES = "tests/test_sites.py::test_"
 
@@ -228,8 +229,8 @@ PRODUCTS = (
     Mutation(
         "every use of a weight has the same dropout key",
         "jlora/core/walk/interpreter.py",
-        "return None if key is None else jax.random.fold_in(key, self._uses)",
-        "return key",
+        "key = jax.random.fold_in(key, self._uses)",
+        "pass",
         (DROPOUT + "two_sites_and_two_uses_of_one_site_drop_differently",),
     ),
     Mutation(
@@ -628,7 +629,7 @@ LOOPS = (
     Mutation(
         "the arrays of a weight on a mesh keep the sizes of the whole",
         "jlora/core/walk/weight.py",
-        "resized[cut] = Piece(cut.order, cut.size * size // whole)",
+        "smaller[cut] = Piece(cut.order, cut.size * size // whole)",
         "pass",
         form("shard_map over out"),
     ),
@@ -844,4 +845,63 @@ ACTING = (
     ),
 )
 
-MUTATIONS = (*PRODUCTS, *PASSES, *LOOPS, *ROLES, *ACTING)
+MESHES = (
+    Mutation(
+        "gradients of small arrays are summed before they are small",
+        "jlora/core/products/by_rows.py",
+        "cut = x.reshape(pieces, -1, x.shape[-1])",
+        "pieces, cut = 1, x.reshape(1, -1, x.shape[-1])",
+        ("tests/test_collectives.py::test_no_dense_gradient_is_sent_where_the_rows_are_told",),
+    ),
+    Mutation(
+        "pieces of the rows drop otherwise than the whole does",
+        "jlora/core/walk/dot.py",
+        "pieces = walk.rows if weight.form.sums_matrices and key is None else 1",
+        "pieces = walk.rows if weight.form.sums_matrices else 1",
+        ("tests/test_by_rows.py::test_with_dropout_the_rows_stay_together",),
+    ),
+    Mutation(
+        "a weight is gathered without its factors",
+        "jlora/core/walk/collectives.py",
+        "if not value.whole:",
+        "if False:",
+        (SHARDS + "a_weight_that_is_gathered_in_shard_map_sums_no_gradient_of_its_size",),
+    ),
+    Mutation(
+        "a weight is passed round without its factors",
+        "jlora/core/walk/collectives.py",
+        "value = weights.along(value, piece, lambda field, axis: send(field))",
+        "pass",
+        (SHARDS + "shards_that_are_passed_round_take_their_rows_of_the_factors_with_them",),
+    ),
+    Mutation(
+        "a weight that some devices do not get keeps its update",
+        "jlora/core/walk/collectives.py",
+        "if any(sorted(side) != everyone for side in",
+        "if any(sorted(side) == [] for side in",
+        (SHARDS + "what_a_gather_can_not_follow_is_formed_and_strict_says_what_to_do",),
+    ),
+    Mutation(
+        "a weight that is used before it is gathered enters with whole factors",
+        "jlora/core/walk/collectives.py",
+        "return bool(users) and var not in jaxpr.outvars and all(_undoes(jaxpr, eqn, cut) for eqn in users)",
+        "return True",
+        (SHARDS + "what_a_gather_can_not_follow_is_formed_and_strict_says_what_to_do",),
+    ),
+    Mutation(
+        "devices of a shard_map drop the same of different rows",
+        "jlora/core/walk/interpreter.py",
+        "key = jax.random.fold_in(key, jax.lax.axis_index(name))",
+        "pass",
+        (SHARDS + "dropout_in_shard_map_drops_what_differs_between_devices_by_itself",),
+    ),
+    Mutation(
+        "devices of a shard_map drop otherwise of the same input",
+        "jlora/core/walk/interpreter.py",
+        "x = self.spread.get(id(x), (x, x))[1]",
+        "pass",
+        (SHARDS + "dropout_in_shard_map_drops_what_differs_between_devices_by_itself",),
+    ),
+)
+
+MUTATIONS = (*PRODUCTS, *PASSES, *LOOPS, *ROLES, *ACTING, *MESHES)

@@ -8,6 +8,7 @@ FILES = "tests/test_files.py::test_"
 FINGERPRINT = "tests/test_fingerprint.py::test_"
 INTRINSIC = "tests/test_intrinsic.py::test_"
 LOSSES = "tests/test_ba_lora.py::test_"
+ZERO = "tests/test_zero.py::test_"
 MESH = "tests/test_mesh.py::test_"
 OFFLOAD = "tests/test_offload.py::test_"
 OBSERVE = "tests/test_observe.py::test_"
@@ -291,6 +292,34 @@ STORED = (
         "if names and set(names) <= set(axes):",
         "if names:",
         (MESH + "only_the_axes_that_cut_activations_count_as_cuts",),
+    ),
+    Mutation(
+        "adapters lie by longer specs than what a step returns",
+        "jlora/core/tree/placement.py",
+        "while entries and entries[-1] in (None, ()):",
+        "while False:",
+        (ZERO + "the_loops_step_is_compiled_once_and_moments_lie_beside_what_is_trained",),
+    ),
+    Mutation(
+        "the step counts of an optimizer start on one device",
+        "jlora/optimize/placed.py",
+        "return _put(state, moments) if _lie_there(params, trained) else state",
+        "return state",
+        (ZERO + "the_loops_step_is_compiled_once_and_moments_lie_beside_what_is_trained",),
+    ),
+    Mutation(
+        "moments are cut beside an axis that cuts them already",
+        "jlora/mesh.py",
+        "if part % sizes[axis] == 0]",
+        "if True]",
+        (ZERO + "what_the_axis_does_not_divide_stays_whole",),
+    ),
+    Mutation(
+        "an optimizer brings arrays of another mesh to its own",
+        "jlora/optimize/placed.py",
+        "return any(each.shape == known.shape and each.axis_types == known.axis_types for each in found if not each.empty)",
+        "return True",
+        (ZERO + "an_optimizer_made_on_a_mesh_leaves_other_meshes_alone",),
     ),
     Mutation(
         "starts lie on one device",

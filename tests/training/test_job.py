@@ -160,9 +160,9 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, stopped, capsys):
 def test_a_run_goes_on_with_its_moments_on_the_host_and_ends_with_the_same_bits(finished, stopped, monkeypatch):
     kinds, make = [], trainer.make_step
 
-    def seen(forward, tx, start, cuts):
+    def seen(forward, tx, start, *how):
         kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(start.opt_state) if leaf.ndim})
-        return make(forward, tx, start, cuts)
+        return make(forward, tx, start, *how)
 
     monkeypatch.setattr(trainer, "make_step", seen)
     for offload in (True, False):  # the second goes on from what the first has stored

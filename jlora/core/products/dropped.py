@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 
@@ -23,6 +23,7 @@ class Dropped(Update):
 
     inner: Update
     rate: float = field(metadata={"static": True})
+    sums_matrices: ClassVar[bool] = True
 
     def times(self, number: jax.Array) -> Self:
         """With the inner update times the number."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jlora import _compat
 from jlora.core.products.contraction import Options, accumulation_dtype, at_most, in_rows, matmul
 
 #: How many entries of `w` a dense product goes through in the time that one changed entry takes by itself. Measured on two
@@ -170,6 +171,7 @@ def by_entries(x: jax.Array, entries: Entries, out: int, step: int = 0) -> jax.A
     k, step = entries.values.size, step or max(x.shape[-1], out)
     features = jnp.moveaxis(x, -1, 0)
     y = jnp.zeros((out, *features.shape[1:]), entries.values.dtype)
+    y = _compat.varying_as(y, features, *jax.tree.leaves(entries))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def add(y: jax.Array, features: jax.Array, entries: Entries) -> jax.Array:

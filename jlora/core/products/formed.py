@@ -31,6 +31,7 @@ class Formed(Update):
     view: Any
     number: jax.Array | None = None
     drops: ClassVar[frozenset[str]] = frozenset()
+    sums_matrices: ClassVar[bool] = True
 
     def times(self, number: jax.Array) -> Self:
         """With the number kept beside."""

@@ -6,7 +6,7 @@ A lookup, a convolution and grouped experts form the weight: a copy with a few c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Sparse(Update):
     index: jax.Array
     values: jax.Array
     scale: jax.Array | None = None
+    sums_matrices: ClassVar[bool] = True
 
     def times(self, number: jax.Array) -> Self:
         """With the values times the number."""

@@ -47,11 +47,14 @@ class Update(abc.ABC):
         drops: the uses in which a dropout key acts; with a key the others are refused.
         draws: whether a key may decide what becomes of a leaf beside, so that only the product itself can tell.
         refuses_forming: whether `lift(strict=True)` refuses to form the weight, for forms that are made to avoid it.
+        sums_matrices: whether the gradients of its arrays are read off a dense gradient of the weight, for which a mesh that
+            cuts rows then needs `jlora.core.products.by_rows`.
     """
 
     drops: ClassVar[frozenset[str]] = frozenset({"dense", "transposed"})
     draws: ClassVar[bool] = False
     refuses_forming: ClassVar[bool] = False
+    sums_matrices: ClassVar[bool] = False
 
     @classmethod
     def owns(cls, use: str) -> bool:

@@ -16,6 +16,7 @@ from jlora.core.protocol.stored import Stored
 from jlora.core.tree.adapted import Adapted, kept_weight
 from jlora.core.tree.merge import leaves_beside
 from jlora.core.walk import (
+    collectives,  # noqa: F401  (registers its rules)
     convolution,  # noqa: F401  (registers its rules)
     dot,  # noqa: F401  (registers its rules)
     entering,  # noqa: F401  (registers its rules)
@@ -36,6 +37,7 @@ def lift(
     unread: str = "error",
     plan: str = "auto",
     cuts: Mapping[str, int] | None = None,
+    rows: int = 1,
 ) -> Callable[..., Any]:
     """The function that runs `fn` on adapted params.
 
@@ -55,6 +57,10 @@ def lift(
         cuts: into how many pieces a mesh with automatic axes cuts the input of a leaf's product, by path, from
             `jlora.mesh.cuts`. In 16 bits each device then adds its part of the adapter before it rounds, so that the sum over
             devices carries 16 bits a value, as without adapters, and not 32.
+        rows: into how many pieces such a mesh cuts the rows of activations, by their leading axis: the product of its axes that
+            cut batches (data, FSDP). Methods whose gradients come from a dense gradient of the weight (SHiRA, HiRA, LoHa, ..)
+            then send their own gradients from device to device, and not that one. Without dropout, and where the pieces divide
+            the rows; the others are summed as without it. Results are the same.
 
     Returns:
         A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
@@ -69,17 +75,17 @@ def lift(
         >>> apply = jlora.lift(model.apply)
         >>> logits = apply({"params": adapted}, tokens)
     """
-    check_options(unread, plan)
+    check_options(unread, plan, rows)
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        walk = Walk(strict, plan, cuts or {}, together=grouping.together)
+        walk = Walk(strict, plan, cuts or {}, rows, together=grouping.together)
         return call(walk, fn, args, kwargs, unread == "error")
 
     return lifted
 
 
-def check_options(unread: str, plan: str) -> None:
+def check_options(unread: str, plan: str, rows: int = 1) -> None:
     """Refuses unknown options.
 
     Raises:
@@ -89,6 +95,8 @@ def check_options(unread: str, plan: str) -> None:
         raise ValueError(f'unread must be "error" or "allow", got {unread!r}')
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {PLANS}, got {plan!r}")
+    if rows < 1:
+        raise ValueError(f"rows must be into how many pieces a mesh cuts the rows, 1 or more; got {rows!r}")
 
 
 def call(
@@ -119,7 +127,7 @@ def call(
             trees.append(new[0] if isinstance(leaf, Stored) else leaf)
         args, kwargs = jax.tree.unflatten(treedef, trees)
         # The base of an `Adapted` may be an `Adapted` again.
-        return call(Walk(walk.strict, walk.plan, together=walk.together), fn, args, kwargs, must_read)
+        return call(Walk(walk.strict, walk.plan, rows=walk.rows, together=walk.together), fn, args, kwargs, must_read)
 
     return run(walk, on_arrays, values, must_read)
 

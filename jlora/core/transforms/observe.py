@@ -77,6 +77,7 @@ def observe(
     unread: str = "error",
     plan: str = "auto",
     cuts: Mapping[str, int] | None = None,
+    rows: int = 1,
 ) -> Callable[..., Any]:
     """`lift` that also returns a statistic of the input of every adapted weight.
 
@@ -92,7 +93,7 @@ def observe(
         fn: any JAX function; one of its arguments holds an `Adapted`, or plain params by `jlora.watch`.
         statistic: a `Statistic`, such as `jlora.input_norms`, or a function that is its `measure`.
         at: a regex that matches the paths of the weights to observe (default: every adapted matrix).
-        strict, unread, plan, cuts: as for `lift`.
+        strict, unread, plan, cuts, rows: as for `lift`.
 
     Returns:
         A function of the same arguments that returns `(outputs, seen)`, `seen` a nested dict along the keys of the params
@@ -106,13 +107,13 @@ def observe(
     Example:
         >>> outputs, seen = jlora.observe(model.apply, jlora.input_norms)({"params": adapted}, tokens)
     """
-    check_options(unread, plan)
+    check_options(unread, plan, rows)
     taken = statistic if isinstance(statistic, Statistic) else Statistic(statistic)
 
     @functools.wraps(fn, updated=())
     def observed(*args: Any, **kwargs: Any) -> Any:
         sites = _sites_at(_only_adapted(args, kwargs), at)
-        walk = Walk(strict, plan, cuts or {}, together=grouping.together)
+        walk = Walk(strict, plan, cuts or {}, rows, together=grouping.together)
         outputs, taps = tapped(fn, args, kwargs, Observer(taken.measure), sites, walk, unread == "error")
         seen: dict[str, Any] = {}
         for site in sites:

@@ -15,6 +15,7 @@ from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Arrays, Method, Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside
+from jlora.core.tree.placement import whole
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
 
@@ -82,7 +83,7 @@ class Adapted:
 
     def shared(self, name: str) -> Arrays:
         """The arrays that the leaves of a method share, trained ones and constants, by the name of their drawer."""
-        return {**paths.lookup(self.params, (SHARED, name)), **paths.lookup(self.frozen, (SHARED, name))}
+        return whole({**paths.lookup(self.params, (SHARED, name)), **paths.lookup(self.frozen, (SHARED, name))})
 
     def _weight(self, site: Site, leaves: dict[tuple[str, ...], Any], shared: Arrays) -> Weight:
         key = self.context.get("dropout")

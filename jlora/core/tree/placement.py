@@ -60,7 +60,19 @@ def field_shardings(site: Site, leaf: Any) -> dict[str, NamedSharding] | None:
         return None
     check_cut(site.path, site.shape, sharding.spec, sharding.mesh.shape)
     _check_in_use(site.path, sharding)
-    return {name: NamedSharding(sharding.mesh, spec) for name, spec in field_specs(site, sharding.spec).items()}
+    specs = field_specs(site, sharding.spec)
+    return {name: NamedSharding(sharding.mesh, shortest(spec)) for name, spec in specs.items()}
+
+
+def shortest(spec: PartitionSpec) -> PartitionSpec:
+    """A partition spec without what says nothing at its end, as `jax.jit` gives those of its results.
+
+    JAX counts specs that differ in it as different, and would compile a training step for its own results anew.
+    """
+    entries = list(spec)
+    while entries and entries[-1] in (None, ()):
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def check_cut(path: str, shape: Sequence[int], spec: PartitionSpec, sizes: Any) -> None:
@@ -179,6 +191,21 @@ def alone(leaves: Iterable[Any]) -> Any:
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding if isinstance(sharding, SingleDeviceSharding) else None
+
+
+def whole(tree: Any) -> Any:
+    """Traced arrays that stay whole on every device of the mesh that their program is on, if its axes are automatic.
+
+    For what leaves share, and for parts of it: cut as one leaf's product wants it, another's would have to be sent for.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        mesh = jax.typeof(x).sharding.mesh
+        if mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(lambda x: one(x) if isinstance(x, Tracer) else x, tree)
 
 
 def replicate(tree: Any, leaves: Iterable[Any]) -> Any:

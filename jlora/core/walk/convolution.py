@@ -39,7 +39,7 @@ def _by_patches(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array
     """A convolution as the product of its patches with the matrix, for what has to see its input so."""
     w, update = single_matrix(weight)
     options = Options(eqn.outvars[0].aval.dtype, eqn.params["precision"])
-    y = update.dense(patches(eqn, x, weight), w, walk.next_key(weight.key), options)
+    y = update.dense(patches(eqn, x, weight), w, walk.next_key(weight.key, x), options)
     return jnp.moveaxis(y, -1, eqn.params["dimension_numbers"].out_spec[1])
 
 
@@ -68,7 +68,7 @@ def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
         return y * jnp.expand_dims(scale, [axis for axis in range(y.ndim) if axis != feature])
 
     linear = Linear(base, product, mix, rescale, eqn.outvars[0].aval.dtype)
-    return update.convolve(x, w, walk.next_key(weight.key), linear)
+    return update.convolve(x, w, walk.next_key(weight.key, x), linear)
 
 
 def _kernel(weight: Weight, m: jax.Array, out_axis: int, groups: int) -> jax.Array:

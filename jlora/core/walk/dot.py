@@ -5,11 +5,12 @@ A rule is `(walk, eqn, *values) -> outputs`, or None where it does not apply; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from jlora.core.products.by_rows import by_rows
 from jlora.core.products.contraction import Options, check_plan
 from jlora.core.protocol.method import View
 from jlora.core.walk import weight as weights
@@ -134,11 +135,17 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     x, shared, free = folded_input(use, side)
 
     def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> jax.Array:
-        update = weights.update_of(weight, view)
-        return update.dense(x, w, key, options) if side == "in" else update.transposed(x, w, key, options)
+        def whole(x: jax.Array, arrays: Any) -> jax.Array:
+            view, w, factor = arrays
+            update = weights.update_of(replace(weight, factor=factor), view)
+            return update.dense(x, w, key, options) if side == "in" else update.transposed(x, w, key, options)
+
+        # With a key a piece of the rows would not drop what the whole of them does.
+        pieces = walk.rows if weight.form.sums_matrices and key is None else 1
+        return by_rows(whole, x, (view, w, weight.factor), pieces)
 
     walk.seen.add(weight.name)
-    key = walk.next_key(weight.key)
+    key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
             f"{weight.name}: {weight.method} has dropout, which can't act where its weight is formed or transposed; set it to "

@@ -6,14 +6,16 @@ their author wrote. They get the effective weight as a plain array, and its grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora import _compat
-from jlora.core.walk import bodies
+from jlora.core.walk import bodies, collectives
 from jlora.core.walk import weight as weights
 from jlora.core.walk.interpreter import Walk, rule
 from jlora.core.walk.weight import Several, Weight
@@ -230,12 +232,19 @@ def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any] | None:
     """Enters with weights whose method may be cut as the weight is; the others are formed outside, where they are whole."""
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     specs = list(eqn.params["in_specs"])
-    entered = [_sharded(walk, value, spec, eqn) for value, spec in zip(values, specs, strict=True)]
+    entered = [
+        _sharded(walk, value, spec, eqn, partial(collectives.gathered_first, jaxpr, var))
+        for value, spec, var in zip(values, specs, jaxpr.invars, strict=True)
+    ]
     passed = _passed(values, bodies.shard_map_passed(eqn))
 
     def body(*values: Any) -> list[Any]:
-        inside = [weights.localised(value) if isinstance(value, Weight) else value for value in values]
-        return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inside), passed)))
+        inside = [
+            weights.localised(value, spec) if isinstance(value, Weight) else value
+            for value, spec in zip(values, specs, strict=True)
+        ]
+        with walk.on_one_device():
+            return walk.sealed(eqn, lambda: walk.arrays(_computed(walk.evaluate(jaxpr, consts, inside), passed)))
 
     outputs = jax.shard_map(
         body,
@@ -252,10 +261,21 @@ def _manual_axes(eqn: Any) -> Any:
     return set(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
 
 
-def _sharded(walk: Walk, value: Any, spec: Any, eqn: Any) -> tuple[Any, Any]:
+def _sharded(walk: Walk, value: Any, spec: Any, eqn: Any, gathered_first: Callable[..., bool]) -> tuple[Any, Any]:
     """A value on its way into `shard_map` and its partition specs: one for an array, a tree of them for a weight."""
-    specs = weights.partition_specs(value, spec) if isinstance(value, Weight) and value.key is None else None
+    if not isinstance(value, Weight):
+        return walk.materialise(value, eqn), spec
+    if value.key is not None and not eqn.params["check_vma"]:
+        raise ValueError(
+            f"{value.name}: dropout inside `shard_map` needs check_vma=True, by which it is known between which devices an "
+            f"input differs, at {_compat.source_line(eqn)}; set it, or give no dropout key"
+        )
+    specs = weights.partition_specs(value, spec)
     if specs is not None and value.code is not None:
         part = weights.cut_blank(value, spec, specs, eqn.params["mesh"].shape)
         value, specs = (value, None) if part is None else (part, replace(specs, array=part.array))
+    by = {axis: names if isinstance(names, tuple) else (names,) for axis, names in enumerate(spec) if names}
+    if specs is None and value.code is None and gathered_first(by):
+        value = replace(value, whole=True)
+        specs = weights.whole_specs(value, spec)
     return (walk.materialise(value, eqn), spec) if specs is None else (value, specs)

@@ -47,4 +47,4 @@ def _by_expert(walk: Walk, eqn: Any, x: jax.Array, weight: Weight, count: int, g
         return y * scale[expert]
 
     linear = Linear(lambda x, dtype: product(x, w, dtype), product, product, rescale, eqn.outvars[0].aval.dtype)
-    return update.experts(x, w, walk.next_key(weight.key), linear)
+    return update.experts(x, w, walk.next_key(weight.key, x), linear)

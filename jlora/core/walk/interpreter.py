@@ -8,7 +8,7 @@ effective weight is formed and handed to the primitive.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +69,14 @@ def rule(
     return register
 
 
+_GATHER = (
+    "What `shard_map` cuts along an axis that the method may not be cut along is to be gathered there before anything else, by "
+    "jax.lax.all_gather(w, mesh_axis, axis=..., tiled=True) for each cut axis. "
+)
+#: What may be done about a weight that has to be formed, by primitive.
+_HINTS = {"shard_map": _GATHER, "all_gather": _GATHER}
+
+
 @dataclass
 class Walk:
     """One pass over a function: what was asked of it, and what it saw.
@@ -77,23 +85,28 @@ class Walk:
         strict: refuse to form an effective weight where its form of update is made to avoid that.
         plan: how dense products are computed (see `jlora.core.products.contraction.choose`).
         cuts: into how many pieces a mesh cuts the input of a leaf's product (see `jlora.lift`).
+        rows: into how many pieces it cuts the rows of activations.
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.core.walk.grouping`).
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
         taps: the statistics that the observer took so far.
         readings: how the leaves were read, where roles are being found out (see `jlora.sites`); None in a lift.
         origins: where the function's values come from, likewise (see `jlora.core.walk.origins`).
+        spread: arrays that devices of a `shard_map` have alike though they count as different, as a product with a weight that
+            differs wants it: by number, with what they were before.
     """
 
     strict: bool = False
     plan: str = "auto"
     cuts: Mapping[str, int] = field(default_factory=dict)
+    rows: int = 1
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
     observer: Any = None
     taps: list[Any] = field(default_factory=list)
     origins: Any = None
+    spread: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _uses: int = 0
 
     def aside(self, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
@@ -118,10 +131,29 @@ class Walk:
             )
         return result
 
-    def next_key(self, key: jax.Array | None) -> jax.Array | None:
-        """A dropout key of its own for every use of a weight."""
+    @contextlib.contextmanager
+    def on_one_device(self) -> Iterator[None]:
+        """While the body of a `shard_map` is walked, whose rows are those of one device."""
+        rows, self.rows = self.rows, 1
+        try:
+            yield
+        finally:
+            self.rows = rows
+
+    def next_key(self, key: jax.Array | None, x: jax.Array | None = None) -> jax.Array | None:
+        """A dropout key of its own for every use of a weight.
+
+        For an input `x` that differs between the devices of a `shard_map` also for each of them, so that a row, or a feature,
+        is dropped by itself; where devices have the same input, they drop the same.
+        """
         self._uses += 1
-        return None if key is None else jax.random.fold_in(key, self._uses)
+        if key is None:
+            return None
+        key = jax.random.fold_in(key, self._uses)
+        x = self.spread.get(id(x), (x, x))[1]
+        for name in () if x is None else _compat.varying(x):
+            key = jax.random.fold_in(key, jax.lax.axis_index(name))
+        return key
 
     def materialise(self, value: Any, eqn: Any = None) -> Any:
         """A plain array for a value: itself, or the effective weight."""
@@ -151,9 +183,11 @@ class Walk:
                 "have weight(view), or say mergeable = False"
             )
         if self.strict and value.method.form is not None and value.method.form.refuses_forming:
+            name = "" if eqn is None else eqn.primitive.name
             raise ValueError(
                 f"strict: the effective weight of {value.name}, shape {value.array.shape}, would have to be formed for "
-                f"{_where(eqn)}. Use the weight in a product there, leave it out of the spec, or lift without strict"
+                f"{_where(eqn)}. {_HINTS.get(name, '')}Use the weight in a product there, leave it out of the spec, or lift "
+                "without strict"
             )
         return weights.effective(value)
 
@@ -171,7 +205,11 @@ class Walk:
             if outputs is not None:
                 return outputs
             values = [self.materialise(value, eqn) for value in values]
-        return bind(eqn, values)
+        outputs = bind(eqn, values)
+        if eqn.primitive.name == "pvary":
+            # Kept with the array itself, so that no other one has its number.
+            self.spread |= {id(new): (new, old) for new, old in zip(outputs, values, strict=True)}
+        return outputs
 
     def note(self, reading: Reading) -> None:
         """Adds a reading of a leaf."""

@@ -103,6 +103,8 @@ class Weight:
             taken back where what was looked up turns out to be matrices of a stack. Static.
         codes: the fields of the code; leading axes are `batch`.
         code: the form in which the leaf is kept, or None; static.
+        cuts: inside of `shard_map` the mesh axes that cut it, by the `order` of the piece that they cut; static.
+        whole: whether the method's arrays are whole although the base's is cut, which is gathered before it is used; static.
     """
 
     array: jax.Array | Blank
@@ -121,6 +123,8 @@ class Weight:
     lookups: tuple[Any, ...] = field(default=(), metadata={"static": True})
     codes: Arrays = field(default_factory=dict)
     code: Code | None = field(default=None, metadata={"static": True})
+    cuts: tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...] = field(default=(), metadata={"static": True})
+    whole: bool = field(default=False, metadata={"static": True})
 
     @property
     def aval(self) -> Any:
@@ -471,11 +475,22 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         array=weight.array if isinstance(weight.array, Blank) else spec,
         stored=None if weight.stored is None else spec,
         factor=None if weight.factor is None else PartitionSpec(),
+        key=None if weight.key is None else PartitionSpec(),
         params={name: field_spec(name, weight.method.axes) for name in weight.params},
         frozen={name: field_spec(name, weight.method.axes) for name in weight.frozen},
         shared={name: PartitionSpec() for name in weight.shared},
         beside={name: PartitionSpec(*leading, cuts.get("out")) for name in weight.beside},
         codes={} if weight.code is None else {name: field_spec(name, weight.code.axes) for name in weight.codes},
+    )
+
+
+def whole_specs(weight: Weight, spec: PartitionSpec) -> Weight:
+    """`partition_specs` for a weight that is gathered before it is used: its base array is cut, the method's are whole."""
+    return replace(
+        jax.tree.map(lambda _: PartitionSpec(), replace(weight, array=None, stored=None)),
+        array=spec,
+        stored=None if weight.stored is None else spec,
+        whole=True,
     )
 
 
@@ -503,14 +518,45 @@ def _pieces(spec: Any, sizes: Mapping[str, int]) -> list[int]:
     return [math.prod(sizes[name] for name in each) for each in names]
 
 
-def localised(weight: Weight) -> Weight:
-    """The weight with its pieces resized to one shard's part of the array."""
-    axes = []
-    resized: dict[Piece, Piece] = {}
-    for group, size in zip(weight.axes, weight.array.shape, strict=True):
+def localised(weight: Weight, spec: PartitionSpec) -> Weight:
+    """The weight with its pieces resized to one shard's part of the array, which `spec` cuts."""
+    smaller: dict[Piece, Piece] = {}
+    cuts = dict(weight.cuts)
+    for group, size, names in zip(weight.axes, weight.array.shape, (*spec, *([None] * len(weight.axes)))):
         whole = math.prod(piece.size for piece in group)
-        if group and size != whole:
-            cut = next(piece for piece in group if piece.size > 1)
-            resized[cut] = Piece(cut.order, cut.size * size // whole)
-        axes.append(tuple(resized.get(piece, piece) for piece in group))
-    return replace(weight, axes=tuple(axes), batch=tuple(resized.get(piece, piece) for piece in weight.batch))
+        if group and names:
+            cut = next((piece for piece in group if piece.size > 1), group[0])
+            smaller[cut] = Piece(cut.order, cut.size * size // whole)
+            cuts[cut.order] = (*cuts.get(cut.order, ()), *((names,) if isinstance(names, str) else names))
+    return resized(replace(weight, cuts=tuple(cuts.items())), smaller)
+
+
+def resized(weight: Weight, new: Mapping[Piece, Piece]) -> Weight:
+    """The weight with some pieces of another size in place of its own."""
+    axes = tuple(tuple(new.get(piece, piece) for piece in group) for group in weight.axes)
+    return replace(weight, axes=axes, batch=tuple(new.get(piece, piece) for piece in weight.batch))
+
+
+def along(weight: Weight, piece: Piece, change: Callable[[jax.Array, int], jax.Array]) -> Weight:
+    """The weight with `change(array, axis)` applied to the method's and the code's arrays that have an axis for a piece.
+
+    Either the batch axis that the piece is, or those of the role of which it is the outermost.
+    """
+    if piece in weight.batch:
+        return weight.on_fields(lambda array: change(array, weight.batch.index(piece)))
+    if weight.site is None:
+        return weight
+    role, first = weight.role(piece), len(weight.batch)
+
+    def changed(arrays: Arrays, axes: Mapping[str, tuple[str, ...]]) -> Arrays:
+        moved = {name: change(x, first + axes[name].index(role)) for name, x in arrays.items() if role in axes[name]}
+        return {**arrays, **moved}
+
+    own = weight.method.axes
+    return replace(
+        weight,
+        params=changed(weight.params, own),
+        frozen=changed(weight.frozen, own),
+        beside=changed(weight.beside, dict.fromkeys(weight.beside, ("out",))),
+        codes=weight.codes if weight.code is None else changed(weight.codes, weight.code.axes),
+    )
