@@ -194,7 +194,8 @@ def _measured(stored: dict[str, Any]) -> dict[str, Any]:
 def _begin(out: Path, about: dict[str, Any], data: Data, settings: Settings) -> None:
     """Write settings.json, or check a resumed run against it; and the chat template."""
     if settings.resume:
-        _check_resumed(out, about, settings)
+        # In process 0, whose paths are stored; what lies at those of the others has been compared with it.
+        processes.by_first(lambda: _check_resumed(out, about, settings))
     else:
         write_json(out / SETTINGS, about)
     if data.template is not None:

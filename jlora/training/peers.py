@@ -159,8 +159,9 @@ class Peers:
             ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
             ending.start()
             ending.join(_LOOK)
-        elif self.number == 0:
-            time.sleep(2 * _LOOK)  # with process 0 the store ends, from which the others learn the reason
+        else:
+            # Time to tell the error, for whoever has it. With process 0 the store ends, from which the others learn the reason.
+            time.sleep(3 * _LOOK if self.number == 0 else _LOOK)
         os._exit(lost.code)
 
 

@@ -138,7 +138,7 @@ DATA = (
     Mutation(
         "the digest of the data leaves labels out",
         "jlora/training/data.py",
-        "            sha.update(np.int64(example.label).tobytes())\n",
+        "        sha.update(np.int64(example.label).tobytes())\n",
         "",
         (BATCHES + "one_changed_label_is_other_data",),
     ),

@@ -21,13 +21,12 @@ import jlora
 from jlora import models
 from jlora.training import trainer
 from jlora.training.checkpoint import MANIFEST, last_whole
-from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError
+from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError, Stopped
 from jlora.training.folder import claim
 from jlora.training.job import finetune, read_settings
 from jlora.training.metrics import Metrics, read_metrics
 from jlora.training.schedule import make_optimizer
 from jlora.training.settings import Settings
-from jlora.training.stopping import Stopped
 
 SMALL = Settings(
     steps=6,
@@ -394,8 +393,8 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, interruptible, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, interruptible, number):
     out, before = tmp_path / "run", signal.getsignal(number)
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -403,7 +402,7 @@ def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path
     ):
         at_metrics_of(4, patch, lambda: os.kill(os.getpid(), number))
         finetune(settings(out), quiet)
-    assert caught.value.code == code and last_whole(out / "checkpoints") == 5
+    assert caught.value.code == 4 and last_whole(out / "checkpoints") == 5
     assert signal.getsignal(number) is before
     finetune(settings(out, resume=True), quiet)
     assert trained(out) == trained(finished[0].out) and lines(out) == lines(finished[0].out)
