@@ -93,9 +93,8 @@ class Peers:
         try:
             if error is not None and _EXCHANGE.match(str(error)):
                 self._patience = _LITTLE_PATIENCE
-                self._found.wait(_PATIENCE)
-            if self.lost is not None and not isinstance(error, LostError):
-                raise self.lost from error
+                if self._found.wait(_PATIENCE) and self.lost is not None:
+                    raise self.lost from error
         finally:
             with self._lock:
                 self._failed = error is not None
