@@ -181,7 +181,8 @@ def test_hosts_that_differ_are_told_so_by_both_and_those_that_do_not_stop_and_go
             started.append(subprocess.Popen(command, cwd=ROOT, env=own_environment(tmp_path), stdout=log, stderr=log))
     assert end(started, seconds=300) == [0, 0], words(tmp_path, 0) + words(tmp_path, 1)
     told = [
-        [json.loads(line) for line in words(tmp_path, process).splitlines() if line.startswith('["')] for process in (0, 1)
+        [json.loads(line) for line in words(tmp_path, process).splitlines() if line.startswith('["')]
+        for process in (0, 1)
     ]
     for found in told:
         by_name = {name: (kind, text) for name, kind, text, _ in found}

@@ -54,7 +54,7 @@ class Peers:
         self._lock, self._left, self._found = threading.Lock(), threading.Event(), threading.Event()
         self._beats = self._failed = False
         self._patience = _PATIENCE
-        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._seen: dict[int, tuple[bytes, float]] = {}
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def next_name(self) -> str:
@@ -90,16 +90,17 @@ class Peers:
         Raises:
             LostError: in place of an error in the exchange between devices, if another process is the cause of it.
         """
-        try:
-            if error is not None and _EXCHANGE.match(str(error)):
-                self._patience = _LITTLE_PATIENCE
-                if self._found.wait(_PATIENCE) and self.lost is not None:
-                    raise self.lost from error
-        finally:
-            with self._lock:
-                self._failed = error is not None
-                self._left.set()
-                self._say(_DONE if error is None or isinstance(error, _IN_ALL) else _GAVE_UP + _words(error).encode())
+        reason = error
+        if error is not None and _EXCHANGE.match(str(error)):
+            self._patience = _LITTLE_PATIENCE
+            self._found.wait(_PATIENCE)
+            reason = self.lost or error
+        with self._lock:
+            self._failed = reason is not None
+            self._left.set()
+            self._say(_DONE if reason is None or isinstance(reason, _IN_ALL) else _GAVE_UP + _words(reason).encode())
+        if reason is not None and reason is not error:
+            raise reason from error
 
     def _say(self, word: bytes, process: int | None = None) -> None:
         """Sets the state of a process, by default of this one."""
@@ -124,23 +125,25 @@ class Peers:
             self._left.wait(_LOOK)
 
     def _look(self) -> LostError | None:
-        """Why the run can't go on, if so."""
-        now = time.monotonic()
-        for key, word in self._client.key_value_dir_get_bytes(f"{self._room}/state/"):
-            process = int(key.rpartition("/")[2])
-            if process == self.number:
-                continue
-            if word.startswith(_GAVE_UP):
-                return LostError(process, word.removeprefix(_GAVE_UP).decode())
-            if word == _DEAD:
-                return LostError(process)
-            before = self._seen.get(key)
-            if before is None or before[0] != word:
-                self._seen[key] = (word, now)
-            elif word.startswith(_BEAT) and now - before[1] > self._patience:
+        """Why the run can't go on, if so; a death before an error, which may come from it."""
+        states = self._client.key_value_dir_get_bytes(f"{self._room}/state/")
+        others = {process: word for key, word in states if (process := int(key.rpartition("/")[2])) != self.number}
+        for process, word in others.items():
+            if self._is_dead(process, word):
                 self._say(_DEAD, process)
                 return LostError(process)
+        for process, word in others.items():
+            if word.startswith(_GAVE_UP):
+                return LostError(process, word.removeprefix(_GAVE_UP).decode())
         return None
+
+    def _is_dead(self, process: int, word: bytes) -> bool:
+        """Whether a process has shown no sign of life for too long, or another one has seen that."""
+        now = time.monotonic()
+        before, since = self._seen.get(process, (b"", now))
+        if word != before:
+            self._seen[process] = (word, now)
+        return word == _DEAD or (word == before and word.startswith(_BEAT) and now - since > self._patience)
 
     def _wait_and_end(self, lost: LostError) -> None:
         """Ends this process if it doesn't end by itself, since it may wait for ever for what the lost one computes.
@@ -157,7 +160,7 @@ class Peers:
             # What gave up waits for this when it ends.
             ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
             ending.start()
-            ending.join(_LOOK)
+            ending.join(5 * _LOOK)
         else:
             # Time to tell the error, for whoever has it. With process 0 the store ends, from which the others learn the reason.
             time.sleep(3 * _LOOK if self.number == 0 else _LOOK)

@@ -127,10 +127,13 @@ def test_a_process_that_hangs_is_ended_after_another_gave_up(ended, capsys, monk
 
 def test_an_error_in_the_exchange_between_devices_is_told_as_what_caused_it(ended):
     error = ValueError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
-    first, second = meet()
+    first, second, third = meet(3)
     second.leave(ValueError("no rows"))
     with pytest.raises(LostError, match="process 1 gave up: no rows"):
         first.leave(error)
+    wait_until(lambda: third.lost is not None)
+    assert str(third.lost) == "process 1 gave up: no rows"  # and not what the first met
+    third.leave(third.lost)
     first, second = meet()
     first.leave(error)  # nothing else is known: it is the reason itself
     with pytest.raises(LostError, match="process 0 gave up: UNKNOWN: Gloo"):
