@@ -52,7 +52,7 @@ class Peers:
         self.number, self.count, self.lost = number, count, None
         self._client, self._room, self._names = client, f"jlora/{next(_meetings)}", itertools.count()
         self._lock, self._left, self._found = threading.Lock(), threading.Event(), threading.Event()
-        self._beats = self._failed = False
+        self._beats = self._failed = self._said = False
         self._patience = _PATIENCE
         self._seen: dict[int, tuple[bytes, float]] = {}
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
@@ -99,6 +99,8 @@ class Peers:
             self._failed = reason is not None
             self._left.set()
             self._say(_DONE if reason is None or isinstance(reason, _IN_ALL) else _GAVE_UP + _words(reason).encode())
+        if self._said:
+            time.sleep(_GRACE)  # the watching thread has told the reason, and is about to end the process
         if reason is not None and reason is not error:
             raise reason from error
 
@@ -155,6 +157,7 @@ class Peers:
         if told and not (lost.died and self._failed):
             return
         if not told:
+            self._said = True
             print(f"\njlora: {lost}", file=sys.stderr, flush=True)
         if not lost.died:
             # What gave up waits for this when it ends.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from jlora.training.job import finetune, read_settings
 from jlora.training.metrics import Metrics, read_metrics
 from jlora.training.schedule import make_optimizer
 from jlora.training.settings import Settings
+from jlora.training.stopping import watched
 
 SMALL = Settings(
     steps=6,
@@ -406,6 +408,26 @@ def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path
     assert signal.getsignal(number) is before
     finetune(settings(out, resume=True), quiet)
     assert trained(out) == trained(finished[0].out) and lines(out) == lines(finished[0].out)
+
+
+def test_a_run_leaves_the_handlers_of_signals_as_they_were(interruptible):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with watched() as asked:
+        assert not asked() and not set(handlers()) & set(before)
+    assert handlers() == before
+
+    def elsewhere():
+        with watched() as asked:
+            seen.append((asked(), handlers()))
+
+    seen = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]  # Python lets the main thread alone catch signals
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch, interruptible):
