@@ -28,12 +28,14 @@ _LOOK = 2.0
 # in the exchange between devices little doubt is left.
 _PATIENCE, _LITTLE_PATIENCE = 40.0, 10.0
 # Seconds that this process has, after another one gave up, to end by itself, a checkpoint included that is being written.
-_GRACE = 30.0
+# Where that one died or was ended by hand, nothing more can be written either.
+_GRACE, _LITTLE_GRACE = 30.0, 1.0
 # What all processes meet at the same step, each by itself, and a loss that each sees by itself.
 _IN_ALL = (DivergenceError, LostError, Stopped)
 # How the errors of XLA's runtime begin where a device did not get what it waited for.
 _EXCHANGE = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _BEAT, _DONE, _GAVE_UP, _DEAD = b"beat ", b"done", b"gave up: ", b"dead"
+_BY_HAND = "ended by Ctrl-C"
 # Every process comes together with the others in the same order, so that all count alike.
 _meetings = itertools.count()
 
@@ -153,7 +155,7 @@ class Peers:
         After a death nothing can go on: the runtime would wait for the dead process even to shut down, and then end this one by
         a stack trace. So then it ends in any case, the user's own program too.
         """
-        told = self._left.wait(1.0 if lost.died else _GRACE)
+        told = self._left.wait(_LITTLE_GRACE if lost.died or str(lost).endswith(_BY_HAND) else _GRACE)
         if told and not (lost.died and self._failed):
             return
         if not told:
@@ -172,6 +174,8 @@ class Peers:
 
 def _words(error: BaseException) -> str:
     """What the others are told about an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return _BY_HAND
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -125,6 +125,13 @@ def test_a_process_that_hangs_is_ended_after_another_gave_up(ended, capsys, monk
     assert shut == [True] and capsys.readouterr().err == "\njlora: process 1 gave up: no rows\n"
 
 
+def test_a_process_is_ended_soon_after_another_was_ended_by_hand(ended, monkeypatch):
+    monkeypatch.setattr(peers, "_GRACE", 1000.0)
+    _, second = meet()
+    second.leave(KeyboardInterrupt())
+    wait_until(lambda: ended == [2])
+
+
 def test_an_error_in_the_exchange_between_devices_is_told_as_what_caused_it(ended):
     error = ValueError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
     first, second, third = meet(3)
