@@ -132,3 +132,13 @@ def automatic(function: Callable[..., Any], aval: Any, out: Callable[[Any], Any]
     if sharding is None:
         return function
     return jax.sharding.auto_axes(function, out_sharding=sharding.spec if out is None else out(sharding))
+
+
+def coordination_client() -> Any:
+    """The client of the key-value store that the processes of `jax.distributed` share; None where none were joined.
+
+    Needed in every release: JAX has no public name for it.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -1,8 +1,10 @@
 """Several processes of one run, as on the hosts of a pod: they train as one, and go on after one of them was killed."""
 
 import dataclasses
+import fnmatch
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -53,12 +55,7 @@ def flags(**changes):
 
 def start(processes, logs, devices=1, **changes):
     """One command for each process, of so many devices; their output goes to files, so that none waits for its reader."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    own_devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(logs / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": own_devices, **cache}
+    address, environment = free_address(), own_environment(logs, devices)
     started = []
     for process in range(processes):
         command = [sys.executable, "-m", "jlora.training.cli", "finetune", *flags(**changes)]
@@ -66,6 +63,19 @@ def start(processes, logs, devices=1, **changes):
         with open(logs / f"{process}.txt", "w") as log:
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return started
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def own_environment(logs, devices=1):
+    """So many devices for each process, and a cache of programs that the runs of a test share."""
+    own_devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(logs / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": own_devices, **cache}
 
 
 def end(started, seconds=600):
@@ -104,7 +114,10 @@ def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_al
         assert time.monotonic() < until and started[1].poll() is None, words(logs, 1)
         time.sleep(0.02)
     started[1].send_signal(signal.SIGKILL)
-    end(started, seconds=10)
+    assert end(started) == [5, -signal.SIGKILL, *[5] * (processes - 2)]
+    for process in {*range(processes)} - {1}:
+        assert words(logs, process).count("process 1 died; start all processes again with --resume") == 1
+        assert "stack trace" not in words(logs, process)
     assert not (broken / "results.json").exists()
     assert end(start(processes, logs, **given, out=str(broken), resume=True)) == [0] * processes, words(logs, 0)
     assert "resumed from the checkpoint of step" in words(logs, 0)
@@ -132,6 +145,60 @@ def test_a_mesh_that_leaves_out_devices_and_a_folder_in_use_are_told_in_every_pr
     shutil.copy(ROOT / "README.md", tmp_path / "run")
     assert end(start(2, tmp_path, mesh="data=2", out=str(tmp_path / "run"))) == [2, 2]
     assert all("is not empty; choose another --out" in words(tmp_path, process) for process in (0, 1))
+
+
+ALL, ALIKE = "all processes must have the same", "all processes must be given the same"
+DIFFERENCES = {
+    "rate": ("SettingError", f"learning_rate is 0.002 in process 1 and 0.001 in process 0: {ALIKE}"),
+    "resume": ("SettingError", f"resume is True in process 1 and False in process 0: {ALIKE}"),
+    "folder": (
+        "FolderError",
+        "process 1 does not see in FOLDER/own1 what process 0 wrote to FOLDER/own0: --out must be in a file system that all "
+        "hosts share",
+    ),
+    "rows": (
+        "DisagreementError",
+        "process 1 reads other rows from FOLDER/host1/train.jsonl: 27 to train on, sha256 * where process 0 has 29 to train "
+        f"on, sha256 *; {ALL}",
+    ),
+    "version": ("DisagreementError", f"process 1 has another numpy: 1.0 where process 0 has {np.__version__}; {ALL}"),
+    "switch": ("DisagreementError", f"process 1 has another jax_enable_x64: True where process 0 has False; {ALL}"),
+    "weights": (
+        "DisagreementError",
+        f"process 1 reads other weights from FOLDER/model1: fingerprint * where process 0 has fingerprint *; {ALL}",
+    ),
+}
+
+
+@pytest.mark.long
+def test_hosts_that_differ_are_told_so_by_both_and_those_that_do_not_stop_and_go_on_together(tmp_path):
+    """Many jobs in one pair of processes, as from Python: what takes time is to start processes."""
+    script = [sys.executable, str(ROOT / "tests" / "differing_hosts.py"), free_address()]
+    started = []
+    for process in range(2):
+        with open(tmp_path / f"{process}.txt", "w") as log:
+            command = [*script, str(process), str(tmp_path)]
+            started.append(subprocess.Popen(command, cwd=ROOT, env=own_environment(tmp_path), stdout=log, stderr=log))
+    assert end(started, seconds=300) == [0, 0], words(tmp_path, 0) + words(tmp_path, 1)
+    told = [
+        [json.loads(line) for line in words(tmp_path, process).splitlines() if line.startswith('["')]
+        for process in (0, 1)
+    ]
+    for found in told:
+        by_name = {name: (kind, text) for name, kind, text, _ in found}
+        for name, (kind, text) in DIFFERENCES.items():
+            assert by_name[name][0] == kind
+            assert fnmatch.fnmatchcase(by_name[name][1], text.replace("FOLDER", str(tmp_path))), by_name[name]
+        assert max(seconds for name, *_, seconds in found if name in DIFFERENCES) < 30
+    missing = {kind: text for found in told for name, kind, text, _ in found if "misses" in name}
+    assert missing["LostError"].endswith("gave up: nothing.jsonl: no such file")
+    for found in told:
+        (_, whole, *_), (_, stopped, text, _), (_, resumed, *_) = found[-3:]
+        assert (whole, stopped, resumed) == ("trained", "Stopped", "trained")
+        assert re.match("stopped after step [2-7]; the same commands with --resume go on", text)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    states = [json.loads((tmp_path / out / "adapters" / "jlora.json").read_text()) for out in ("stopped", "whole")]
+    assert states[0]["adapters"] == states[1]["adapters"]
 
 
 @pytest.mark.parametrize(

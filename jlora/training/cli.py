@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jlora.compose.combine import COMBINATIONS
 from jlora.compose.election import MAJORITIES
-from jlora.training.errors import DivergenceError, SettingError
+from jlora.training.errors import DivergenceError, LostError, SettingError
 from jlora.training.flags import Parser, add_flags, number
 from jlora.training.versions import installed
 
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit code: 0; 2 for what the user can put right; 3 where the training diverged or made the model worse; 130 or
-        143 where Ctrl-C or SIGTERM stopped it.
+        The exit code: 0; 2 for what the user can put right; 3 where the training diverged or made the model worse; 4 where
+        Ctrl-C or SIGTERM stopped it and it can go on; 5 where another process died; 130 where Ctrl-C ended it at once.
     """
     arguments, unknown = build_parser().parse_known_args(argv)
     if unknown:
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         help = f" (see {arguments.parser.prog} --help)" if isinstance(error, SettingError) else ""
         print(f"jlora {arguments.command}: {sentence(error)}{help}", file=sys.stderr)
-        return 3 if isinstance(error, DivergenceError) else 2
+        return error.code if isinstance(error, LostError) else 3 if isinstance(error, DivergenceError) else 2
     except KeyboardInterrupt as error:
         print(f"\njlora {arguments.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return getattr(error, "code", 130)

@@ -16,7 +16,7 @@ from jlora.training import processes
 from jlora.training.combined import combine_runs
 from jlora.training.configuration import Given
 from jlora.training.defaults import resolve
-from jlora.training.errors import SettingError
+from jlora.training.errors import SettingError, Stopped
 from jlora.training.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.flags import given
 from jlora.training.folder import check_new
@@ -26,24 +26,24 @@ from jlora.training.rows import read_rows
 from jlora.training.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.selection import make_spec, trace_sites
 from jlora.training.settings import Settings
-from jlora.training.stopping import Stopped
 from jlora.training.subject import abstract_subject, model_directory, open_codec
 
 
 def _finetune(arguments: argparse.Namespace) -> str | None:
     """Returns what is wrong with the result, if anything."""
-    asked = given(arguments)
     processes.join(arguments.distributed, arguments.coordinator, arguments.processes, arguments.process)
-    settings = asked.settings(_stored(asked))
-    try:
-        with _as_written(asked):
-            return finetune(settings).complaint
-    except Stopped:
-        raise
-    except KeyboardInterrupt as error:
-        if (Path(settings.out) / SETTINGS).exists():
-            raise Stopped(settings.out, None) from error
-        raise
+    with processes.together():
+        asked = given(arguments)
+        settings = asked.settings(_stored(asked))
+        try:
+            with _as_written(asked):
+                return finetune(settings).complaint
+        except Stopped:
+            raise
+        except KeyboardInterrupt as error:
+            if (Path(settings.out) / SETTINGS).exists():
+                raise KeyboardInterrupt(f"stopped; jlora finetune --out {settings.out} --resume goes on") from error
+            raise
 
 
 @contextlib.contextmanager

@@ -56,12 +56,11 @@ class Data:
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
-        sha = hashlib.sha256(repr((self.labels, self.fixed, self.longest)).encode())
-        for example in self.train:
-            for array in (example.tokens, example.targets, example.weights, example.types, example.segments):
-                sha.update(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
-            sha.update(np.int64(example.label).tobytes())
-        return sha.hexdigest()
+        return _digest(repr((self.labels, self.fixed, self.longest)), self.train)
+
+    def validation_digest(self) -> str:
+        """SHA-256 of the validation data."""
+        return _digest("", self.validation)
 
     def training_batches(self, batch: int, seed: int):
         """An endless grain iterator over training batches."""
@@ -70,6 +69,15 @@ class Data:
     def validation_batches(self, batch: int) -> list[Batch]:
         """Every validation example once."""
         return validation_batches(self.validation, batch, self.longest, self.fixed)
+
+
+def _digest(head: str, examples: Sequence[Example]) -> str:
+    sha = hashlib.sha256(head.encode())
+    for example in examples:
+        for array in (example.tokens, example.targets, example.weights, example.types, example.segments):
+            sha.update(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
+        sha.update(np.int64(example.label).tobytes())
+    return sha.hexdigest()
 
 
 def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> Data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -50,3 +51,39 @@ class FolderError(OSError):
 
 class CheckpointError(ValueError):
     """A run cannot be resumed from what its output folder holds."""
+
+
+class DisagreementError(ValueError):
+    """The processes of one run do not stand on the same; the message says which process, and what differs."""
+
+
+class LostError(OSError):
+    """Another process of the same run gave up, with its words, or died without one.
+
+    Attributes:
+        died: whether it died.
+        code: the exit code that tells so: 2 where there is something to put right, 5 where a process died.
+    """
+
+    def __init__(self, process: int, words: str | None = None):
+        what = f"gave up: {words}" if words is not None else "died; start all processes again with --resume"
+        super().__init__(f"process {process} {what}")
+        self.died = words is None
+        self.code = 5 if self.died else 2
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by a signal, with all that it had done saved; the message says how it goes on.
+
+    Attributes:
+        code: the exit code that tells so.
+    """
+
+    code = 4
+
+    def __init__(self, out: str | Path, step: int | None, several: bool = False):
+        where = "" if step is None else f" after step {step}"
+        goes_on = f"jlora finetune --out {out} --resume goes on"
+        if several:
+            goes_on = f"the same commands with --resume go on with the run in {out}"
+        super().__init__(f"stopped{where}; {goes_on}")

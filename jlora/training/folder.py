@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from jlora.training.errors import FolderError
 
 LOCK = "lock"
+# A file by which the processes of a run know that they see the same folder.
+_SIGN = ".seen_by_all_"
 CONTENT = {
     "adapters": "the trained adapters",
     "report.html": "the report, one file",
@@ -56,7 +59,7 @@ def check_free(out: str | Path, resume: bool) -> None:
 
 
 def _check_content(out: Path, resume: bool) -> None:
-    found = [name for name in os.listdir(out) if name != LOCK] if out.exists() else []
+    found = [name for name in os.listdir(out) if name != LOCK and not name.startswith(_SIGN)] if out.exists() else []
     if found and not resume:
         way = ", or go on with its run by --resume" if "settings.json" in found else ""
         raise FolderError(f"{out} is not empty; choose another --out{way}")
@@ -87,6 +90,23 @@ def claim(out: str | Path, resume: bool) -> Iterator[Path]:
         yield out
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def sign(out: str | Path) -> Iterator[str]:
+    """The name of a new file in the folder, which is made, while the context lasts; a folder that stays empty goes again."""
+    out = Path(out)
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{_SIGN}{secrets.token_hex(16)}"
+    (out / name).touch()
+    try:
+        yield name
+    finally:
+        (out / name).unlink()
+        with contextlib.suppress(OSError):  # another run's by now
+            if made:
+                out.rmdir()
 
 
 def _holder(lock: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from jlora.core.tree.adapted import count
 from jlora.disk.json_files import ILL_FORMED, read_object, shown
 from jlora.interchange.folder import CONFIG
 from jlora.models.chat_files import write_chat_templates
-from jlora.training import folder, processes
+from jlora.training import agreement, folder, processes
 from jlora.training.axes import Rules, mesh_axes, shard_rules
 from jlora.training.checkpoint import last_whole
 from jlora.training.data import Data, load_data
@@ -38,7 +37,7 @@ from jlora.training.subject import Subject, abstract_subject, check_model, load_
 from jlora.training.tokens import Codec
 from jlora.training.trainer import Trainer
 from jlora.training.verdict import complaint, unsteady
-from jlora.training.versions import installed
+from jlora.training.versions import versions
 
 SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
 
@@ -81,13 +80,20 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
         DivergenceError: a ValueError, if training diverged so that it can't go on; the folder keeps its report, and the
             checkpoints from before.
         Stopped: a KeyboardInterrupt, after SIGINT or SIGTERM, when the step is done and saved.
+        DisagreementError: a ValueError, where the processes of the run do not stand on the same.
+        LostError: an OSError, where another process of the run gave up.
         OSError: if the disk is full, naming the last whole checkpoint.
     """
-    start, asked = time.time(), settings
+    with processes.together():
+        return _finetune(settings, say, time.time())
+
+
+def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Result:
+    agreement.check_start(asked)
+    settings = resolve(asked)
+    agreement.check_settings(settings)
     if not processes.first():
         say, settings = _silent, dataclasses.replace(settings, progress="none")
-    processes.by_first(lambda: folder.check_free(asked.out, asked.resume))
-    settings = resolve(settings)
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
     check_model(settings, config)
@@ -95,9 +101,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     if mesh.size > 1 or rules:
         _check_cuts(settings, codec, config, mesh, rules)
     stored = _resumable(settings.out) if settings.resume else {}
-    # Templates may write the date: a resumed run sees the texts that it began with.
-    started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
+    # Templates may write the date: a resumed run sees the texts that it began with, and all processes see the same.
+    started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
     data = load_data(settings, codec, datetime.fromisoformat(started))
+    agreement.check_data(data, codec, config)
     notes, wanted = list(data.notes), settings.batch
     settings = count_steps(settings, len(data.train), row_parts(mesh))
     assert settings.batch is not None
@@ -107,16 +114,17 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
     notes += subject.notes
-    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
+    # Before the weights are placed: then each process has one part of those of all, and can't see another's fault.
     fingerprint = jlora.fingerprint(subject.params)
+    agreement.check_base(subject.directory, fingerprint)
+    processes.beat()
+    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
     adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
+    about = _about(asked, settings, subject, data, fingerprint)
+    about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
     with processes.claim(settings.out, settings.resume) as out:
-        about = _about(asked, settings, subject, data, fingerprint)
-        about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
         try:
-            _begin(out, about, settings)
-            if data.template is not None:
-                write_chat_templates(out, data.template.texts())
+            _begin(out, about, data, settings)
             _describe(adapted, subject, data, settings, say)
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
@@ -146,7 +154,6 @@ def _full(out: Path) -> OSError:
 
 def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fingerprint: str) -> dict[str, Any]:
     """The content of settings.json."""
-    packages = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "asked": dataclasses.asdict(asked),
         "settings": dataclasses.asdict(settings),
@@ -155,7 +162,7 @@ def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fi
         "data": data.source,
         "data_sha256": data.digest(),
         "labels": data.labels,
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+        "versions": versions(),
     }
 
 
@@ -197,11 +204,19 @@ def _measured(stored: dict[str, Any]) -> dict[str, Any]:
     return stored.get("measured", stored.get("ranks", {}))
 
 
-def _begin(out: Path, about: dict[str, Any], settings: Settings) -> None:
-    """Write settings.json, or check a resumed run against it."""
-    if not settings.resume:
+def _begin(out: Path, about: dict[str, Any], data: Data, settings: Settings) -> None:
+    """Write settings.json, or check a resumed run against it; and the chat template."""
+    if settings.resume:
+        # In process 0, whose paths are stored; what lies at those of the others has been compared with it.
+        processes.by_first(lambda: _check_resumed(out, about, settings))
+    else:
         write_json(out / SETTINGS, about)
-        return
+    if data.template is not None:
+        write_chat_templates(out, data.template.texts())
+
+
+def _check_resumed(out: Path, about: dict[str, Any], settings: Settings) -> None:
+    """A resumed run stands on what it was started with."""
     stored = read_settings(out)
     # A run of an earlier release has no value for what came later.
     old_settings = dataclasses.asdict(Settings(**stored["settings"]))

@@ -7,6 +7,7 @@ alone prints and writes, the others work in a folder that is thrown away. Checkp
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
@@ -23,11 +24,13 @@ from jax.sharding import Sharding
 
 import jlora
 from jlora.core.tree import placement
-from jlora.training import folder
-from jlora.training.errors import SettingError
+from jlora.training import folder, peers
+from jlora.training.errors import LostError, SettingError
 
 Result = TypeVar("Result")
 CHECKPOINTS = "checkpoints"
+# The number of the last call of `multihost_utils.reached_preemption_sync_point`: one sequence for the life of the processes.
+_calls = [0]
 # What a resumed run reads from its folder before it trains.
 _READ_ON_RESUME = ("settings.json", "metrics.jsonl")
 
@@ -83,6 +86,36 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+together = peers.together
+
+
+def beat() -> None:
+    """From now on this process shows the others that it lives, if there are any."""
+    others = peers.current()
+    if others is not None:
+        others.beat()
+
+
+def preemption() -> Callable[[], bool] | None:
+    """A function that says whether all processes are to stop now, since one of them had a SIGTERM.
+
+    JAX's runtime takes SIGTERM as the word that a host will be taken away. It tells all processes, which agree on the call at
+    which the function says so: they must call it equally often, once a step. A call takes less than a microsecond.
+
+    Returns:
+        None where that is turned off (`jax_enable_preemption_service`).
+    """
+    if not jax.config.values["jax_enable_preemption_service"]:
+        return None
+    calls = itertools.count(judged(_calls[0], max) + 1)
+
+    def stops() -> bool:
+        _calls[0] = next(calls)
+        return multihost_utils.reached_preemption_sync_point(_calls[0])
+
+    return stops
+
+
 def put(array: Any, sharding: Sharding) -> jax.Array:
     """An array that every process has in full, on the devices of all; each keeps what lies on its own."""
     if not several() or (isinstance(array, jax.Array) and not array.is_fully_addressable):
@@ -104,30 +137,45 @@ def by_first(action: Callable[[], Result]) -> Result:
     """What `action` returns in process 0, in all of them; an error there is one everywhere.
 
     Raises:
-        OSError: in the others, with the words of process 0's error, whatever that is.
+        LostError: an OSError, in the others, with the words of process 0's error, whatever that is.
     """
-    if not several():
-        return action()
-    told: tuple[Any, Exception | None] = (None, None)
-    if first():
+    with peers.together():
+        others = peers.current()
+        if others is None:
+            return action()
+        name = others.next_name()
+        if not first():
+            return _opened(others.told(name, 0))
         try:
-            told = action(), None
+            value = action()
         except Exception as error:
-            told = None, error
-    value, words = _tell((told[0], None if told[1] is None else str(told[1])))
-    if told[1] is not None:
-        raise told[1]
+            others.tell(name, pickle.dumps((None, str(error))))
+            raise
+        others.tell(name, pickle.dumps((value, None)))
+        return value
+
+
+def _opened(told: bytes) -> Any:
+    """What process 0 told."""
+    value, words = pickle.loads(told)
     if words is not None:
-        raise OSError(f"process 0 gave up: {words}")
+        raise LostError(0, words)
     return value
 
 
-def _tell(value: Any) -> Any:
-    """Process 0's value, in all processes."""
-    data = np.frombuffer(pickle.dumps(value), np.uint8) if first() else np.zeros(0, np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = data if first() else np.zeros(size, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes())
+def judged(value: Any, judge: Callable[[list[Any]], Result]) -> Result:
+    """What `judge` makes, in process 0, of the values of all processes in their order; in all of them.
+
+    Raises:
+        LostError: an OSError, where another process gave up before.
+    """
+    with peers.together():
+        others = peers.current()
+        if others is None:
+            return judge([value])
+        name = others.next_name()
+        others.tell(name, pickle.dumps(value))
+        return by_first(lambda: judge([pickle.loads(others.told(name, number)) for number in range(others.count)]))
 
 
 @contextlib.contextmanager
@@ -135,7 +183,7 @@ def claim(out: str | Path, resume: bool) -> Iterator[Path]:
     """The folder to write to: `out` in process 0, which holds it for all; in others one that is thrown away.
 
     Raises:
-        FolderError: as `folder.claim`; in the other processes an OSError with the same words.
+        FolderError: as `folder.claim`; in the other processes a LostError with the same words.
     """
     if not several():
         with folder.claim(out, resume) as claimed:

@@ -20,7 +20,7 @@ from jlora.training import processes
 from jlora.training.axes import ROWS
 from jlora.training.checkpoint import Checkpoints, Whole, find_whole
 from jlora.training.data import Data
-from jlora.training.errors import DivergenceError
+from jlora.training.errors import DivergenceError, Stopped
 from jlora.training.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.losses import Forward, Sums
 from jlora.training.metrics import Metrics
@@ -28,7 +28,7 @@ from jlora.training.placement import on_mesh, row_parts
 from jlora.training.progress import Progress
 from jlora.training.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings import Settings
-from jlora.training.stopping import Stopped, watched
+from jlora.training.stopping import watched
 from jlora.training.verdict import STUCK, advice, is_stuck
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
@@ -131,16 +131,20 @@ class Trainer:
     def _steps(self, done: int, state: State, metrics: Metrics, progress: Progress, checkpoints: Checkpoints) -> State:
         settings, waiting, since = self.settings, [], time.perf_counter()
         assert settings.steps and settings.evaluate_every and settings.checkpoint_every
-        self._stop_if_asked(done)
+        if self._asked():
+            raise Stopped(settings.out, done, processes.several())
         for step in range(done + 1, settings.steps + 1):
             batch = to_devices(next(self._batches), self.mesh, settings.accumulate)
             first, last = step == done + 1, step == settings.steps
             given = (state, self._still, batch)
             state, result = self._first_step(given, progress) if first else self._step(*given)
             waiting.append((step, result))
+            if len(waiting) > 1:
+                # One step waits while another runs: were there more, a stop would have to wait for them all.
+                jax.block_until_ready(waiting[-2][1].loss)
             if is_due(self._still, step):
                 state = self._between(step, state, progress)
-            stop = self._asked() is not None
+            stop = self._asked()
             validate, save = last or step % settings.evaluate_every == 0, last or step % settings.checkpoint_every == 0
             if first or validate or save or stop or len(waiting) == _FETCH:
                 self._record(waiting, since, metrics, progress)
@@ -150,7 +154,7 @@ class Trainer:
                     self._save(step, state, metrics, checkpoints)
                 waiting, since = [], time.perf_counter()
             if stop and not last:
-                self._stop_if_asked(step)
+                raise Stopped(settings.out, step, processes.several())
         return state
 
     def _first_step(self, given: tuple[Any, ...], progress: Progress) -> tuple[State, StepResult]:
@@ -160,11 +164,6 @@ class Trainer:
         found = jax.block_until_ready(self._step(*given))
         progress.say(f"compiled in {time.perf_counter() - since:.1f} s, the first step included")
         return found
-
-    def _stop_if_asked(self, step: int) -> None:
-        number = self._asked()
-        if number is not None:
-            raise Stopped(self.settings.out, step, number)
 
     def _save(self, step: int, state: State, metrics: Metrics, checkpoints: Checkpoints) -> None:
         """Begin to write a checkpoint, unless it would hold what nothing can go on from."""

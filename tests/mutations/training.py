@@ -6,6 +6,7 @@ BATCHES = "tests/training/test_batches.py::test_"
 CHECKPOINTS = "tests/training/test_checkpoints.py::test_"
 EXAMPLES = "tests/training/test_examples.py::test_"
 JOB = "tests/training/test_job.py::test_"
+PEERS = "tests/training/test_peers.py::test_"
 QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
 STEPS = "tests/training/test_steps.py::test_"
@@ -140,7 +141,7 @@ DATA = (
     Mutation(
         "the digest of the data leaves labels out",
         "jlora/training/data.py",
-        "            sha.update(np.int64(example.label).tobytes())\n",
+        "        sha.update(np.int64(example.label).tobytes())\n",
         "",
         (BATCHES + "one_changed_label_is_other_data",),
     ),
@@ -406,4 +407,70 @@ MESH = (
     ),
 )
 
-MUTATIONS = (*STEP, *DATA, *RUN, *MESH)
+HOSTS = (
+    Mutation(
+        "an error that comes from a lost process is told as the reason",
+        "jlora/training/peers.py",
+        "reason = self.lost or error",
+        "reason = error",
+        (PEERS + "an_error_in_the_exchange_between_devices_is_told_as_what_caused_it",),
+    ),
+    Mutation(
+        "a process that is done counts as dead",
+        "jlora/training/peers.py",
+        "word == before and word.startswith(_BEAT) and",
+        "word == before and",
+        (PEERS + "a_process_that_is_done_is_not_dead",),
+    ),
+    Mutation(
+        "what all meet ends those that save",
+        "jlora/training/peers.py",
+        "_DONE if reason is None or isinstance(reason, _IN_ALL) else",
+        "_DONE if reason is None else",
+        (PEERS + "what_all_meet_by_themselves_makes_none_give_up_the_others",),
+    ),
+    Mutation(
+        "a process waits for ever for one that gave up",
+        "jlora/training/peers.py",
+        "        os._exit(lost.code)\n",
+        "",
+        (PEERS + "a_process_that_hangs_is_ended_after_another_gave_up",),
+    ),
+    Mutation(
+        "only one process knows of a death",
+        "jlora/training/peers.py",
+        "                self._say(_DEAD, process)\n",
+        "",
+        (PEERS + "a_process_whose_signs_of_life_end_is_dead_and_the_others_end_with_a_sentence",),
+    ),
+    Mutation(
+        "hosts may differ in what they stand on",
+        "jlora/training/agreement.py",
+        "if theirs.value != ours.value:",
+        "if theirs.said != ours.said:",
+        (PEERS + "the_first_difference_is_told_with_its_process",),
+    ),
+    Mutation(
+        "the sign in a folder is its content",
+        "jlora/training/folder.py",
+        " and not name.startswith(_SIGN)",
+        "",
+        (PEERS + "the_sign_by_which_a_folder_is_known_leaves_no_trace_and_is_no_content",),
+    ),
+    Mutation(
+        "where a process writes its dumps must be the same",
+        "jlora/training/versions.py",
+        " if not _FLAGS_OF_A_PROCESS.search(word)",
+        "",
+        (PEERS + "the_environment_is_what_decides_about_numbers_and_not_where_a_process_writes",),
+    ),
+    Mutation(
+        "a signal's handler stays behind",
+        "jlora/training/stopping.py",
+        "    finally:\n        restore()",
+        "    finally:\n        pass",
+        (JOB + "a_run_leaves_the_handlers_of_signals_as_they_were",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS)
