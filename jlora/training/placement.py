@@ -120,7 +120,8 @@ def _placed(path: str, leaf: Any, mesh: Mesh) -> Any:
     except ValueError as error:
         raise SettingError("mesh", str(error)) from None
     fields = {name: processes.put(array, NamedSharding(mesh, specs[name])) for name, array in leaf.fields.items()}
-    return dataclasses.replace(leaf, fields=fields)
+    common = {name: processes.put(array, NamedSharding(mesh, PartitionSpec())) for name, array in leaf.common.items()}
+    return dataclasses.replace(leaf, fields=fields, common=common)
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:

@@ -86,14 +86,14 @@ DENSE_UPDATES = (
     ),
     Mutation(
         "a reflection is no reflection",
-        "jlora/methods/spectral_tensor_train.py",
+        "jlora/core/products/trains.py",
         "jnp.eye(columns, dtype=y.dtype) / 2",
         "jnp.eye(columns, dtype=y.dtype) / 3",
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
     ),
     Mutation(
         "the outputs of a tensor train come in the order of the inputs",
-        "jlora/methods/spectral_tensor_train.py",
+        "jlora/core/products/trains.py",
         'order = "ar,rmc->amc" if last else "ar,rmc->mac"',
         'order = "ar,rmc->amc"',
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 
 from jlora import _compat, paths
-from jlora.core.protocol.method import Start
+from jlora.core.protocol.fields import Fields
+from jlora.core.protocol.method import Site, Start
 from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.core.tree.spec import Spec, resolve
@@ -72,7 +74,10 @@ def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> t
     frozen: dict[str, Any] = {}
     for method, name in plan.shared_names().items():
         sites = tuple(site for site in plan.sites if site.method == method)
-        found = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
+        if isinstance(method, Fields):
+            found = method.start_in_common(_whole_group(method, sites, leaves))
+        else:
+            found = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
         found = found if isinstance(found, Start) else Start({}, found)
         if sorted([*found.params, *found.frozen]) != sorted(method.shared_fields):
             raise ValueError(
@@ -84,6 +89,22 @@ def _shared(plan: Plan, key: jax.Array, leaves: dict[tuple[str, ...], Any]) -> t
             if arrays:
                 paths.insert(tree, (SHARED, name), arrays)
     return trained, frozen
+
+
+def _whole_group(method: Fields, sites: tuple[Site, ...], leaves: dict[tuple[str, ...], Any]) -> Stored:
+    """A leaf of the group whose common arrays a method trains.
+
+    Raises:
+        ValueError: for other leaves of the group.
+    """
+    mine = {site.keys for site in sites}
+    for keys, leaf in leaves.items():
+        if isinstance(leaf, Stored) and leaf.group == method.group and keys not in mine:
+            raise ValueError(
+                f"{sites[0].path} has {', '.join(method.common)} in common with {'/'.join(keys)}, which {method} must train "
+                "too; give both the same entry, or name in learn what is a leaf's own"
+            )
+    return leaves[sites[0].keys]
 
 
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:
