@@ -171,7 +171,7 @@ def _aligned(middles: jax.Array, sweeps: int) -> tuple[jax.Array, jax.Array, jax
         return before, jnp.mean(middles, 0), after
 
     def sweep(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        _, mean, after = state
+        mean, after = state[1:]
         before = _nearest(_turned("laijb,lbc->laijc", middles, after), mean)
         half = _turned("laijb,lac->lcijb", middles, before)
         after = _nearest(jnp.moveaxis(half, 4, 1), jnp.moveaxis(mean, 3, 0))

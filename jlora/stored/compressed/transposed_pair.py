@@ -18,8 +18,8 @@ class TransposedPair(Code):
     """One matrix for the two of a pair `w1 [d, h]`, `w2 [h, d]`, such as those of a feed-forward network.
 
     `w1 ~ w`, `w2 ~ w.T` with the mean `w [d, h] = (w1 + w2.T) / 2`, which has the least sum of squared errors, `|w1 -
-    w2.T|^2 / 2`: half the numbers. A pair is the two matrices that one entry of a spec matches in a layer. Of two square ones
-    the first in the tree is `w1`.
+    w2.T|^2 / 2`: half the numbers. A pair is the two matrices that one entry of a spec matches in a layer; `w1` is the
+    first of them in the tree.
 
     The paper trains networks in this form from scratch. Two pretrained matrices that were not trained so have little in
     common with each other's transposes: their mean is far from both, and this is a start for training, or the form of a model
