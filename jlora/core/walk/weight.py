@@ -441,7 +441,7 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
     # What has no axis to scan over reaches every step as it is.
     moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None, common={})
-    whole: dict[str, Any] = {"shared": weight.shared, "factor": weight.factor, "common": weight.common}
+    whole: dict[str, Any] = {"shared": weight.shared, "common": weight.common, "factor": weight.factor}
     if isinstance(weight.array, Blank):
         whole["array"] = weight.array.moved(lambda array: array[0])
     return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)

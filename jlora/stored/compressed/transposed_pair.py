@@ -32,7 +32,7 @@ class TransposedPair(Code):
         ValueError: for another dtype, or a layer in which the entry matches no such pair.
 
     Example:
-        >>> base = jlora.quantize(params, {r".*/(up|down)_proj/kernel": jlora.TransposedPair()})
+        >>> base = jlora.quantize(params, {r".*/(q|v)_proj/kernel": jlora.TransposedPair()})
 
     Reference:
         arXiv:2401.16438 (2024).
