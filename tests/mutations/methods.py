@@ -1140,9 +1140,16 @@ RESIDUALS = (
     Mutation(
         "the job takes a start from a residual",
         "jlora/training/selection.py",
-        "if method is not None and RESIDUAL in method.needs:",
-        "if False and method is not None and RESIDUAL in method.needs:",
+        "RESIDUAL in method.needs and settings.quantize is None:",
+        "RESIDUAL in method.needs and False:",
         (LOFTQ + "the_job_refuses_a_start_from_a_residual",),
+    ),
+    Mutation(
+        "a randomised start from a residual has no iterations",
+        "jlora/core/protocol/data_starts.py",
+        "randomised_svd(key, residual, rank, iterations)",
+        "randomised_svd(key, residual, rank, 0)",
+        (LOFTQ + "a_randomised_start_comes_near_the_exact_one",),
     ),
 )
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from coded import decode, encode, equal, named, normal
 
-from jlora.core.products.trains import side, train
+from jlora.core.products.trains import Core, side, train
 from jlora.core.protocol.code import Code
 from jlora.stored import compressed
 from jlora.stored.compressed import JointLowRank, LowRank, SpectralTrain, TensorTrain, TransposedPair
+from jlora.stored.compressed.spectral_train import turned
 
 pytestmark = pytest.mark.newest
 
@@ -175,21 +176,35 @@ def test_layers_that_are_alike_lose_nothing_by_one_central_core():
         close(decode(fields, code, 16, 32), w)
 
 
+def by_numpy(middles, sweeps):
+    """The sum of squared errors of one core for all layers, of which either bond may be turned."""
+
+    def nearest(x, wanted):
+        u, _, v = np.linalg.svd(x.reshape(len(x), -1) @ wanted.reshape(len(wanted), -1).T)
+        return u @ v
+
+    mean, after = middles[0], [np.eye(middles.shape[-1])] * len(middles)
+    for _ in range(sweeps):
+        half = [np.tensordot(nearest(x @ h, mean).T, x, 1) for x, h in zip(middles, after)]
+        after = [nearest(np.moveaxis(x, -1, 0), np.moveaxis(mean, -1, 0)) for x in half]
+        turned = np.stack([x @ h for x, h in zip(half, after)])
+        mean = turned.mean(0)
+    return np.sum((turned - mean) ** 2)
+
+
 def test_sweeps_bring_layers_nearer_to_one_central_core():
     w = normal(16, 32)
     layers = [w + 0.3 * normal(16, 32, seed=seed) for seed in (1, 2, 3)]
-    errors, sizes = [], []
+    errors = []
     for sweeps in (1, 2, 8):
         code = TensorTrain(3, 2, 1, share=True, sweeps=sweeps)
         found = together(layers, code)
         equal(found[0]["central"], found[2]["central"])
         errors.append(sum(np.sum((decode(f, code, 16, 32) - layer) ** 2) for f, layer in zip(found, layers)))
-        sizes.append(np.linalg.norm(found[0]["central"]))
     assert all(after < before for before, after in pairwise(errors))
-    # The mean of turned cores is their nearest, so that its norm and the error are the sides of a right angle.
-    alone = [np.sum(np.asarray(encode(layer, TensorTrain(3, 2, 1))["central"]) ** 2) for layer in layers]
-    lost = sum(np.sum(layer**2) for layer in layers) - sum(alone)
-    assert errors[-1] == pytest.approx(lost + sum(alone) - 3 * sizes[-1] ** 2, rel=1e-4)
+    middles = np.stack([encode(layer, TensorTrain(3, 2, 1))["central"] for layer in layers]).astype(np.float64)
+    lost = sum(np.sum(layer**2) for layer in layers) - np.sum(middles**2)
+    assert errors[-1] == pytest.approx(lost + by_numpy(middles, 8), rel=1e-4)
     with pytest.raises(
         ValueError, match=r"layers with one central core must have one size, got \[\(16, 32\), \(32, 16\)\]"
     ):
@@ -219,6 +234,16 @@ def test_a_spectral_train_errs_by_no_more_than_the_singular_values_that_its_core
         made = jax.jit(lambda x, size=size: train(x, side(size, 4, split=True)))(fields[name])
         close(made.T @ made, np.eye(4))
     close(np.sort(np.abs(fields["sigma"])), np.sort(np.linalg.svd(again(code, w), compute_uv=False)[:4]))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_reflections_make_the_columns_up_to_signs_or_their_space(full):
+    q, _ = np.linalg.qr(normal(9, 4))
+    values, made = jax.jit(lambda q: turned(q, Core(9, 4, full)))(q)
+    assert values.shape == (Core(9, 4, full).size,)
+    close(made @ made.T, q @ q.T)
+    if full:
+        close(np.abs(made.T @ q), np.eye(4))
 
 
 def test_hyperparameters_and_sizes_are_checked():
