@@ -339,7 +339,7 @@ MUTATIONS = (
         "jlora/stored/compressed/spectral_train.py",
         "turn = jnp.linalg.qr(q[:columns][::-1].T)[0][:, ::-1]",
         "turn = jnp.eye(columns)",
-        (COMPRESSED + "a_spectral_train_errs_by_no_more_than_the_singular_values_that_its_cores_leave_out",),
+        (COMPRESSED + "reflections_make_the_columns_up_to_signs_or_their_space",),
     ),
     Mutation(
         "steps of a scan have no fields in common",
