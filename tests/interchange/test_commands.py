@@ -115,7 +115,10 @@ def test_an_export_for_servers_refuses_what_they_ignore_and_truncates_on_request
         (["import", "nothing", "--to", "out"], "nothing: no such folder; an adapter is a folder with"),
         (["export", "nothing", "--to", "out"], "nothing holds no run"),
         (["import", "{peft}", "--to", "{peft}"], "exists already; choose a new folder"),
-        (["import", "{peft}", "--to", "out", "--quantize", "nf5"], "'nf5' is no name of a code; there are nf4, int8"),
+        (
+            ["import", "{peft}", "--to", "out", "--quantize", "nf5"],
+            "quantize must be one of nf4, int8, int4, fp8, nf3, nf2, got 'nf5'",
+        ),
     ],
 )
 def test_what_a_user_got_wrong_is_one_sentence(arguments, message, peft, tmp_path, monkeypatch, capsys):

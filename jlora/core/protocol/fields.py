@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,8 +21,7 @@ class Fields(Method):
 
     Starts as the fields are, in float32 at least, and so at the base's output. Trains what the code names as trained, of its
     fields or of those that `learn` names. An array that a group of leaves has in common is trained as one, its gradient the sum
-    over them, where the leaves are not stacked or share it over their stack; where they are stacked and share it layer by layer
-    it stays as it is. `jlora.requantize(adapted)` gives the trained fields back in their form.
+    over them. `jlora.requantize(adapted)` gives the trained fields back in their form.
 
     Forms the weight in every pass, with its dense gradient.
 
@@ -31,6 +31,7 @@ class Fields(Method):
             (the two learning rates of compressed deep linear networks).
         roles: found by `adapterize`: the fields with the roles of their axes.
         common: found likewise: those that a group of leaves trains together.
+        layered: found likewise: whether leaves share these matrix by matrix of their stacks.
         group: found likewise: the group's name.
 
     Raises:
@@ -50,6 +51,7 @@ class Fields(Method):
     multiples: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     roles: tuple[tuple[str, tuple[str, ...]], ...] = ()
     common: tuple[str, ...] = ()
+    layered: bool = False
     group: str = ""
 
     family: ClassVar[str] = "Trained leaves and rows"
@@ -68,8 +70,9 @@ class Fields(Method):
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """Those of the code."""
-        return {name: roles for name, roles in self.roles if name not in self.common}
+        """Those of the code; with `layered` the number of the matrix, which has no axes."""
+        own = {name: roles for name, roles in self.roles if name not in self.common}
+        return {**own, "layer": ()} if self.layered else own
 
     @property
     def shared_fields(self) -> tuple[str, ...]:
@@ -96,39 +99,51 @@ class Fields(Method):
                 f"it is kept as {leaf.code}, whose fields are not trained, being numbers of few bits and their scales; "
                 "adapt it by a method that stays beside it, such as jlora.LoRA"
             )
-        layered = leaf.code.common & leaf.fields.keys()
-        can = [name for name in leaf.code.axes if name in leaf.code.trained - layered]
+        can = [name for name in leaf.code.axes if name in leaf.code.trained]
         wanted = self.learn or tuple(can)
-        if unknown := [name for name in (*wanted, *self._multiples) if name not in can] or ([] if can else [*layered]):
-            told = " (what leaves have in common layer by layer stays as it is)" if layered & {*unknown} else ""
-            raise ValueError(f"Fields can't train {unknown[0]!r} of {leaf.code}; there are {can}{told}")
-        common = tuple(name for name in wanted if name in leaf.common)
-        roles = tuple((name, leaf.code.axes[name]) for name in wanted)
-        return replace(self, roles=roles, common=common, group=leaf.group if common else "")
+        if unknown := [name for name in wanted if name not in can]:
+            raise ValueError(f"Fields can't train {unknown[0]!r} of {leaf.code}; there are {can}")
+        if unknown := [name for name in self._multiples if name not in wanted]:
+            raise ValueError(f"Fields' multiples name {unknown[0]!r}, but of {leaf.code} are trained {list(wanted)}")
+        common = tuple(name for name in wanted if name in leaf.code.common)
+        roles, layered = tuple((name, leaf.code.axes[name]) for name in wanted), bool(common) and not leaf.common
+        return replace(self, roles=roles, common=common, layered=layered, group=leaf.group if common else "")
 
     def start(self, key: jax.Array, w: Any, site: Site, **statistics: jax.Array) -> Start:
         """The fields of the leaf itself, which `w` is here; batch axes in front."""
-        return Start({name: _copied(w.fields[name]) for name in self.axes})
+        numbers = {"layer": jnp.arange(math.prod(w.batch_shape)).reshape(w.batch_shape)} if self.layered else {}
+        return Start({name: _copied(w.fields[name]) for name in self.axes if name not in numbers}, numbers)
 
     def start_in_common(self, leaf: Stored) -> Start:
-        """The trained arrays of the group of a leaf."""
-        return Start({name: _copied(leaf.common[name]) for name in self.common})
+        """The trained arrays of the group of a leaf; with `layered` those of all matrices, one behind another."""
+        if not self.layered:
+            return Start({name: _copied(leaf.common[name]) for name in self.common})
+        depth = len(leaf.batch_axes)
+        found = {name: leaf.fields[name] for name in self.common}
+        return Start({name: _copied(array.reshape(-1, *array.shape[depth:])) for name, array in found.items()})
 
     def put_back(self, leaf: Stored, trained: Arrays, common: Arrays) -> Stored:
-        """The leaf with trained arrays in the place of its fields, in their dtypes."""
-        own = {name: trained.get(name, array).astype(array.dtype) for name, array in leaf.fields.items()}
-        whole = {name: common.get(name, array).astype(array.dtype) for name, array in leaf.common.items()}
-        return replace(leaf, fields=own, common=whole)
+        """The leaf with trained arrays in the place of its fields, in their form and dtypes."""
+        new = trained | common
+
+        def put(name: str, array: jax.Array) -> jax.Array:
+            return jnp.reshape(new.get(name, array), array.shape).astype(array.dtype)
+
+        own = {name: put(name, array) for name, array in leaf.fields.items()}
+        return replace(leaf, fields=own, common={name: put(name, array) for name, array in leaf.common.items()})
 
     def weight(self, view: View) -> jax.Array:
         """`decode(fields)`."""
         assert view.code is not None
-        trained = view.params | {name: view.shared[name] for name in self.common}
+        common = {name: view.shared[name] for name in self.common}
+        if self.layered:
+            common = {name: array[view.frozen["layer"]] for name, array in common.items()}
+        trained = view.params | common
         return view.code.decode(view.codes | trained, *view.w.shape)
 
     def labels(self, site: Site) -> dict[str, str]:
         """A vector's group for values that are one row, such as singular values, and LoRA's `a` for all others."""
-        return {name: default_label(len(roles)) for name, roles in self.axes.items()}
+        return {name: default_label(len(roles)) for name, roles in self.axes.items() if name != "layer"}
 
     def rates(self, site: Site) -> dict[str, float]:
         """The multiples of a leaf's own fields."""
