@@ -134,7 +134,7 @@ def test_some_fields_are_trained_where_they_are_named():
         (PARAMS, {"deep": jlora.Fields()}, r"deep, shape \(8, 8\): Fields trains a leaf that is kept in the form of a code"),
         (NF4, {"w": jlora.Fields()}, r"w, .*kept as NF4\(\), whose fields are not trained"),
         (BASE, {"deep": jlora.Fields(("a",))}, r"can't train 'a' of LowRank.*; there are \['left', 'inner', 'right'\]$"),
-        (BASE, {"deep": jlora.Fields(multiples={"b": 2.0})}, r"multiples name 'b', but of LowRank.* are trained \['left', 'inner', 'right'\]$"),
+        (BASE, {"deep": jlora.Fields(multiples={"b": 2.0})}, r"multiples name 'b', but of .* trained \['left', .*\]$"),
         (BASE, {"stack/q": jlora.Fields(("left",))}, r"stack/q has left in common with stack/k, which Fields\(learn=.*\) must"),
         (BASE, {"up": jlora.Fields()}, r"up has matrix in common with down, which Fields\(\) must train too"),
         (BASE, {"up": jlora.Fields(), "down": jlora.Fields(("matrix",), {"matrix": 2.0})}, "has matrix in common with"),

@@ -16,13 +16,14 @@ from jlora.stored.compressed import factoring
 
 @dataclass(frozen=True)
 class TensorTrain(Code):
-    """A matrix product operator: `w ~ t0 · .. · central · .. · tn`, cores `[bond, row digit, column digit, bond]`.
+    """A matrix product operator: `w` is about the product of a chain of cores `[bond, row digit, column digit, bond]`.
 
-    Rows and columns are numbered by digits as in `jlora.MPO`: `depth` of base `mode`, one of base `ceil(size /
-    mode^(2 depth))`, and `depth` of base `mode` again; an entry is the product of the matrices that its digits choose, and rows
-    and columns beyond the matrix are cut off. A bond is as long as both sides of it have entries, and at most `bond`: from
-    `mode^(2 depth)` on the form is exact. The outer cores are orthonormal, and found by singular value decompositions from
-    both ends. The squared error is at most the sum over the bonds of the squared singular values that were left out there.
+    The chain is `t0`, .., `central`, .., the last `t`, with `depth` cores on each side of the central one. Rows and columns are
+    numbered by digits as in `jlora.MPO`: `depth` of base `mode`, one of base `ceil(size / mode^(2 depth))`, and `depth` of base
+    `mode` again; an entry is the product of the matrices that its digits choose, and rows and columns beyond the matrix are
+    cut off. A bond is as long as both sides of it have entries, and at most `bond`: from `mode^(2 depth)` on the form is exact.
+    The outer cores are orthonormal, and found by singular value decompositions from both ends. The squared error is at most
+    the sum over the bonds of the squared singular values that were left out there.
 
     With `share` the central core, by far the largest, is that of all layers of a leaf, the other cores each layer's own. The
     bonds of each layer are then turned so that the central cores come together, and their mean is kept: `sweeps` times the
