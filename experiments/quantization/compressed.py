@@ -174,7 +174,6 @@ def main():
     asked = parser.parse_args()
     if not asked.data.is_dir():
         parser.error(f"there is no folder {asked.data}; say --data or set JLORA_DATA")
-    params, sites, score = run.stories(asked.data, asked.stories)
     made = f"Made by `compressed.py`, {asked.stories} stories, {asked.pairs} pairs, {asked.steps} steps of training"
     found = {}
     params, sites, score = run.stories(asked.data, asked.stories)
