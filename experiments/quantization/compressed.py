@@ -1,6 +1,6 @@
-"""What a base loses by codes of smaller arrays, at several sizes, and what training in that form gives back.
+"""What a base loses by codes of smaller arrays, and what training in that form gives back.
 
-    python experiments/quantization/compressed.py [--data FOLDER] [--stories N] [--pairs N] [--steps N]
+    python experiments/quantization/compressed.py [--data FOLDER] [--bits N ..] [--stories N] [--pairs N] [--steps N]
 
 The models and scores are those of `run.py`: the loss of stories260k in nats a token, and MiniLM's correlation with people's
 judgements, on its first pairs of sentences alone. All linear weights but heads and embeddings are kept as
@@ -39,7 +39,6 @@ import jlora
 from jlora import models, paths
 
 HERE = Path(__file__).parent
-BITS = (12.0, 8.0)
 JOINT = r".*/(query|key)/kernel", r".*/(q|k)_proj/kernel", r".*/(gate|up)_proj/kernel"
 PAIR = r".*(?<!attention)/(intermediate|output)/dense/kernel", r".*/(up|down)_proj/kernel"
 
@@ -143,7 +142,7 @@ def trainer(data: Path, sites, steps):
     return trained
 
 
-def study(params, sites, score, train=None):
+def study(params, sites, score, bits, train=None):
     """The rows of a model."""
     sizes = linear(params, sites)
     rows = [("float32", 32.0, 0.0, score(params), None)]
@@ -158,8 +157,8 @@ def study(params, sites, score, train=None):
     }
     for name, spec in single.items():
         rows.append(measured(params, sites, score, name, spec, train))
-    for bits in BITS:
-        for name, spec in specs(sizes, bits).items():
+    for size in bits:
+        for name, spec in specs(sizes, size).items():
             rows.append(measured(params, sites, score, name, spec, train))
     return rows
 
@@ -168,6 +167,7 @@ def main():
     """Measures, and writes table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=run.DATA)
+    parser.add_argument("--bits", type=float, nargs="+", default=[12.0])
     parser.add_argument("--stories", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=40)
@@ -177,9 +177,11 @@ def main():
     made = f"Made by `compressed.py`, {asked.stories} stories, {asked.pairs} pairs, {asked.steps} steps of training"
     found = {}
     params, sites, score = run.stories(asked.data, asked.stories)
-    found["stories260k, nats a token"] = study(params, sites, score, trainer(asked.data, sites, asked.steps))
+    found["stories260k, nats a token"] = study(
+        params, sites, score, asked.bits, trainer(asked.data, sites, asked.steps)
+    )
     report(found, made)
-    found["MiniLM, Spearman on STS-B"] = study(*run.minilm(asked.data, asked.pairs))
+    found["MiniLM, Spearman on STS-B"] = study(*run.minilm(asked.data, asked.pairs), asked.bits)
     report(found, made)
 
 
