@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from jlora import _former
 from jlora import losses as losses
 from jlora import mesh as mesh
+from jlora.analysis.coding import CodingError as CodingError
+from jlora.analysis.coding import CodingErrors as CodingErrors
+from jlora.analysis.coding import coding_errors as coding_errors
 from jlora.analysis.explain import explain as explain
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
@@ -31,6 +34,7 @@ from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update
 from jlora.core.protocol.code import Code as Code
 from jlora.core.protocol.event import Event as Event
+from jlora.core.protocol.fields import Fields as Fields
 from jlora.core.protocol.gated import Gated as Gated
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
@@ -91,6 +95,11 @@ from jlora.optimize.optimizer import with_rules as with_rules
 from jlora.optimize.restart import link_ends as link_ends
 from jlora.optimize.restart import restart as restart
 from jlora.optimize.restart import restart_schedule as restart_schedule
+from jlora.stored.compressed import JointLowRank as JointLowRank
+from jlora.stored.compressed import LowRank as LowRank
+from jlora.stored.compressed import SpectralTrain as SpectralTrain
+from jlora.stored.compressed import TensorTrain as TensorTrain
+from jlora.stored.compressed import TransposedPair as TransposedPair
 from jlora.stored.float8 import Float8 as Float8
 from jlora.stored.fp4 import FP4 as FP4
 from jlora.stored.int4 import Int4 as Int4

@@ -71,7 +71,8 @@ def _of_fields(leaf: Any, spec: PartitionSpec) -> Any:
     if not isinstance(leaf, Stored):
         return spec
     specs: dict[str, Any] = leaf.specs(leaf.code.axes, spec)
-    return replace(leaf, fields={name: specs[name] for name in leaf.fields})
+    whole: dict[str, Any] = dict.fromkeys(leaf.common, PartitionSpec())
+    return replace(leaf, fields={name: specs[name] for name in leaf.fields}, common=whole)
 
 
 def _flatten_specs(names: Any) -> list[tuple[tuple[str, ...], PartitionSpec]]:

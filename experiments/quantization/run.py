@@ -70,13 +70,13 @@ def stories(data: Path, count: int):
     return params, sites, score
 
 
-def minilm(data: Path):
-    """The same of the sentence encoder, with the correlation."""
+def minilm(data: Path, pairs: int | None = None):
+    """The same of the sentence encoder, with the correlation; on the first pairs of sentences alone, if so many are given."""
     directory = data / "minilm_l6_v2"
     model, params = models.load(directory, param_dtype=jnp.float32)
     tokenizer = models.load_tokenizer(directory)
     with (data / "stsb_cc" / "test.tsv").open(encoding="utf-8") as file:
-        lines = [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) >= 7]
+        lines = [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) >= 7][:pairs]
     people = np.array([float(line[4]) for line in lines])
     texts = [line[n] for n in (5, 6) for line in lines]
     rows = [tokenizer.encode(text).ids[:64] for text in texts]

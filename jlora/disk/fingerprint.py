@@ -39,7 +39,7 @@ def fingerprint(params: Any) -> str:
         path = "/".join(keys)
         if isinstance(leaf, Stored):
             digest.update(repr((path, repr(leaf.code), leaf.shape, str(leaf.dtype), leaf.roles)).encode())
-            for name, array in sorted(leaf.fields.items()):
+            for name, array in sorted((leaf.fields | leaf.common).items()):
                 digest.update(_described(f"{path}/{name}", array))
         else:
             digest.update(_described(path, leaf))

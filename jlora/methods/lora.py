@@ -32,11 +32,11 @@ SCALINGS = ("standard", "rslora")
 INITS = ("default", "kaiming", "gaussian", "orthonormal", "orthogonal", "embedding", "random", "olora", "pissa")
 INITS += ("eva", "corda", "corda_kpm", "lora_ga", "residual")
 #: Names with a part to choose, for messages.
-PATTERNS = ("pissa_niter_<k>", "lora_ga_<direction>_<scale>")
+PATTERNS = ("pissa_niter_<k>", "residual_niter_<k>", "lora_ga_<direction>_<scale>")
 #: What starts from data needs (see `Method.needs`).
 _INPUTS = {"eva": {"covariance", "mean"}, "corda": {"normalised_covariance"}, "corda_kpm": {"normalised_covariance"}}
 _NEEDS = {**_INPUTS, "residual": {RESIDUAL}}
-_FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
+_FAST = re.compile(r"(pissa|residual)_niter_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class LoRA(Method):
             "stable" (the default), "stable_<gamma>", "weight_svd", "gd_scale" and "unit".
             "residual": `s * a @ b` is the best approximation of that rank of `w_original - w`, what a quantized base lost:
             `a = u sqrt(S / s)`, `b = sqrt(S / s) v.T` of its first triplets (LoftQ).
+            "residual_niter_<k>": the same by a randomised SVD with k subspace iterations, for wide matrices.
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given; an
             embedding's lookup has no such input, and no dropout.
 
@@ -142,12 +143,14 @@ class LoRA(Method):
     @property
     def needs(self) -> frozenset[str]:
         """Statistics of the inputs, the gradient, or the residual, for starts that are made of these."""
-        return frozenset({"gradient"} if self.init.startswith("lora_ga") else _NEEDS.get(self.init, ()))
+        if self.init.startswith("lora_ga"):
+            return frozenset({"gradient"})
+        return frozenset(_NEEDS.get(self.init.partition("_niter_")[0], ()))
 
     @property
     def exact_start(self) -> bool:  # type: ignore[override]
         """Whether the start is the base's output."""
-        return self.init not in ("random", "residual")
+        return self.init != "random" and RESIDUAL not in self.needs
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -194,8 +197,10 @@ class LoRA(Method):
         if name == "eva":
             axes, _ = principal_axes(**statistics, number=self.rank)
             return Start({"a": axes.astype(dtype), "b": jnp.zeros(b, dtype)})
-        if name == "residual":
-            a_and_b = of_residual(statistics[RESIDUAL], self.rank, self.scale)
+        if RESIDUAL in self.needs:
+            fast = _FAST.fullmatch(name)
+            of, iterations = (key, int(fast[2])) if fast else (None, 0)
+            a_and_b = of_residual(statistics[RESIDUAL], self.rank, self.scale, of, iterations)
             return Start({field: each.astype(dtype) for field, each in zip("ab", a_and_b)})
         draw = {"gaussian": _gaussian, "orthonormal": jax.nn.initializers.orthogonal()}.get(name, kaiming)
         start_b = kaiming(key_b, b, dtype) if name == "random" else jnp.zeros(b, dtype)
@@ -212,8 +217,8 @@ class LoRA(Method):
             # Columns of the unpivoted QR's Q depend only on the columns before them, so a thin QR is enough.
             q = jnp.linalg.qr(w[: self.rank].T)[0]
             return w @ q, q.T
-        if (fast := _FAST_PISSA.fullmatch(self.init)) is not None:
-            u, sigma, vt = randomised_svd(key, w, self.rank, int(fast[1]))
+        if (fast := _FAST.fullmatch(self.init)) is not None:
+            u, sigma, vt = randomised_svd(key, w, self.rank, int(fast[2]))
         else:
             u, sigma, vt = jnp.linalg.svd(w, full_matrices=False)
         root = jnp.sqrt(sigma[: self.rank] / self.scale)
@@ -255,7 +260,7 @@ class LoRA(Method):
 def _is_init(name: object) -> bool:
     """Whether a start has this name."""
     text = str(name)
-    return name in INITS or _FAST_PISSA.fullmatch(text) is not None or lora_ga_options(text) is not None
+    return name in INITS or _FAST.fullmatch(text) is not None or lora_ga_options(text) is not None
 
 
 def trained_dtype(w: jax.Array) -> jnp.dtype:

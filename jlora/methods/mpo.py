@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jlora.core.products.trains import contracted
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer, one_of
 from jlora.core.protocol.layers import kinds
 from jlora.core.protocol.method import Method, Site, Start, View
@@ -125,7 +125,7 @@ class MPO(Method):
         central = _of_kind(view.shared["central"], view.frozen["kind"])
         central = central[:, : self._middle(rows), : self._middle(columns)]
         cores = [view.params.get(f"t{place}", central) for place in range(2 * self.depth + 1)]
-        update = _contracted(cores)[:rows, :columns]
+        update = contracted(cores)[:rows, :columns]
         return view.w.astype(update.dtype) + self.scale * update
 
     def labels(self, site: Site) -> dict[str, str]:
@@ -146,15 +146,6 @@ def _of_kind_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     central, kind = primals
     chosen = (jnp.arange(len(central)) == kind).astype(central.dtype).reshape(-1, *[1] * (central.ndim - 1))
     return _of_kind(central, kind), jnp.sum(chosen * tangents[0], axis=0)
-
-
-def _contracted(cores: Sequence[jax.Array]) -> jax.Array:
-    """The matrix that cores `[bond, row digit, column digit, bond]` make; digits further left count more."""
-    whole = cores[-1][..., 0]
-    for core in reversed(cores[:-1]):  # so that stretches of a row stay together, the longer the larger the array
-        joined = jnp.einsum("bijc,ckl->bikjl", core, whole)
-        whole = joined.reshape(core.shape[0], core.shape[1] * whole.shape[1], core.shape[2] * whole.shape[2])
-    return whole[0]
 
 
 MPO.CASES = (MPO(bond=4, mode=2), MPO(bond=3, mode=2, scale=2.0, learn="auxiliary"))

@@ -88,7 +88,8 @@ def one_matrix(leaf: Stored, layer: int) -> jax.Array:
         return whole(leaf)[layer]
     down = lambda axes: tuple(axis - 1 for axis in axes)  # noqa: E731
     fields = {name: array[layer] for name, array in leaf.fields.items()}
-    return whole(Stored(fields, leaf.code, leaf.shape[1:], leaf.dtype, down(leaf.in_axes), down(leaf.out_axes)))
+    roles = down(leaf.in_axes), down(leaf.out_axes)
+    return whole(Stored(fields, leaf.code, leaf.shape[1:], leaf.dtype, *roles, common=leaf.common))
 
 
 @jax.jit

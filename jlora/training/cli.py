@@ -130,6 +130,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="folder with adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--model", help="directory of the base (default: the shipped model)")
     parser.add_argument("--to", required=True, metavar="DIR", help="run to write, which must not exist")
+    parser.add_argument(
+        "--quantize", metavar="CODE", help="keep the base's linear weights as a code, as finetune has it: nf4, .."
+    )
 
 
 def _add_merge_adapters(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    adapted = import_adapter(arguments.adapter, arguments.model, arguments.to)
+    adapted = import_adapter(arguments.adapter, arguments.model, arguments.to, arguments.quantize, print)
     print(jlora.summary(adapted))
     print(f"run written to {arguments.to}")
 

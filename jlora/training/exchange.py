@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +51,34 @@ def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dt
     return report
 
 
-def import_adapter(adapter: str | Path, model: str | None, out: str | Path) -> jlora.Adapted:
+def import_adapter(
+    adapter: str | Path,
+    model: str | None,
+    out: str | Path,
+    quantize: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> jlora.Adapted:
     """Make a run of an adapter of PEFT, which `jlora generate`, `eval`, `merge` and `export` take.
 
     Args:
         adapter: PEFT's folder.
         model: directory of the base; None is the shipped model.
         out: the run's folder, which must not exist.
+        quantize: name of the code in whose form the base's linear weights are kept, as `--quantize` of a job: that on which
+            the adapter was trained, such as "nf4" for QLoRA's.
+        say: gets what the user must know of how the base was read, such as weights that the code does not take.
 
     Raises:
-        ValueError: for an adapter that the model has no place for.
+        ValueError: for an adapter that the model has no place for, and a name of no code.
         FileExistsError: if there is something already.
     """
     out = Path(out)
     check_new(out)
-    asked = Settings(model=model)
+    asked = Settings(model=model, quantize=quantize)
     settings = resolve(asked)
     subject = load_subject(settings, *open_codec(settings))
+    for note in subject.notes:
+        say(f"note  {note}")
     adapted = jlora.load_peft(adapter, subject.params, models.peft_names(subject.model))
     about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
     source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}

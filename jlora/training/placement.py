@@ -186,7 +186,9 @@ def _leaf_shardings(path: str, leaf: Any, spec: PartitionSpec, mesh: Any) -> Any
     specs = leaf.specs(leaf.code.axes, spec)
     with _named("mesh"):
         check_fields(path, leaf, specs, mesh.shape)
-    return dataclasses.replace(leaf, fields={name: NamedSharding(mesh, specs[name]) for name in leaf.fields})
+    fields = {name: NamedSharding(mesh, specs[name]) for name in leaf.fields}
+    whole = NamedSharding(mesh, PartitionSpec())
+    return dataclasses.replace(leaf, fields=fields, common=dict.fromkeys(leaf.common, whole))
 
 
 def place_base(params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:

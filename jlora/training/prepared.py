@@ -8,12 +8,13 @@ import jax
 from jax.sharding import Mesh
 
 import jlora
+from jlora.core.protocol.statistics import RESIDUAL
 from jlora.core.protocol.wrapping import innermost
 from jlora.training.data import Data
 from jlora.training.loop import to_devices
 from jlora.training.losses import sums
 from jlora.training.settings import Settings
-from jlora.training.subject import Subject
+from jlora.training.subject import Subject, load_params
 
 
 def prepared(
@@ -31,13 +32,28 @@ def prepared(
     parts of `--accumulate`; inputs are those of all tokens but padding, whether or not they are predicted. (A resumed run
     finds the same, and then reads what its checkpoint holds.)
     """
-    needing = [method for method in spec.values() if method is not None and method.needs]
-    starts: dict[Any, Any] = {}
+    needing = [method for method in spec.values() if method is not None and method.needs - {RESIDUAL}]
+    starts = _residuals(spec, subject, settings, sites, key)
     for number in dict.fromkeys(_batches_of(method) for method in needing):
         own = {p: m if m in needing and _batches_of(m) == number else None for p, m in spec.items()}
         parts = _parts(settings, data, mesh, number)
         starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites, mask=_no_padding).starts
     return jlora.Prepared(starts) if starts else None
+
+
+def _residuals(
+    spec: dict[Any, Any], subject: Subject, settings: Settings, sites: jlora.Sites, key: jax.Array
+) -> dict[Any, Any]:
+    """The starts of the methods that take what the base lost by `--quantize`: LoftQ, of one step.
+
+    The base stays what `--quantize` makes of it, so that whatever opens the run finds the same. Meanwhile the base is in
+    memory as its files have it, too.
+    """
+    if not any(method is not None and RESIDUAL in method.needs for method in spec.values()):
+        return {}
+    plain = load_params(settings)
+    originals = {"backbone": plain} if subject.labels else plain
+    return jlora.residuals(originals, subject.params, spec, key, sites).starts
 
 
 def _batches_of(method: jlora.Method) -> int:

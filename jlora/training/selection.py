@@ -35,11 +35,11 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
     """
     spec = _spec(subject, settings)
     for pattern, method in spec.items():
-        if method is not None and RESIDUAL in method.needs:
+        if method is not None and RESIDUAL in method.needs and settings.quantize is None:
             raise SettingError(
                 "spec" if settings.spec else "init",
                 (f"entry {pattern!r}: " if settings.spec else "")
-                + f"{method} starts from what a quantized base lost, and a job has one base; quantize it in Python, by "
+                + f"{method} starts from what a quantized base lost: say --quantize, or quantize it in Python, by "
                 "jlora.loftq or jlora.residuals",
             )
     return spec

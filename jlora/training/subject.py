@@ -109,17 +109,26 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
         OSError: if it cannot be read.
     """
     _check_task(settings, config)
-    directory, (spec, notes) = model_directory(settings), _codes(settings, config)
-    model, params = models.load(
-        directory,
+    spec, notes = _codes(settings, config)
+    model, params = _load(settings, spec)
+    return Subject(model_directory(settings), model, params, language_model(model), codec, config, notes=notes)
+
+
+def load_params(settings: Settings) -> Any:
+    """The params of the settings' model as its files have them, without `--quantize`."""
+    return _load(settings, None)[1]
+
+
+def _load(settings: Settings, codes: dict[Any, Any] | None) -> tuple[Any, Any]:
+    return models.load(
+        model_directory(settings),
         scan_layers=settings.scan_layers,
         remat=settings.remat,
         drop_heads=settings.task == "classify",
         follow_links=settings.follow_links,
-        quantize=spec,
+        quantize=codes,
         **number_formats(settings),
     )
-    return Subject(directory, model, params, language_model(model), codec, config, notes=notes)
 
 
 def _codes(settings: Settings, config: dict[str, Any]) -> tuple[dict[Any, Any] | None, tuple[str, ...]]:

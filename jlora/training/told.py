@@ -76,8 +76,8 @@ def rate_help() -> str:
 
 def init_help() -> str:
     """What `--init` may be."""
-    names = [name for name in (*INITS, *PATTERNS) if name != RESIDUAL]  # of two bases, where a job has one
-    return f"how the adapters start, where the method has a choice: {', '.join(names)}, as LoRA's init"
+    names = ", ".join((*INITS, *PATTERNS))
+    return f"how the adapters start, where the method has a choice: {names}, as LoRA's init; {RESIDUAL}: LoftQ, with --quantize"
 
 
 def _grouped(value: Callable[[Recipe], Any]) -> dict[Any, list[str]]:

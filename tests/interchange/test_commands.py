@@ -13,6 +13,7 @@ import jlora
 from jlora import models
 from jlora.models.merged import MergedLeaf, lazily_merged
 from jlora.training.cli import main
+from jlora.training.runs import open_run
 
 LORA = jlora.LoRA(rank=4, alpha=6, init="random")
 
@@ -52,6 +53,18 @@ def test_an_imported_adapter_is_a_run_that_goes_out_again_with_the_same_bytes(ru
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
     assert config["base_model_name_or_path"] == str(models.STORIES260K)
+
+
+@pytest.mark.newest
+def test_an_adapter_is_imported_onto_the_quantized_base_that_it_was_trained_on(peft, adapted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["import", str(peft), "--to", str(folder), "--quantize", "nf4"]) == 0
+    said = capsys.readouterr().out
+    assert "6 leaves kept as NF4(double=True)" in said
+    assert "note  --quantize nf4 leaves layers/mlp/down_proj/kernel as it is: block 64 must divide the 172 rows" in said
+    opened = open_run(folder).adapted
+    jax.tree.map(np.testing.assert_array_equal, opened.params, adapted.params)
+    assert isinstance(opened.base["layers"]["self_attn"]["q_proj"]["kernel"], jlora.Stored)
 
 
 def test_an_imported_adapter_has_no_training_to_go_on_with(run, capsys):
@@ -126,6 +139,10 @@ def test_two_runs_become_one_whose_change_is_their_sum(run, adapted, base, tmp_p
         (["import", "nothing", "--to", "out"], "nothing: no such folder; an adapter is a folder with"),
         (["export", "nothing", "--to", "out"], "nothing holds no run"),
         (["import", "{peft}", "--to", "{peft}"], "exists already; choose a new folder"),
+        (
+            ["import", "{peft}", "--to", "out", "--quantize", "nf5"],
+            "quantize must be one of nf4, int8, int4, fp8, nf3, nf2, got 'nf5'",
+        ),
     ],
 )
 def test_what_a_user_got_wrong_is_one_sentence(arguments, message, peft, tmp_path, monkeypatch, capsys):

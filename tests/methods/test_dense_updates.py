@@ -12,10 +12,10 @@ import pytest
 from descent import descend
 
 import jlora
+from jlora.core.products.trains import prime_factors, train
 from jlora.methods.c3a import circulant
 from jlora.methods.fourierft import positions
 from jlora.methods.sinelora import sine
-from jlora.methods.spectral_tensor_train import prime_factors, train
 
 pytestmark = pytest.mark.newest
 

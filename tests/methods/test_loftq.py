@@ -233,3 +233,21 @@ def test_the_job_refuses_a_start_from_a_residual(given):
     with pytest.raises(SettingError, match="starts from what a quantized base lost.*by jlora.loftq or") as caught:
         make_spec(None, settings)
     assert caught.value.setting == name
+
+
+def test_a_randomised_start_comes_near_the_exact_one():
+    w = np.random.default_rng(0).standard_normal((256, 128)).astype(np.float32)
+    found = {}
+    for init in ("residual", "residual_niter_0", "residual_niter_4"):
+        spec = {"w": jlora.LoRA(rank=16, init=init)}
+        base = {"w": nf4(w)}
+        one, other = (jlora.residuals({"w": w}, base, spec, jax.random.key(seed)) for seed in (0, 1))
+        found[init], again = (jlora.merge(jlora.adapterize(base, spec, prepared=p))["w"] for p in (one, other))
+        assert np.array_equal(found[init], again) == (init == "residual")
+    exact, rough, near = (np.linalg.norm(w - got) for got in found.values())
+    # With 8 columns more than the rank the expected error is at most sqrt(1 + 16 / 7) of the exact (Halko et al. 2011).
+    assert exact < near < 1.01 * exact and near < rough < np.sqrt(1 + 16 / 7) * exact
+    assert (
+        jlora.LoRA(init="residual_niter_4").needs == {"residual"}
+        and not jlora.LoRA(init="residual_niter_4").exact_start
+    )

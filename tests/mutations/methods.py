@@ -111,14 +111,14 @@ DENSE_UPDATES = (
     ),
     Mutation(
         "a reflection is no reflection",
-        "jlora/methods/spectral_tensor_train.py",
+        "jlora/core/products/trains.py",
         "jnp.eye(columns, dtype=y.dtype) / 2",
         "jnp.eye(columns, dtype=y.dtype) / 3",
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
     ),
     Mutation(
         "the outputs of a tensor train come in the order of the inputs",
-        "jlora/methods/spectral_tensor_train.py",
+        "jlora/core/products/trains.py",
         'order = "ar,rmc->amc" if last else "ar,rmc->mac"',
         'order = "ar,rmc->amc"',
         (DENSE + "the_spectral_tensor_train_is_that_of_numpy",),
@@ -1214,9 +1214,16 @@ RESIDUALS = (
     Mutation(
         "the job takes a start from a residual",
         "jlora/training/selection.py",
-        "if method is not None and RESIDUAL in method.needs:",
-        "if False and method is not None and RESIDUAL in method.needs:",
+        "RESIDUAL in method.needs and settings.quantize is None:",
+        "RESIDUAL in method.needs and False:",
         (LOFTQ + "the_job_refuses_a_start_from_a_residual",),
+    ),
+    Mutation(
+        "a randomised start from a residual has no iterations",
+        "jlora/core/protocol/data_starts.py",
+        "randomised_svd(key, residual, rank, iterations)",
+        "randomised_svd(key, residual, rank, 0)",
+        (LOFTQ + "a_randomised_start_comes_near_the_exact_one",),
     ),
 )
 

@@ -13,6 +13,9 @@ FLOAT8 = CODES + "float8_is_the_nearest_of_its_dtype"
 LEAVES = "tests/stored/test_stored_leaves.py::test_"
 ROOM = LEAVES + "a_step_takes_no_more_memory_than_on_a_float32_base"
 MESH = LEAVES + "on_a_mesh_fields_are_cut_as_the_leaf_in_whole_blocks"
+COMPRESSED, COMMON, FIELDS = (
+    f"tests/stored/test_{name}.py::test_" for name in ("compressed", "common_fields", "fields")
+)
 FINITE = CODES + "numbers_near_the_ends_of_float32_make_none_that_are_not_finite"
 
 MUTATIONS = (
@@ -281,5 +284,124 @@ MUTATIONS = (
         "return not cut or all(",
         "return True or all(",
         ("tests/stored/test_qwix.py::test_tiles_that_do_not_lie_together_when_axes_are_folded_are_spread",),
+    ),
+    Mutation(
+        "a joint factor is that of the first matrix",
+        "jlora/stored/compressed/joint_low_rank.py",
+        "factoring.truncated(jnp.concatenate(matrices, axis=1), self.rank)",
+        "factoring.truncated(jnp.concatenate([matrices[0], 0 * matrices[1]], axis=1), self.rank)",
+        (COMPRESSED + "matrices_of_one_left_factor_are_the_nearest_side_by_side",),
+    ),
+    Mutation(
+        "inner factors hold the singular values each",
+        "jlora/stored/compressed/low_rank.py",
+        "s ** (1 / self.inner)",
+        "s",
+        (COMPRESSED + "a_deep_network_has_singular_vectors_outside_and_roots_of_singular_values_inside",),
+    ),
+    Mutation(
+        "a pair is its first matrix",
+        "jlora/stored/compressed/transposed_pair.py",
+        "((first + second.T) / 2)",
+        "first",
+        (COMPRESSED + "a_transposed_pair_is_the_mean",),
+    ),
+    Mutation(
+        "the second of a square pair of one matrix is not turned",
+        "jlora/stored/compressed/transposed_pair.py",
+        'jnp.where(fields["turned"], w.T, w)',
+        "w",
+        (COMPRESSED + "a_transposed_pair_is_the_mean",),
+    ),
+    Mutation(
+        "the bond after a central core is turned the other way",
+        "jlora/stored/compressed/tensor_train.py",
+        "back.T, right[0]",
+        "back, right[0]",
+        (COMPRESSED + "sweeps_bring_layers_nearer_to_one_central_core",),
+    ),
+    Mutation(
+        "a central core is turned by the transpose of the nearest turn",
+        "jlora/stored/compressed/tensor_train.py",
+        "return jnp.matmul(u, v, precision",
+        "return jnp.matmul(v.mT, u.mT, precision",
+        (COMPRESSED + "sweeps_bring_layers_nearer_to_one_central_core",),
+    ),
+    Mutation(
+        "the digits of a tensor train's right end come in the order of its left",
+        "jlora/stored/compressed/tensor_train.py",
+        "range(self.depth, -1, -1)",
+        "(*range(1, self.depth + 1), 0)",
+        (COMPRESSED + "a_tensor_train_is_the_product_of_the_matrices_that_digits_choose",),
+    ),
+    Mutation(
+        "a core of which the space counts alone keeps its basis",
+        "jlora/stored/compressed/spectral_train.py",
+        "turn = jnp.linalg.qr(q[:columns][::-1].T)[0][:, ::-1]",
+        "turn = jnp.eye(columns)",
+        (COMPRESSED + "reflections_make_the_columns_up_to_signs_or_their_space",),
+    ),
+    Mutation(
+        "steps of a scan have no fields in common",
+        "jlora/core/walk/weight.py",
+        '"common": weight.common, "factor"',
+        '"common": {}, "factor"',
+        (COMMON + "values_and_gradients_are_those_of_the_decoded_base",),
+    ),
+    Mutation(
+        "leaves of two entries of a spec are one group",
+        "jlora/core/tree/quantize.py",
+        "Kept(bare, entry if bare.over else 0)",
+        "Kept(bare)",
+        (COMMON + "leaves_of_numbered_layers_have_one_field_in_common_too",),
+    ),
+    Mutation(
+        "what a group has in common counts for each leaf",
+        "jlora/core/protocol/stored.py",
+        "shared = bool(leaf.group) and name in leaf.code.common",
+        "shared = False",
+        (COMMON + "common_fields_count_once_in_reports",),
+    ),
+    Mutation(
+        "fingerprints leave out what leaves have in common",
+        "jlora/disk/fingerprint.py",
+        "(leaf.fields | leaf.common).items()",
+        "leaf.fields.items()",
+        (COMMON + "shapes_can_be_quantized_and_saved_adapters_know_common_fields",),
+    ),
+    Mutation(
+        "one leaf of a group is encoded again alone",
+        "jlora/core/tree/quantize.py",
+        "merged | _groups_again(leaves, merged)",
+        "merged",
+        (COMMON + "a_group_is_encoded_again_together_where_one_of_it_was_adapted",),
+    ),
+    Mutation(
+        "what leaves have in common learns at the plain rate",
+        "jlora/core/protocol/fields.py",
+        "for name, rate in self._multiples.items() if name in self.common}",
+        "for name, rate in () if name in self.common}",
+        (FIELDS + "values_gradients_and_steps_are_those_of_the_decoded_function",),
+    ),
+    Mutation(
+        "one leaf of a pair is trained without the other",
+        "jlora/core/tree/adapterize.py",
+        "leaf.group == method.group and keys not in mine",
+        "leaf.group is keys is mine",
+        (FIELDS + "fields_refuses",),
+    ),
+    Mutation(
+        "trained fields are encoded again",
+        "jlora/core/tree/quantize.py",
+        "if isinstance(weight.method, Fields):",
+        "if False:",
+        (FIELDS + "trained_fields_come_back_in_their_form_and_from_files",),
+    ),
+    Mutation(
+        "the errors of leaves are those of their largest number",
+        "jlora/analysis/coding.py",
+        "_ratio(squares, of), largest)",
+        "largest, largest)",
+        (COMMON + "errors_are_those_of_numpy_in_a_table_with_the_worst_first",),
     ),
 )

@@ -298,9 +298,16 @@ RUN = (
     Mutation(
         "a run is opened on the plain base",
         "jlora/training/subject.py",
-        "        quantize=spec,\n",
-        "",
+        "model, params = _load(settings, spec)",
+        "model, params = _load(settings, None)",
         (QUANTIZED + "the_subject_of_a_job_is_encoded_and_says_what_is_not",),
+    ),
+    Mutation(
+        "a start from what a base lost takes it from the quantized base",
+        "jlora/training/prepared.py",
+        "plain = load_params(settings)",
+        "plain = jlora.dequantize(subject.params)",
+        (QUANTIZED + "a_start_from_a_residual_is_of_what_the_base_lost",),
     ),
     Mutation(
         "inspect takes a quantized model for a plain one",

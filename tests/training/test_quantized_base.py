@@ -15,8 +15,10 @@ from jlora.training.commands import _inspected
 from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune, read_settings
+from jlora.training.prepared import prepared
 from jlora.training.runs import evaluate_file, open_run, write_merged
 from jlora.training.samples import runnable
+from jlora.training.selection import make_spec, trace_sites
 from jlora.training.settings import Settings
 from jlora.training.subject import load_subject, memory, open_codec
 
@@ -70,6 +72,22 @@ def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     subject = load_subject(merged, *open_codec(merged))
     plain = dataclasses.replace(opened, subject=subject, adapted=jlora.adapterize(subject.params, {}))
     assert abs(evaluate_file(plain, data, 8)["loss"] - trained) < 1e-5 < abs(base - trained)
+
+
+@pytest.mark.newest
+def test_a_start_from_a_residual_is_of_what_the_base_lost(tmp_path):
+    settings = settings_of(tmp_path, method="lora", init="residual", task="classify")
+    subject = load_subject(settings, *open_codec(settings)).with_head(["yes", "no"])
+    sites = trace_sites(subject, settings)
+    spec = make_spec(subject, settings)
+    found = prepared(spec, subject, settings, sites, None, None, jax.random.key(0))
+    adapted = jlora.adapterize(subject.params, spec, sites=sites, prepared=found)
+    kernel = lambda tree: tree["layers"]["self_attn"]["q_proj"]["kernel"]
+    _, plain = models.load(models.STORIES260K, drop_heads=True)
+    trees = plain, jlora.merge(adapted)["backbone"], jlora.dequantize(subject.params)["backbone"]
+    for w, merged, base in zip(*(np.asarray(kernel(tree)) for tree in trees)):
+        u, s, v = np.linalg.svd(w - base)
+        np.testing.assert_allclose(merged - base, (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
 
 
 @pytest.mark.long

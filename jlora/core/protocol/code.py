@@ -7,6 +7,7 @@ used as `y = x @ w`; the core folds leaves to that form and maps over stacks.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,11 @@ Arrays = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Code:
-    """Base of all codes. A subclass is a frozen dataclass and gives `axes`, `encode` and `decode`."""
+    """Base of all codes. A subclass is a frozen dataclass and gives `axes`, `encode` and `decode`.
+
+    A code whose matrices have fields in common says over what by `over`, names these fields in `common`, and gives
+    `encode_together` in the place of `encode`.
+    """
 
     #: Examples of the code for its tests; every code that `quantize` takes has some.
     CASES: ClassVar[tuple[Code, ...]] = ()
@@ -31,6 +36,36 @@ class Code:
     def local(self) -> frozenset[str]:
         """Roles along which the matrix can be cut: a part of it is what `decode` gives for the parts of its fields."""
         return frozenset(("in", "out"))
+
+    @property
+    def over(self) -> str:
+        """Which matrices have fields in common, by which a group of them is found.
+
+        "leaves": those of the leaves of one layer that one entry of a spec matches; "layers": those of leaves whose paths
+        differ in nothing but the number of the layer, and all of a stack; "": none.
+        """
+        return ""
+
+    @property
+    def common(self) -> frozenset[str]:
+        """Names of the fields that a group has in common."""
+        return frozenset()
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the fields that `jlora.Fields` can train: of floating point, with `decode` differentiable in them."""
+        return frozenset()
+
+    def check_group(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Whether matrices of these sizes `(in, out)` can be a group.
+
+        Raises:
+            ValueError: saying what was wanted and what was got.
+        """
+
+    def encode_together(self, matrices: Sequence[jax.Array]) -> list[Arrays]:
+        """The fields of each matrix of a group, `common` ones the same in all. `matrices` are `[in, out]` in float32."""
+        return [self.encode(w) for w in matrices]
 
     def check(self, rows: int, columns: int) -> None:
         """Whether a matrix of this size can be kept so.

@@ -123,7 +123,9 @@ def of_gradient(
     return a, b
 
 
-def of_residual(residual: jax.Array, rank: int, scale: float) -> Factorisation:
+def of_residual(
+    residual: jax.Array, rank: int, scale: float, key: jax.Array | None = None, iterations: int = 0
+) -> Factorisation:
     """LoftQ's factors: `s * a @ b` is the truncated SVD `u S vᵀ` of the residual, `a = u sqrt(S / s)`, `b = sqrt(S / s) vᵀ`.
 
     Of a triplet whose singular value is zero `a` has the vector `u`, and `b` zeros: were both zero, neither would ever learn.
@@ -132,8 +134,13 @@ def of_residual(residual: jax.Array, rank: int, scale: float) -> Factorisation:
         residual: `[in, out]`.
         rank: number of triplets.
         scale: `s`.
+        key: for a randomised SVD; None for an exact one.
+        iterations: of subspaces, of a randomised one.
     """
-    u, sigma, vt = jnp.linalg.svd(residual, full_matrices=False)
+    if key is None:
+        u, sigma, vt = jnp.linalg.svd(residual, full_matrices=False)
+    else:
+        u, sigma, vt = randomised_svd(key, residual, rank, iterations)
     # Zero is what rounding leaves of a zero, as in the rank of a matrix by numpy.
     found = sigma[:rank] > sigma[0] * max(residual.shape) * jnp.finfo(sigma.dtype).eps
     root = jnp.sqrt(sigma[:rank] / scale)

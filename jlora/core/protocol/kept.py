@@ -19,9 +19,11 @@ class Kept(Method):
 
     Args:
         code: the code in whose form the leaf is to be kept, for its checks; None where it is what it is already.
+        entry: the number of the spec's entry that says so, for codes that take leaves of one entry together.
     """
 
     code: Code | None = None
+    entry: int = 0
     local = frozenset({"in", "out"})
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from jlora.core.products.acting import Acting
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.sparse import Sparse
 from jlora.core.products.update import Update
+from jlora.core.protocol.code import Code
 from jlora.core.protocol.event import Event
 from jlora.core.protocol.job import KnownToTheJob
 from jlora.core.protocol.peft import Peft, PeftKind
@@ -78,6 +79,8 @@ class View:
         beside: the leaves that `Method.beside` names and the tree has, as `[out]`; in `apply` only where that has to add what
             changes.
         key: dropout key, in `Method.apply` alone; None where nothing is dropped.
+        codes: for `jlora.Fields` the fields of the code in whose form the matrix is kept.
+        code: the code; static.
     """
 
     w: jax.Array
@@ -87,6 +90,8 @@ class View:
     shared: Arrays = field(default_factory=dict)
     beside: Arrays = field(default_factory=dict)
     key: jax.Array | None = None
+    codes: Arrays = field(default_factory=dict)
+    code: Code | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -30,6 +30,9 @@ class Stored(paths.Whole, Folded):
         shape: of the decoded leaf; static.
         dtype: of the decoded leaf; static.
         in_axes, out_axes, batch_axes: roles of its axes, as those of a `Site`; static.
+        common: fields that all matrices of the leaf have in common, without batch axes.
+        group: a name for the leaves that have the code's `common` fields in common, which are the same arrays in all of
+            them; empty where the code has none. Static.
     """
 
     fields: Arrays
@@ -39,6 +42,8 @@ class Stored(paths.Whole, Folded):
     in_axes: tuple[int, ...] = field(metadata={"static": True})
     out_axes: tuple[int, ...] = field(metadata={"static": True})
     batch_axes: tuple[int, ...] = field(default=(), metadata={"static": True})
+    common: Arrays = field(default_factory=dict)
+    group: str = field(default="", metadata={"static": True})
 
     @property
     def ndim(self) -> int:
@@ -58,7 +63,7 @@ class Stored(paths.Whole, Folded):
     @property
     def nbytes(self) -> int:
         """Bytes of the fields."""
-        return sum(math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in self.fields.values())
+        return sum(map(_bytes, (self.fields | self.common).values()))
 
     @property
     def sharding(self) -> Any:
@@ -109,7 +114,7 @@ class Stored(paths.Whole, Folded):
         self.check()
 
         def one(fields: Arrays) -> jax.Array:
-            return self.code.decode(fields, self.in_size, self.out_size)
+            return self.code.decode(fields | self.common, self.in_size, self.out_size)
 
         for _ in self.batch_axes:
             one = jax.vmap(one)
@@ -142,6 +147,20 @@ class Stored(paths.Whole, Folded):
 
     def __repr__(self) -> str:
         return f"Stored({self.code}, {self.dtype}{list(self.shape)})"
+
+
+def kept_bytes(leaves: Iterable[Stored]) -> int:
+    """Bytes of the fields of some leaves; those that a group has in common count once."""
+    found: dict[Any, int] = {}
+    for number, leaf in enumerate(leaves):
+        for name, array in (leaf.fields | leaf.common).items():
+            shared = bool(leaf.group) and name in leaf.code.common
+            found[(leaf.group if shared else number, name)] = _bytes(array)
+    return sum(found.values())
+
+
+def _bytes(array: Any) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
 def decoded(leaf: Any) -> Any:

@@ -124,8 +124,12 @@ class Adapted:
 
 def kept_weight(keys: tuple[str, ...], leaf: Stored) -> Weight:
     """A leaf that is kept in the form of a code, and not adapted, as the value that travels through a lifted function."""
-    site = Site(keys, leaf.shape, str(leaf.dtype), leaf.in_axes, leaf.out_axes, leaf.batch_axes, "dot", Kept())
-    return weights.start(leaf, site, {}, {}, {}, None, {})
+    return weights.start(leaf, kept_site(keys, leaf), {}, {}, {}, None, {})
+
+
+def kept_site(keys: tuple[str, ...], leaf: Stored) -> Site:
+    """Such a leaf with the roles in which it is kept."""
+    return Site(keys, leaf.shape, str(leaf.dtype), leaf.in_axes, leaf.out_axes, leaf.batch_axes, "dot", Kept())
 
 
 def count(tree: Any) -> int:

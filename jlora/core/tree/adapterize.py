@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from jlora import _compat, paths
-from jlora.core.protocol.method import Start
+from jlora.core.protocol.fields import Fields
+from jlora.core.protocol.method import Site, Start
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree import beside, placement
@@ -87,7 +88,8 @@ def _shapes(
     plan: Plan, key: jax.Array, leaves: Leaves, prepared: Prepared | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`_arrays` in shapes, each with the sharding that the array would get."""
-    adapted = {site.keys: leaves[site.keys] for site in plan.sites}
+    sites = {site.keys for site in plan.sites}
+    adapted = {keys: leaf for keys, leaf in leaves.items() if keys in sites or isinstance(leaf, Stored)}
     # No shardings go in: starts don't depend on them, and a mesh of devices that are not there can't be traced on.
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapted)
 
@@ -126,7 +128,10 @@ def _shared(plan: Plan, key: jax.Array, leaves: Leaves) -> tuple[dict[str, Any],
     frozen: dict[str, Any] = {}
     for method, name in plan.shared_names().items():
         sites = tuple(site for site in plan.sites if site.method == method)
-        found = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
+        if isinstance(method, Fields):
+            found = method.start_in_common(_whole_group(method, sites, leaves))
+        else:
+            found = method.shared(jax.random.fold_in(key, paths.number(f"{SHARED}/{name}")), sites)
         found = found if isinstance(found, Start) else Start({}, found)
         if sorted([*found.params, *found.frozen]) != sorted(method.shared_fields):
             raise ValueError(
@@ -138,6 +143,22 @@ def _shared(plan: Plan, key: jax.Array, leaves: Leaves) -> tuple[dict[str, Any],
             if arrays:
                 paths.insert(tree, (SHARED, name), arrays)
     return trained, frozen
+
+
+def _whole_group(method: Fields, sites: tuple[Site, ...], leaves: Leaves) -> Stored:
+    """A leaf of the group whose common arrays a method trains.
+
+    Raises:
+        ValueError: for other leaves of the group.
+    """
+    mine = {site.keys for site in sites}
+    for keys, leaf in leaves.items():
+        if isinstance(leaf, Stored) and leaf.group == method.group and keys not in mine:
+            raise ValueError(
+                f"{sites[0].path} has {', '.join(method.common)} in common with {'/'.join(keys)}, which {method} must train "
+                "too; give both the same entry, or name in learn what is a leaf's own"
+            )
+    return leaves[sites[0].keys]
 
 
 def _check_keys(leaves: list[tuple[tuple[str, ...], Any]]) -> None:

@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding
 
 from jlora import _compat, paths
 from jlora.core.protocol.code import Arrays, Code
+from jlora.core.protocol.fields import Fields
 from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.stored import Stored, decoded
-from jlora.core.tree import placement
-from jlora.core.tree.adapted import Adapted
+from jlora.core.tree import groups, placement
+from jlora.core.tree.adapted import Adapted, kept_site
 from jlora.core.tree.merge import effective_leaf, merged_leaves
 from jlora.core.tree.spec import Axes, resolve
 from jlora.core.walk.weight import Weight
@@ -59,8 +60,16 @@ def quantize(params: Any, spec: Mapping[Any, Code | Axes | None], sites: Sites |
             "first, then adapterize"
         )
     leaves, treedef = paths.flatten_with_keys(params)
-    found = {site.keys: site for site in resolve(leaves, keeping(spec), sites)}
-    return jax.tree.unflatten(treedef, [_stored(found[keys], leaf) if keys in found else leaf for keys, leaf in leaves])
+    found, by_keys = resolve(leaves, keeping(spec), sites), dict(leaves)
+    for site in found:
+        if isinstance(leaf := by_keys[site.keys], Stored):
+            raise ValueError(f"{site.path} is kept as {leaf.code} already; decode it first (jlora.dequantize)")
+    together = groups.groups([site for site in found if code_at(site).over])
+    new = {site.keys: encoded(site, code_at(site), by_keys[site.keys]) for site in found if not code_at(site).over}
+    for members in together:
+        stored = groups.encoded_together(code_at(members[0]), [(site, by_keys[site.keys]) for site in members])
+        new |= dict(zip((site.keys for site in members), stored, strict=True))
+    return jax.tree.unflatten(treedef, [new.get(keys, leaf) for keys, leaf in leaves])
 
 
 def dequantize(params: Any) -> Any:
@@ -76,7 +85,8 @@ def dequantize(params: Any) -> Any:
 def requantize(adapted: Adapted) -> Any:
     """`merge`, with every leaf that was kept in the form of a code encoded again by the same code.
 
-    That rounds the merged weights: what is finer than the code's steps is lost. `merge` decodes such leaves instead.
+    That rounds the merged weights: what is finer than the code's steps is lost. `merge` decodes such leaves instead. What
+    `jlora.Fields` trained stands in its place as it is.
 
     Raises:
         ValueError: as `merge`, and where a merged weight is not finite.
@@ -90,13 +100,30 @@ def requantize(adapted: Adapted) -> Any:
 
     def formed(weight: Weight) -> Any:
         assert weight.site is not None
-        whole, leaf = effective_leaf(weight), leaves[weight.site.keys]
-        return encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) else whole
+        leaf = leaves[weight.site.keys]
+        if isinstance(weight.method, Fields):
+            return weight.method.put_back(leaf, weight.params, weight.shared)
+        whole = effective_leaf(weight)
+        return encoded(weight.site, leaf.code, whole) if isinstance(leaf, Stored) and not leaf.group else whole
 
-    params = adapted.with_replaced(merged_leaves(adapted, formed))
+    merged = merged_leaves(adapted, formed)
+    params = adapted.with_replaced(merged | _groups_again(leaves, merged))
     is_node = lambda node: isinstance(node, Adapted | Stored)  # noqa: E731
     again = lambda node: requantize(node) if isinstance(node, Adapted) else node  # noqa: E731
     return jax.tree.map(again, params, is_leaf=is_node)
+
+
+def _groups_again(leaves: Mapping[tuple[str, ...], Any], merged: Mapping[tuple[str, ...], Any]) -> dict[Any, Stored]:
+    """The leaves of the groups of which some were merged to plain arrays, encoded together again."""
+    found: dict[Any, Stored] = {}
+    grouped = {keys: leaf for keys, leaf in leaves.items() if isinstance(leaf, Stored) and leaf.group}
+    plain = {grouped[keys].group for keys, leaf in merged.items() if keys in grouped and not isinstance(leaf, Stored)}
+    for group in dict.fromkeys(leaf.group for leaf in grouped.values() if leaf.group in plain):
+        members = {keys: leaf for keys, leaf in grouped.items() if leaf.group == group}
+        whole = [(kept_site(keys, leaf), decoded(merged.get(keys, leaf))) for keys, leaf in members.items()]
+        code = next(iter(members.values())).code
+        found |= dict(zip(members, groups.encoded_together(code, whole), strict=True))
+    return found
 
 
 def keeping(spec: Any) -> dict[Any, Any]:
@@ -108,19 +135,13 @@ def keeping(spec: Any) -> dict[Any, Any]:
     if not isinstance(spec, Mapping):
         raise TypeError(f"a spec maps patterns to codes, like {{r'.*/kernel': jlora.NF4()}}; got {type(spec).__name__}")
     keeping: dict[Any, Any] = {}
-    for pattern, code in spec.items():
+    for entry, (pattern, code) in enumerate(spec.items()):
         bare = code.method if isinstance(code, Axes) else code
         if not (bare is None or isinstance(bare, Code)):
             raise TypeError(f"spec entry {pattern!r} must be a code such as jlora.NF4(), or None; got {bare!r}")
-        kept = None if bare is None else Kept(bare)
+        kept = None if bare is None else Kept(bare, entry if bare.over else 0)
         keeping[pattern] = Axes(code.roles, kept, code.kind) if isinstance(code, Axes) and kept else kept
     return keeping
-
-
-def _stored(site: Site, leaf: Any) -> Stored:
-    if isinstance(leaf, Stored):
-        raise ValueError(f"{site.path} is kept as {leaf.code} already; decode it first (jlora.dequantize)")
-    return encoded(site, code_at(site), leaf)
 
 
 def code_at(site: Site) -> Code:
@@ -130,7 +151,12 @@ def code_at(site: Site) -> Code:
 
 
 def encoded(site: Site, code: Code, leaf: Any) -> Stored:
-    """A leaf in the form of a code, cut over a mesh as it was."""
+    """A leaf in the form of a code, cut over a mesh as it was.
+
+    Raises:
+        ValueError: for a code that takes several leaves together.
+    """
+    check_alone(site, code)
     sharding = placement.named_sharding(leaf)
     if sharding is not None:
         return _as_stored(site, code, _on_mesh(site, code, leaf, sharding))
@@ -139,6 +165,19 @@ def encoded(site: Site, code: Code, leaf: Any) -> Stored:
     order = (*site.batch_axes, *site.in_axes, *site.out_axes)
     stack = leaf.transpose(order).reshape(-1, site.in_size, site.out_size)
     return by_matrix(site, code, (stack[number] for number in range(stack.shape[0])))
+
+
+def check_alone(site: Site, code: Code) -> None:
+    """Refuses a code that takes matrices together where each leaf is encoded for itself.
+
+    Raises:
+        ValueError: with what can be done.
+    """
+    if code.over:
+        raise ValueError(
+            f"{site.path}: {code} takes several {code.over} together, where here each is encoded for itself; load or keep "
+            "plain params, and encode them whole by jlora.quantize"
+        )
 
 
 def by_matrix(site: Site, code: Code, matrices: Iterable[Any]) -> Stored:
@@ -154,6 +193,7 @@ def by_matrix(site: Site, code: Code, matrices: Iterable[Any]) -> Stored:
     Raises:
         ValueError: where values are not finite.
     """
+    check_alone(site, code)
     count, kept = math.prod(site.batch_shape), {}
     for number, w in enumerate(matrices):
         fields, finite = _encode(code, jnp.asarray(w))

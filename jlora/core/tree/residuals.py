@@ -82,9 +82,10 @@ def loftq(
     """Quantizes a base so that base and adapters together come close to the original: LoftQ.
 
     For every matrix `W` of a leaf whose method starts from a residual, `steps` times `Q = code(W - D)` and `D` anew, what the
-    method adds to `Q` when it starts from `W - Q`: for `LoRA(init="residual")` the truncated SVD of that. `D` is zero at first,
-    and the last step ends with the adapter, so that this is the nearest for the base that is returned. More steps mostly come
-    closer, but need not: no code is a projection.
+    method adds to `Q` when it starts from `W - Q`: for `LoRA(init="residual")` the truncated SVD of that; for
+    `LoRA(init="residual_niter_4")` a randomised one, which comes near it in far less time where matrices are wide. `D` is
+    zero at first, and the last step ends with the adapter, so that this is the nearest for the base that is returned. More
+    steps mostly come closer, but need not: no code is a projection.
 
     Args:
         params: the original params.

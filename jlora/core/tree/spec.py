@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _compat, paths
 from jlora.core.protocol.code import Code
+from jlora.core.protocol.fields import Fields
 from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import GROUPED, Method, Site
 from jlora.core.protocol.readings import Leaf, Sites
@@ -185,6 +186,11 @@ def _site(
         if traced is not None and traced[keys].kind == GROUPED:
             kind = GROUPED
     assert isinstance(bare, Method)
+    if isinstance(bare, Fields):
+        try:
+            bare = bare.of(leaf)
+        except ValueError as error:
+            raise ValueError(f"{path}, shape {shape}: {error}") from None
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path}, shape {shape}, holds {leaf.dtype}; only floating-point leaves can be adapted")
     blank = Site(keys, shape, str(leaf.dtype), (), (), (), kind, bare)
@@ -193,6 +199,7 @@ def _site(
             raise ValueError(
                 f"{path} is kept as {leaf.code}, and {bare} trains the leaf itself; decode it first (jlora.dequantize), or "
                 "adapt it by a method that stays beside it, such as jlora.LoRA"
+                + (", or train its fields by jlora.Fields()" if leaf.code.trained else "")
             )
         return blank
     if roles is None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _compat, paths
+from jlora.core.protocol.fields import Fields
 from jlora.core.protocol.method import Arrays, Site, Start
 from jlora.core.protocol.readings import Sites
 from jlora.core.protocol.statistics import INPUTS, RESIDUAL, needed
@@ -99,6 +100,8 @@ def start_of(site: Site, leaf: Any, key: jax.Array, **statistics: jax.Array) -> 
                 else "jlora.prepare(params, spec, loss_fn, batches)"
             )
         )
+    if isinstance(site.method, Fields):
+        return site.method.start(key, leaf, site)
     key = jax.random.fold_in(key, paths.number(site.path))
     if not isinstance(leaf, Stored):
         leaf = jnp.asarray(leaf)  # numpy's arrays lack some of what methods use

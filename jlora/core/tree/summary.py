@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora import paths
 from jlora.core.protocol.method import Method, Site
-from jlora.core.protocol.stored import Stored
+from jlora.core.protocol.stored import Stored, kept_bytes
 from jlora.core.tree.adapted import SHARED, Adapted, count
 
 
@@ -30,7 +30,7 @@ def _kept_as(adapted: Adapted) -> list[str]:
     lines = []
     for code in dict.fromkeys(leaf.code for leaf in leaves):
         mine = [leaf for leaf in leaves if leaf.code == code]
-        size, nbytes = sum(leaf.size for leaf in mine), sum(leaf.nbytes for leaf in mine)
+        size, nbytes = sum(leaf.size for leaf in mine), kept_bytes(mine)
         bits, room = 8 * nbytes / size, nbytes / 1e6
         lines.append(f"{len(mine)} leaves kept as {code}: {size:,} values of {bits:.3f} bits, {room:,.1f} MB")
     return lines

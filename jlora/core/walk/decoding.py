@@ -24,9 +24,9 @@ def decoding(use: Callable[..., Any], values: Any) -> Callable[..., Any]:
         flat, treedef = jax.tree.flatten(values, is_leaf=_is_weight)
         # No gradient goes through the tie: codes have none, and the operands go their own way.
         operands = [jax.lax.stop_gradient(value) for value in flat if not _is_weight(value)]
-        codes = [value.codes if _is_coded(value) else {} for value in flat]
+        codes = [(value.codes, value.common) if _is_coded(value) else () for value in flat]
         codes = jax.lax.optimization_barrier((operands, codes))[1]
-        flat = [replace(value, codes=code) if code else value for value, code in zip(flat, codes, strict=True)]
+        flat = [replace(value, codes=c[0], common=c[1]) if c else value for value, c in zip(flat, codes, strict=True)]
         return use(*jax.tree.unflatten(treedef, flat))
 
     return jax.checkpoint(tied)

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jlora.core.products.formed import Formed
 from jlora.core.products.update import Update
 from jlora.core.protocol.code import Code
+from jlora.core.protocol.fields import Fields
 from jlora.core.protocol.method import Arrays, Method, Site, View
 from jlora.core.protocol.stored import Stored
 
@@ -105,6 +106,7 @@ class Weight:
         code: the form in which the leaf is kept, or None; static.
         cuts: inside of `shard_map` the mesh axes that cut it, by the `order` of the piece that they cut; static.
         whole: whether the method's arrays are whole although the base's is cut, which is gathered before it is used; static.
+        common: the fields of the code that all matrices have in common; no batch axes.
     """
 
     array: jax.Array | Blank
@@ -125,6 +127,7 @@ class Weight:
     code: Code | None = field(default=None, metadata={"static": True})
     cuts: tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...] = field(default=(), metadata={"static": True})
     whole: bool = field(default=False, metadata={"static": True})
+    common: Arrays = field(default_factory=dict)
 
     @property
     def aval(self) -> Any:
@@ -220,10 +223,10 @@ def start(
     batch = tuple(Piece((axis,), site.shape[axis]) for axis in site.batch_axes)
     if isinstance(array, Stored):
         array.check(site.path)
-    codes, code = (array.fields, array.code) if isinstance(array, Stored) else ({}, None)
+    codes, code, common = (array.fields, array.code, array.common) if isinstance(array, Stored) else ({}, None, {})
     array = Blank.like(array) if code is not None else array
     laid_out = (site, site.path, site.shape, axes, batch)
-    return Weight(array, params, frozen, shared, key, *laid_out, beside=beside, codes=codes, code=code)
+    return Weight(array, params, frozen, shared, key, *laid_out, beside=beside, codes=codes, code=code, common=common)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
@@ -293,7 +296,7 @@ def _matrix(weight: Weight, one: Any) -> jax.Array:
         return one
     assert weight.site is not None
     rows, columns = (math.prod(piece.size for piece in weight.with_role(role)) for role in ("in", "out"))
-    return weight.code.decode(one, rows, columns).astype(weight.site.dtype).astype(weight.array.dtype)
+    return weight.code.decode(one | weight.common, rows, columns).astype(weight.site.dtype).astype(weight.array.dtype)
 
 
 def over_batch(
@@ -312,7 +315,8 @@ def over_batch(
 
     def one(base: Any, fields: tuple[Arrays, Arrays, Arrays], *extra: Any) -> Any:
         params, frozen, beside = fields
-        return function(View(_matrix(weight, base), params, frozen, site, shared, beside), *extra)
+        kept = {"codes": base | weight.common, "code": weight.code} if isinstance(site.method, Fields) else {}
+        return function(View(_matrix(weight, base), params, frozen, site, shared, beside, **kept), *extra)
 
     for piece in reversed(weight.batch):
         one = jax.vmap(one, in_axes=(0, 0, *(along(piece) if extra else ())))
@@ -419,9 +423,9 @@ def narrow(weight: Weight, axis: int, size: int, cut_array: Any, cut: Any) -> We
 
 def stop(weight: Weight) -> Weight:
     """The weight with no gradient flowing into anything of it."""
-    halted = jax.tree.map(jax.lax.stop_gradient, (weight.shared, weight.factor))
+    halted = jax.tree.map(jax.lax.stop_gradient, (weight.shared, weight.factor, weight.common))
     stopped = weight.on_fields(jax.lax.stop_gradient).moved(jax.lax.stop_gradient)
-    return replace(stopped, shared=halted[0], factor=halted[1])
+    return replace(stopped, shared=halted[0], factor=halted[1], common=halted[2])
 
 
 def unstack(weight: Weight) -> tuple[Weight, Any] | None:
@@ -440,8 +444,8 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     at = weight.batch.index(piece)
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
     # What has no axis to scan over reaches every step as it is.
-    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None)
-    whole: dict[str, Any] = {"shared": weight.shared, "factor": weight.factor}
+    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None, common={})
+    whole: dict[str, Any] = {"shared": weight.shared, "common": weight.common, "factor": weight.factor}
     if isinstance(weight.array, Blank):
         whole["array"] = weight.array.moved(lambda array: array[0])
     return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
@@ -481,6 +485,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         shared={name: PartitionSpec() for name in weight.shared},
         beside={name: PartitionSpec(*leading, cuts.get("out")) for name in weight.beside},
         codes={} if weight.code is None else {name: field_spec(name, weight.code.axes) for name in weight.codes},
+        common={name: PartitionSpec() for name in weight.common},
     )
 
 
