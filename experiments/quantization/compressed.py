@@ -1,6 +1,7 @@
 """What a base loses by codes of smaller arrays, and what training in that form gives back.
 
     python experiments/quantization/compressed.py [--data FOLDER] [--bits N ..] [--stories N] [--pairs N] [--steps N]
+    python experiments/quantization/compressed.py --model DIR
 
 The models and scores are those of `run.py`: the loss of stories260k in nats a token, and MiniLM's correlation with people's
 judgements, on its first pairs of sentences alone. All linear weights but heads and embeddings are kept as
@@ -14,7 +15,9 @@ transposed pair  `TransposedPair` of the feed-forward matrices in bfloat16 (with
 
 For comparison `Int8`, `NF4` and `NF3` on the same leaves, where blocks divide them; others stay as they are, and count. Of
 stories260k each form is also trained for some steps by `jlora.Fields`, Adam at 1e-3, on stories that it is not scored on.
-Writes compressed.md and compressed.png.
+With `--model DIR`, a Hugging Face directory of a Llama, that model alone is measured on the same stories, untrained, and
+what is written is called after the directory. Writes compressed.md and compressed.png, or compressed_NAME.md and
+compressed_NAME.png.
 """
 
 import argparse
@@ -171,11 +174,18 @@ def main():
     parser.add_argument("--stories", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--model", type=Path)
     asked = parser.parse_args()
     if not asked.data.is_dir():
         parser.error(f"there is no folder {asked.data}; say --data or set JLORA_DATA")
     made = f"Made by `compressed.py`, {asked.stories} stories, {asked.pairs} pairs, {asked.steps} steps of training"
     found = {}
+    if asked.model is not None:
+        name = asked.model.resolve().name
+        rows = study(*run.stories(asked.data, asked.stories, asked.model, together=4), asked.bits)
+        return report(
+            {f"{name}, nats a token": rows}, f"Made by `compressed.py --model`, {asked.stories} stories", name
+        )
     params, sites, score = run.stories(asked.data, asked.stories)
     found["stories260k, nats a token"] = study(
         params, sites, score, asked.bits, trainer(asked.data, sites, asked.steps)
@@ -185,8 +195,9 @@ def main():
     report(found, made)
 
 
-def report(found, made):
-    """Writes table and picture of what was measured."""
+def report(found, made, name=None):
+    """Writes table and picture of what was measured, under the name of a model of the user's."""
+    file = "compressed" if name is None else f"compressed_{name}"
     lines = [f"{made}, JAX {jax.__version__}.", ""]
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.5), layout="constrained", squeeze=False)
     for ax, (title, rows) in zip(axes[0], found.items(), strict=True):
@@ -201,8 +212,8 @@ def report(found, made):
             lines.append(f"| {name} | {bits:.2f} | {error:.3f} | {value:.4f} | {told} |")
         lines.append("")
         draw(ax, title, rows)
-    (HERE / "compressed.md").write_text("\n".join(lines), encoding="utf-8")
-    figure.savefig(HERE / "compressed.png", dpi=120)
+    (HERE / f"{file}.md").write_text("\n".join(lines), encoding="utf-8")
+    figure.savefig(HERE / f"{file}.png", dpi=120)
     plt.close(figure)
 
 

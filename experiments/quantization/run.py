@@ -45,10 +45,10 @@ CODES = (
 LENGTH = 256
 
 
-def stories(data: Path, count: int):
-    """The model, its params, and a function from quantized params to the loss."""
-    model, params = models.load(models.STORIES260K)
-    tokenizer = models.load_tokenizer(models.STORIES260K)
+def stories(data: Path, count: int, directory: Path = models.STORIES260K, together: int = 50):
+    """The params of a language model, its sites, and a function from quantized params to the loss on the first stories."""
+    model, params = models.load(directory, param_dtype=jnp.float32)
+    tokenizer = models.load_tokenizer(directory)
     texts = json.loads((data / "tinystories_1000" / "tinystories_1000.json").read_text(encoding="utf-8"))[:count]
     rows = [tokenizer.encode(text).ids[:LENGTH] for text in texts]
     tokens = np.zeros((len(rows), LENGTH), np.int32)
@@ -63,8 +63,8 @@ def stories(data: Path, count: int):
         return -jnp.sum(chosen * counted[:, 1:])
 
     def score(params):
-        parts = range(0, len(tokens), 50)
-        return float(sum(loss(params, tokens[n : n + 50], counted[n : n + 50]) for n in parts) / counted.sum())
+        parts = [slice(n, n + together) for n in range(0, len(tokens), together)]
+        return float(sum(loss(params, tokens[part], counted[part]) for part in parts) / counted.sum())
 
     sites = jlora.sites(model.apply, {"params": params}, tokens[:1])
     return params, sites, score
