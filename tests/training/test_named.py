@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -190,11 +191,12 @@ def test_a_run_from_before_goes_on_and_its_hyperparameters_must_stay(tmp_path):
         del old["settings"][name]
     (tmp_path / "settings.json").write_text(json.dumps(old))
     again, about = begun(tmp_path, resume=True)
-    job._begin(tmp_path, about, again)
+    no_chats = SimpleNamespace(template=None)
+    job._begin(tmp_path, about, no_chats, again)
     assert job._measured(job.read_settings(tmp_path)) == {"layers/q": [2, 3]}
     other, about = begun(tmp_path, resume=True, set={"ranks": "2"})
     with pytest.raises(SettingError, match=r"set is {'ranks': 2}, but the run in .* was started with {}, which must"):
-        job._begin(tmp_path, about, other)
+        job._begin(tmp_path, about, no_chats, other)
 
 
 def test_inspect_lists_hyperparameters_and_finds_the_embedding(capsys):

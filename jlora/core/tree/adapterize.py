@@ -106,6 +106,8 @@ def _shapes(
 def _warn_of_cuts(plan: Plan, leaves: Leaves) -> None:
     """Says of a base that is traced on a mesh that nothing here shows how it is cut."""
     for site in plan.sites:
+        if not site.method.axes:
+            continue  # nothing lies beside it
         leaf = leaves[site.keys]
         arrays = leaf.fields.values() if isinstance(leaf, Stored) else (leaf,)
         if any(map(placement.is_cut_unseen, arrays)):
