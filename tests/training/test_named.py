@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
