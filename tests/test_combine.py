@@ -195,7 +195,7 @@ def test_on_a_mesh_the_result_lies_as_a_new_adapter_would(kind):
                 base={n: jax.device_put(w, NamedSharding(mesh, cuts[n])) for n, w in STACKED.items()}
             )
             found = jlora.combine([on_mesh(stacked(1)), on_mesh(stacked(2))], [0.7, -1.5], combination, **options)
-            assert found.params["stack"]["a"].sharding.spec == P(None, "x", None)
+            assert found.params["stack"]["a"].sharding.spec == P(None, "x")
             assert found.params["heads"]["b"].sharding.spec == P(None, "y")
             close(jax.device_get(changes(found)), changes(plain))
 

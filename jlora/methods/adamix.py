@@ -107,4 +107,4 @@ class AdaMix(Method):
         return Factors(view.params["a"].mean(0), self.scale * view.params["b"].mean(0))
 
 
-AdaMix.CASES = (AdaMix(rank=2, experts=3), AdaMix(rank=3, experts=2, shared_b=False, alpha=5))
+AdaMix.CASES = (AdaMix(rank=2, experts=3), AdaMix(rank=2, experts=2, shared_b=False, alpha=5))

@@ -17,7 +17,7 @@ import programs
 import steps
 
 #: Together they have nearly all steps, nests and ends; choose others where a change of `steps.py` makes them other programs.
-SEEDS = (1536, 733, 147, 2028, 1480, 355, 1938, 436, 148, 683)
+SEEDS = (1536, 733, 147, 2028, 1480, 1763, 1938, 436, 148, 683)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
