@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
@@ -156,7 +157,8 @@ def fit(
     """
     spec = task.spec(method)
     adapted = jlora.adapterize(task.params(seed), spec, jax.random.key(seed), task.sites, prepared)
-    tx = _optimizer(adapted, 0.0, ratio)
+    # As arrays, which is how a step gets them: numbers that are equal would be one group.
+    tx = _optimizer(adapted, jnp.float32(0), None if ratio is None else jnp.float32(ratio))
     state = tx.init(adapted.params)
     step, losses = _step(task), []
     # For methods that look at data between steps; some of it is trained on too.

@@ -133,6 +133,13 @@ def test_what_can_only_be_one_is_refused_as_several(factory, rate, options, mess
         jlora.optimizer(adapted, factory, rate, **options)
 
 
+def test_a_state_made_at_a_rate_of_zero_fits_the_rate(adapted):
+    structure = lambda rate, ratio: jax.tree.structure(
+        jlora.optimizer(adapted, optax.adam, rate, ratio=ratio).init(adapted.params)
+    )
+    assert structure(0.0, 4) == structure(1e-3, 4) != structure(1e-3, None) == structure(0.0, None)
+
+
 def test_equal_rates_are_one_group_however_they_are_given(adapted):
     lora = jlora.adapterize(PARAMS, {"up/w": jlora.LoRA(2)})
     schedule = optax.constant_schedule(0.1)

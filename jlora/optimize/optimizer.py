@@ -171,8 +171,9 @@ def _merged(tree: Any, groups: dict[str, Any], factory: Callable[..., Any]) -> t
         group, _, factor = named.partition(" x ")
         rate, options = groups[group]
         factor = float(factor or 1)
-        # Equal numbers are equal rates; schedules and traced scalars are only where they are one object.
-        own = float(rate * factor) if isinstance(rate, int | float) else (id(rate), factor)
+        # Equal numbers are equal rates; schedules and traced scalars are only where they are one object, and so is 0: a state
+        # that is made with that in a rate's place must fit the rate.
+        own = float(rate * factor) if isinstance(rate, int | float) and rate else (id(rate), factor)
         names[label] = first.setdefault((own, id(options), renewal), label)
         if names[label] == label:
             made[label] = factory(scaled(rate, factor), **options)
