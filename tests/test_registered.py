@@ -78,6 +78,17 @@ def test_flax_writes_coded_leaves_with_the_name_of_their_code():
         serialization.from_bytes(jlora.quantize(PARAMS, {"w": jlora.NF4(32)}), written)
 
 
+def test_flax_writes_what_leaves_have_in_common():
+    pair = {"up": PARAMS["w"], "out": PARAMS["w"] * 2}
+    joint = jlora.quantize(
+        pair, {"up|out": jlora.JointLowRank(2)}, jlora.sites(lambda p, x: (x @ p["up"], x @ p["out"]), pair, X)
+    )
+    empty = jax.tree.map(jnp.zeros_like, joint)
+    found = serialization.from_bytes(empty, serialization.to_bytes(joint))
+    assert joint["up"].common and all(np.any(np.asarray(array)) for array in found["up"].common.values())
+    jax.tree.map(np.testing.assert_array_equal, found, joint)
+
+
 @pytest.mark.parametrize("params", [PARAMS, CODED], ids=["plain", "coded"])
 def test_an_exported_function_takes_an_adapted(params):
     adapted, lifted = adapted_on(params), jax.jit(jlora.lift(product))

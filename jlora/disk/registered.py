@@ -54,7 +54,8 @@ def adapters_restored(adapted: Adapted, state: Any) -> Adapted:
 
 def code_state(leaf: Stored) -> dict[str, Any]:
     """What `flax.serialization` writes of a leaf that is kept in the form of a code: the code in words, and its fields."""
-    return {"code": repr(leaf.code), "fields": serialization.to_state_dict(leaf.fields)}
+    fields = {"fields": leaf.fields, **({"common": leaf.common} if leaf.common else {})}
+    return {"code": repr(leaf.code), **{name: serialization.to_state_dict(each) for name, each in fields.items()}}
 
 
 def code_restored(leaf: Stored, state: Any) -> Stored:
@@ -66,7 +67,8 @@ def code_restored(leaf: Stored, state: Any) -> Stored:
     code = state.get("code") if isinstance(state, dict) else None
     if code != repr(leaf.code):
         raise ValueError(f"a leaf of shape {leaf.shape} is kept as {leaf.code!r} here, but was written as {code}")
-    return dataclasses.replace(leaf, fields=_restored(leaf.fields, state["fields"], "fields"))
+    fields = _restored(leaf.fields, state["fields"], "fields")
+    return dataclasses.replace(leaf, fields=fields, common=_restored(leaf.common, state.get("common", {}), "common"))
 
 
 def _has_values(tree: Any) -> bool:
@@ -108,10 +110,9 @@ def plan_from_bytes(written: bytes | bytearray) -> tuple[Plan]:
 
 
 def form_to_bytes(static: tuple[Any, ...]) -> bytes:
-    """The static part of a `Stored`, for `jax.export`: code, shape, dtype and the roles of its axes."""
-    code, shape, dtype, *roles = static
-    named = {"code": import_path(type(code)), **dataclasses.asdict(code)}
-    return json.dumps([named, shape, str(np.dtype(dtype)), *roles]).encode()
+    """The static part of a `Stored`, for `jax.export`: code, shape, dtype, the roles of its axes, and its group."""
+    code, shape, dtype, *roles, group = static
+    return json.dumps([_table(code), shape, str(np.dtype(dtype)), *roles, group]).encode()
 
 
 def form_from_bytes(written: bytes | bytearray) -> tuple[Any, ...]:
@@ -120,12 +121,27 @@ def form_from_bytes(written: bytes | bytearray) -> tuple[Any, ...]:
     Raises:
         ValueError: for a code whose class is not imported.
     """
-    table, shape, dtype, *roles = json.loads(written)
-    path = table.pop("code")
+    table, shape, dtype, *roles, group = json.loads(written)
+    return (_code(table), tuple(shape), np.dtype(dtype), *map(tuple, roles), group)
+
+
+def _table(code: Code) -> dict[str, Any]:
+    """A code as plain data, with the codes inside of it."""
+    given = {each.name: getattr(code, each.name) for each in dataclasses.fields(code) if each.init}
+    inside = {name: _table(value) if isinstance(value, Code) else value for name, value in given.items()}
+    return {"code": import_path(type(code)), **inside}
+
+
+def _code(table: dict[str, Any]) -> Code:
+    path = table["code"]
     if (cls := imported(Code).get(path)) is None:
         raise UnknownClass(f"no code {path!r} is imported: import {path.rpartition('.')[0]} before this is read")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    return (cls(**given), tuple(shape), np.dtype(dtype), *map(tuple, roles))
+    given: dict[str, Any] = {}
+    for name, value in table.items():
+        if name != "code":
+            inside = _code(value) if isinstance(value, dict) else value
+            given[name] = tuple(inside) if isinstance(inside, list) else inside
+    return cls(**given)
 
 
 serialization.register_serialization_state(Adapted, adapters_state, adapters_restored)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from jlora.training.errors import CheckpointError
 
@@ -33,9 +34,14 @@ def joined(arrays: Mapping[str, Any], wanted: Mapping[str, list[str]], where: st
     for name, names in wanted.items():
         taken = [each for each in names if each in wanted] or names[:1]
         for other in names:
-            if not any(np.array_equal(arrays[other], arrays[each]) for each in taken):
+            if other not in taken and not any(_equal(arrays[other], arrays[each]) for each in taken):
                 raise CheckpointError(
                     f"{where} was written by a former release, and its {other} differs from {' and '.join(taken)}, where now "
                     f"there is one {name}: go on with that release, or start anew"
                 )
     return {name: arrays[names[0]] for name, names in wanted.items()}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether arrays, of which each process may hold a part, have the same values."""
+    return one.shape == other.shape and bool(jax.jit(jnp.array_equal)(one, other))
