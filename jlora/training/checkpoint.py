@@ -111,6 +111,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True,
             enable_async_checkpointing=True,
+            # Process 0's sign that a folder is there is numbered from 1 in each run: in a second run of the same processes it
+            # would be there before the folder.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
