@@ -1,5 +1,6 @@
 """`combine`: several adapters of one base as one, against PEFT's `add_weighted_adapter` and closed forms."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora.compose.combine import COMBINATIONS
 from jlora.compose.election import Rule
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "combine.npz")
@@ -114,11 +116,27 @@ def test_factors_side_by_side_are_the_sum_of_the_changes(pair):
     close(changes(both), summed([0.7, -1.5], one, two))
 
 
+@pytest.mark.parametrize(
+    "method", [jlora.DoRA(LORA), jlora.SHiRA("random", density=0.2), jlora.OFT(2)], ids=lambda m: type(m).__name__
+)
+def test_whatever_changes_weights_has_a_change_to_combine(method):
+    one, two = stacked(1, method), stacked(2)
+    close(changes(jlora.combine([one, two], [0.7, -1.5], "svd", rank=8)), summed([0.7, -1.5], one, two))
+
+
 def test_what_has_no_factors_is_combined_by_its_change():
     one, two = stacked(1, jlora.SineLoRA(2)), stacked(2)
     refused("heads: SineLoRA.* has no factors for 'cat'", [one, two], [1, 1], error=TypeError)
     refused(r"heads: SineLoRA.* has no rank that the result could take: give rank=", [one, two], [1, 1], "svd")
     close(changes(jlora.combine([one, two], [0.7, -1.5], "svd", rank=8)), summed([0.7, -1.5], one, two))
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_one_adapter_may_be_combined_by_itself_in_each_way(combination):
+    options = {"density": 1.0} if re.search("ties|dare|prune", combination) else {}
+    found = jlora.combine([stacked(1)], [2.0], combination, key=KEY, **options)
+    close(changes(found), summed([2.0], stacked(1)))
 
 
 @pytest.mark.newest
@@ -224,6 +242,8 @@ def test_what_cannot_be_combined_is_refused():
     refused("'ties' needs a density", [one], [1], "ties")
     refused("'linear' keeps all entries: leave density out", [one], [1], "linear", density=0.5)
     refused("density must be in", [one], [1], "ties", density=0.0)
+    refused("'linear' keeps all entries: leave density out", [one], [1], "linear", density=0.0)
+    refused("'svd' elects no sign: leave majority out", [one], [1], "svd", majority="frequency")
     refused("majority must be one of", [one], [1], "ties", density=0.5, majority="both")
     refused("draws which entries stay: pass key=", [one], [1], "dare_ties", density=0.5)
     with pytest.raises(TypeError, match="heads: bases that are arguments of jit can't be compared"):

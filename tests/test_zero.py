@@ -59,7 +59,7 @@ def moments(state):
 
 def test_the_loops_step_is_compiled_once_and_moments_lie_beside_what_is_trained():
     params, state, _, compiled = train()
-    assert compiled <= 1  # JAX 0.10 may have dropped it among many programs
+    assert compiled == 1 or (compiled == 0 and jax.__version_info__ < (0, 11))  # which drops some among many programs
     assert (
         state.inner_states["a"].inner_state[0].mu["up"]["a"].sharding.spec
         == params["up"]["a"].sharding.spec
@@ -72,7 +72,7 @@ def test_moments_cut_over_the_data_axis_take_their_share_of_memory_and_give_the_
     params, state, plain, _ = train()
     cut, cut_state, program, compiled = train("data")
     close((cut, moments(cut_state)), (params, moments(state)))
-    assert compiled <= 1  # JAX 0.10 may have dropped it among many programs
+    assert compiled == 1 or (compiled == 0 and jax.__version_info__ < (0, 11))  # which drops some among many programs
     lies = jlora.mesh.moments(adapt(), "data")
     assert lies["up"]["a"].spec == P(("fsdp", "data"))
     assert lies["bias"]["w"].spec == P("data") and lies["up"]["b"].spec == P(None, "data")

@@ -108,7 +108,7 @@ def combine(
         clamp: of an "svd": both factors are clipped to plus and minus this quantile of their entries.
         density: share of the entries that are kept, in (0, 1]; needed by all that prune.
         majority: the sign that "ties" elects is that of the sum ("total"), or of the sum of signs ("frequency").
-        key: for "dare".
+        key: for "dare", of which it draws the entries; the others draw nothing.
 
     Returns:
         The adapter, of `LoRA` with scale 1 and without dropout.
@@ -159,12 +159,14 @@ def _checked(
         raise ValueError(f"clamp must be a quantile in (0, 1], got {clamp!r}")
     if (rule.prune is None) != (density is None):
         raise ValueError(
-            f"{name!r} " + ("keeps all entries: leave density out" if density else "needs a density in (0, 1]")
+            f"{name!r} " + ("needs a density in (0, 1]" if density is None else "keeps all entries: leave density out")
         )
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
     if majority not in MAJORITIES:
         raise ValueError(f"majority must be one of {MAJORITIES}, got {majority!r}")
+    if majority != "total" and not rule.elect:
+        raise ValueError(f"{name!r} elects no sign: leave majority out")
     if rule.prune == "random" and key is None:
         raise ValueError(f"{name!r} draws which entries stay: pass key=jax.random.key(...)")
     return _Way(name, replace(rule, density=density or 1.0, majority=majority), rank, clamp)

@@ -159,9 +159,9 @@ def _stacked(adapters: Sequence[Adapted]) -> tuple[list[PlainLoRA], Plan]:
     stack, sites = [], []
     weights = [dict(zip(names, adapted.weights())) for names, adapted in zip(paths_of, adapters)]
     for site in adapters[0].plan.sites:
-        found = [plain.factors(each[site.path]) if each[site.path].method.matrix else None for each in weights]
         members: list[PlainLoRA] = []
-        for each, factors in zip(weights, found):
+        for each in weights:
+            factors = plain.factors(each[site.path])
             if factors is None:
                 raise TypeError(f"{site.path}: {each[site.path].method} has no factors that could be added up")
             members.append(factors)

@@ -73,11 +73,14 @@ def exact(weight: Weight) -> Weight | None:
 
 
 def factors(weight: Weight) -> PlainLoRA | None:
-    """The leaf's own factors and scale, where its method's weight is `w + scale * (a * gates) @ b`; None for any other.
+    """The leaf's own factors and scale, where its method's weight is `w + scale * (a * gates) @ b`, and no more than that.
 
-    A method that says what it is as plain LoRA gives what it says, any other its exact factors with scale 1.
+    A method that says what it is as plain LoRA gives what it says, any other its exact factors with scale 1; None for one
+    that has none, takes the leaf as it is, or changes what is beside it.
     """
     method = weight.method
+    if not method.matrix or weight.beside:
+        return None
     if type(method) is LoRA and not method.from_weight:
         a, b = weight.params["a"], weight.params["b"]
         return PlainLoRA(a, jnp.ones(a.shape[:-2] + a.shape[-1:], a.dtype), b, method.scale, method.dropout)
@@ -203,7 +206,14 @@ def _with_lora(weight: Weight, old: Method, lora: LoRA, a: jax.Array, b: jax.Arr
 
 
 def _factors(method: Method, weight: Weight) -> Factors | None:
-    return weights.over_batch(method.factors, weight) if method.matrix and method.form is Factors else None
+    if not method.matrix:
+        return None
+    if method.form is Factors:
+        return weights.over_batch(method.factors, weight)
+    if not _says(method):
+        return None
+    found = _plain(weight, method)
+    return Factors(found.a * found.gates[..., None, :], found.scale * found.b, dropout=found.dropout)
 
 
 def _agrees(method: Method, found: Factors, weight: Weight) -> bool:

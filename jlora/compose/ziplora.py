@@ -142,7 +142,7 @@ def zip_adapters(adapters: Sequence[Adapted]) -> Zipped:
     for order, adapted in enumerate(adapters):
         parents.append({})
         for site, weight in zip(adapted.plan.sites, adapted.weights(), strict=True):
-            factors = plain.factors(weight) if site.method.matrix and not weight.beside else None
+            factors = plain.factors(weight)
             if factors is None:
                 raise TypeError(f"{site.path}: {site.method} has no factors whose inputs could get gains")
             first = sites.setdefault(site.path, replace(site, beside=()))
