@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora import mesh, paths
+from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted
 
-Places = dict[tuple[str, ...], tuple[tuple[int, ...], Any]]
+Places = dict[tuple[str, ...], tuple[tuple[int, ...], NamedSharding]]
 
 
 def placed(tx: optax.GradientTransformation, adapted: Adapted, zero: str | None = None) -> optax.GradientTransformation:
@@ -21,35 +22,30 @@ def placed(tx: optax.GradientTransformation, adapted: Adapted, zero: str | None 
 
     Moments lie beside their trained array, or by `jlora.mesh.moments` with `zero`; everything else of the state lies whole on
     every device. Without it a compiler is free to move what a step returns, and scalars start on one device, so that a step
-    is compiled for its second call anew. Where the trained arrays are on no mesh, or on one with explicit axes, whose types
-    say it all, this is `tx` itself; a program whose trained arrays are on another mesh is left alone. Where all of them lie
-    whole on the mesh, as they do before they are placed, nothing is said of what is as large as they are.
+    is compiled for its second call anew. Where no base leaf is on a mesh, or the trained arrays are on one with explicit
+    axes, whose types say it all, this is `tx` itself; a program whose trained arrays are on another mesh is left alone.
 
     Raises:
         ValueError: with `zero`, where it can't be (see `jlora.mesh.moments`).
     """
     trained = _places(adapted.params, None)
     moments = trained if zero is None else _places(adapted.params, mesh.moments(adapted, zero))
-    if not trained or any(AxisType.Explicit in place.mesh.axis_types for _, place in trained.values()):
+    # What is on a mesh because `jax.set_mesh` was in force, and not beside its base, is not placed yet.
+    beside = any(placement.named_sharding(leaf) is not None for leaf in jax.tree.leaves(adapted.base))
+    if not trained or not beside or any(AxisType.Explicit in place.mesh.axis_types for _, place in trained.values()):
         return tx
-    known = next(iter(trained.values()))[1].mesh
-    everywhere = NamedSharding(known, PartitionSpec())
-    if zero is None and all(place.is_fully_replicated for _, place in trained.values()):
-        moments = trained = {keys: (shape, None) for keys, (shape, _) in trained.items()}
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
         state = inner.init(params)
-        return _put(state, moments, everywhere) if _lie_there(params, known) else state
+        return _put(state, moments) if _lie_there(params, trained) else state
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        there = _lie_there(updates if params is None else params, known)
+        there = _lie_there(updates if params is None else params, trained)
         # The gradients too: else the cut of moments may spread to the activations that they come from.
-        updates = _put(updates, trained, everywhere) if there else updates
+        updates = _put(updates, trained) if there else updates
         updates, state = inner.update(updates, state, params, **extra)
-        if not there:
-            return updates, state
-        return _put(updates, trained, everywhere), _put(state, moments, everywhere)
+        return (_put(updates, trained), _put(state, moments)) if there else (updates, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -65,18 +61,19 @@ def _places(params: Any, shardings: Any) -> Places:
     }
 
 
-def _lie_there(params: Any, place: Mesh) -> bool:
-    """Whether trained arrays, or traced ones, are on a mesh, and not inside of a `shard_map` over it."""
-    known = place.abstract_mesh
+def _lie_there(params: Any, places: Places) -> bool:
+    """Whether trained arrays, or traced ones, are on the mesh of the places, and not inside of a `shard_map` over it."""
+    known = next(iter(places.values()))[1].mesh.abstract_mesh
     found = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(params)]
     return any(each.shape == known.shape and each.axis_types == known.axis_types for each in found if not each.empty)
 
 
-def _put(tree: Any, places: Places, everywhere: NamedSharding) -> Any:
-    """A tree with each array where the trained one lies that its keys end with, if that is known, and all others everywhere.
+def _put(tree: Any, places: Places) -> Any:
+    """A tree with each array where the trained one lies that its keys end with, and all others on every device.
 
     What has another shape than its trained array, such as Adafactor's sums over rows, is one of the others.
     """
+    everywhere = NamedSharding(next(iter(places.values()))[1].mesh, PartitionSpec())
     leaves, treedef = paths.flatten_with_keys(tree)
 
     def one(keys: tuple[str, ...], leaf: Any) -> Any:
@@ -85,8 +82,6 @@ def _put(tree: Any, places: Places, everywhere: NamedSharding) -> Any:
         ends = (keys[n:] for n in range(len(keys)))
         shape, own = next((places[end] for end in ends if end in places), (None, everywhere))
         place = own if leaf.shape == shape else everywhere
-        if place is None:
-            return leaf
         return (
             jax.lax.with_sharding_constraint(leaf, place) if isinstance(leaf, Tracer) else jax.device_put(leaf, place)
         )

@@ -303,7 +303,7 @@ STORED = (
     Mutation(
         "the step counts of an optimizer start on one device",
         "jlora/optimize/placed.py",
-        "return _put(state, moments, everywhere) if _lie_there(params, known) else state",
+        "return _put(state, moments) if _lie_there(params, trained) else state",
         "return state",
         (ZERO + "the_loops_step_is_compiled_once_and_moments_lie_beside_what_is_trained",),
     ),
