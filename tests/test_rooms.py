@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 from pathlib import Path
 
 import jlora
@@ -115,7 +116,7 @@ def test_the_job_has_a_room_for_each_of_its_subjects():
 
 def test_no_room_has_the_name_of_something_public():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
-    assert not folders & set(jlora.__all__)
+    assert not folders & {name for name in jlora.__all__ if not inspect.ismodule(getattr(jlora, name))}
 
 
 def test_the_check_sees_imports_in_functions_and_for_types(tmp_path):

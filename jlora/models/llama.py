@@ -258,12 +258,13 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: jax.Array | None = None,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         cache: attention.KVCache | None = None,
         return_hidden: bool = False,
+        from_hidden: jax.Array | None = None,
     ) -> Any:
         """Reads tokens and scores what follows each.
 
@@ -275,6 +276,7 @@ class Llama(nn.Module):
             cache: Keys and values of the tokens before (`empty_cache` at first); asks for a pair as the result.
             return_hidden: Return the last hidden states, after the final norm, in place of the logits; so does a model
                 without a head.
+            from_hidden: Such hidden states, in place of tokens: only the head is applied to them.
 
         Returns:
             Logits `[batch, length, vocab_size]` (or hidden states `[batch, length, hidden_size]`), float32; with a
@@ -282,17 +284,35 @@ class Llama(nn.Module):
 
         Raises:
             TypeError: Params are kept in the form of a code: run the model by `jlora.lift(model.apply)`.
+            ValueError: Both or neither of tokens and hidden states are given, or the latter to a model without a head.
         """
         refuse_codes(self.variables)
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, name="embed_tokens")
+        if from_hidden is not None:
+            self._check_hidden(tokens)
+            return self._head(embed, from_hidden).astype(jnp.float32)
+        if tokens is None:
+            raise ValueError("a Llama reads tokens, or hidden states by from_hidden; got neither.")
         inputs, cache = self._attention_inputs(tokens, positions, segment_ids, attention_mask, cache)
         x, cache = self._run_layers(embed(tokens), inputs, cache)
         x = RMSNorm(c, name="norm")(x)
         if c.language_head and not return_hidden:
-            x = embed.attend(x) if c.tie_word_embeddings else _dense(c, c.vocab_size, False, "lm_head")(x)
+            x = self._head(embed, x)
         x = x.astype(jnp.float32)
         return x if cache is None else (x, cache)
+
+    @nn.nowrap
+    def _head(self, embed: nn.Embed, x: jax.Array) -> jax.Array:
+        c = self.config
+        return embed.attend(x) if c.tie_word_embeddings else _dense(c, c.vocab_size, False, "lm_head")(x)
+
+    @nn.nowrap
+    def _check_hidden(self, tokens: jax.Array | None) -> None:
+        if tokens is not None:
+            raise ValueError("a Llama reads tokens, or hidden states by from_hidden; got both.")
+        if not self.config.language_head:
+            raise ValueError("from_hidden wants a model with a head; this one was loaded without.")
 
     def _attention_inputs(self, tokens, positions, segment_ids, attention_mask, cache):
         c = self.config

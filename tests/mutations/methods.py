@@ -53,7 +53,7 @@ MIXTURES = (
     ),
     Mutation(
         "both draws are pulled by both divergences",
-        "jlora/losses.py",
+        "jlora/losses/outputs.py",
         "        fixed = jax.lax.stop_gradient(by)\n",
         "        fixed = by\n",
         (ADAMIX + "agreement_is_half_of_both_divergences_each_pulling_one_side",),

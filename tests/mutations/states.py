@@ -142,14 +142,14 @@ ADAPTED = (
     ),
     Mutation(
         "padding counts in BA-LoRA's terms",
-        "jlora/losses.py",
+        "jlora/losses/outputs.py",
         "return jnp.where(weights[..., None] != 0, z, 0), weights.astype(z.dtype)",
         "return z, jnp.ones(weights.shape, z.dtype)",
         (LOSSES + "values_and_gradients_are_those_of_numpy_and_padding_does_not_count",),
     ),
     Mutation(
         "the teacher of BA-LoRA gets a gradient",
-        "jlora/losses.py",
+        "jlora/losses/outputs.py",
         "t, _ = _outputs(jax.lax.stop_gradient(teacher), mask, form)",
         "t, _ = _outputs(teacher, mask, form)",
         (LOSSES + "a_model_at_its_start_is_consistent_and_the_teacher_gets_no_gradient",),

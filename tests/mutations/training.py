@@ -33,8 +33,8 @@ STEP = (
     Mutation(
         "the loss is a mean of the parts' means",
         "jlora/training/model/loop.py",
-        "return sums(lifted, whole, part).loss / weight, {}",
-        "found = sums(lifted, whole, part)\n                return found.loss / found.weight / batch['weights'].shape[0], {}",
+        "return lifted(whole, part).loss / weight, {}",
+        "found = lifted(whole, part)\n                return found.loss / found.weight / batch['weights'].shape[0], {}",
         (STEPS + "accumulated_parts_give_the_step_of_the_whole_batch",),
     ),
     Mutation(

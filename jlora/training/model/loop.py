@@ -16,7 +16,7 @@ from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training.data.pipeline import Batch
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import rows_of_batch
-from jlora.training.model.losses import Forward, Sums, sums
+from jlora.training.model.losses import Forward, Sums, lifted_sums, sums
 
 
 class State(NamedTuple):
@@ -68,7 +68,7 @@ def make_step(
         of all, so the result does not depend on the number of parts (but for rounding).
     """
     lifting = {"cuts": cuts, "rows": rows}
-    lifted = jlora.lift(forward, **lifting)
+    lifted = lifted_sums(forward, **lifting)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -77,7 +77,7 @@ def make_step(
         def mean_loss(params, part, part_key):
             whole = adapted.replace(params=params, context={"dropout": part_key})
             if asked is None:
-                return sums(lifted, whole, part).loss / weight, {}
+                return lifted(whole, part).loss / weight, {}
             found, seen = _observed_sums(forward, asked, whole, part, lifting)
             return found.loss / weight, seen
 
@@ -124,8 +124,7 @@ def make_evaluation(
     forward: Forward, cuts: Mapping[str, int] | None = None
 ) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
     """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; `cuts` as for the step."""
-    lifted = jlora.lift(forward, cuts=cuts)
-    step = jax.jit(lambda adapted, batch: sums(lifted, adapted, batch))
+    step = jax.jit(lifted_sums(forward, cuts=cuts))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
         # In float64, so that many small batches add up as one.
@@ -137,10 +136,10 @@ def make_evaluation(
 
 def held_out_loss(forward: Forward, cuts: Mapping[str, int] | None = None) -> Callable[[jlora.Adapted, Any], jax.Array]:
     """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
-    lifted = jlora.lift(forward, cuts=cuts)
+    lifted = lifted_sums(forward, cuts=cuts)
 
     def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
-        found = sums(lifted, adapted, batch)
+        found = lifted(adapted, batch)
         return found.loss / jnp.maximum(found.weight, 1.0)
 
     return loss

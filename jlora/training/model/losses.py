@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+import jlora
+from jlora.losses import TokenSums as Sums
+from jlora.losses import chunked_cross_entropy
+
 Forward = Callable[[Any, dict[str, jax.Array]], jax.Array]
 """Params (or an `Adapted`) and a batch to logits."""
 
 
-class Sums(NamedTuple):
-    """Sums over a batch.
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model as a `Forward`, tokens to logits for the next token `[rows, length, vocabulary]`; and its two halves.
 
     Attributes:
-        loss: weighted cross-entropy in nats.
-        weight: of the predictions: tokens for language models, rows for classification.
-        correct: weight of the right predictions.
+        model: one of `jlora.models` with a head.
     """
 
-    loss: Any
-    weight: Any
-    correct: Any
+    model: Any
+
+    def __call__(self, params: Any, batch: dict[str, jax.Array]) -> Any:
+        return self._apply(params, batch)
+
+    def hidden(self, params: Any, batch: dict[str, jax.Array]) -> Any:
+        """What the head is given, `[rows, length, width]`."""
+        return self._apply(params, batch, return_hidden=True)
+
+    def head(self, params: Any, hidden: jax.Array) -> Any:
+        """The logits."""
+        return self.model.apply({"params": params}, from_hidden=hidden)
+
+    def _apply(self, params: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
+        places = {name: batch[name] for name in ("positions", "segment_ids")}
+        return self.model.apply({"params": params}, batch["tokens"], **places, **options)
+
+
+def lifted_sums(forward: Forward, **lifting: Any) -> Callable[[Any, dict[str, jax.Array]], Sums]:
+    """`sums` of the lifted function; a language model's by chunks where its logits are many.
+
+    Args:
+        forward: the plain model.
+        **lifting: as for `jlora.lift`.
+    """
+    if not isinstance(forward, LanguageModel):
+        lifted = jlora.lift(forward, **lifting)
+        return lambda adapted, batch: sums(lifted, adapted, batch)
+    # Neither half reads all of the adapted leaves.
+    hidden, head = (jlora.lift(half, unread="allow", **lifting) for half in (forward.hidden, forward.head))
+    return lambda adapted, batch: chunked_cross_entropy(
+        head, adapted, hidden(adapted, batch), batch["targets"], batch["weights"]
+    )
 
 
 def sums(forward: Forward, params: Any, batch: dict[str, jax.Array]) -> Sums:

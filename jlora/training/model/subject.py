@@ -21,7 +21,7 @@ from jlora.models.quantized import fitting, traced
 from jlora.stored.names import named
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import SettingError
-from jlora.training.model.losses import Forward
+from jlora.training.model.losses import Forward, LanguageModel
 from jlora.training.settings.fields import Settings
 
 
@@ -111,7 +111,7 @@ def load_subject(settings: Settings, codec: Codec, config: dict[str, Any]) -> Su
     _check_task(settings, config)
     spec, notes = _codes(settings, config)
     model, params = _load(settings, spec)
-    return Subject(model_directory(settings), model, params, language_model(model), codec, config, notes=notes)
+    return Subject(model_directory(settings), model, params, LanguageModel(model), codec, config, notes=notes)
 
 
 def load_params(settings: Settings) -> Any:
@@ -176,17 +176,6 @@ def memory(subject: Subject, settings: Settings) -> str:
     return f"{held} ({source}){kept}, {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"
 
 
-def language_model(model: Any) -> Forward:
-    """Tokens to logits for the next token, `[rows, length, vocabulary]`."""
-
-    def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
-        return model.apply(
-            {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-
-    return forward
-
-
 def classifier(model: models.Classifier) -> Forward:
     """Tokens to logits for the labels, `[rows, labels]`."""
     encoder = isinstance(model.backbone, models.Bert)
@@ -246,7 +235,7 @@ def abstract_subject(
     if spec:
         sites = traced(model, params)
         params = jax.eval_shape(lambda params: jlora.quantize(params, spec, sites), params)
-    subject = Subject(directory, model, params, language_model(model), codec, config)
+    subject = Subject(directory, model, params, LanguageModel(model), codec, config)
     if settings.task == "lm":
         return subject
     whole = jax.eval_shape(

@@ -1,0 +1,201 @@
+"""The cross-entropy of a language model without all of its logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora.core.tree.adapted import Adapted
+
+_ENTRIES = 2**24
+"""Logits of a chunk by default: 64 MiB in float32, little beside a model whose vocabulary is worth chunks."""
+
+Head = Callable[[Any, jax.Array], jax.Array]
+"""Params, or what holds an `Adapted`, and hidden states `[rows, positions, width]` to logits `[rows, positions, words]`."""
+
+
+class TokenSums(NamedTuple):
+    """Sums over the predictions of a batch, so that parts of a batch add up exactly to the whole.
+
+    Attributes:
+        loss: `Σ w · -log p(target)` in nats.
+        weight: `Σ w`.
+        correct: `Σ w` over the predictions whose largest logit is the target's.
+    """
+
+    loss: Any
+    weight: Any
+    correct: Any
+
+
+def chunked_cross_entropy(
+    head: Head,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    chunk: int | None = None,
+) -> TokenSums:
+    """`Σ w · -log softmax(head(params, hidden))[target]`, with the logits of one chunk of positions in memory at a time.
+
+    The gradients are taken in the same pass, chunk by chunk, so no logits are kept or computed twice; they are those of the
+    plain cross-entropy but for the order of sums. For a vocabulary of 128,256 and 4,096 tokens the logits alone would be
+    2.1 GB in float32, and their gradient as much again.
+
+    Args:
+        head: a lifted or plain function of params and hidden states to logits. It is called in a loop, once traced.
+        params: what it takes, such as an `Adapted` or `{"params": adapted}`. Of an `Adapted` the trained arrays get
+            gradients, of other leaves those that are floating-point numbers.
+        hidden: `[rows, positions, width]`, what the model has before its head.
+        targets: integers `[rows, positions]`.
+        weights: `[rows, positions]`, 0 for what does not count; by default all ones.
+        chunk: positions of each row in a chunk; by default as many as make 2^24 logits.
+
+    Returns:
+        Sums; divide `loss` by `weight` for the mean. Only `loss` has gradients: by params, hidden states and weights.
+
+    Raises:
+        ValueError: for shapes that do not fit together, a chunk below 1, or a head that closes over what is differentiated.
+
+    Example:
+        >>> hidden = jlora.lift(lambda p, tokens: model.apply(p, tokens, return_hidden=True), unread="allow")
+        >>> head = jlora.lift(lambda p, hidden: model.apply(p, from_hidden=hidden), unread="allow")
+        >>> p = {"params": adapted}
+        >>> sums = jlora.losses.chunked_cross_entropy(head, p, hidden(p, tokens), targets)
+        >>> loss = sums.loss / sums.weight
+
+    Reference:
+        Hsu et al. 2024, arXiv:2410.10989 (Liger Kernel, fused linear cross-entropy).
+    """
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    _check(hidden, targets, weights, chunk)
+    chunk = _positions(head, params, hidden) if chunk is None else chunk
+    if chunk >= hidden.shape[1]:
+        loss, (_, correct) = _scored(head(params, hidden), targets, weights)
+    else:
+        trained, rebuild = _split(params)
+
+        def of_chunk(trained: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, number: jax.Array):
+            return _scored(head(rebuild(trained, number), hidden), targets, weights)
+
+        try:
+            loss, correct = _summed(of_chunk, chunk)(trained, hidden, targets, weights)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "the head closes over an array that is differentiated, whose gradient would be lost: give it by params"
+            ) from error
+    return TokenSums(loss, jnp.sum(weights), jax.lax.stop_gradient(correct))
+
+
+def _scored(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The weighted sum of the losses; every loss, and the weight of what is right."""
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return jnp.sum(losses * weights), (losses, jnp.sum(right * weights))
+
+
+def _summed(of_chunk: Callable, chunk: int) -> Callable:
+    """The sums of `of_chunk` over chunks of positions, with gradients that are taken on the way."""
+
+    @jax.custom_vjp
+    def summed(trained, hidden, targets, weights):
+        def add(total, part):
+            loss, (_, correct) = of_chunk(trained, *part)
+            return (total[0] + loss, total[1] + correct), None
+
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(add, (zero, zero), _chunks(chunk, hidden, targets, weights))[0]
+
+    def forward(trained, hidden, targets, weights):
+        def add(total, part):
+            value_and_grad = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
+            (loss, (losses, correct)), (gradient, to_hidden) = value_and_grad(trained, *part)
+            gradients = jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), total[2], gradient)
+            return (total[0] + loss, total[1] + correct, gradients), (to_hidden, losses)
+
+        zero = jnp.zeros((), jnp.float32)
+        start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf.dtype)), trained)
+        parts = _chunks(chunk, hidden, targets, weights)
+        (loss, correct, gradients), found = jax.lax.scan(add, (zero, zero, start), parts)
+        to_hidden, losses = (_whole(part, hidden.shape[1]) for part in found)
+        kept = jax.tree.map(lambda sum, leaf: sum.astype(leaf.dtype), gradients, trained)
+        return (loss, correct), (kept, to_hidden, losses.astype(weights.dtype))
+
+    def backward(kept, cotangents):
+        gradients, to_hidden, losses = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), kept)
+        return gradients, to_hidden, None, losses
+
+    summed.defvjp(forward, backward)
+    return summed
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`[rows, positions, …]` as `[chunks, rows, chunk, …]`, filled with zeros, which weigh nothing; and the chunks' numbers."""
+    positions = arrays[0].shape[1]
+    count = -(-positions // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - positions), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    return *map(cut, arrays), jnp.arange(count)
+
+
+def _whole(chunks: jax.Array, positions: int) -> jax.Array:
+    """What `_chunks` cut, put together again."""
+    x = jnp.moveaxis(chunks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
+
+
+def _split(params: Any) -> tuple[list[Any], Callable[[list[Any], jax.Array], Any]]:
+    """What is differentiated, and a function that puts it back for the chunk of a number, which has dropout of its own."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    adapted = [isinstance(leaf, Adapted) for leaf in leaves]
+    chosen = [
+        is_adapted or jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for is_adapted, leaf in zip(adapted, leaves)
+    ]
+    trained = [leaf.params if isinstance(leaf, Adapted) else leaf for leaf, take in zip(leaves, chosen) if take]
+
+    def rebuild(trained: list[Any], number: jax.Array) -> Any:
+        new = iter(trained)
+        whole = [next(new) if take else leaf for leaf, take in zip(leaves, chosen)]
+        return jax.tree.unflatten(treedef, [_for_chunk(*pair, number) for pair in zip(leaves, whole)])
+
+    return trained, rebuild
+
+
+def _for_chunk(former: Any, new: Any, number: jax.Array) -> Any:
+    if not isinstance(former, Adapted):
+        return new
+    key = former.context.get("dropout")
+    context = former.context if key is None else former.context | {"dropout": jax.random.fold_in(key, number)}
+    return former.replace(params=new, context=context)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _positions(head: Head, params: Any, hidden: jax.Array) -> int:
+    """How many positions of each row make `_ENTRIES` logits; at least one."""
+    one = jax.ShapeDtypeStruct((hidden.shape[0], 1, hidden.shape[2]), hidden.dtype)
+    logits = jax.eval_shape(head, params, one)
+    return max(_ENTRIES // max(logits.size, 1), 1)
+
+
+def _check(hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int | None) -> None:
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden must be [rows, positions, width], got shape {hidden.shape}")
+    for name, array in (("targets", targets), ("weights", weights)):
+        if array.shape != hidden.shape[:2]:
+            raise ValueError(f"{name} must be [rows, positions] = {hidden.shape[:2]}, got shape {array.shape}")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position, got {chunk}")
