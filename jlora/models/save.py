@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jlora.core.protocol.stored import Stored
-from jlora.models import bitsandbytes
+from jlora.models import bitsandbytes, files
 from jlora.models.bert import Bert
 from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
+from jlora.models.files import located
 from jlora.models.llama import Llama
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
@@ -71,7 +73,7 @@ def save(
         directory: Must not exist, or be empty.
         model: A Llama or Bert, as `load` returned it.
         params: Its params, of any floating dtype, which the files keep.
-        source: The directory that the model was loaded from; gives config and tokenizer files.
+        source: The directory or GGUF file that the model was loaded from; gives config and tokenizer files.
         max_shard_bytes: Larger models are cut in several files.
         format: None writes plain weights: leaves that are kept in the form of a code are decoded, one layer at a time.
             "bitsandbytes" writes the codes themselves, so that transformers loads them by bitsandbytes; all such leaves
@@ -87,6 +89,7 @@ def save(
     """
     if not isinstance(model, (Llama, Bert)):
         raise TypeError(f"model: wanted a Llama or Bert, got a {type(model).__name__}.")
+    source = located(source)
     hf = read_config(source)
     _check_source(source, hf, model)
     leaves = _check_params(model, params)
@@ -98,13 +101,23 @@ def save(
     with new_directory(directory) as place:
         _write_tensors(place, leaves, sources, max_shard_bytes, format)
         write_json(place, "config.json", config)
-        for name in COMPANIONS:
-            if os.path.isfile(os.path.join(source, name)):
-                shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
-        if os.path.isdir(os.path.join(source, FOLDER)):
-            shutil.copytree(os.path.join(source, FOLDER), os.path.join(place, FOLDER))
+        _copy_companions(source, place)
         if extra is not None:
             extra(place)
+
+
+def _copy_companions(source: str | os.PathLike, place: str) -> None:
+    """Copies tokenizer, templates and the like, or writes what the metadata of a GGUF file stand for."""
+    for name in files.names(source):
+        if name != "config.json":
+            path = Path(place, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(files.read_text(source, name).encode("utf-8"))
+    for name in COMPANIONS:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
+    if os.path.isdir(os.path.join(source, FOLDER)):
+        shutil.copytree(os.path.join(source, FOLDER), os.path.join(place, FOLDER))
 
 
 @contextlib.contextmanager
