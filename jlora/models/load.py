@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +18,6 @@ from jlora.core.protocol.method import Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
-from jlora.models.bert import Bert, BertConfig
 from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
 from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
@@ -26,114 +25,11 @@ from jlora.models.files import located, place
 from jlora.models.finite import all_finite
 from jlora.models.gguf.checkpoint import GgufCheckpoint
 from jlora.models.gguf.header import is_gguf
-from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.families import FAMILIES, family_for
+from jlora.models.family import Family
 from jlora.models.names import Source, source
 from jlora.models.quantized import sites_to_code, spec_of
 from jlora.models.tensors import FLOATS, Tensors
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How the checkpoints of one architecture are read.
-
-    Args:
-        module: Class of the model.
-        config: Class of its config, with `from_hf`.
-        prefixes: What checkpoints of this family put before the names of the backbone's tensors.
-        anchor: A tensor that every checkpoint has; shows which prefix it uses.
-        unprefixed: First keys of leaves that never get the prefix.
-        buffers: Names (regexes) of constants that older checkpoints carry and the model computes itself.
-        heads: Names (regexes) of heads that this model has no place for; `load(drop_heads=True)` leaves them out.
-        sizes: Shapes that a config's sizes give to tensors that every checkpoint has, without building the model.
-        layer: Name (regex, with one group for the number) of a layer's tensors.
-    """
-
-    module: Callable[..., nn.Module]
-    config: Any
-    prefixes: tuple[str, ...]
-    anchor: str
-    sizes: Callable[[Any], dict[str, tuple[int, ...]]]
-    layer: str
-    unprefixed: tuple[str, ...] = ()
-    buffers: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-
-    def prefix(self, checkpoint: Tensors) -> str:
-        """The prefix that a checkpoint uses.
-
-        Raises:
-            ValueError: The checkpoint has the anchor under none of the prefixes.
-        """
-        for prefix in self.prefixes:
-            if prefix + self.anchor in checkpoint:
-                return prefix
-        wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
-        raise ValueError(
-            f"{checkpoint.directory}: tensor {wanted} is missing from {checkpoint.source}; wrong model_type in config.json?"
-        )
-
-
-def _llama_sizes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "layers.0.self_attn.q_proj.weight": (c.num_attention_heads * c.head_dim, c.hidden_size),
-        "layers.0.mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
-    }
-
-
-def _bert_sizes(c: BertConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "embeddings.word_embeddings.weight": (c.vocab_size, c.hidden_size),
-        "embeddings.position_embeddings.weight": (c.max_position_embeddings, c.hidden_size),
-        "embeddings.token_type_embeddings.weight": (c.type_vocab_size, c.hidden_size),
-        "encoder.layer.0.intermediate.dense.weight": (c.intermediate_size, c.hidden_size),
-    }
-
-
-_LLAMA = Family(
-    Llama,
-    LlamaConfig,
-    prefixes=("model.", ""),
-    anchor="embed_tokens.weight",
-    sizes=_llama_sizes,
-    layer=r"layers\.(\d{1,9})\..+",
-    unprefixed=("lm_head",),
-    buffers=(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-    heads=(r"score\.weight",),
-)
-_BERT = Family(
-    Bert,
-    BertConfig,
-    prefixes=("bert.", ""),
-    anchor="embeddings.word_embeddings.weight",
-    sizes=_bert_sizes,
-    layer=r"encoder\.layer\.(\d{1,9})\..+",
-    buffers=(r"(bert\.)?embeddings\.(position_ids|token_type_ids)",),
-    heads=(
-        r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))",
-        r"cls\.seq_relationship\.(weight|bias)",
-        r"(classifier|qa_outputs)\.(weight|bias)",
-    ),
-)
-_ROBERTA = dataclasses.replace(
-    _BERT,
-    prefixes=("roberta.", ""),
-    buffers=(r"(roberta\.)?embeddings\.(position_ids|token_type_ids)",),
-    heads=(
-        r"lm_head\.(bias|decoder\.(weight|bias)|(dense|layer_norm)\.(weight|bias))",
-        r"classifier\.((dense|out_proj)\.)?(weight|bias)",
-        r"qa_outputs\.(weight|bias)",
-    ),
-)
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "bert": _BERT,
-    "roberta": _ROBERTA,
-}
 
 
 def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
@@ -167,7 +63,7 @@ def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_lin
 
 
 def describe(directory: str | os.PathLike, hf: dict[str, Any], **options: Any) -> Any:
-    """The config of the model that a `config.json` describes: a `LlamaConfig` or `BertConfig`.
+    """The config of the model that a `config.json` describes: a `LlamaConfig`, a `BertConfig` or another family's.
 
     Args:
         directory: Where the `config.json` lies, for messages.
@@ -241,7 +137,7 @@ def load(
     with open_checkpoint(directory, hf, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
         _check_layers(checkpoint, hf, family, prefix)
-        if family.config is BertConfig:
+        if family.encoder:
             options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint
         else:
             options["language_head"] = _has_language_head(directory, hf)
@@ -308,7 +204,12 @@ def leaf_sources(
 ) -> dict[tuple[str, ...], Source]:
     """The tensors of the leaves at `paths` in a model's params, by path."""
     layers, scanned = model.config.num_hidden_layers, model.config.scan_layers
-    return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in paths}
+    found = {}
+    for path in paths:
+        each = family.merged.get(path[-1])
+        merged = None if each is None else (each, getattr(model.config, each.experts))
+        found[path] = source(path, prefix, family.unprefixed, layers, scanned, family.transposed, merged)
+    return found
 
 
 def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
@@ -322,12 +223,12 @@ def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool
 def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefix: str) -> None:
     """Refuses a config with more layers than the files have: building such a model could take hours before it fails."""
     with of_file(checkpoint.directory):
-        layers = whole(hf, "num_hidden_layers")
+        layers = whole(hf, family.count)
         named = (re.fullmatch(re.escape(prefix) + family.layer, name) for name in checkpoint.names)
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"num_hidden_layers is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
+                f"{family.count} is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
                 "layers."
             )
 
@@ -383,8 +284,8 @@ def _read(
     checkpoint: Tensors, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
 ) -> np.ndarray:
     leaf = np.empty(shape, dtype)
-    for layer, name in enumerate(made_of.names):
-        tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]
+    for number, name in enumerate(made_of.names):
+        tensor, place = checkpoint.read(name), leaf[made_of.place(number, shape) or ...]
         with np.errstate(over="ignore", invalid="ignore"):
             place[...] = tensor.T if made_of.transposed else tensor
         if not (allow_nonfinite or all_finite(place)):
@@ -409,7 +310,7 @@ def codes_of(checkpoint: Tensors, sources: dict[tuple[str, ...], Source]) -> dic
                 "stacked; load with scan_layers=False."
             )
         if (code := codes.pop()) is not None:
-            if not made_of.transposed:
+            if not made_of.transposed or made_of.merged:
                 raise ValueError(f"{checkpoint.file(first)}: {first!r} is kept as {code}, but is no linear layer's.")
             found[path] = code
     return found
@@ -432,7 +333,7 @@ def _stored(checkpoint: Tensors, made_of: Source, code: Code, shape: tuple[int, 
 def _coded(checkpoint: Tensors, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
     """A leaf in the form of a code, encoded layer by layer."""
     code, dtype = code_at(site), np.dtype(site.dtype)
-    if len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
+    if made_of.merged or len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
         # Roles that take layers for something else than a stack: only the whole leaf can be folded.
         return encoded(site, code, _read(checkpoint, made_of, site.shape, dtype, allow_nonfinite))
 
@@ -459,7 +360,7 @@ def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
 def _check_tied_head(checkpoint: Tensors, model: Any, leaves: dict) -> None:
     if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint:
         return
-    head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])
+    head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves[family_for(model.config).embedding])
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):
         raise ValueError(
             f"{checkpoint.file('lm_head.weight')}: tensor 'lm_head.weight' differs from the embedding, but "
