@@ -133,6 +133,22 @@ def flag(settings: dict[str, Any], key: str, default: bool = False, where: str =
     return value
 
 
+def refuse(settings: dict[str, Any], key: str, why: str, wanted: Any = False) -> None:
+    """Refuses a key that changes what the model computes, in a way that is not built.
+
+    Args:
+        settings: Content of the config.
+        key: The key.
+        why: What it would mean.
+        wanted: The value that changes nothing, as a missing or null one.
+
+    Raises:
+        ValueError: The key has another value.
+    """
+    if (value := settings.get(key)) is not None and value != wanted:
+        raise ValueError(f"config.json: {key!r} is {shown(value)}, which is not supported ({why}).")
+
+
 def _place(where: str) -> str:
     return f" in its {where} settings" if where else ""
 

@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from jlora.models import bert, llama
+from jlora.models import bert, gemma, gpt2, llama, moe, phi3
 from jlora.models.family import Family
 
 ALL: tuple[Family, ...] = (
     llama.FAMILY,
+    gemma.FAMILY,
+    phi3.FAMILY,
+    gpt2.FAMILY,
+    moe.MIXTRAL,
+    moe.QWEN3_MOE,
     bert.BERT,
     bert.ROBERTA,
 )

@@ -30,6 +30,7 @@ class Family:
         count: The key of `config.json` with the number of layers.
         transposed: Checkpoints keep linear weights as `[out, in]`; transformers' Conv1D of GPT-2 has `[in, out]`.
         embedding: The leaf of the token embedding, which a tied head is.
+        renamed: Words of a leaf's path that checkpoints spell otherwise than torch's modules, and jlora, do.
         merged: By the end of a leaf's path, leaves that are several tensors of a checkpoint in each layer, such as experts.
     """
 
@@ -47,6 +48,7 @@ class Family:
     count: str = "num_hidden_layers"
     transposed: bool = True
     embedding: tuple[str, ...] = ("embed_tokens", "embedding")
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, Merged] = dataclasses.field(default_factory=dict)
 
     def prefix(self, checkpoint: Tensors) -> str:

@@ -136,14 +136,25 @@ def windows_of(hf: dict[str, Any], family: str) -> tuple[int | None, ...]:
     if family == "llama" or hf.get("sliding_window") is None or switched_off:
         return ()
     layers, window = whole(hf, "num_hidden_layers", most=MOST_LAYERS), whole(hf, "sliding_window")
-    if (kinds := hf.get("layer_types")) is not None:
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
-            raise ValueError(
-                f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}."
-            )
-        return tuple(window if _KINDS[kind] else None for kind in kinds)
+    if (local := kinds_of(hf, layers)) is not None:
+        return tuple(window if each else None for each in local)
     first = whole(hf, "max_window_layers", least=0) if family in ("qwen2", "qwen3") else 0
     return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def kinds_of(hf: dict[str, Any], layers: int) -> tuple[bool, ...] | None:
+    """Whether each layer is a local one, by `layer_types`; None where the config has none.
+
+    Raises:
+        ValueError: It is no list of the kinds that there are, one for each layer.
+    """
+    if (kinds := hf.get("layer_types")) is None:
+        return None
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+        raise ValueError(f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}.")
+    if len(kinds) != layers:
+        raise ValueError(f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers.")
+    return tuple(_KINDS[kind] for kind in kinds)
 
 
 class RMSNorm(nn.Module):
@@ -215,7 +226,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream."""
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
+
+    Families whose parts differ say so by `attention` and `feed_forward`.
+    """
 
     config: Any
 

@@ -208,7 +208,8 @@ def leaf_sources(
     for path in paths:
         each = family.merged.get(path[-1])
         merged = None if each is None else (each, getattr(model.config, each.experts))
-        found[path] = source(path, prefix, family.unprefixed, layers, scanned, family.transposed, merged)
+        words = tuple(family.renamed.get(word, word) for word in path)
+        found[path] = source(words, prefix, family.unprefixed, layers, scanned, family.transposed, merged)
     return found
 
 
