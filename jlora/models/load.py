@@ -218,7 +218,7 @@ def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         path = place(directory, "config.json")
         raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
-    return not names or any("ForCausalLM" in name for name in names)
+    return not names or any("ForCausalLM" in name or "LMHead" in name for name in names)
 
 
 def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefix: str) -> None:
