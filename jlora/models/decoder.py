@@ -80,12 +80,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: jax.Array | None = None,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         cache: attention.KVCache | None = None,
         return_hidden: bool = False,
+        from_hidden: jax.Array | None = None,
     ) -> Any:
         """Reads tokens and scores what follows each.
 
@@ -97,6 +98,7 @@ class Decoder(nn.Module):
             cache: Keys and values of the tokens before (`empty_cache` at first); asks for a pair as the result.
             return_hidden: Return the last hidden states, after the final norm, in place of the logits; so does a model
                 without a head.
+            from_hidden: Such hidden states, in place of tokens: only the head is applied to them.
 
         Returns:
             Logits `[batch, length, vocab_size]` (or hidden states `[batch, length, hidden_size]`), float32; with a
@@ -104,19 +106,25 @@ class Decoder(nn.Module):
 
         Raises:
             TypeError: Params are kept in the form of a code: run the model by `jlora.lift(model.apply)`.
+            ValueError: Both or neither of tokens and hidden states are given, or the latter to a model without a head.
         """
         refuse_codes(self.variables)
         c = self.config
+        if from_hidden is not None:
+            self._check_hidden(tokens)
+            return self._head(self.table(), from_hidden)
+        if tokens is None:
+            raise ValueError(f"a {type(self).__name__} reads tokens, or hidden states by from_hidden; got neither.")
         segments = attention.token_segments(tokens, segment_ids, attention_mask)
         positions = attention.token_positions(segments, cache) if positions is None else positions
         positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
-        x, table = self.embed(tokens, positions)
+        table = self.table()
+        x = self.embed(table, tokens, positions)
         inputs, cache = self._attention_inputs(positions, segments, cache)
         x, cache = self._run_layers(x, inputs, cache)
         x = self.last_norm(x)
         if c.language_head and not return_hidden:
-            x = table.attend(x) if c.tie_word_embeddings else dense(c, c.vocab_size, False, "lm_head")(x)
-            x = self.logits(x.astype(jnp.float32))
+            x = self._head(table, x)
         x = x.astype(jnp.float32)
         return x if cache is None else (x, cache)
 
@@ -124,9 +132,13 @@ class Decoder(nn.Module):
         """The class of a layer: called with hidden states, `AttentionInputs` and its `LayerInputs`; returns the pair."""
         raise NotImplementedError
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, nn.Embed]:
-        """The first hidden states, and the table that a tied head is."""
-        raise NotImplementedError
+    def table(self) -> nn.Embed:
+        """The embedding of tokens, which a tied head is."""
+        return embedding(self.config, self.config.vocab_size, "embed_tokens")
+
+    def embed(self, table: nn.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """The first hidden states."""
+        return table(tokens)
 
     def last_norm(self, x: jax.Array) -> jax.Array:
         """The norm before the head."""
@@ -143,6 +155,17 @@ class Decoder(nn.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """What becomes of the head's result, in float32."""
         return x
+
+    def _head(self, table: nn.Embed, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = table.attend(x) if c.tie_word_embeddings else dense(c, c.vocab_size, False, "lm_head")(x)
+        return self.logits(x.astype(jnp.float32))
+
+    def _check_hidden(self, tokens: jax.Array | None) -> None:
+        if tokens is not None:
+            raise ValueError(f"a {type(self).__name__} reads tokens, or hidden states by from_hidden; got both.")
+        if not self.config.language_head:
+            raise ValueError("from_hidden wants a model with a head; this one was loaded without.")
 
     def _attention_inputs(self, positions, segments, cache):
         key_positions, key_segments, index = positions, segments, None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, refuse, required, whole
-from jlora.models.decoder import AttentionInputs, LayerInputs, embedding, soft_cap
+from jlora.models.decoder import AttentionInputs, LayerInputs, soft_cap
 from jlora.models.llama import FAMILY as LLAMA
 from jlora.models.llama import SIZES, WIDEST_HEAD, FeedForward, Llama, LlamaConfig, SelfAttention, kinds_of
 from jlora.models.rope import RopeConfig, rotation
@@ -174,11 +174,9 @@ class Gemma(Llama):
     def layer(self) -> Any:
         return Layer
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, nn.Embed]:
-        c = self.config
-        table = embedding(c, c.vocab_size, "embed_tokens")
+    def embed(self, table: nn.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         # Rounded as the authors' code does it, which computes in the embedding's dtype.
-        return table(tokens) * jnp.asarray(c.hidden_size**0.5, c.dtype), table
+        return table(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.config.dtype)
 
     def last_norm(self, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config, name="norm")(x)

@@ -165,15 +165,17 @@ class GPT2(Decoder):
         """The word that checkpoints have for the layers."""
         return "h"
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, nn.Embed]:
+    def table(self) -> nn.Embed:
+        return embedding(self.config, self.config.vocab_size, "wte")
+
+    def embed(self, table: nn.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         c = self.config
         if tokens.shape[1] > c.max_position_embeddings:
             raise ValueError(
                 f"tokens: length {tokens.shape[1]} is more than the {c.max_position_embeddings} positions of the model; cut "
                 "the text."
             )
-        table = embedding(c, c.vocab_size, "wte")
-        return table(tokens) + embedding(c, c.max_position_embeddings, "wpe")(positions), table
+        return table(tokens) + embedding(c, c.max_position_embeddings, "wpe")(positions)
 
     def last_norm(self, x: jax.Array) -> jax.Array:
         config: Any = self.config

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jlora.disk.json_files import shown
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
-from jlora.models.decoder import AttentionInputs, Decoder, LayerInputs, dense, embedding
+from jlora.models.decoder import AttentionInputs, Decoder, LayerInputs, dense
 from jlora.models.family import Family
 from jlora.models.rope import RopeConfig, rotate, rotation
 
@@ -257,10 +257,6 @@ class Llama(Decoder):
 
     def layer(self) -> Any:
         return Layer
-
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, nn.Embed]:
-        table = embedding(self.config, self.config.vocab_size, "embed_tokens")
-        return table(tokens), table
 
     def last_norm(self, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config, name="norm")(x)
