@@ -1,6 +1,6 @@
 """Makes `golden_gguf/`: small random models as GGUF files, and what transformers makes of each file.
 
-    python tests/models/make_gguf.py
+    python tests/models/make_gguf.py [NAME ...]
 
 Needs PyTorch, transformers and gguf (made with torch 2.14, transformers 5.24, gguf 0.19). Each folder holds `model.gguf`, with
 weights in the types of its case, and `expected.npz`: the logits of `tokens`, and the token ids of every text of `TEXTS` by
@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 
 import gguf
 import numpy as np
@@ -99,6 +100,8 @@ class File:
         w.add_eos_token_id(2)
         w.add_unk_token_id(0)
         w.add_add_bos_token(False)
+        if self.arch.startswith("gemma"):
+            w.add_add_space_prefix(False)
         w.add_chat_template("{% for m in messages %}{{ '<|user|>' + m.content + '<|end|>' }}{% endfor %}")
 
     def matrix(self, name: str, rows: int, columns: int) -> None:
@@ -138,6 +141,14 @@ class File:
 
 
 NORMS = ("attn_norm", "ffn_norm")
+OUTER = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+GEMMA2 = {
+    "head_dim": 16,
+    "attention.sliding_window": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = {"head_dim": 16, "attention.sliding_window": 5}
 BYTES, PIECES = vocabulary_of_bytes, vocabulary_of_pieces
 DIGITS = functools.partial(vocabulary_of_bytes, digits=True)
 # Name -> (architecture, vocabulary, pre, types, further keys), (norms, head, biases, norms of heads).
@@ -145,18 +156,23 @@ CASES = {
     "llama": (("llama", BYTES, "smollm", {"": "Q4_1", "token_embd": "Q8_0"}, {}), (NORMS, False, False, False)),
     "llama_pieces": (("llama", PIECES, None, {"": "Q5_0", "attn_v": "F16"}, {}), (NORMS, True, False, False)),
     "qwen2": (("qwen2", DIGITS, "qwen2", {"": "Q8_0", "ffn_down": "Q5_1"}, {}), (NORMS, True, True, False)),
+    "gemma2": (("gemma2", PIECES, None, {"": "Q4_0"}, GEMMA2), (OUTER, False, False, False)),
+    "gemma3": (("gemma3", PIECES, None, {"": "Q8_0"}, GEMMA3), (OUTER, False, False, True)),
     "qwen3": (("qwen3", BYTES, "qwen2", {"": "Q4_0"}, {"head_dim": 16}), (NORMS, False, False, True)),
 }
 
 
-def expected(folder: pathlib.Path, head_dim: int | None) -> dict[str, np.ndarray]:
+def expected(folder: pathlib.Path, more: dict) -> dict[str, np.ndarray]:
     """What transformers makes of the file."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
-    if head_dim is not None:  # which it does not read of every architecture
-        config.head_dim = head_dim
+    # What it does not read of every architecture.
+    for name, value in more.items():
+        setattr(config, name.rpartition(".")[2], value)
+    if "head_dim" in more:
+        config.query_pre_attn_scalar = more["head_dim"]
     options = {"gguf_file": "model.gguf", "dtype": torch.float32, "config": config}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
@@ -168,10 +184,13 @@ def expected(folder: pathlib.Path, head_dim: int | None) -> dict[str, np.ndarray
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(CASES)
     for case, ((arch, vocabulary, pre, kinds, more), how) in CASES.items():
+        if case not in wanted:
+            continue
         file = File(case, arch, vocabulary(), pre, kinds, dict(more))
         file.write(*how)
-        found = expected(file.folder, more.get("head_dim"))
+        found = expected(file.folder, more)
         np.savez_compressed(file.folder / "expected.npz", **found)
         sizes = {path.name: path.stat().st_size for path in file.folder.iterdir()}
         print(case, json.dumps(sizes), found["text1"].tolist())

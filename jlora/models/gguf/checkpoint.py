@@ -90,6 +90,8 @@ class GgufCheckpoint(Tensors):
     def read(self, name: str) -> np.ndarray:
         tensor = raw(self._header, self._place(name), self._names[name])
         module = name.rpartition(".")[0]
+        if self._family.raised and module.endswith("norm"):
+            return tensor - np.asarray(1, tensor.dtype)
         if self._family.turned and module.endswith((".q_proj", ".k_proj")):
             return self._turned_back(tensor, "head_count" if module.endswith(".q_proj") else "head_count_kv")
         return tensor

@@ -75,6 +75,8 @@ def config(header: Header, rope_factors: np.ndarray | None) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "dtype": "float32",
     }
+    if family.scale_of_layers is not None:
+        told["query_pre_attn_scalar"] = _scale(family, values, told["head_dim"])
     rope = {**_scaling(header, values), **_factors(header, values, rope_factors)}
     return {**told, **found, **({"rope_scaling": rope} if rope else {}), **family.fixed}
 
@@ -99,6 +101,13 @@ def _head_dim(header: Header, values: dict[str, Any]) -> int | None:
         if key in values and values[key] != found:
             raise ValueError(f"{header.path}: {key} is {shown(values[key])}, wanted that of a whole head, {found}.")
     return found
+
+
+def _scale(family: Architecture, values: dict[str, Any], head_dim: Any) -> Any:
+    """What the scores of attention are divided by the root of, which llama.cpp tells from the model's size."""
+    if values.get("block_count") != family.scale_of_layers:
+        return head_dim
+    return values["embedding_length"] // values["attention.head_count"]
 
 
 def _scaling(header: Header, values: dict[str, Any]) -> dict[str, Any]:

@@ -79,10 +79,12 @@ def tokenizer_files(header: Header) -> dict[str, dict[str, Any]]:
     else:
         raise ValueError(f"{header.path}: tokenizer.ggml.model {shown(model)} is not supported, wanted gpt2 or llama.")
     config = _config(header, vocabulary, begins)
-    whole["added_tokens"] = [_added(*each) for each in enumerate(zip(vocabulary.tokens, vocabulary.kinds)) if _is_added(each[1][1])]
+    told = enumerate(zip(vocabulary.tokens, vocabulary.kinds))
+    whole["added_tokens"] = [_added(*each) for each in told if _is_added(*each[1])]
     if config["add_bos_token"]:
         whole["post_processor"] = _beginning(config["bos_token"], vocabulary.tokens)
-    return {"tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, **whole}, "tokenizer_config.json": config}
+    whole = {"version": "1.0", "truncation": None, "padding": None, **whole}
+    return {"tokenizer.json": whole, "tokenizer_config.json": config}
 
 
 def _vocabulary(header: Header) -> _Vocabulary:
@@ -128,6 +130,12 @@ def _of_bytes(vocabulary: _Vocabulary, cut: _Cut) -> dict[str, Any]:
 
 def _of_pieces(vocabulary: _Vocabulary, header: Header) -> dict[str, Any]:
     """SentencePiece: spaces are a letter, and what is no token is written in bytes."""
+    if str(header.values.get("general.architecture")).startswith("gemma"):
+        # Its scores don't follow the order of its merges, which is that of the tokens; and several spaces are written as they are.
+        spelled = ["▁" * len(token) if not token.strip(" ") else token for token in vocabulary.tokens]
+        vocabulary = dataclasses.replace(
+            vocabulary, tokens=spelled, scores=[-float(number) for number in range(len(spelled))]
+        )
     if not vocabulary.merges:
         vocabulary = dataclasses.replace(vocabulary, merges=_merges(vocabulary, header))
     prefixed = header.values.get("tokenizer.ggml.add_space_prefix", True)
@@ -175,8 +183,9 @@ def _merges(vocabulary: _Vocabulary, header: Header) -> list[list[str]]:
     return [pair for *_, pair in sorted(found)]
 
 
-def _is_added(kind: int) -> bool:
-    return kind in (_CONTROL, _OWN, _UNKNOWN)
+def _is_added(token: str, kind: int) -> bool:
+    """Whether it is found in the text as it stands; runs of spaces are made by merges."""
+    return kind in (_CONTROL, _OWN, _UNKNOWN) and bool(token.strip(" "))
 
 
 def _added(number: int, token: tuple[str, int]) -> dict[str, Any]:
