@@ -24,6 +24,7 @@ import verdicts_table
 
 from jlora.core.protocol import docstrings
 from jlora.disk import catalog
+from jlora.models import families
 from jlora.training.cli import build_parser
 from jlora.training.folder import CONTENT
 from jlora.training.settings import told
@@ -158,6 +159,18 @@ def measured_table(path: str) -> str:
     return text[: re.search(r"(^\|.*\n)+", text, re.MULTILINE).end()].strip()  # type: ignore[union-attr]
 
 
+def model_families() -> str:
+    """The classes of models that are read, with the types of `config.json`."""
+    found: dict[Any, list[str]] = {}
+    for family in families.ALL:
+        found.setdefault(family.module, []).extend(family.model_types)
+    rows = [
+        f"| [`models.{module.__name__}`]({_source(module)}) | {', '.join(f'`{each}`' for each in types)} |"
+        for module, types in found.items()
+    ]
+    return "\n".join(["| class | `model_type` of config.json |", "|---|---|", *rows])
+
+
 MARKS: dict[str, Maker] = {
     "families": methods_table.overview,
     "methods": methods_table.tables,
@@ -166,6 +179,7 @@ MARKS: dict[str, Maker] = {
     "flags": flags,
     "job methods": job_methods,
     "run folder": run_folder,
+    "model families": model_families,
     "checks": checks,
     "table": measured_table,
     "studies": verdicts_table.table,

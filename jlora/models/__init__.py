@@ -1,4 +1,4 @@
-"""Plain Linen models that read Hugging Face checkpoints; they know nothing of adapters."""
+"""Plain Linen models that read Hugging Face checkpoints and GGUF files; they know nothing of adapters."""
 
 import importlib.resources
 import pathlib
@@ -7,10 +7,14 @@ from jlora.models.attention import KVCache, empty_cache
 from jlora.models.bert import Bert, BertConfig, mean_pool
 from jlora.models.classifier_files import load_classifier, save_classifier
 from jlora.models.classify import Classifier, last_pool, make_classifier
+from jlora.models.gemma import Gemma, GemmaConfig
 from jlora.models.generate import generate
+from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
+from jlora.models.moe import Mixtral, MixtralConfig, Qwen3Moe, Qwen3MoeConfig
 from jlora.models.peft_names import peft_names
+from jlora.models.phi3 import Phi3, Phi3Config
 from jlora.models.rope import RopeConfig
 from jlora.models.save import save
 from jlora.models.tokenizer import load_tokenizer
@@ -19,13 +23,23 @@ STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260
 """The Hugging Face directory of the pretrained 260K-parameter Llama that comes with the package."""
 
 __all__ = [
+    "GPT2",
     "STORIES260K",
     "Bert",
     "BertConfig",
     "Classifier",
+    "GPT2Config",
+    "Gemma",
+    "GemmaConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "Phi3",
+    "Phi3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
     "RopeConfig",
     "empty_cache",
     "generate",

@@ -79,7 +79,14 @@ def distances(query_positions: jax.Array, key_positions: jax.Array) -> jax.Array
     return query_positions[:, None, :, None] - key_positions[:, None, None, :]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    scale: float | jax.Array | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """Scaled dot-product attention, softmax in float32, heads folded into the last axis.
 
     Args:
@@ -87,9 +94,20 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
         key: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads` (grouped-query attention).
         value: As key.
         mask: bool `[batch, 1, queries, keys]`.
+        scale: Multiplies the scores; None is `1 / sqrt(head_dim)`.
+        cap: Scores are kept within ±cap, by `cap * tanh(score / cap)`; None leaves them.
 
     Returns:
         `[batch, queries, heads * head_dim]`.
     """
-    mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    return mixed.reshape(*query.shape[:2], -1)
+    if cap is None and not isinstance(scale, jax.Array):
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+        return mixed.reshape(*query.shape[:2], -1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    # A finite number, so that rows of padding alone stay numbers.
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(*query.shape[:2], -1)

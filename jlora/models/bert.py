@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
+from jlora.models.family import Family
 from jlora.models.quantized import refuse_codes
 
 
@@ -302,3 +303,43 @@ def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of the hidden states `[batch, length, hidden]` over the tokens where `mask` `[batch, length]` is true."""
     weight = mask.astype(hidden.dtype)[..., None]
     return jnp.sum(hidden * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
+
+
+def sizes(c: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes that the config gives to tensors of every checkpoint."""
+    return {
+        "embeddings.word_embeddings.weight": (c.vocab_size, c.hidden_size),
+        "embeddings.position_embeddings.weight": (c.max_position_embeddings, c.hidden_size),
+        "embeddings.token_type_embeddings.weight": (c.type_vocab_size, c.hidden_size),
+        "encoder.layer.0.intermediate.dense.weight": (c.intermediate_size, c.hidden_size),
+    }
+
+
+BERT = Family(
+    Bert,
+    BertConfig,
+    {"bert": ("BertForMaskedLM", "BertModel")},
+    prefixes=("bert.", ""),
+    anchor="embeddings.word_embeddings.weight",
+    sizes=sizes,
+    layer=r"encoder\.layer\.(\d{1,9})\..+",
+    buffers=(r"(bert\.)?embeddings\.(position_ids|token_type_ids)",),
+    heads=(
+        r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))",
+        r"cls\.seq_relationship\.(weight|bias)",
+        r"(classifier|qa_outputs)\.(weight|bias)",
+    ),
+    encoder=True,
+    embedding=("embeddings", "word_embeddings", "embedding"),
+)
+ROBERTA = dataclasses.replace(
+    BERT,
+    model_types={"roberta": ("RobertaForMaskedLM", "RobertaModel")},
+    prefixes=("roberta.", ""),
+    buffers=(r"(roberta\.)?embeddings\.(position_ids|token_type_ids)",),
+    heads=(
+        r"lm_head\.(bias|decoder\.(weight|bias)|(dense|layer_norm)\.(weight|bias))",
+        r"classifier\.((dense|out_proj)\.)?(weight|bias)",
+        r"qa_outputs\.(weight|bias)",
+    ),
+)

@@ -27,8 +27,9 @@ import numpy as np
 from jlora.core.protocol.code import Code
 from jlora.core.protocol.stored import Stored
 from jlora.disk.json_files import ILL_FORMED, shown
-from jlora.models.checkpoint import FLOATS, Checkpoint
+from jlora.models.checkpoint import Checkpoint
 from jlora.models.finite import all_finite
+from jlora.models.tensors import FLOATS
 from jlora.stored import FP4, NF4, Int8
 from jlora.stored.double import DYNAMIC_MAP, NESTED, Double
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlora.models.config import read_json
+from jlora.disk.json_files import read_object as read_json
+from jlora.models import files
+from jlora.models.gguf.header import is_gguf
 
 FILE, FOLDER, CONFIG = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
 DEFAULT = "default"
@@ -38,13 +40,21 @@ def read_chat_templates(directory: str | os.PathLike) -> dict[str, ChatSource]:
         ValueError: `tokenizer_config.json` is damaged, or its `chat_template` is neither a text nor a list of
             `{name, template}`; or a template is not UTF-8.
     """
+    if is_gguf(directory):
+        return _of_file(directory)
     root = Path(directory)
-    files = {DEFAULT: root / FILE} if (root / FILE).is_file() else {}
+    found = {DEFAULT: root / FILE} if (root / FILE).is_file() else {}
     if (root / FOLDER).is_dir():
-        files |= {path.stem: path for path in sorted((root / FOLDER).glob("*.jinja"))}
-    if files:
-        return {name: read_chat_template(path) for name, path in files.items()}
+        found |= {path.stem: path for path in sorted((root / FOLDER).glob("*.jinja"))}
+    if found:
+        return {name: read_chat_template(path) for name, path in found.items()}
     return _configured(root / CONFIG)
+
+
+def _of_file(path: str | os.PathLike) -> dict[str, ChatSource]:
+    """The chat templates in the metadata of a GGUF file."""
+    named = {DEFAULT if name == FILE else Path(name).stem: name for name in files.names(path) if name.endswith(".jinja")}
+    return {name: ChatSource(files.read_text(path, file), files.place(path, file)) for name, file in named.items()}
 
 
 def read_chat_template(path: str | os.PathLike) -> ChatSource:
@@ -117,11 +127,10 @@ def special_tokens(directory: str | os.PathLike) -> dict[str, str]:
     Raises:
         ValueError: a file is damaged.
     """
-    root = Path(directory)
-    config = read_json(str(root / CONFIG)) if (root / CONFIG).is_file() else {}
-    older = root / "special_tokens_map.json"
-    if "added_tokens_decoder" not in config and older.is_file():
-        config = config | read_json(str(older))
+    config = files.read_json(directory, CONFIG) if files.has_file(directory, CONFIG) else {}
+    older = "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and files.has_file(directory, older):
+        config = config | files.read_json(directory, older)
     extra = config.get("extra_special_tokens")
     own = {name: text for name, text in config.items() if name.endswith("_token")} | (
         dict(extra) if isinstance(extra, Mapping) else {}

@@ -7,25 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.core.protocol.code import Code
-from jlora.models.config import read_json
+from jlora.disk.json_files import read_object as read_json
 from jlora.models.names import modern_name
+from jlora.models.tensors import FLOATS, Tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
-class Checkpoint(contextlib.AbstractContextManager):
+class Checkpoint(Tensors):
     """The tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Use as a context manager; files are mapped into memory, and a tensor is read when asked for.
@@ -80,24 +73,6 @@ class Checkpoint(contextlib.AbstractContextManager):
         """Dtype of a tensor as the file's header spells it, such as `BF16`."""
         _, stored, handle = self._places[name]
         return handle.get_slice(stored).get_dtype()
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype of a tensor, from the file's header.
-
-        Raises:
-            ValueError: It is not a floating-point number of 16 to 64 bits (a quantized checkpoint).
-        """
-        kind = self.kind(name)
-        if kind not in FLOATS:
-            path, stored, _ = self._places[name]
-            raise ValueError(
-                f"{path}: tensor {stored!r} has dtype {kind}, wanted one of {', '.join(FLOATS)}; dequantize it first."
-            )
-        return FLOATS[kind]
-
-    def code(self, name: str) -> Code | None:
-        """The code in whose form a tensor is kept; of plain files none."""
-        return None
 
     def read(self, name: str) -> np.ndarray:
         """The tensor itself.

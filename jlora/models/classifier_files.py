@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jlora.core.protocol.stored import decoded
+from jlora.disk.json_files import read_object as read_json
 from jlora.models.classify import Classifier
-from jlora.models.config import read_json
 from jlora.models.finite import all_finite
 from jlora.models.load import load
 from jlora.models.save import save, write_json, write_safetensors

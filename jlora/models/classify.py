@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora.models.attention import token_segments
 from jlora.models.bert import Bert, mean_pool
-from jlora.models.llama import Llama
+from jlora.models.decoder import Decoder
 
 
 class Classifier(nn.Module):
@@ -74,10 +74,10 @@ def make_classifier(
         raise ValueError(f"num_labels: wanted 2 or more, got {num_labels}.")
     if isinstance(model, Bert):
         backbone, pooling = Bert(dataclasses.replace(model.config, pooler=False)), "mean"
-    elif isinstance(model, Llama):
-        backbone, pooling = Llama(dataclasses.replace(model.config, language_head=False)), "last"
+    elif isinstance(model, Decoder):
+        backbone, pooling = type(model)(dataclasses.replace(model.config, language_head=False)), "last"
     else:
-        raise TypeError(f"model: wanted a Bert or Llama, got a {type(model).__name__}.")
+        raise TypeError(f"model: wanted a Bert or a decoder, got a {type(model).__name__}.")
     kept = {name: leaf for name, leaf in params.items() if name not in ("pooler", "lm_head")}
     width = model.config.hidden_size
     head = {

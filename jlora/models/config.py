@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.disk.json_files import read_object as read_json
 from jlora.disk.json_files import shown
+from jlora.models import files
+from jlora.models.gguf.header import is_gguf
 
 # Sizes are axes of arrays, which JAX counts in 32 bits; no model has more layers than this by far.
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
@@ -30,24 +31,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of `directory/config.json`.
+    """The content of `directory/config.json`, or what the metadata of a GGUF file say in its place.
 
     Raises:
         FileNotFoundError: The directory or the file is missing; a name of the Hugging Face Hub says how to download it.
-        ValueError: The file is not a JSON object.
+        ModuleNotFoundError: It is a GGUF file, and the library `gguf` is missing.
+        ValueError: The file is not a JSON object; or a GGUF file is damaged, or holds what is not supported.
     """
-    path = os.path.join(directory, "config.json")
-    if not os.path.isfile(path):
+    if not is_gguf(directory) and not files.has_file(directory, "config.json"):
+        path = os.path.join(directory, "config.json")
         raise FileNotFoundError(f"{path}: no such file; {_instead(os.fspath(directory))}")
-    return read_json(path)
+    return files.read_json(directory, "config.json")
 
 
 def _instead(directory: str) -> str:
     """What to do about a directory that holds no `config.json`."""
     if os.path.isfile(directory):
-        return f"{directory} is a file, wanted the directory of a Hugging Face model, with config.json and safetensors."
+        return f"{directory} is a file, wanted the directory of a Hugging Face model, with config.json and safetensors, or a .gguf file."
     if os.path.isfile(os.path.join(directory, "adapter_config.json")):
         return "the directory holds an adapter of PEFT, not a model: jlora import makes a run of it."
+    found = sorted(name for name in os.listdir(directory) if is_gguf(name)) if os.path.isdir(directory) else []
+    if found:
+        return f"the directory holds GGUF files: give one of them, such as {os.path.join(directory, found[0])}."
     hub = None if os.path.exists(directory) else _HUB_ID.fullmatch(directory)
     if hub is None:
         return "a model is a Hugging Face directory with a config.json."
@@ -65,7 +70,7 @@ def of_file(directory: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        path = os.path.join(directory, "config.json")
+        path = files.place(directory, "config.json")
         raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
@@ -126,6 +131,22 @@ def flag(settings: dict[str, Any], key: str, default: bool = False, where: str =
     if not isinstance(value, bool):
         raise ValueError(f"config.json: {key!r}{_place(where)} must be true or false, got {shown(value)}.")
     return value
+
+
+def refuse(settings: dict[str, Any], key: str, why: str, wanted: Any = False) -> None:
+    """Refuses a key that changes what the model computes, in a way that is not built.
+
+    Args:
+        settings: Content of the config.
+        key: The key.
+        why: What it would mean.
+        wanted: The value that changes nothing, as a missing or null one.
+
+    Raises:
+        ValueError: The key has another value.
+    """
+    if (value := settings.get(key)) is not None and value != wanted:
+        raise ValueError(f"config.json: {key!r} is {shown(value)}, which is not supported ({why}).")
 
 
 def _place(where: str) -> str:

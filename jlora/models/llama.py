@@ -5,21 +5,18 @@ layer axis (`scan_layers=True`) or `layers_0`, `layers_1`, ...
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.disk.json_files import shown
 from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
-from jlora.models.quantized import refuse_codes
+from jlora.models.decoder import AttentionInputs, Decoder, LayerInputs, dense
+from jlora.models.family import Family
 from jlora.models.rope import RopeConfig, rotate, rotation
-
-# The window of a layer that has none, beside layers that have one: wider than any text.
-NO_WINDOW = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +103,13 @@ class LlamaConfig:
             required(hf, "head_dim" if family == "qwen3" else "num_key_value_heads")
         hidden_act = optional(hf, "hidden_act", "silu")
         activation(hidden_act)
-        sizes = {key: whole(hf, key) for key in _SIZES}
+        sizes = {key: whole(hf, key) for key in SIZES}
         return cls(
             **sizes,
             num_hidden_layers=whole(hf, "num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=whole(hf, "num_key_value_heads", heads),
-            head_dim=whole(hf, "head_dim", sizes["hidden_size"] // heads, most=_WIDEST_HEAD),
+            head_dim=whole(hf, "head_dim", sizes["hidden_size"] // heads, most=WIDEST_HEAD),
             rms_norm_eps=positive(hf, "rms_norm_eps"),
             rope=RopeConfig.from_hf(hf),
             hidden_act=hidden_act,
@@ -121,64 +118,49 @@ class LlamaConfig:
             output_bias=biased,
             mlp_bias=family == "llama" and flag(hf, "mlp_bias"),
             qk_norm=family == "qwen3",
-            windows=_windows(hf, family),
+            windows=windows_of(hf, family),
             **options,
         )
 
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
 # A bound, since the frequencies of a head's planes are constants in the compiled program.
-_WIDEST_HEAD = 2**16
+WIDEST_HEAD = 2**16
 # Kinds of `layer_types`, and whether they have a window.
 _KINDS = {"full_attention": False, "sliding_attention": True}
 
 
-def _windows(hf: dict[str, Any], family: str) -> tuple[int | None, ...]:
+def windows_of(hf: dict[str, Any], family: str) -> tuple[int | None, ...]:
     """Window of every layer, () where all layers see everything: `layer_types` rules where the config has it."""
     switched_off = family in ("qwen2", "qwen3") and not flag(hf, "use_sliding_window")
     if family == "llama" or hf.get("sliding_window") is None or switched_off:
         return ()
     layers, window = whole(hf, "num_hidden_layers", most=MOST_LAYERS), whole(hf, "sliding_window")
-    if (kinds := hf.get("layer_types")) is not None:
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
-            raise ValueError(
-                f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}."
-            )
-        return tuple(window if _KINDS[kind] else None for kind in kinds)
+    if (local := kinds_of(hf, layers)) is not None:
+        return tuple(window if each else None for each in local)
     first = whole(hf, "max_window_layers", least=0) if family in ("qwen2", "qwen3") else 0
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-class AttentionInputs(NamedTuple):
-    """What every layer's attention reads besides the hidden states.
+def kinds_of(hf: dict[str, Any], layers: int) -> tuple[bool, ...] | None:
+    """Whether each layer is a local one, by `layer_types`; None where the config has none.
 
-    Attributes:
-        cosine: `rotation` of the tokens' positions.
-        sine: As cosine.
-        mask: bool `[batch, 1, queries, keys]`: causal, and within the segment.
-        distance: int32 `[batch, 1, queries, keys]`, query position minus key position; None if no layer has a window.
-        index: First free slot of the cache; None without one.
+    Raises:
+        ValueError: It is no list of the kinds that there are, one for each layer.
     """
-
-    cosine: jax.Array
-    sine: jax.Array
-    mask: jax.Array
-    distance: jax.Array | None
-    index: jax.Array | None
-
-
-class LayerInputs(NamedTuple):
-    """What is one layer's own: its part of the cache and its window, each None where the model has none."""
-
-    keys: Any
-    values: Any
-    window: Any
+    if (kinds := hf.get("layer_types")) is None:
+        return None
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+        raise ValueError(f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}.")
+    if len(kinds) != layers:
+        raise ValueError(f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers.")
+    return tuple(_KINDS[kind] for kind in kinds)
 
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, over the last axis, in float32."""
 
-    config: LlamaConfig
+    config: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -189,174 +171,123 @@ class RMSNorm(nn.Module):
         return (x * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(self.config.dtype)
 
 
-def _dense(config: LlamaConfig, features: int, bias: bool, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    config: LlamaConfig
+    config: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: LayerInputs) -> tuple[jax.Array, LayerInputs]:
         """Mixes `x` `[batch, length, hidden]` over positions; also returns the layer's cache with the new tokens."""
         c = self.config
-        query = self._heads(x, c.num_attention_heads, "q")
-        key = self._heads(x, c.num_key_value_heads, "k")
-        value = self._heads(x, c.num_key_value_heads, "v")
+        query, key, value = self.project(x)
         if c.qk_norm:
-            query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
-        query, key = rotate(query, inputs.cosine, inputs.sine), rotate(key, inputs.cosine, inputs.sine)
-        if inputs.index is not None:
-            start = (0, inputs.index, 0, 0)
-            key = jax.lax.dynamic_update_slice(layer.keys, key.astype(layer.keys.dtype), start)
-            value = jax.lax.dynamic_update_slice(layer.values, value.astype(layer.values.dtype), start)
-            layer = layer._replace(keys=key, values=value)
-        mask = inputs.mask if inputs.distance is None else inputs.mask & (inputs.distance < layer.window)
-        mixed = attention.attend(query, key, value, mask)
-        return _dense(c, c.hidden_size, c.output_bias, "o_proj")(mixed), layer
+            query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
+        query, key = (rotate(each, *self.angles(inputs, layer)) for each in (query, key))
+        key, value, layer = layer.extended(key, value, inputs)
+        mixed = attention.attend(query, key, value, layer.mask(inputs), **self.scaling())
+        return dense(c, c.hidden_size, c.output_bias, "o_proj")(mixed), layer
 
-    def _heads(self, x: jax.Array, heads: int, name: str) -> jax.Array:
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, `[batch, length, heads, head_dim]` each."""
         c = self.config
-        return _dense(c, heads * c.head_dim, c.qkv_bias, f"{name}_proj")(x).reshape(*x.shape[:2], heads, c.head_dim)
+        counts = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        query, key, value = (
+            dense(c, count * c.head_dim, c.qkv_bias, f"{name}_proj")(x).reshape(*x.shape[:2], count, c.head_dim)
+            for name, count in counts.items()
+        )
+        return query, key, value
+
+    def norm(self, name: str) -> nn.Module:
+        """The norm of every head's query or key."""
+        return RMSNorm(self.config, name=name)
+
+    def angles(self, inputs: AttentionInputs, layer: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of this layer's rotation."""
+        return inputs.rotary
+
+    def scaling(self) -> dict[str, Any]:
+        """Arguments of `attend`: the scale and the cap of scores, where they are not the usual ones."""
+        return {}
 
 
 class FeedForward(nn.Module):
     """`down(act(gate(x)) * up(x))` (SwiGLU)."""
 
-    config: LlamaConfig
+    config: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transforms every position of `x` `[batch, length, hidden]`."""
         c = self.config
-        gate = _dense(c, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
-        up = _dense(c, c.intermediate_size, c.mlp_bias, "up_proj")(x)
-        return _dense(c, c.hidden_size, c.mlp_bias, "down_proj")(activation(c.hidden_act)(gate) * up)
+        gate = dense(c, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
+        up = dense(c, c.intermediate_size, c.mlp_bias, "up_proj")(x)
+        return dense(c, c.hidden_size, c.mlp_bias, "down_proj")(activation(c.hidden_act)(gate) * up)
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream."""
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
-    config: LlamaConfig
+    Families whose parts differ say so by `attention` and `feed_forward`.
+    """
+
+    config: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: LayerInputs) -> tuple[jax.Array, LayerInputs]:
         """`x` `[batch, length, hidden]` after the layer, and the layer's cache."""
         c = self.config
-        mixed, layer = SelfAttention(c, name="self_attn")(RMSNorm(c, name="input_layernorm")(x), inputs, layer)
+        mixed, layer = self.attention(name="self_attn")(RMSNorm(c, name="input_layernorm")(x), inputs, layer)
         x = x + mixed
-        return x + FeedForward(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x)), layer
+        return x + self.feed_forward(name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x)), layer
+
+    def attention(self, name: str) -> nn.Module:
+        """The layer's attention."""
+        return SelfAttention(self.config, name=name)
+
+    def feed_forward(self, name: str) -> nn.Module:
+        """The layer's feed-forward part."""
+        return FeedForward(self.config, name=name)
 
 
-class Llama(nn.Module):
+class Llama(Decoder):
     """A decoder of the Llama family: `model.apply({"params": params}, tokens) -> logits`."""
 
     config: LlamaConfig
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        cache: attention.KVCache | None = None,
-        return_hidden: bool = False,
-        from_hidden: jax.Array | None = None,
-    ) -> Any:
-        """Reads tokens and scores what follows each.
+    def layer(self) -> Any:
+        return Layer
 
-        Args:
-            tokens: Token ids `[batch, length]`.
-            positions: Position of every token; None counts the tokens of each segment, on from those in the cache.
-            segment_ids: `[batch, length]`: packed texts, each sees itself alone; 0 is padding.
-            attention_mask: `[batch, length]`, 0 or False for padding, on any side.
-            cache: Keys and values of the tokens before (`empty_cache` at first); asks for a pair as the result.
-            return_hidden: Return the last hidden states, after the final norm, in place of the logits; so does a model
-                without a head.
-            from_hidden: Such hidden states, in place of tokens: only the head is applied to them.
+    def last_norm(self, x: jax.Array) -> jax.Array:
+        return RMSNorm(self.config, name="norm")(x)
 
-        Returns:
-            Logits `[batch, length, vocab_size]` (or hidden states `[batch, length, hidden_size]`), float32; with a
-            cache, the pair of these and the cache with the new tokens.
+    def rotary(self, positions: jax.Array) -> Any:
+        return rotation(self.config.rope, self.config.head_dim, positions)
 
-        Raises:
-            TypeError: Params are kept in the form of a code: run the model by `jlora.lift(model.apply)`.
-            ValueError: Both or neither of tokens and hidden states are given, or the latter to a model without a head.
-        """
-        refuse_codes(self.variables)
-        c = self.config
-        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, name="embed_tokens")
-        if from_hidden is not None:
-            self._check_hidden(tokens)
-            return self._head(embed, from_hidden).astype(jnp.float32)
-        if tokens is None:
-            raise ValueError("a Llama reads tokens, or hidden states by from_hidden; got neither.")
-        inputs, cache = self._attention_inputs(tokens, positions, segment_ids, attention_mask, cache)
-        x, cache = self._run_layers(embed(tokens), inputs, cache)
-        x = RMSNorm(c, name="norm")(x)
-        if c.language_head and not return_hidden:
-            x = self._head(embed, x)
-        x = x.astype(jnp.float32)
-        return x if cache is None else (x, cache)
 
-    @nn.nowrap
-    def _head(self, embed: nn.Embed, x: jax.Array) -> jax.Array:
-        c = self.config
-        return embed.attend(x) if c.tie_word_embeddings else _dense(c, c.vocab_size, False, "lm_head")(x)
+def sizes(c: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes that the config gives to tensors of every checkpoint."""
+    return {
+        "embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "layers.0.self_attn.q_proj.weight": (c.num_attention_heads * c.head_dim, c.hidden_size),
+        "layers.0.mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
+    }
 
-    @nn.nowrap
-    def _check_hidden(self, tokens: jax.Array | None) -> None:
-        if tokens is not None:
-            raise ValueError("a Llama reads tokens, or hidden states by from_hidden; got both.")
-        if not self.config.language_head:
-            raise ValueError("from_hidden wants a model with a head; this one was loaded without.")
 
-    def _attention_inputs(self, tokens, positions, segment_ids, attention_mask, cache):
-        c = self.config
-        segments = attention.token_segments(tokens, segment_ids, attention_mask)
-        positions = attention.token_positions(segments, cache) if positions is None else positions
-        positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
-        key_positions, key_segments, index = positions, segments, None
-        if cache is not None:
-            index, cache = cache.index, attention.extend(self._allocate(cache), positions, segments)
-            key_positions, key_segments = cache.positions, cache.segments
-        distance = attention.distances(positions, key_positions)
-        mask = attention.segment_mask(segments, key_segments) & (distance >= 0)
-        cosine, sine = rotation(c.rope, c.head_dim, positions)
-        return AttentionInputs(cosine, sine, mask, distance if c.windows else None, index), cache
-
-    def _allocate(self, cache: attention.KVCache) -> attention.KVCache:
-        if cache.keys is not None:
-            return cache
-        c = self.config
-        blank = jnp.zeros((c.num_hidden_layers, *cache.positions.shape, c.num_key_value_heads, c.head_dim), c.dtype)
-        return cache.replace(keys=blank, values=blank)
-
-    def _run_layers(self, x, inputs, cache):
-        c = self.config
-        window = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32) if c.windows else None
-        own = LayerInputs(None if cache is None else cache.keys, None if cache is None else cache.values, window)
-        # Under scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
-        if c.scan_layers:
-            stack = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (a tuple is documented)
-                length=c.num_hidden_layers,
-            )
-            x, own = stack(c, name="layers")(x, inputs, own)
-        else:
-            x, own = self._unrolled(layer, x, inputs, own)
-        return x, None if cache is None else cache.replace(keys=own.keys, values=own.values)
-
-    def _unrolled(self, layer, x, inputs, own):
-        after = []
-        for i in range(self.config.num_hidden_layers):
-            x, one = layer(self.config, name=f"layers_{i}")(x, inputs, jax.tree.map(lambda leaf, i=i: leaf[i], own))
-            after.append(one)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
+FAMILY = Family(
+    Llama,
+    LlamaConfig,
+    {
+        "llama": ("LlamaForCausalLM", "LlamaModel"),
+        "mistral": ("MistralForCausalLM", "MistralModel"),
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+    },
+    prefixes=("model.", ""),
+    anchor="embed_tokens.weight",
+    sizes=sizes,
+    layer=r"layers\.(\d{1,9})\..+",
+    unprefixed=("lm_head",),
+    buffers=(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    heads=(r"score\.weight",),
+)

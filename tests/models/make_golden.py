@@ -1,6 +1,6 @@
 """Makes `golden/`: small random models of every architecture, and what transformers computes with them.
 
-    python tests/models/make_golden.py
+    python tests/models/make_golden.py [NAME ...]
 
 Needs PyTorch and transformers (made with torch 2.13, transformers 5.23). Each folder is a Hugging Face directory
 (`config.json`, `model.safetensors` in float32) with `expected.npz`: token ids, attention mask, and the logits or hidden
@@ -10,6 +10,7 @@ states of the tokens that the mask keeps.
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -61,6 +62,27 @@ YARN_TUNED = rope(
 BIASES = {"attention_bias": True, "mlp_bias": True}
 LATE_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
+GEMMA = {**DECODER, "head_dim": 6, "pad_token_id": 0, "tie_word_embeddings": True, "query_pre_attn_scalar": 9}
+GEMMA3_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+}
+LOCAL_GLOBAL = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.2],
+        "long_factor": [1.5, 2.0, 3.0],
+        "original_max_position_embeddings": 16,
+    }
+}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+
 # Name of the folder -> class of the config, class of the model, settings.
 CASES = {
     "llama_llama3_biases": ("LlamaConfig", "LlamaForCausalLM", {**DECODER, **BIASES, **LLAMA3, "head_dim": 6}),
@@ -86,6 +108,23 @@ CASES = {
         {**DECODER, **LATE_WINDOW, "tie_word_embeddings": True},
     ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**DECODER, "head_dim": 8}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GEMMA, "hidden_act": "gelu"}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**GEMMA, "sliding_window": 7, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**GEMMA, "sliding_window": 7, **GEMMA3_ROPE, **LOCAL_GLOBAL}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**DECODER, "pad_token_id": 0, "sliding_window": 7}),
+    "phi3_longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {**DECODER, "hidden_size": 32, "pad_token_id": 0, "original_max_position_embeddings": 16, **LONGROPE},
+    ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "gpt2_scaled": ("GPT2Config", "GPT2LMHeadModel", {**GPT2, "n_inner": 20, "scale_attn_by_inverse_layer_idx": True}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**DECODER, **EXPERTS, "head_dim": 8}),
     "bert": ("BertConfig", "BertModel", {**ENCODER, "type_vocab_size": 2}),
     "bert_gelu_new": ("BertConfig", "BertModel", {**ENCODER, "type_vocab_size": 2, "hidden_act": "gelu_new"}),
     "bert_masked_lm": ("BertConfig", "BertForMaskedLM", {**ENCODER, "type_vocab_size": 2, "hidden_act": "relu"}),
@@ -102,7 +141,8 @@ def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
-        value.data = 1 + 0.3 * noise if "norm" in name.lower() and name.endswith("weight") else 0.3 * noise
+        norm = "norm" in name.lower() or ".ln_" in name
+        value.data = 1 + 0.3 * noise if norm and name.endswith("weight") else 0.3 * noise
 
 
 def inputs(pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -151,5 +191,7 @@ def make(name: str, config_class: str, model_class: str, settings: dict) -> None
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(CASES)
     for case, (config_class, model_class, settings) in CASES.items():
-        make(case, config_class, model_class, settings)
+        if case in wanted:
+            make(case, config_class, model_class, settings)

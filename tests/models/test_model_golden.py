@@ -8,9 +8,10 @@ import pytest
 from models_data import GOLDEN, golden, quick_jit
 
 import jlora.models as models
+from jlora.models.families import FAMILIES
 
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
-DECODERS = [name for name in CASES if name.startswith(("llama", "mistral", "qwen"))]
+DECODERS = [name for name in CASES if not name.startswith(("bert", "roberta"))]
 
 
 def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -27,7 +28,8 @@ def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def test_every_architecture_has_a_golden_model():
     kinds = {name.split("_")[0] for name in CASES}
-    assert kinds == {"llama", "mistral", "qwen2", "qwen3", "bert", "roberta"}
+    named = {name.removesuffix("_text").replace("_", "") for name in FAMILIES}
+    assert kinds == named
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -270,14 +270,14 @@ def test_the_cache_of_the_hub_is_read_and_links_out_of_it_are_not(tmp_path):
         models.load(snapshot)
 
 
-@pytest.mark.parametrize("kind", ["vit", "phi3", "mixtral"])
+@pytest.mark.parametrize("kind", ["vit", "phi", "gemma3"])
 def test_the_type_of_the_model_is_looked_at_first(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError) as caught:
         models.load(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}/config.json: model_type '{kind}' is not supported; supported: llama, mistral, qwen2, qwen3, bert, "
-        "roberta; for any other model bring its JAX function, which jlora adapts whatever it is (docs/frameworks.md)."
+        f"{tmp_path}/config.json: model_type '{kind}' is not supported; supported: llama, mistral, qwen2, qwen3, gemma, "
+        "gemma2, gemma3_text, phi3, gpt2, mixtral, qwen3_moe, bert, roberta; for any other model bring its JAX function, which jlora adapts whatever it is (docs/frameworks.md)."
     )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: model_type is missing; supported: llama"):

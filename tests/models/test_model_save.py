@@ -118,5 +118,5 @@ def test_the_source_of_another_model_is_refused(tmp_path):
         models.save(tmp_path / "out", model, params, source=other)
     with pytest.raises(ValueError, match="holds a bert, the model is a Llama"):
         models.save(tmp_path / "out", model, params, source=GOLDEN / "bert")
-    with pytest.raises(TypeError, match="model: wanted a Llama or Bert, got a Classifier"):
+    with pytest.raises(TypeError, match="model: wanted a model of jlora.models or its config, got a Classifier"):
         models.save(tmp_path / "out", models.Classifier(model, 2, "last"), params, source=GOLDEN / "llama_yarn")

@@ -46,16 +46,16 @@ MUTATIONS = (
     ),
     Mutation(
         "a token may not see itself",
-        "jlora/models/llama.py",
+        "jlora/models/decoder.py",
         "(distance >= 0)",
         "(distance > 0)",
         (AGREES + "[mistral_window]",),
     ),
     Mutation(
         "a window is a token too wide",
-        "jlora/models/llama.py",
-        "(inputs.distance < layer.window)",
-        "(inputs.distance <= layer.window)",
+        "jlora/models/decoder.py",
+        "(inputs.distance < self.window)",
+        "(inputs.distance <= self.window)",
         (AGREES + "[mistral_window]",),
     ),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = (
     ),
     Mutation(
         "Flax says what is wrong with codes",
-        "jlora/models/llama.py",
+        "jlora/models/decoder.py",
         "        refuse_codes(self.variables)\n",
         "",
         (QUANTIZED + "a_model_that_is_not_lifted_says_what_to_do",),

@@ -13,6 +13,7 @@ import jlora
 from jlora import models
 from jlora.core.protocol.method import stated_kind
 from jlora.disk import catalog
+from jlora.models import families
 
 pytestmark = pytest.mark.parity
 GOLDEN = training.BASE.parent
@@ -47,6 +48,12 @@ EXPORTS = {
     "layers of dora": ("llama_yarn", {ATTENTION: jlora.Layers(jlora.DoRA(LORA), (1,))}),
     "layers of hira": ("qwen3", {ATTENTION: jlora.Layers(jlora.HiRA(2), (1,))}),
     "lntuning": ("llama_yarn", {".*norm/scale": jlora.LNTuning()}),
+    "gemma2": ("gemma2", {LINEAR: LORA, ".*norm/scale": jlora.Full()}),
+    "gemma3": ("gemma3", {LINEAR: LORA, "embed_tokens/embedding": jlora.Axes("in out", LORA, "gather")}),
+    "phi3": ("phi3_longrope", {".*/(qkv|gate_up|o|down)_proj/kernel": LORA}),
+    "gpt2": ("gpt2_scaled", {".*/(c_attn|c_fc|c_proj)/kernel": LORA, ".*/ln_1/scale": jlora.Full()}),
+    "mixtral": ("mixtral", {ATTENTION: LORA, ".*/experts/(gate_up|down)_proj": LORA}),
+    "qwen3 moe": ("qwen3moe", {ATTENTION: LORA, ".*/experts/down_proj": LORA, ".*/mlp/gate/kernel": jlora.Full()}),
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
 }
@@ -188,6 +195,83 @@ def test_jlora_computes_what_peft_computes_with_what_peft_wrote(name, scan_layer
     # PEFT took the top singular vectors out of the base in float32; here they are found again.
     tolerance = 1e-4 if name == "pissa" else 1e-5
     np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=tolerance, atol=tolerance)
+
+
+# name: (base, options of PEFT's LoraConfig)
+FAMILIES = {
+    "gemma2": ("gemma2", {"target_modules": ["q_proj", "o_proj", "up_proj"]}),
+    "gemma3": ("gemma3", {"target_modules": "all-linear", "use_dora": True}),
+    "phi3": ("phi3_longrope", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "mixtral": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "qwen3 moe": ("qwen3moe", {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_jlora_computes_what_peft_computes_on_every_family(name, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base, options = FAMILIES[name]
+    theirs = get_peft_model(torch_base(base), LoraConfig(r=3, lora_alpha=5, **options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 20)
+    theirs.save_pretrained(tmp_path)
+    model, params = models.load(GOLDEN / base)
+    adapted = jlora.load_peft(tmp_path, params, models.peft_names(model))
+    np.testing.assert_allclose(in_jax(model, adapted), in_torch(theirs), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(in_jax(model, params, lift=False), in_torch(theirs), atol=1e-3)
+
+
+# Keys of configs that say nothing of what the model computes.
+HARMLESS = {
+    "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "initializer_range", "model_type",
+    "output_router_logits", "pad_token_id", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "transformers_version", "use_cache", "_sliding_window_pattern",
+    "pretraining_tp",  # the same product in pieces
+    "reorder_and_upcast_attn",  # attention in 32 bits, as jlora's is in any case
+}  # fmt: skip
+
+
+class Watched(dict):
+    """A dict that knows which of its keys were asked for."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.seen = set()
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def items(self):
+        self.seen |= {"rope_parameters", "rope_scaling", "rope_theta"}  # read under their names beside
+        return super().items()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists()))
+def test_every_key_of_a_config_of_transformers_is_read_or_says_nothing(name):
+    import transformers
+
+    content = transformers.AutoConfig.from_pretrained(GOLDEN / name).to_dict()
+    hf = Watched(content)
+    families.FAMILIES[content["model_type"]].config.from_hf(hf)
+    usual = transformers.PreTrainedConfig().to_dict()
+    of_all_models = {key for key, value in content.items() if key in usual and value == usual[key]}
+    assert set(content) - hf.seen - HARMLESS - of_all_models == set()
 
 
 @pytest.mark.parametrize("name", training.names())

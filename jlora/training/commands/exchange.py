@@ -12,6 +12,7 @@ from typing import Any
 import jlora
 from jlora import models
 from jlora.models.chat_files import read_chat_templates, write_chat_templates
+from jlora.models.files import hub_name
 from jlora.training.commands.runs import Run, open_run
 from jlora.training.files import write_json
 from jlora.training.folder import check_new
@@ -43,7 +44,7 @@ def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dt
         profile,
         svd_rank=svd_rank,
         dtype=dtype,
-        base_model=str(run.directory),
+        base_model=hub_name(run.directory) or str(run.directory),
         task_type=None if run.subject.labels else "CAUSAL_LM",
     )
     if run.template is not None:

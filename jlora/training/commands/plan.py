@@ -18,6 +18,7 @@ from jlora import paths
 from jlora.core.tree.adapted import count
 from jlora.disk.json_files import read_object
 from jlora.models.config import read_config
+from jlora.models.gguf.header import is_gguf
 from jlora.training.commands.chips import Chip, NoCompilerError, described
 from jlora.training.hosts.placement import base_shardings, check_batch, check_slices, mesh_of, row_parts, rows_of_batch
 from jlora.training.model.loop import State, make_step
@@ -111,7 +112,7 @@ def make_plan(settings: Settings, chip: Chip, slices: int) -> Plan:
 def _found(settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """The settings with the model's directory, and its config, which alone may be given."""
     path = model_directory(settings)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         return dataclasses.replace(settings, model=str(path.parent)), read_object(path)
     return settings, read_config(path)
 

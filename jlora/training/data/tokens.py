@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from jlora.disk.json_files import read_object, shown
+from jlora.disk.json_files import shown
+from jlora.models import files
 
 
 class Codec:
@@ -89,8 +90,9 @@ def _as_list(value: Any) -> list[int]:
 
 def _named_tokens(directory: str | Path) -> dict[str, str | None]:
     """The begin and end tokens as far as tokenizer_config.json speaks of them; None where it wants none."""
-    path = Path(directory) / "tokenizer_config.json"
-    config = read_object(path) if path.exists() else {}
+    name = "tokenizer_config.json"
+    path = files.place(directory, name)
+    config = files.read_json(directory, name) if files.has_file(directory, name) else {}
     found: dict[str, str | None] = {}
     for name in ("bos_token", "eos_token"):
         token = config.get(name)

@@ -16,6 +16,9 @@ import jlora
 from jlora import models, paths
 from jlora.models.bitsandbytes import is_quantized
 from jlora.models.config import read_config
+from jlora.models.files import located
+from jlora.models.gguf.checkpoint import GgufCheckpoint
+from jlora.models.gguf.header import is_gguf
 from jlora.models.load import describe, family_of, stored_codes, stored_dtypes
 from jlora.models.quantized import fitting, traced
 from jlora.stored.names import named
@@ -56,8 +59,12 @@ class Subject:
 
 
 def model_directory(settings: Settings) -> Path:
-    """The settings' model, or the shipped one."""
-    return Path(settings.model) if settings.model is not None else Path(models.STORIES260K)
+    """Where the settings' model is, or the shipped one: a directory, or a GGUF file.
+
+    Raises:
+        FileNotFoundError: if it is a name whose package is not installed.
+    """
+    return located(settings.model) if settings.model is not None else Path(models.STORIES260K)
 
 
 def open_codec(settings: Settings) -> tuple[Codec, dict[str, Any]]:
@@ -83,10 +90,9 @@ def check_model(settings: Settings, config: dict[str, Any]) -> None:
     """
     _check_task(settings, config)
     stored_dtypes(model_directory(settings), settings.follow_links)
-    positions = config.get("max_position_embeddings")
-    if config.get("model_type") == "roberta" and positions is not None:
-        positions -= config["pad_token_id"] + 1
-    if positions is not None and settings.max_length is not None and settings.max_length > positions:
+    described = describe(model_directory(settings), config)
+    positions = described.max_position_embeddings - getattr(described, "position_offset", 0)
+    if settings.max_length is not None and settings.max_length > positions:
         raise SettingError(
             "max_length", f"of {settings.max_length} is more than the {positions} positions of the model"
         )
@@ -171,6 +177,8 @@ def memory(subject: Subject, settings: Settings) -> str:
     held = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
     stored = ", ".join(sorted(map(str, stored_dtypes(subject.directory, settings.follow_links))))
     source = "as in its files" if held == stored else f"its files hold {stored}"
+    if is_gguf(subject.directory):
+        source = f"dequantized, its file holds {', '.join(GgufCheckpoint(subject.directory).kept_as)}"
     codes = dict.fromkeys(str(leaf.code) for leaf in leaves if isinstance(leaf, jlora.Stored))
     kept = "".join(f", linear weights as {code}" for code in codes)
     return f"{held} ({source}){kept}, {sum(leaf.nbytes for leaf in leaves) / 1e6:,.2f} MB"

@@ -56,7 +56,9 @@ class Settings:
     """
 
     model: str | None = _setting(
-        None, "directory of a Hugging Face model (default: the shipped 260K-parameter Llama)", group="model"
+        None,
+        "directory of a Hugging Face model, a GGUF file, or smollm2 (default: the shipped 260K-parameter Llama)",
+        group="model",
     )
     dtype: str | None = _setting(
         None,
