@@ -25,6 +25,7 @@ ROOMS = (
     "nnx",
     "linen",
     "methods",
+    "prompts",
     "disk",
     "analysis",
     "compose",

@@ -23,6 +23,11 @@ class KVCache(flax.struct.PyTreeNode):
     segments: jax.Array
     index: jax.Array
 
+    def longer(self, slots: int) -> "KVCache":
+        """An empty cache with room for more tokens a row."""
+        room = jnp.pad(self.positions, ((0, 0), (0, slots)))
+        return self.replace(positions=room, segments=jnp.zeros_like(room))
+
 
 def empty_cache(batch: int, slots: int) -> KVCache:
     """A cache for `slots` tokens a row, prompt and continuation together."""
