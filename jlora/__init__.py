@@ -81,6 +81,7 @@ from jlora.methods.glora.search import glora_configuration as glora_configuratio
 from jlora.methods.glora.search import glora_configured as glora_configured
 from jlora.methods.glora.search import glora_evolve as glora_evolve
 from jlora.methods.glora.search import glora_size as glora_size
+from jlora.models.prefix_layout import PrefixLayout as PrefixLayout
 from jlora.models.torch_parameter import TorchParameter as TorchParameter
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history

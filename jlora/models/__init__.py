@@ -11,6 +11,7 @@ from jlora.models.generate import generate
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
 from jlora.models.peft_names import peft_names
+from jlora.models.prefix_layout import PrefixLayout, peft_prefix
 from jlora.models.rope import RopeConfig
 from jlora.models.save import save
 from jlora.models.tokenizer import load_tokenizer
@@ -26,6 +27,7 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "PrefixLayout",
     "RopeConfig",
     "empty_cache",
     "generate",
@@ -36,6 +38,7 @@ __all__ = [
     "make_classifier",
     "mean_pool",
     "peft_names",
+    "peft_prefix",
     "save",
     "save_classifier",
 ]

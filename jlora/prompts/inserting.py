@@ -62,18 +62,31 @@ def in_front(shape: tuple[int, int], tokens: int) -> Places:
     )
 
 
-def before_each(segments: jax.Array, tokens: int, texts: int) -> Places:
-    """Packed texts: the virtual tokens are before the first token of each.
+def first_tokens(segments: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+    """Where a text begins, bool `[rows, length]`.
 
     Args:
-        segments: which text each token is of, `[rows, length]`; 0 is padding.
+        segments: which text each token is of, 0 for padding; None for one text a row.
+        mask: 0 or False for padding, where there are no segments.
+    """
+    if segments is None:
+        assert mask is not None
+        there = mask.astype(bool)
+        return there & (jnp.cumsum(there, axis=1) == 1)
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    return (segments != 0) & (segments != before)
+
+
+def before_each(first: jax.Array, tokens: int, texts: int) -> Places:
+    """Several texts a row, or padding in front of them: the virtual tokens are before the first token of each text.
+
+    Args:
+        first: where a text begins, bool `[rows, length]`.
         tokens: virtual tokens a text.
         texts: for how many texts a row there is room. The tokens of further ones have no place.
     """
-    rows, length = segments.shape
+    rows, length = first.shape
     longer = length + texts * tokens
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    first = (segments != 0) & (segments != before)
     ordinal = jnp.cumsum(first, axis=1, dtype=jnp.int32)
     old = jnp.arange(length, dtype=jnp.int32)
     kept = jnp.where(ordinal <= texts, old + tokens * ordinal, longer)

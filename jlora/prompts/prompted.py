@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jlora import paths
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
-from jlora.prompts.inserting import Places, before_each, in_front
+from jlora.prompts.inserting import Places, before_each, first_tokens, in_front
 from jlora.prompts.virtual import VIRTUAL, Virtual
 
 #: Names under which functions take ids, and what lies beside them, `[batch, length]`.
@@ -204,10 +204,16 @@ def _is_empty(cache: Any) -> bool:
 
 
 def _places(call: _Call, number: int, texts: int) -> Places:
-    segments = next((array for name, array in call.beside.items() if name in SEGMENTS), None)
-    if segments is None:
+    """Where the virtual tokens go: right before each text, since models count positions anew behind padding."""
+
+    def of(names: tuple[str, ...]) -> Any:
+        arrays = [jnp.asarray(array) for name, array in call.beside.items() if name in names]
+        return jnp.broadcast_to(arrays[0], call.ids.shape) if arrays else None
+
+    segments, mask = of(SEGMENTS), of(MASKS)
+    if segments is None and mask is None:
         return in_front(call.ids.shape, number)
-    return before_each(jnp.broadcast_to(jnp.asarray(segments), call.ids.shape), number, texts)
+    return before_each(first_tokens(segments, mask), number, 1 if segments is None else texts)
 
 
 def _longer(name: str, array: Any, places: Places, number: int) -> jax.Array:
