@@ -13,7 +13,9 @@ from jlora.models.load import load
 from jlora.models.peft_names import peft_names
 from jlora.models.prefix_layout import PrefixLayout, peft_prefix
 from jlora.models.rope import RopeConfig
+from jlora.models.s2 import s2_attention
 from jlora.models.save import save
+from jlora.models.stretch import stretched
 from jlora.models.tokenizer import load_tokenizer
 
 STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260k"))
@@ -40,5 +42,7 @@ __all__ = [
     "peft_names",
     "peft_prefix",
     "save",
+    "s2_attention",
     "save_classifier",
+    "stretched",
 ]

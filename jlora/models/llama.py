@@ -17,6 +17,7 @@ from jlora.models import attention
 from jlora.models.config import MOST_LAYERS, activation, flag, optional, positive, required, whole
 from jlora.models.quantized import refuse_codes
 from jlora.models.rope import RopeConfig, rotate, rotation
+from jlora.models.s2 import s2_attention
 
 # The window of a layer that has none, beside layers that have one: wider than any text.
 NO_WINDOW = np.iinfo(np.int32).max
@@ -45,6 +46,8 @@ class LlamaConfig:
         language_head: Has the head; without it the model returns hidden states.
         qk_norm: RMS norm on every head's query and key (Qwen3).
         windows: For every layer how many tokens back it sees, itself included; None sees all. Empty: all see all.
+        attention: "full", or "s2": attention inside groups (`s2_attention`), for training on long texts.
+        group: Tokens of such a group; None for a quarter of the text.
         scan_layers: One stack of layers under `nn.scan`, else one subtree a layer.
         remat: Recompute each layer in the backward pass rather than keep its activations.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
@@ -69,6 +72,8 @@ class LlamaConfig:
     qk_norm: bool = False
     language_head: bool = True
     windows: tuple[int | None, ...] = ()
+    attention: str = "full"
+    group: int | None = None
     scan_layers: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
@@ -88,6 +93,11 @@ class LlamaConfig:
             raise ValueError(
                 f"windows has {len(self.windows)} entries, wanted one for each of {self.num_hidden_layers} layers."
             )
+
+        if self.attention not in ("full", "s2"):
+            raise ValueError(f'attention must be "full" or "s2", got {self.attention!r}.')
+        if self.attention == "s2" and self.windows:
+            raise ValueError('attention "s2" has groups in place of windows, and this model has windows.')
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **options: Any) -> "LlamaConfig":
@@ -158,13 +168,15 @@ class AttentionInputs(NamedTuple):
         mask: bool `[batch, 1, queries, keys]`: causal, and within the segment.
         distance: int32 `[batch, 1, queries, keys]`, query position minus key position; None if no layer has a window.
         index: First free slot of the cache; None without one.
+        segments: With attention "s2", which makes its masks group by group, segment of every token; else None.
     """
 
     cosine: jax.Array
     sine: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
     distance: jax.Array | None
     index: jax.Array | None
+    segments: jax.Array | None = None
 
 
 class LayerInputs(NamedTuple):
@@ -213,8 +225,11 @@ class SelfAttention(nn.Module):
             key = jax.lax.dynamic_update_slice(layer.keys, key.astype(layer.keys.dtype), start)
             value = jax.lax.dynamic_update_slice(layer.values, value.astype(layer.values.dtype), start)
             layer = layer._replace(keys=key, values=value)
-        mask = inputs.mask if inputs.distance is None else inputs.mask & (inputs.distance < layer.window)
-        mixed = attention.attend(query, key, value, mask)
+        if inputs.segments is not None:
+            mixed = s2_attention(query, key, value, group=c.group, segments=inputs.segments).reshape(*x.shape[:2], -1)
+        else:
+            mask = inputs.mask if inputs.distance is None else inputs.mask & (inputs.distance < layer.window)
+            mixed = attention.attend(query, key, value, mask)
         return _dense(c, c.hidden_size, c.output_bias, "o_proj")(mixed), layer
 
     def _heads(self, x: jax.Array, heads: int, name: str) -> jax.Array:
@@ -299,13 +314,17 @@ class Llama(nn.Module):
         segments = attention.token_segments(tokens, segment_ids, attention_mask)
         positions = attention.token_positions(segments, cache) if positions is None else positions
         positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+        cosine, sine = rotation(c.rope, c.head_dim, positions)
+        if c.attention == "s2":
+            if cache is not None:
+                raise ValueError('attention "s2" is for training; generate with a model of attention "full", on the same params.')
+            return AttentionInputs(cosine, sine, None, None, None, segments), None
         key_positions, key_segments, index = positions, segments, None
         if cache is not None:
             index, cache = cache.index, attention.extend(self._allocate(cache), positions, segments)
             key_positions, key_segments = cache.positions, cache.segments
         distance = attention.distances(positions, key_positions)
         mask = attention.segment_mask(segments, key_segments) & (distance >= 0)
-        cosine, sine = rotation(c.rope, c.head_dim, positions)
         return AttentionInputs(cosine, sine, mask, distance if c.windows else None, index), cache
 
     def _allocate(self, cache: attention.KVCache) -> attention.KVCache:
