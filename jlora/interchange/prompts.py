@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from jlora import paths
+from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
-from jlora.core.protocol.method import Site
 from jlora.interchange.folder import CONFIG, AdapterFolder
 from jlora.interchange.index import Index, Read, trained_dtype
 from jlora.interchange.names import Slot
@@ -46,8 +46,8 @@ def write(adapted: Adapted, slots: dict[tuple[str, ...], list[Slot]], prefix: Pr
     for site in adapted.plan.sites:
         if type(site.method) not in (PromptTuning, PrefixTuning):
             raise ValueError(
-                f"{site.path}: PEFT keeps prompts in a folder of their own, and {site.method} is beside them; save each alone, or "
-                "keep the whole by jlora.save"
+                f"{site.path}: PEFT keeps prompts in a folder of their own, and {site.method} is beside them; save each "
+                "alone, or keep the whole by jlora.save"
             )
         if site.keys not in slots:
             raise ValueError(f"{site.path}: names has no entry for it")
@@ -69,7 +69,9 @@ def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: 
     (site,) = adapted.plan.sites
     slot, method = slots[site.keys][0], asked[site.keys]
     if slot.kind != "embedding":
-        raise ValueError(f"{site.path}: PEFT's prompts are rows of an embedding, and names says that it is a {slot.kind}")
+        raise ValueError(
+            f"{site.path}: PEFT's prompts are rows of an embedding, and names says that it is a {slot.kind}"
+        )
     rows = np.asarray(paths.lookup(adapted.params, site.keys)["prompt"])
     encoder = isinstance(method, PTuning)
     out.add(TENSOR, rows, [origin(slot, ("prompt",))])
@@ -82,15 +84,15 @@ def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: 
     out.notes.append("PEFT keeps what the encoder makes, and not the encoder: what is read back is PromptTuning")
 
 
-def _write_prefix(
-    out: Written, adapted: Adapted, slots: dict[Any, list[Slot]], prefix: PrefixLayout | None
-) -> None:
+def _write_prefix(out: Written, adapted: Adapted, slots: dict[Any, list[Slot]], prefix: PrefixLayout | None) -> None:
     layout = _wanted(prefix)
     modules = _modules({slot.name: slot for each in slots.values() for slot in each})
     rows, origins = {}, []
     for site in adapted.plan.sites:
         if getattr(site.method, "columns", None) is not None:
-            raise ValueError(f"{site.path}: keys and values of a fused product have no place here yet; keep them by jlora.save")
+            raise ValueError(
+                f"{site.path}: keys and values of a fused product have no place here yet; keep them by jlora.save"
+            )
         array = np.asarray(paths.lookup(adapted.params, site.keys)["rows"])
         for slot in slots[site.keys]:
             rows[slot.name] = array[slot.index]
@@ -110,15 +112,17 @@ def _write_prefix(
 def _in_heads(rows: np.ndarray, layout: PrefixLayout) -> np.ndarray:
     """`[layers, tokens, heads, head_dim]`."""
     if rows.shape[-1] % layout.head_dim:
-        raise ValueError(f"prefix has head_dim {layout.head_dim}, which does not divide the {rows.shape[-1]} columns of keys")
+        raise ValueError(
+            f"prefix has head_dim {layout.head_dim}, which does not divide the {rows.shape[-1]} columns of keys"
+        )
     return rows.reshape(*rows.shape[:-1], -1, layout.head_dim)
 
 
 def _wanted(prefix: PrefixLayout | None) -> PrefixLayout:
     if prefix is None:
         raise ValueError(
-            "PEFT keeps the keys of a prefix in heads and behind rotary positions: pass prefix=, jlora.models.peft_prefix(model) for "
-            "the models of this package, or a jlora.PrefixLayout"
+            "PEFT keeps the keys of a prefix in heads and behind rotary positions: pass prefix=, "
+            "jlora.models.peft_prefix(model) for the models of this package, or a jlora.PrefixLayout"
         )
     return prefix
 
@@ -130,13 +134,16 @@ def _modules(slots: dict[str, Slot]) -> list[tuple[Slot, Slot]]:
         ValueError: where they can't be told by their names.
     """
     found: dict[str, dict[str, Slot]] = {}
-    for name, slot in slots.items():
+    for slot in slots.values():
         before, _, last = slot.module.rpartition(".")
         kind = "key" if _KEY.fullmatch(last) else "value" if _VALUE.fullmatch(last) else None
         if kind is not None and slot.parameter == "weight":
             found.setdefault(before, {})[kind] = slot
     if not found or any(len(pair) != 2 for pair in found.values()):
-        raise ValueError(f"names has no product of keys and of values (k_proj, v_proj or the like) in each layer; it has {sorted(slots)[:8]}")
+        raise ValueError(
+            "names has no product of keys and of values (k_proj, v_proj or the like) in each layer; it has "
+            f"{sorted(slots)[:8]}"
+        )
     order = sorted(found, key=lambda module: [int(n) for n in re.findall(r"\d+", module)])
     return [(found[module]["key"], found[module]["value"]) for module in order]
 
@@ -169,7 +176,9 @@ def read(folder: AdapterFolder, index: Index, prefix: PrefixLayout | None) -> li
     slots = [slot for each in index.slots.values() for slot in each if slot.kind == "embedding"]
     named = [slot for slot in slots if _TOKENS.fullmatch(slot.module.rpartition(".")[2])] if len(slots) > 1 else slots
     if len(named) != 1:
-        raise ValueError(f"{folder.file}: the prompt is for the embedding of tokens, which is not one of {[s.path for s in slots]}")
+        raise ValueError(
+            f"{folder.file}: the prompt is for the embedding of tokens, which is not one of {[s.path for s in slots]}"
+        )
     (slot,) = named
     folder.check(TENSOR, (tokens, slot.torch_columns()[2]), "the virtual tokens")
     rows = folder.read_as(TENSOR, trained_dtype(index.leaves[slot.keys].dtype))

@@ -82,8 +82,8 @@ def save_peft(
         dtype: dtype of the tensors, such as `"bfloat16"`; None keeps what is trained.
         base_model: name or directory of the base, for those who load the adapter.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
-        prefix: for `PrefixTuning`, how keys lie in heads and what rotary positions do to them; `jlora.models.peft_prefix(model)`
-            for the models of this package.
+        prefix: for `PrefixTuning`, how keys lie in heads and what rotary positions do to them;
+            `jlora.models.peft_prefix(model)` for the models of this package.
 
     Returns:
         A report, which prints.

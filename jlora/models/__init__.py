@@ -41,8 +41,8 @@ __all__ = [
     "mean_pool",
     "peft_names",
     "peft_prefix",
-    "save",
     "s2_attention",
+    "save",
     "save_classifier",
     "stretched",
 ]

@@ -317,7 +317,7 @@ class Llama(nn.Module):
         cosine, sine = rotation(c.rope, c.head_dim, positions)
         if c.attention == "s2":
             if cache is not None:
-                raise ValueError('attention "s2" is for training; generate with a model of attention "full", on the same params.')
+                raise ValueError('attention "s2" is for training; generate with "full", on the same params.')
             return AttentionInputs(cosine, sine, None, None, None, segments), None
         key_positions, key_segments, index = positions, segments, None
         if cache is not None:

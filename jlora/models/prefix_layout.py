@@ -53,7 +53,9 @@ def peft_prefix(model: Any) -> PrefixLayout:
     if config.qk_norm:
         raise ValueError("the model normalizes its keys, behind which PEFT keeps a prefix and jlora does not")
     if config.rope.rope_type == "dynamic":
-        raise ValueError("rotary positions of the type 'dynamic' depend on the length of the text; PEFT keeps a prefix behind them")
+        raise ValueError(
+            "rotary positions of type 'dynamic' depend on the text's length; PEFT keeps a prefix behind them"
+        )
     return PrefixLayout(config.head_dim, lambda keys, back: turned(config.rope, keys, back))
 
 

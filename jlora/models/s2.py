@@ -1,4 +1,4 @@
-"""Shifted sparse attention (S²-Attn) of LongLoRA: attention inside groups of tokens, shifted by half a group for half the heads."""
+"""Shifted sparse attention (S²-Attn) of LongLoRA: attention in groups of tokens, which half the heads cut elsewhere."""
 
 from typing import Any
 
@@ -40,8 +40,8 @@ def s2_attention(
         `[batch, length, heads, head_dim]`.
 
     Raises:
-        ValueError: for a bias, dropout, an odd number of heads, keys of another length than queries (as in decoding), or a group
-            that is no positive even number.
+        ValueError: for a bias, dropout, an odd number of heads, keys of another length than queries (as in decoding), or a
+            group that is no positive even number.
 
     Example:
         >>> attention = functools.partial(jlora.models.s2_attention, group=2048)
@@ -55,9 +55,7 @@ def s2_attention(
     group = group_of(length, group)
     halves = [_half(x, heads) for x in (query, key, value)]
     masks = [None, None] if mask is None else [mask, mask] if mask.shape[1] == 1 else jnp.split(mask, 2, axis=1)
-    made = [
-        _in_groups(*(x[n] for x in halves), masks[n], group, group // 2 * n, causal, segments) for n in range(2)
-    ]
+    made = [_in_groups(*(x[n] for x in halves), masks[n], group, group // 2 * n, causal, segments) for n in range(2)]
     return jnp.concatenate(made, axis=2)
 
 
@@ -81,10 +79,14 @@ def _check(query: jax.Array, key: jax.Array, bias: Any, options: dict[str, Any])
         raise ValueError(f"s2_attention has no dropout, got dropout_rate={options['dropout_rate']}")
     if query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"s2_attention is for training: {query.shape[1]} queries with {key.shape[1]} keys, as in decoding, want full attention"
+            f"s2_attention is for training: {query.shape[1]} queries with {key.shape[1]} keys, as in decoding, want full "
+            "attention"
         )
     if query.shape[2] % 2 or query.shape[2] % key.shape[2]:
-        raise ValueError(f"s2_attention wants an even number of heads, a multiple of those of keys, got {query.shape[2]} and {key.shape[2]}")
+        raise ValueError(
+            f"s2_attention wants an even number of heads, a multiple of those of keys, got {query.shape[2]} and "
+            f"{key.shape[2]}"
+        )
 
 
 def _half(x: jax.Array, heads: int) -> list[jax.Array]:

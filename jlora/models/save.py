@@ -25,6 +25,7 @@ from jlora.models.llama import Llama
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
 from jlora.models.quantized import one_matrix, whole
+from jlora.models.stretch import stretched_settings
 
 #: The `format` of weights that transformers loads by bitsandbytes.
 BITSANDBYTES = "bitsandbytes"
@@ -87,7 +88,7 @@ def save(
     """
     if not isinstance(model, (Llama, Bert)):
         raise TypeError(f"model: wanted a Llama or Bert, got a {type(model).__name__}.")
-    hf = read_config(source)
+    hf = stretched_settings(read_config(source), model)
     _check_source(source, hf, model)
     leaves = _check_params(model, params)
     if format not in (None, BITSANDBYTES):
@@ -154,9 +155,9 @@ def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> 
         "remat",
         "dtype",
         "param_dtype",
-        "pooler" if isinstance(model, Bert) else "language_head",
+        *(("pooler",) if isinstance(model, Bert) else ("language_head", "attention", "group")),
     )
-    options = {name: getattr(model.config, name) for name in settings}
+    options = {name: getattr(model.config, name) for name in settings if hasattr(model.config, name)}
     described = describe(source, hf, **options)
     for field in dataclasses.fields(model.config):
         wanted, got = getattr(model.config, field.name), getattr(described, field.name)

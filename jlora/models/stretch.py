@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from jlora.models.llama import Llama
 
+# What `stretched` makes, as `config.json` names it.
 TYPES = ("linear", "yarn")
 
 
@@ -42,3 +44,19 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
     rope = dataclasses.replace(config.rope, rope_type=rope_type, factor=factor, original_length=original, **temperature)
     attention = config.attention if attention is None else attention
     return Llama(dataclasses.replace(config, rope=rope, max_position_embeddings=length, attention=attention))
+
+
+def stretched_settings(hf: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The content of a `config.json` with the stretched positions of a model, where it has such."""
+    rope = getattr(model.config, "rope", None)
+    if (
+        rope is None
+        or rope.rope_type not in TYPES
+        or model.config.max_position_embeddings == hf.get("max_position_embeddings")
+    ):
+        return hf
+    told: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type == "yarn":
+        told["original_max_position_embeddings"] = rope.original_length
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    return hf | {key: {**(hf.get(key) or {}), **told}, "max_position_embeddings": model.config.max_position_embeddings}

@@ -37,9 +37,14 @@ def without_encoder(adapted: Adapted) -> Adapted:
     if not gone:
         raise ValueError("no network makes a prompt of these adapters: there is none to leave out")
     plan = Plan(tuple(sites))
-    names = {before: after for method, before in adapted.plan.shared_names().items() if (after := plan.shared_names().get(method))}
+    after = plan.shared_names()
+    names = {before: after[method] for method, before in adapted.plan.shared_names().items() if method in after}
     frozen = {key: tree for key, tree in adapted.frozen.items() if key != SHARED}
-    return adapted.replace(params=_with_drawers(trained, adapted.params, names), frozen=_with_drawers(frozen, adapted.frozen, names), plan=plan)
+    return adapted.replace(
+        params=_with_drawers(trained, adapted.params, names),
+        frozen=_with_drawers(frozen, adapted.frozen, names),
+        plan=plan,
+    )
 
 
 def _with_drawers(tree: dict[str, Any], old: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

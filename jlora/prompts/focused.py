@@ -66,7 +66,9 @@ def focus(
     """
     count = len(specific)
     if not count or len(general) not in (1, count):
-        raise ValueError(f"focus wants a general adapter for each of the {count} specific ones, or one for all, got {len(general)}")
+        raise ValueError(
+            f"focus wants a general adapter for each of the {count} specific ones, or one for all, got {len(general)}"
+        )
     alphas = [alpha] * count if isinstance(alpha, int | float) else list(alpha)
     weights = [1 / count] * count if weight is None else list(weight)
     if len(alphas) != count or len(weights) != count or not 0 < top_p <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -91,7 +92,7 @@ class PTuning(VirtualRows):
             sizes = [2 * self.hidden, 2 * self.hidden, width]
             for n in range(self.layers):
                 found |= lstm_start(keys[3 + n], f"lstm_{n}", 2 * self.hidden if n else width, self.hidden, dtype)
-        for n, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
+        for n, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             found |= linear_start(keys[n], f"linear_{n}", inputs, outputs, dtype)
         return Start(found)
 

@@ -42,8 +42,8 @@ class PrefixTuning(Virtual):
         hidden: width of the network; 0 for none.
         width: width of the network's embeddings; of use with `hidden` alone.
         deviation: standard deviation of the rows at the start, without a network.
-        columns: first column and the one behind the last that keys and values have in a fused product, such as `(768, 2304)` for
-            a `c_attn` of width 768; None for all.
+        columns: first column and the one behind the last that keys and values have in a fused product, such as `(768, 2304)`
+            for a `c_attn` of width 768; None for all.
 
     Raises:
         ValueError: for a hyperparameter out of range, a fused product without `columns`, a product of queries, and (when
@@ -64,13 +64,15 @@ class PrefixTuning(Virtual):
 
     family: ClassVar[str] = "Prompts"
     told: ClassVar[tuple[str, ...]] = (VIRTUAL,)
-    recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=1e-2, targets=r".*(/|_)(k_proj|v_proj|key|value)/kernel")
+    recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=1e-2, targets=r".*/(k|v)_proj/kernel")
 
     def __post_init__(self) -> None:
         counts = {"tokens": integer(1), "hidden": integer(0), "width": integer(1)}
         check_hyperparameters(self, bounds={**counts, "deviation": NOT_NEGATIVE})
         if self.columns is not None and not (
-            len(self.columns) == 2 and all(type(n) is int for n in self.columns) and 0 <= self.columns[0] < self.columns[1]
+            len(self.columns) == 2
+            and all(type(n) is int for n in self.columns)
+            and 0 <= self.columns[0] < self.columns[1]
         ):
             raise ValueError(f"PrefixTuning's columns must be a first and a last column, got {self.columns!r}")
 
@@ -78,7 +80,9 @@ class PrefixTuning(Virtual):
         """Refuses what makes no keys or values, and a fused product of which nobody said which columns do."""
         last = [key for key in site.keys if key not in ("kernel", "weight", "w")][-1:]
         if site.kind != "dot":
-            raise ValueError(f"prefix-tuning goes to the products that make keys and values, and this leaf is read by a {site.kind}")
+            raise ValueError(
+                f"prefix-tuning goes to the products that make keys and values, and this leaf is read by a {site.kind}"
+            )
         if any(_QUERY.fullmatch(key) for key in last):
             raise ValueError("prefix-tuning goes to the products that make keys and values, and this one makes queries")
         if self.columns is None and any(_FUSED.fullmatch(key) for key in last):

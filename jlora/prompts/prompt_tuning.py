@@ -14,7 +14,7 @@ from jlora.core.protocol.method import Site, Start, View
 from jlora.methods.lora import trained_dtype
 from jlora.prompts.virtual import VirtualRows
 
-INITS = ("vocabulary", "uniform", "text", "labels")
+INITS = ("vocabulary", "uniform", "text", "classes")
 # The paper draws from the commonest tokens, which have the lowest numbers.
 COMMON = 5000
 
@@ -33,26 +33,26 @@ class PromptTuning(VirtualRows):
         tokens: how many virtual tokens.
         init: what they start from. "vocabulary": rows of different tokens, drawn from the first 5,000. "uniform": uniform in
             ±0.5. "text": the rows of the tokens `text`, from the beginning again where they are fewer than `tokens`, and cut
-            where they are more: then the start is what the text does as a prompt. "labels": for each entry of `labels` the mean
-            of its tokens' rows; "vocabulary" for the others.
+            where they are more: then the start is what the text does as a prompt. "classes": for each entry of `classes` the
+            mean of its tokens' rows; "vocabulary" for the others.
         text: ids of the tokens of a text, for "text".
-        labels: for each class the ids of its name's tokens, for "labels".
+        classes: for each class the ids of its name's tokens, for "classes".
 
     Raises:
-        ValueError: for a hyperparameter out of range, `text` or `labels` that the start does not use, or misses, and ids that
+        ValueError: for a hyperparameter out of range, `text` or `classes` that the start does not use, or misses, and ids that
             are no rows of the embedding.
 
     Example:
         >>> jlora.adapterize(params, {r".*embed_tokens/embedding": jlora.PromptTuning(tokens=20)}, sites=sites)
 
     Reference:
-        Lester et al. 2021, arXiv:2104.08691; "text" as in PEFT, "labels" as in the authors' code.
+        Lester et al. 2021, arXiv:2104.08691; "text" as in PEFT, "classes" as in the authors' code.
     """
 
     tokens: int = 20
     init: str = "vocabulary"
     text: tuple[int, ...] = ()
-    labels: tuple[tuple[int, ...], ...] = ()
+    classes: tuple[tuple[int, ...], ...] = ()
 
     family: ClassVar[str] = "Prompts"
     # Of the rates 1e-3 to 3e-1 by AdamW on stories260k; the paper's 0.3 is for Adafactor.
@@ -60,12 +60,13 @@ class PromptTuning(VirtualRows):
 
     def __post_init__(self) -> None:
         check_hyperparameters(self, bounds={"tokens": integer(1), "init": one_of(INITS)})
-        for name in ("text", "labels"):
+        for name in ("text", "classes"):
             if bool(getattr(self, name)) != (self.init == name):
                 raise ValueError(f'PromptTuning\'s {name} must be given with init="{name}", and only then')
-        if len(self.labels) > self.tokens or not all(self.labels):
+        if len(self.classes) > self.tokens or not all(self.classes):
             raise ValueError(
-                f"PromptTuning's labels must be at most {self.tokens} (tokens) lists of ids, none of them empty, got {self.labels}"
+                f"PromptTuning's classes must be at most {self.tokens} (tokens) lists of ids, none of them empty, got "
+                f"{self.classes}"
             )
 
     @property
@@ -75,9 +76,9 @@ class PromptTuning(VirtualRows):
     def check(self, site: Site) -> None:
         """Refuses ids that are no rows of the embedding."""
         super().check(site)
-        ids = [*self.text, *(each for label in self.labels for each in label)]
+        ids = [*self.text, *(each for name in self.classes for each in name)]
         if any(not 0 <= each < site.in_size for each in ids):
-            raise ValueError(f"ids of text and labels must be from 0 to {site.in_size - 1}, got {ids}")
+            raise ValueError(f"ids of text and classes must be from 0 to {site.in_size - 1}, got {ids}")
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """The embeddings by `init`."""
@@ -90,10 +91,10 @@ class PromptTuning(VirtualRows):
             return w[jnp.resize(jnp.array(self.text), self.tokens)]
         common = min(COMMON, w.shape[0])
         drawn = w[jax.random.choice(key, common, (self.tokens,), replace=self.tokens > common)]
-        if not self.labels:
+        if not self.classes:
             return drawn
-        means = jnp.stack([jnp.mean(w[jnp.array(label)].astype(jnp.float32), axis=0) for label in self.labels])
-        return drawn.astype(means.dtype).at[: len(self.labels)].set(means)
+        means = jnp.stack([jnp.mean(w[jnp.array(name)].astype(jnp.float32), axis=0) for name in self.classes])
+        return drawn.astype(means.dtype).at[: len(self.classes)].set(means)
 
     def rows(self, view: View) -> jax.Array:
         """`prompt`."""
@@ -104,5 +105,5 @@ PromptTuning.CASES = (
     PromptTuning(tokens=3),
     PromptTuning(tokens=2, init="uniform"),
     PromptTuning(tokens=5, init="text", text=(1, 4)),
-    PromptTuning(tokens=2, init="labels", labels=((1, 2),)),
+    PromptTuning(tokens=2, init="classes", classes=((1, 2),)),
 )

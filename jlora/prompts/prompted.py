@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import paths
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
 from jlora.prompts.inserting import Places, before_each, first_tokens, in_front
@@ -68,7 +67,9 @@ def prompted(fn: Callable[..., Any], tokens: int | str = 1, texts: int = 1, pool
         longer = places.spread(ids, 0)
         # Without ids of their own virtual tokens may have any: what becomes of them reaches nothing.
         longer = jnp.where(places.number >= 0, places.number.astype(ids.dtype) + first, longer) if first else longer
-        out = call.again(longer, {name: _longer(name, array, places, number) for name, array in call.beside.items()}, places)
+        out = call.again(
+            longer, {name: _longer(name, array, places, number) for name, array in call.beside.items()}, places
+        )
         return _cut(out, places, ids.shape, pooled, lambda: jax.eval_shape(fn, *args, **kwargs))
 
     return run
@@ -104,7 +105,9 @@ def _first_id(found: list[tuple[Any, Virtual]], dtype: Any, number: int) -> int:
         raise ValueError(f"prompts are for one embedding of tokens; here are some of {sorted(sizes)} rows")
     first = next(iter(sizes), 0)
     if first + number - 1 > jnp.iinfo(dtype).max:
-        raise ValueError(f"ids of dtype {dtype} can't hold the virtual ones, {first} to {first + number - 1}; use int32")
+        raise ValueError(
+            f"ids of dtype {dtype} can't hold the virtual ones, {first} to {first + number - 1}; use int32"
+        )
     return first
 
 
@@ -197,8 +200,8 @@ def _is_empty(cache: Any) -> bool:
     """Whether a cache has no tokens yet, as the ones of `jlora.models` tell."""
     if not hasattr(cache, "longer"):
         raise ValueError(
-            f"prompted doesn't know the cache {type(cache).__name__}: make the first call, which puts the prompts into it, with "
-            "longer ids yourself, and the others by the lifted function"
+            f"prompted doesn't know the cache {type(cache).__name__}: make the first call, which puts the prompts into it, "
+            "with longer ids yourself, and the others by the lifted function"
         )
     return cache.keys is None
 
@@ -260,4 +263,3 @@ def _cut(out: Any, places: Places, shape: tuple[int, ...], pooled: bool, plain: 
 
 def _flat(leaf: Any) -> bool:
     return getattr(leaf, "ndim", 0) == 2
-

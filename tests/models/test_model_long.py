@@ -19,7 +19,7 @@ LENGTH, GROUP = 16, 4
 
 def drawn(heads=4, kv_heads=2, length=LENGTH):
     rng = np.random.default_rng(0)
-    make = lambda heads: rng.standard_normal((2, length, heads, 3)).astype(np.float32)  # noqa: E731
+    make = lambda heads: rng.standard_normal((2, length, heads, 3)).astype(np.float32)
     return make(heads), make(kv_heads), make(kv_heads)
 
 
@@ -41,9 +41,9 @@ def groups(heads=4, length=LENGTH, group=GROUP):
 def by_rolling(query, key, value):
     """The authors' formulation, with the mask by which the first tokens don't see the last ones."""
     key, value = (np.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    roll = lambda x, by: np.concatenate([x[:, :, :2], np.roll(x[:, :, 2:], by, axis=1)], axis=2)  # noqa: E731
+    roll = lambda x, by: np.concatenate([x[:, :, :2], np.roll(x[:, :, 2:], by, axis=1)], axis=2)
     query, key, value = (roll(x, -GROUP // 2) for x in (query, key, value))
-    fold = lambda x: x.reshape(-1, GROUP, *x.shape[2:])  # noqa: E731
+    fold = lambda x: x.reshape(-1, GROUP, *x.shape[2:])
     at = np.stack([np.arange(LENGTH)] * 2 + [np.roll(np.arange(LENGTH), -GROUP // 2)] * 2)  # [heads, length]
     at = at.reshape(4, -1, GROUP).swapaxes(0, 1)
     seen = (at[..., :, None] >= at[..., None, :]) & np.tri(GROUP, dtype=bool)
@@ -70,7 +70,9 @@ def test_no_token_sees_one_behind_it():
 def test_heads_of_keys_and_lengths_that_groups_do_not_divide(kv_heads, length, group):
     arrays = drawn(kv_heads=kv_heads, length=length)
     found = models.s2_attention(*arrays, group=group)
-    np.testing.assert_allclose(found, by_formula(*arrays, groups(length=length, group=group or 4)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found, by_formula(*arrays, groups(length=length, group=group or 4)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_segments_and_masks():
@@ -144,7 +146,10 @@ def test_the_model_with_one_group_is_that_of_full_attention_for_unshifted_heads_
     np.testing.assert_allclose(whole[:, :12], model.apply({"params": params}, ids), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match='attention "s2" is for training'):
         s2.apply({"params": params}, ids, cache=models.empty_cache(2, 12))
-    for changes, told in (({"attention": "s3"}, '"full" or "s2"'), ({"attention": "s2", "windows": (2,) * 5}, "windows")):
+    for changes, told in (
+        ({"attention": "s3"}, '"full" or "s2"'),
+        ({"attention": "s2", "windows": (2,) * 5}, "windows"),
+    ):
         with pytest.raises(ValueError, match=told):
             with_attention(model, **changes)
 
@@ -157,7 +162,7 @@ def test_memory_grows_with_the_group_and_not_with_the_square_of_the_length():
         step = jax.jit(jax.grad(lambda *x: fn(*x).sum(), argnums=(0, 1, 2)))
         return step.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
-    full = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    full = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
     s2 = functools.partial(models.s2_attention, group=256)
     assert temporary(full, 4096) > 12 * temporary(s2, 4096)
     assert temporary(s2, 8192) < 2.2 * temporary(s2, 4096)

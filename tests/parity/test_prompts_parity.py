@@ -94,7 +94,7 @@ def copied(module, prefix):
         return {f"{prefix}_kernel": module.weight.T, f"{prefix}_bias": module.bias}
     for n in range(module.num_layers):
         for way, end in (("forward", ""), ("backward", "_reverse")):
-            get = lambda name, n=n, end=end: getattr(module, f"{name}_l{n}{end}")  # noqa: E731
+            get = lambda name, n=n, end=end: getattr(module, f"{name}_l{n}{end}")
             found[f"{prefix}_{n}_{way}_input"] = get("weight_ih").T
             found[f"{prefix}_{n}_{way}_hidden"] = get("weight_hh").T
             found[f"{prefix}_{n}_{way}_bias"] = get("bias_ih") + get("bias_hh")
@@ -109,7 +109,10 @@ def test_encoders_train_as_those_of_peft(encoder):
 
     torch.manual_seed(0)
     config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4, encoder_reparameterization_type=encoder.upper()
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        encoder_hidden_size=4,
+        encoder_reparameterization_type=encoder.upper(),
     )
     theirs = peft.get_peft_model(torch_base("qwen2"), config).eval()
     network = theirs.prompt_encoder["default"]

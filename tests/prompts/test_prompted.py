@@ -111,7 +111,7 @@ def filled_by_hand(trained, scan):
     keys, values = (rows[name].reshape(5, width, c.num_key_value_heads, c.head_dim) for name in ("k_proj", "v_proj"))
     cosine, sine = rotation(c.rope, c.head_dim, jnp.arange(width)[None])
     keys = rotate(keys, cosine, sine)
-    room = lambda x: jnp.pad(jnp.stack([x, x], 1), ((0, 0), (0, 0), (0, 9), (0, 0), (0, 0)))  # noqa: E731
+    room = lambda x: jnp.pad(jnp.stack([x, x], 1), ((0, 0), (0, 0), (0, 9), (0, 0), (0, 0)))
     at = jnp.tile(jnp.pad(jnp.arange(width), (0, 9)), (2, 1))
     segments = jnp.tile(jnp.pad(jnp.ones(width, jnp.int32), (0, 9)), (2, 1))
     cache = KVCache(room(keys), room(values), at, segments, jnp.int32(width))
@@ -138,7 +138,11 @@ def test_networks_are_left_out_exactly():
     trained = adapted(spec)
     bare = jlora.without_encoder(trained)
     assert "~shared" not in bare.params
-    assert {str(s.method) for s in bare.plan.sites} == {"PromptTuning(tokens=3)", "PrefixTuning(tokens=3, width=5)", str(LORA)}
+    assert {str(s.method) for s in bare.plan.sites} == {
+        "PromptTuning(tokens=3)",
+        "PrefixTuning(tokens=3, width=5)",
+        str(LORA),
+    }
     close(prompted()(bare, IDS), prompted()(trained, IDS), 3e-5)
     with pytest.raises(ValueError, match="no network makes a prompt"):
         jlora.without_encoder(bare)
@@ -169,7 +173,7 @@ def test_prompts_learn_and_nothing_of_them_is_dead(spec):
 
 
 def test_saved_prompts_come_back(tmp_path):
-    trained = adapted({EMBEDDING: jlora.PromptTuning(2, init="labels", labels=((5, 7), (9,)))})
+    trained = adapted({EMBEDDING: jlora.PromptTuning(2, init="classes", classes=((5, 7), (9,)))})
     jlora.save(tmp_path / "prompt", trained)
     again = jlora.load(tmp_path / "prompt", loaded()[1])
     assert again.plan == trained.plan
@@ -195,14 +199,16 @@ def test_a_focus_is_prefix_tuning_with_what_is_common_taken_away():
     apply = jlora.prompted(jlora.lift(loaded()[0].apply))
     cheerful, common = (adapted({KEYS: jlora.PrefixTuning(2, deviation=1.0)}, seed=seed) for seed in (1, 2))
     prompts = [IDS[0, :5].tolist(), IDS[1, :2].tolist()]
-    write = lambda apply, params: models.generate(apply, params, prompts, max_new_tokens=3)  # noqa: E731
+    write = lambda apply, params: models.generate(apply, params, prompts, max_new_tokens=3)
     focused = jlora.focused(apply)
     alone = jlora.focus([cheerful], [common], alpha=1.0, top_p=1.0)
     assert write(focused, alone) == write(apply, cheerful)
     both = focused({"params": jlora.focus([cheerful], [common], alpha=2.0, top_p=0.8)}, IDS)
     specific, general = (jax.nn.log_softmax(apply({"params": each}, IDS)) for each in (cheerful, common))
     order = np.argsort(-specific, -1)
-    before = np.cumsum(np.take_along_axis(np.exp(specific), order, -1), -1) - np.take_along_axis(np.exp(specific), order, -1)
+    before = np.cumsum(np.take_along_axis(np.exp(specific), order, -1), -1) - np.take_along_axis(
+        np.exp(specific), order, -1
+    )
     inside = np.take_along_axis(before < 0.8, np.argsort(order, -1), -1)
     close(both, np.where(inside, 2 * specific - general, -np.inf), 1e-3)
     assert 0 < inside.mean() < 0.5
@@ -265,7 +271,7 @@ class EquinoxModel(eqx.Module):
         self.head = eqx.nn.Linear(WIDTH, VOCABULARY, key=keys[4])
 
     def __call__(self, ids, past=(None, None)):
-        each = lambda layer: jax.vmap(jax.vmap(layer))  # noqa: E731
+        each = lambda layer: jax.vmap(jax.vmap(layer))
         x = each(self.embed)(ids)
         q, k, v = (each(layer)(x) for layer in (self.q, self.k, self.v))
         x = x + attend(q, with_past(past[0], k), with_past(past[1], v))
@@ -345,7 +351,7 @@ def test_what_virtual_tokens_would_get_wrong_is_refused():
         lookup(table, SMALL)
     with pytest.raises(ValueError, match=r"ids \[batch, length\] of integers, got shape \(5,\)"):
         lookup(soft, SMALL[0])
-    pooling = lambda params, ids: params["embed"][ids].mean(1)  # noqa: E731
+    pooling = lambda params, ids: params["embed"][ids].mean(1)
     with pytest.raises(ValueError, match=r"results with the axes \[batch, length, ..\].*got shape \(2, 8\)"):
         jlora.prompted(jlora.lift(pooling))(soft, SMALL)
     assert jlora.prompted(jlora.lift(pooling), pooled=True)(soft, SMALL).shape == (2, 8)
@@ -373,7 +379,7 @@ def test_labels_as_many_as_tokens_are_not_cut():
 
 def test_a_batch_and_other_places_of_the_ids():
     soft = jlora.adapterize({"embed": jnp.arange(22.0).reshape(11, 2)}, {"embed": jlora.PromptTuning(2)})
-    masked = lambda params, batch: params["embed"][batch["input_ids"]] * batch["attention_mask"][..., None]  # noqa: E731
+    masked = lambda params, batch: params["embed"][batch["input_ids"]] * batch["attention_mask"][..., None]
     mask = np.array([[0, 1, 1, 1, 1], [1] * 5])
     wanted = soft.base["embed"][SMALL] * mask[..., None]
     np.testing.assert_array_equal(
