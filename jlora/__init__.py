@@ -81,6 +81,7 @@ from jlora.methods.glora.search import glora_configuration as glora_configuratio
 from jlora.methods.glora.search import glora_configured as glora_configured
 from jlora.methods.glora.search import glora_evolve as glora_evolve
 from jlora.methods.glora.search import glora_size as glora_size
+from jlora.models.prefix_layout import PrefixLayout as PrefixLayout
 from jlora.models.torch_parameter import TorchParameter as TorchParameter
 from jlora.optimize.allocate.history import RankHistory as RankHistory
 from jlora.optimize.allocate.reading import rank_history as rank_history
@@ -95,6 +96,12 @@ from jlora.optimize.optimizer import with_rules as with_rules
 from jlora.optimize.restart import link_ends as link_ends
 from jlora.optimize.restart import restart as restart
 from jlora.optimize.restart import restart_schedule as restart_schedule
+from jlora.prompts import *  # noqa: F403
+from jlora.prompts.bare import without_encoder as without_encoder
+from jlora.prompts.focused import Focus as Focus
+from jlora.prompts.focused import focus as focus
+from jlora.prompts.focused import focused as focused
+from jlora.prompts.prompted import prompted as prompted
 from jlora.stored.compressed import JointLowRank as JointLowRank
 from jlora.stored.compressed import LowRank as LowRank
 from jlora.stored.compressed import SpectralTrain as SpectralTrain

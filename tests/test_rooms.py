@@ -11,6 +11,7 @@ PACKAGE = Path(jlora.__file__).parent
 
 #: From the ground up; docs/design.md says what each is for.
 ROOMS = (
+    "_chunks",
     "_compat",
     "_former",
     "paths",
@@ -26,6 +27,7 @@ ROOMS = (
     "nnx",
     "linen",
     "methods",
+    "prompts",
     "disk",
     "analysis",
     "compose",

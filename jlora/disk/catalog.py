@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 
 import jlora.methods
+import jlora.prompts
 from jlora.core.protocol.job import Recipe, hyperparameters
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.wrapping import parts
@@ -21,6 +22,7 @@ FAMILIES = {
     "Shared tensors": "train arrays that all matrices share",
     "Rotations and scales": "multiply the weight, its inputs or its outputs",
     "Bottleneck adapters": "add a small network beside or behind the weight",
+    "Prompts": "put trained virtual tokens in front of a text",
     "Around another method": "change how another method is applied",
     "Sparse updates": "train a few entries of the weight",
     "Trained leaves and rows": "train a leaf, or some of its rows, without an adapter",
@@ -28,11 +30,12 @@ FAMILIES = {
 
 
 def methods() -> dict[str, type[Method]]:
-    """The classes that `jlora/methods/__init__.py` exports, in the order of their names.
+    """The classes that `jlora/methods/__init__.py` and `jlora/prompts/__init__.py` export, in the order of their names.
 
     Whatever lists methods lists these: base classes, such as `Gated` and `Around`, are no methods that a user names.
     """
-    found = {name: value for name, value in vars(jlora.methods).items() if isinstance(value, type)}
+    everything = vars(jlora.methods) | vars(jlora.prompts)
+    found = {name: value for name, value in everything.items() if isinstance(value, type)}
     return {name: found[name] for name in sorted(found) if issubclass(found[name], Method)}
 
 

@@ -14,7 +14,7 @@ from jlora import paths
 from jlora.core.protocol.method import Start
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
-from jlora.interchange import manifest, read_wholes, rows
+from jlora.interchange import manifest, prompts, read_wholes, rows
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
 from jlora.interchange.formats import formats
@@ -22,9 +22,10 @@ from jlora.interchange.index import Index, Read
 from jlora.interchange.names import Names, resolve
 from jlora.interchange.parse import parse
 from jlora.interchange.recorded import Recorded
+from jlora.models.prefix_layout import PrefixLayout
 
 
-def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapted:
+def load_peft(path: str | os.PathLike[str], params: Any, names: Names, prefix: PrefixLayout | None = None) -> Adapted:
     """Reads an adapter in PEFT's format onto its base.
 
     Only safetensors is read, never a pickle. Settings, names and shapes are checked before any tensor is read, and a tensor
@@ -35,6 +36,7 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
         path: the folder.
         params: the base.
         names: which torch parameter a leaf is; see `save_peft`.
+        prefix: for a folder of prefix-tuning; see `save_peft`.
 
     Returns:
         The adapters on their base, as LoRA, DoRA, Full and so on; leaves of the base are shared, not copied.
@@ -53,11 +55,13 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names) -> Adapte
     leaves = dict(paths.flatten_with_keys(params)[0])
     index = Index(resolve(names, leaves.items()), leaves, folder.file)
     with _named(folder.path):
-        return _adapted(params, leaves, _read(folder, index))
+        return _adapted(params, leaves, _read(folder, index, prefix))
 
 
-def _read(folder: AdapterFolder, index: Index) -> list[Read]:
+def _read(folder: AdapterFolder, index: Index, prefix: PrefixLayout | None) -> list[Read]:
     """The adapters of a folder, by leaf."""
+    if folder.config.get("peft_type") in prompts.TYPES:
+        return prompts.read(folder, index, prefix)
     known = formats()
     settings = Settings(folder.config, folder.path / CONFIG, {name: each.settings for name, each in known.items()})
     format = known[settings.peft_type]

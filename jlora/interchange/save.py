@@ -17,13 +17,14 @@ from jlora.compose.plain import unchained
 from jlora.core.protocol.method import Method, Site
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.walk.weight import Weight
-from jlora.interchange import layout, manifest, serving, wholes
+from jlora.interchange import layout, manifest, prompts, serving, wholes
 from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
 from jlora.interchange.formats import BY_HAND, Format, formats
 from jlora.interchange.forms import Form, as_lora, confined, native, truncated
 from jlora.interchange.names import Names, Slot, resolve
 from jlora.interchange.wholes import Keys, Parameters
 from jlora.interchange.written import Written
+from jlora.models.prefix_layout import PrefixLayout
 
 PROFILES = ("peft", "serving")
 
@@ -63,6 +64,7 @@ def save_peft(
     dtype: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    prefix: PrefixLayout | None = None,
 ) -> PeftReport:
     """Writes adapters as PEFT does: `adapter_config.json`, `adapter_model.safetensors`, and a manifest of jlora's own.
 
@@ -80,6 +82,8 @@ def save_peft(
         dtype: dtype of the tensors, such as `"bfloat16"`; None keeps what is trained.
         base_model: name or directory of the base, for those who load the adapter.
         task_type: PEFT's task, such as `"CAUSAL_LM"`.
+        prefix: for `PrefixTuning`, how keys lie in heads and what rotary positions do to them;
+            `jlora.models.peft_prefix(model)` for the models of this package.
 
     Returns:
         A report, which prints.
@@ -102,10 +106,16 @@ def save_peft(
         raise ValueError(f"svd_rank must be a positive integer, got {svd_rank!r}")
     adapted = unchained(adapted)
     slots = resolve(names, paths.flatten_with_keys(adapted.base)[0])
-    forms = _forms(adapted, slots, profile, svd_rank)
-    out = _written(adapted, forms, slots, profile)
+    forms: list[tuple[Form, list[Slot]]] = []
+    if prompts.are_prompts(adapted):
+        if profile != "peft" or svd_rank is not None:
+            raise ValueError('prompts have a place in profile="peft" alone, and no LoRA (svd_rank) says what they do')
+        out = prompts.write(adapted, slots, prefix)
+    else:
+        forms = _forms(adapted, slots, profile, svd_rank)
+        out = _written(adapted, forms, slots, profile)
+        _check_accounts(adapted, out)
     out.config |= {"task_type": task_type, "base_model_name_or_path": base_model, "inference_mode": True}
-    _check_accounts(adapted, out)
     _check_finite(out, "holds {value}, which no adapter can; go back to a checkpoint from before training diverged")
     if dtype is not None:
         out.tensors = {key: _cast(tensor, np.dtype(dtype)) for key, tensor in out.tensors.items()}

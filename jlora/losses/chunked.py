@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._chunks import cut, joined
 from jlora.core.tree.adapted import Adapted
 
 _ENTRIES = 2**24
@@ -110,7 +111,7 @@ def _summed(of_chunk: Callable, chunk: int) -> Callable:
             return (total[0] + loss, total[1] + correct), None
 
         zero = jnp.zeros((), jnp.float32)
-        return jax.lax.scan(add, (zero, zero), _chunks(chunk, hidden, targets, weights))[0]
+        return jax.lax.scan(add, (zero, zero), _parts(chunk, hidden, targets, weights))[0]
 
     def forward(trained, hidden, targets, weights):
         def add(total, part):
@@ -121,9 +122,9 @@ def _summed(of_chunk: Callable, chunk: int) -> Callable:
 
         zero = jnp.zeros((), jnp.float32)
         start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, _wide(leaf.dtype)), trained)
-        parts = _chunks(chunk, hidden, targets, weights)
+        parts = _parts(chunk, hidden, targets, weights)
         (loss, correct, gradients), found = jax.lax.scan(add, (zero, zero, start), parts)
-        to_hidden, losses = (_whole(part, hidden.shape[1]) for part in found)
+        to_hidden, losses = (joined(part, hidden.shape[1]) for part in found)
         kept = jax.tree.map(lambda sum, leaf: sum.astype(leaf.dtype), gradients, trained)
         return (loss, correct), (kept, to_hidden, losses.astype(weights.dtype))
 
@@ -135,22 +136,10 @@ def _summed(of_chunk: Callable, chunk: int) -> Callable:
     return summed
 
 
-def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`[rows, positions, …]` as `[chunks, rows, chunk, …]`, filled with zeros, which weigh nothing; and the chunks' numbers."""
-    positions = arrays[0].shape[1]
-    count = -(-positions // chunk)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - positions), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
-
-    return *map(cut, arrays), jnp.arange(count)
-
-
-def _whole(chunks: jax.Array, positions: int) -> jax.Array:
-    """What `_chunks` cut, put together again."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
+def _parts(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays in chunks of positions, and the chunks' numbers; what they are filled with weighs nothing."""
+    parts = [cut(array, chunk) for array in arrays]
+    return *parts, jnp.arange(len(parts[0]))
 
 
 def _split(params: Any) -> tuple[list[Any], Callable[[list[Any], jax.Array], Any]]:

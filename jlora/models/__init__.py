@@ -15,8 +15,11 @@ from jlora.models.load import load
 from jlora.models.moe import Mixtral, MixtralConfig, Qwen3Moe, Qwen3MoeConfig
 from jlora.models.peft_names import peft_names
 from jlora.models.phi3 import Phi3, Phi3Config
+from jlora.models.prefix_layout import PrefixLayout, peft_prefix
 from jlora.models.rope import RopeConfig
+from jlora.models.s2 import s2_attention
 from jlora.models.save import save
+from jlora.models.stretch import stretched
 from jlora.models.tokenizer import load_tokenizer
 
 STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260k"))
@@ -38,6 +41,7 @@ __all__ = [
     "MixtralConfig",
     "Phi3",
     "Phi3Config",
+    "PrefixLayout",
     "Qwen3Moe",
     "Qwen3MoeConfig",
     "RopeConfig",
@@ -50,6 +54,9 @@ __all__ = [
     "make_classifier",
     "mean_pool",
     "peft_names",
+    "peft_prefix",
+    "s2_attention",
     "save",
     "save_classifier",
+    "stretched",
 ]

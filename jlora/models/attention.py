@@ -1,9 +1,16 @@
-"""What the attention of every model shares: segments, positions, masks, and the key-value cache."""
+"""What the attention of every model shares: segments, positions, what is visible, and the key-value cache."""
+
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+
+from jlora._chunks import cut, joined
+
+SCORES = 2**26
+"""Scores of attention that are in memory at a time: 256 MiB in float32."""
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -22,6 +29,11 @@ class KVCache(flax.struct.PyTreeNode):
     positions: jax.Array
     segments: jax.Array
     index: jax.Array
+
+    def longer(self, slots: int) -> "KVCache":
+        """An empty cache with room for more tokens a row."""
+        room = jnp.pad(self.positions, ((0, 0), (0, slots)))
+        return self.replace(positions=room, segments=jnp.zeros_like(room))
 
 
 def empty_cache(batch: int, slots: int) -> KVCache:
@@ -68,38 +80,76 @@ def extend(cache: KVCache, positions: jax.Array, segments: jax.Array) -> KVCache
     )
 
 
-def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """True where a query may see a key: same segment, no padding; bool `[batch, 1, queries, keys]`."""
-    query, key = query_segments[:, None, :, None], key_segments[:, None, None, :]
-    return (query == key) & (key != 0)
+class Visible(NamedTuple):
+    """Which keys each query sees: those of its segment that are no padding; and with positions none after itself.
 
+    Attributes:
+        query_segments: int32 `[batch, queries]`, 0 for padding.
+        key_segments: int32 `[batch, keys]`.
+        query_positions: int32 `[batch, queries]`, or None where tokens see what follows them.
+        key_positions: int32 `[batch, keys]`, or None.
+        window: how many positions back a query sees, itself counted; None for all of them.
+    """
 
-def distances(query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-    """Query position minus key position, int32 `[batch, 1, queries, keys]`; causal attention wants it non-negative."""
-    return query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    query_segments: jax.Array
+    key_segments: jax.Array
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    window: Any = None
+
+    def mask(self) -> jax.Array:
+        """True where a query sees a key; bool `[batch, 1, queries, keys]`."""
+        query, key = self.query_segments[:, None, :, None], self.key_segments[:, None, None, :]
+        seen = (query == key) & (key != 0)
+        if self.query_positions is None or self.key_positions is None:
+            return seen
+        distance = self.query_positions[:, None, :, None] - self.key_positions[:, None, None, :]
+        seen &= distance >= 0
+        return seen if self.window is None else seen & (distance < self.window)
 
 
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    visible: Visible,
     scale: float | jax.Array | None = None,
     cap: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32, heads folded into the last axis.
 
+    Where the scores would be more than 2^26 numbers, the queries go through in blocks, each against all keys, and their
+    scores are computed again for the gradient. Then memory grows with the length, not with its square.
+
     Args:
         query: `[batch, queries, heads, head_dim]`.
         key: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads` (grouped-query attention).
         value: As key.
-        mask: bool `[batch, 1, queries, keys]`.
+        visible: Which keys each query sees.
         scale: Multiplies the scores; None is `1 / sqrt(head_dim)`.
         cap: Scores are kept within ±cap, by `cap * tanh(score / cap)`; None leaves them.
 
     Returns:
         `[batch, queries, heads * head_dim]`.
     """
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
+    block = max(SCORES // max(batch * heads * keys, 1), 1)
+    if block >= queries:
+        return _attend(query, key, value, visible, scale, cap)
+
+    @jax.checkpoint
+    def of_block(part: tuple[jax.Array, Visible]) -> jax.Array:
+        query, own = part
+        return _attend(query, key, value, own, scale, cap)
+
+    of_queries = {name: getattr(visible, name) for name in ("query_segments", "query_positions")}
+    parts = {name: cut(array, block) for name, array in of_queries.items() if array is not None}
+    mixed = jax.lax.map(lambda part: of_block((part[0], visible._replace(**part[1]))), (cut(query, block), parts))
+    return joined(mixed, queries)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, scale: Any, cap: Any) -> jax.Array:
+    mask = visible.mask()
     if cap is None and not isinstance(scale, jax.Array):
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
         return mixed.reshape(*query.shape[:2], -1)

@@ -150,12 +150,12 @@ class SelfAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, visible: attention.Visible) -> jax.Array:
         """Mixes `x` `[batch, length, hidden]` over positions."""
         c = self.config
         heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (_dense(c, c.hidden_size, name)(x).reshape(heads) for name in ("query", "key", "value"))
-        return attention.attend(query, key, value, mask)
+        return attention.attend(query, key, value, visible)
 
 
 class Output(nn.Module):
@@ -176,9 +176,9 @@ class Attention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, visible: attention.Visible) -> jax.Array:
         """The stream `[batch, length, hidden]` after attention."""
-        return Output(self.config, name="output")(SelfAttention(self.config, name="self")(x, mask), x)
+        return Output(self.config, name="output")(SelfAttention(self.config, name="self")(x, visible), x)
 
 
 class Intermediate(nn.Module):
@@ -199,9 +199,9 @@ class Layer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, visible: attention.Visible) -> tuple[jax.Array, None]:
         """`x` `[batch, length, hidden]` after the layer; the None is what `nn.scan` wants beside it."""
-        x = Attention(self.config, name="attention")(x, mask)
+        x = Attention(self.config, name="attention")(x, visible)
         return Output(self.config, name="output")(Intermediate(self.config, name="intermediate")(x), x), None
 
 
@@ -211,14 +211,14 @@ class Encoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, visible: attention.Visible) -> jax.Array:
         """`x` `[batch, length, hidden]` after all layers."""
         c = self.config
         # Under scan the loop itself keeps XLA from merging the recomputation with the forward pass.
         layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
         if not c.scan_layers:
             for i in range(c.num_hidden_layers):
-                x, _ = layer(c, name=f"layer_{i}")(x, mask)
+                x, _ = layer(c, name=f"layer_{i}")(x, visible)
             return x
         stack = nn.scan(
             layer,
@@ -227,7 +227,7 @@ class Encoder(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (documented)
             length=c.num_hidden_layers,
         )
-        return stack(c, name="layer")(x, mask)[0]
+        return stack(c, name="layer")(x, visible)[0]
 
 
 class Pooler(nn.Module):
@@ -289,7 +289,7 @@ class Bert(nn.Module):
         positions = attention.token_positions(segments) if positions is None else positions
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = Embeddings(c, name="embeddings")(tokens, jnp.broadcast_to(positions, tokens.shape), token_types)
-        x = Encoder(c, name="encoder")(x, attention.segment_mask(segments, segments))
+        x = Encoder(c, name="encoder")(x, attention.Visible(segments, segments))
         pooled = (
             Pooler(c, name="pooler")(x).astype(jnp.float32)
             if c.pooler and (return_pooled or self.is_initializing())

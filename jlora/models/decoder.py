@@ -24,14 +24,12 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         rotary: what the model's `rotary` makes of the tokens' positions; None for learned positions.
-        mask: bool `[batch, 1, queries, keys]`: causal, and within the segment.
-        distance: int32 `[batch, 1, queries, keys]`, query position minus key position; None if no layer has a window.
+        visible: causal, and within the segment; without a layer's window.
         index: First free slot of the cache; None without one.
     """
 
     rotary: Any
-    mask: jax.Array
-    distance: jax.Array | None
+    visible: attention.Visible
     index: jax.Array | None
 
 
@@ -52,9 +50,9 @@ class LayerInputs(NamedTuple):
         value = jax.lax.dynamic_update_slice(self.values, value.astype(self.values.dtype), start)
         return key, value, self._replace(keys=key, values=value)
 
-    def mask(self, inputs: AttentionInputs) -> jax.Array:
-        """The mask of this layer, which ends where its window does."""
-        return inputs.mask if inputs.distance is None else inputs.mask & (inputs.distance < self.window)
+    def visible(self, inputs: AttentionInputs) -> attention.Visible:
+        """What this layer's queries see, which ends where its window does."""
+        return inputs.visible._replace(window=self.window)
 
 
 def dense(config: Any, features: int, bias: bool, name: str) -> nn.Dense:
@@ -172,9 +170,8 @@ class Decoder(nn.Module):
         if cache is not None:
             index, cache = cache.index, attention.extend(self._allocate(cache), positions, segments)
             key_positions, key_segments = cache.positions, cache.segments
-        distance = attention.distances(positions, key_positions)
-        mask = attention.segment_mask(segments, key_segments) & (distance >= 0)
-        return AttentionInputs(self.rotary(positions), mask, distance if self.config.windows else None, index), cache
+        visible = attention.Visible(segments, key_segments, positions, key_positions)
+        return AttentionInputs(self.rotary(positions), visible, index), cache
 
     def _allocate(self, cache: attention.KVCache) -> attention.KVCache:
         if cache.keys is not None:

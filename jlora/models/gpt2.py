@@ -115,12 +115,14 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: LayerInputs) -> tuple[jax.Array, LayerInputs]:
         """Mixes `x` `[batch, length, hidden]` over positions; also returns the layer's cache with the new tokens."""
         c = self.config
-        every = dense(c, 3 * c.hidden_size, True, "c_attn")(x).reshape(*x.shape[:2], 3, c.num_attention_heads, c.head_dim)
+        every = dense(c, 3 * c.hidden_size, True, "c_attn")(x).reshape(
+            *x.shape[:2], 3, c.num_attention_heads, c.head_dim
+        )
         query, key, value = (every[:, :, part] for part in range(3))
         key, value, layer = layer.extended(key, value, inputs)
         scale = c.head_dim**-0.5 if c.scaled else 1.0
         scale = scale if layer.own is None else scale / layer.own
-        mixed = attention.attend(query, key, value, layer.mask(inputs), scale)
+        mixed = attention.attend(query, key, value, layer.visible(inputs), scale)
         return dense(c, c.hidden_size, True, "c_proj")(mixed), layer
 
 

@@ -17,6 +17,7 @@ from jlora.models.config import MOST_LAYERS, activation, flag, optional, positiv
 from jlora.models.decoder import AttentionInputs, Decoder, LayerInputs, dense
 from jlora.models.family import Family
 from jlora.models.rope import RopeConfig, rotate, rotation
+from jlora.models.s2 import s2_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LlamaConfig:
         language_head: Has the head; without it the model returns hidden states.
         qk_norm: RMS norm on every head's query and key (Qwen3).
         windows: For every layer how many tokens back it sees, itself included; None sees all. Empty: all see all.
+        attention: "full", or "s2": attention inside groups (`s2_attention`), for training on long texts.
+        group: Tokens of such a group; None for a quarter of the text.
         scan_layers: One stack of layers under `nn.scan`, else one subtree a layer.
         remat: Recompute each layer in the backward pass rather than keep its activations.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
@@ -66,6 +69,8 @@ class LlamaConfig:
     qk_norm: bool = False
     language_head: bool = True
     windows: tuple[int | None, ...] = ()
+    attention: str = "full"
+    group: int | None = None
     scan_layers: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
@@ -85,6 +90,11 @@ class LlamaConfig:
             raise ValueError(
                 f"windows has {len(self.windows)} entries, wanted one for each of {self.num_hidden_layers} layers."
             )
+
+        if self.attention not in ("full", "s2"):
+            raise ValueError(f'attention must be "full" or "s2", got {self.attention!r}.')
+        if self.attention == "s2" and self.windows:
+            raise ValueError('attention "s2" has groups in place of windows, and this model has windows.')
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **options: Any) -> "LlamaConfig":
@@ -153,7 +163,9 @@ def kinds_of(hf: dict[str, Any], layers: int) -> tuple[bool, ...] | None:
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
         raise ValueError(f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}.")
     if len(kinds) != layers:
-        raise ValueError(f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers.")
+        raise ValueError(
+            f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers."
+        )
     return tuple(_KINDS[kind] for kind in kinds)
 
 
@@ -185,8 +197,20 @@ class SelfAttention(nn.Module):
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
         query, key = (rotate(each, *self.angles(inputs, layer)) for each in (query, key))
         key, value, layer = layer.extended(key, value, inputs)
-        mixed = attention.attend(query, key, value, layer.mask(inputs), **self.scaling())
+        mixed = self._mix(query, key, value, inputs, layer)
         return dense(c, c.hidden_size, c.output_bias, "o_proj")(mixed), layer
+
+    def _mix(self, query, key, value, inputs: AttentionInputs, layer: LayerInputs) -> jax.Array:
+        if self.config.attention == "full":
+            return attention.attend(query, key, value, layer.visible(inputs), **self.scaling())
+        if inputs.index is not None:
+            raise ValueError('attention "s2" is for training; generate with "full", on the same params.')
+        if self.scaling():
+            raise ValueError(
+                f'attention "s2" knows no {" and no ".join(self.scaling())} of scores; this model has them.'
+            )
+        segments = inputs.visible.query_segments
+        return s2_attention(query, key, value, group=self.config.group, segments=segments).reshape(*query.shape[:2], -1)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, `[batch, length, heads, head_dim]` each."""

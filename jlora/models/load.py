@@ -21,12 +21,12 @@ from jlora.disk.json_files import shown
 from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
 from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
+from jlora.models.families import FAMILIES, family_for
+from jlora.models.family import Family
 from jlora.models.files import located, place
 from jlora.models.finite import all_finite
 from jlora.models.gguf.checkpoint import GgufCheckpoint
 from jlora.models.gguf.header import is_gguf
-from jlora.models.families import FAMILIES, family_for
-from jlora.models.family import Family
 from jlora.models.names import Source, source
 from jlora.models.quantized import sites_to_code, spec_of
 from jlora.models.tensors import FLOATS, Tensors
@@ -229,7 +229,7 @@ def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefi
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"{family.count} is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
+                f"{family.count} is {layers}, but {checkpoint.source.replace('its', 'the')} hold no tensor of layer {lacking}, only of {len(found)} "
                 "layers."
             )
 

@@ -21,12 +21,13 @@ from jlora.models import bitsandbytes, files
 from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
-from jlora.models.files import located
 from jlora.models.families import FAMILIES, family_for
 from jlora.models.family import Family
+from jlora.models.files import located
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
 from jlora.models.quantized import one_matrix, whole
+from jlora.models.stretch import stretched_settings
 
 #: The `format` of weights that transformers loads by bitsandbytes.
 BITSANDBYTES = "bitsandbytes"
@@ -81,7 +82,7 @@ def save(
     """
     family_for(getattr(model, "config", model))
     source = located(source)
-    hf = read_config(source)
+    hf = stretched_settings(read_config(source), model)
     _check_source(source, hf, model)
     leaves = _check_params(model, params)
     if format not in (None, BITSANDBYTES):
@@ -158,9 +159,9 @@ def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> 
         "remat",
         "dtype",
         "param_dtype",
-        "pooler" if family.encoder else "language_head",
+        *(("pooler",) if family.encoder else ("language_head", "attention", "group")),
     )
-    options = {name: getattr(model.config, name) for name in settings}
+    options = {name: getattr(model.config, name) for name in settings if hasattr(model.config, name)}
     described = describe(source, hf, **options)
     for field in dataclasses.fields(model.config):
         wanted, got = getattr(model.config, field.name), getattr(described, field.name)

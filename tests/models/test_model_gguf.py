@@ -152,7 +152,9 @@ def test_an_architecture_a_vocabulary_and_a_cut_that_are_not_known_are_refused_b
     }
     for old, (new, message) in cases.items():
         length = struct.pack("<Q", len(old))
-        path = rewritten(file("llama"), lambda d, o=old, n=new: d.replace(length + o, length + n, 1), tmp_path / "x.gguf")
+        path = rewritten(
+            file("llama"), lambda d, o=old, n=new: d.replace(length + o, length + n, 1), tmp_path / "x.gguf"
+        )
         with pytest.raises(ValueError, match=message):
             models.load(path)
 
@@ -166,7 +168,9 @@ def test_a_type_that_can_not_be_dequantized_is_refused_by_name(tmp_path):
 
     # 32 x 32 numbers of 32 bits reach into the tensors behind, and no further.
     path = rewritten(file("llama"), change, tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match=r"tensor 'blk.0.attn_q.weight' is of the type I32, which can't be dequantized"):
+    with pytest.raises(
+        ValueError, match=r"tensor 'blk.0.attn_q.weight' is of the type I32, which can't be dequantized"
+    ):
         models.load(path)
 
 
@@ -195,7 +199,9 @@ def test_what_a_file_stands_for_is_read_once():
 
 
 def test_a_directory_of_gguf_files_says_which_to_give():
-    with pytest.raises(FileNotFoundError, match="the directory holds GGUF files: give one of them, such as .*model.gguf"):
+    with pytest.raises(
+        FileNotFoundError, match="the directory holds GGUF files: give one of them, such as .*model.gguf"
+    ):
         models.load(GOLDEN / "llama")
 
 

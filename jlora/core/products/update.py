@@ -46,6 +46,7 @@ class Update(abc.ABC):
     Class attributes:
         drops: the uses in which a dropout key acts; with a key the others are refused.
         draws: whether a key may decide what becomes of a leaf beside, so that only the product itself can tell.
+        alone: the uses that the form has for a method that no weight can stand for.
         refuses_forming: whether `lift(strict=True)` refuses to form the weight, for forms that are made to avoid it.
         sums_matrices: whether the gradients of its arrays are read off a dense gradient of the weight, for which a mesh that
             cuts rows then needs `jlora.core.products.by_rows`.
@@ -53,6 +54,7 @@ class Update(abc.ABC):
 
     drops: ClassVar[frozenset[str]] = frozenset({"dense", "transposed"})
     draws: ClassVar[bool] = False
+    alone: ClassVar[frozenset[str]] = frozenset({"dense"})
     refuses_forming: ClassVar[bool] = False
     sums_matrices: ClassVar[bool] = False
 
@@ -99,6 +101,10 @@ class Update(abc.ABC):
             side: "in" or "out".
         """
         raise NotImplementedError
+
+    def beyond(self) -> jax.Array | None:
+        """Rows `[number, out]` that ids from `in` on look up, beyond the last row of `v`; None where there are none."""
+        return None
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """A convolution of `x` with `v`.

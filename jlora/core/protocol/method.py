@@ -143,6 +143,7 @@ class Method(KnownToTheJob):
             them, `merged_beside` gives them anew, and a lifted function gets these in their place. Where no weight says what
             the method does (`mergeable`), or a key decides it, the function gets the leaf as it is: then `apply` sees it in
             `View.beside`, and adds to its result what changes.
+        told: names of inputs of a call (`Adapted.context`) that reach the method in `View.shared`, where a call has them.
         optional: names of fields that only some matrices have, such as large ones.
         peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
             class that states it, not for those derived from it.
@@ -157,6 +158,7 @@ class Method(KnownToTheJob):
     form: ClassVar[type[Update] | None] = None
     mergeable: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    told: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
     peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()

@@ -33,6 +33,10 @@ class Around(Method):
         return self.inner.mergeable
 
     @property
+    def told(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.told
+
+    @property
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.beside
 

@@ -51,7 +51,8 @@ class Adapted:
             `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front. What several leaves
             share is under `SHARED`; a leaf that trains nothing of its own has an empty dict.
         frozen: constants of the methods, laid out like `params`.
-        context: read-only inputs of a call; `{"dropout": key}` switches dropout on.
+        context: read-only inputs of a call; `{"dropout": key}` switches dropout on, and what a method names in `told` reaches
+            it as `View.shared`.
         plan: path, method and axis roles of every adapted leaf; static.
     """
 
@@ -89,6 +90,7 @@ class Adapted:
         key = self.context.get("dropout")
         if key is not None:
             key = jax.random.fold_in(key, paths.number(site.path)) if site.method.uses_key else None
+        shared = shared | {name: self.context[name] for name in site.method.told if name in self.context}
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
         leaf = leaves[site.keys]
         leaf = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf

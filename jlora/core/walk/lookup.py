@@ -185,7 +185,10 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any] | None:
 
 
 def _looked_up(eqn: Any, weight: Weight, indices: jax.Array, side: str, found: Lookup) -> jax.Array:
-    """Rows or columns of a weight by its update, in the axis order that the function wants. Dropout does not act on them."""
+    """Rows or columns of a weight by its update, in the axis order that the function wants. Dropout does not act on them.
+
+    Where the update has rows beyond the weight's last, ids beyond it read those.
+    """
     base = bind(eqn, [weight.array, indices])[0]
     indices = found.indices(indices)
     w, update = single_matrix(weight)
@@ -198,9 +201,19 @@ def _looked_up(eqn: Any, weight: Weight, indices: jax.Array, side: str, found: L
         want = [*((label,) for label in positions), sized(remaining)]
         return regroup(base, have, want, dict(zip(positions, indices.shape)))
 
-    def adapted(base: jax.Array) -> jax.Array:
-        y = update.lookup(folded(base), w, lambda table: rows(eqn, table, indices), side)
+    def unfolded(y: jax.Array) -> jax.Array:
         y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
         return arrange(y, [*positions, *remaining], order, base.shape)
 
-    return in_bounds(eqn, indices, weight.array.shape[found.axes[0]], base, adapted)
+    def adapted(base: jax.Array) -> jax.Array:
+        return unfolded(update.lookup(folded(base), w, lambda table: rows(eqn, table, indices), side))
+
+    size, extra = weight.array.shape[found.axes[0]], update.beyond()
+    inside = in_bounds(eqn, indices, size, base, adapted)
+    if extra is None:
+        return inside
+    number = indices[..., 0] - size
+    is_extra = (number >= 0) & (number < extra.shape[0])
+    drawn = unfolded(extra.astype(base.dtype)[jnp.clip(number, 0, extra.shape[0] - 1)])
+    mask = jnp.broadcast_to(is_extra[..., None], (*is_extra.shape, extra.shape[1]))
+    return jnp.where(unfolded(mask), drawn, inside)

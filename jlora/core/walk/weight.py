@@ -155,7 +155,7 @@ class Weight:
 
     def owns(self, use: str) -> bool:
         """Whether the method's form has a use of its own by that name (see `jlora.core.products.update`)."""
-        return self.method.matrix and self.form.owns(use) and (use == "dense" or not self.acts_alone)
+        return self.method.matrix and self.form.owns(use) and (use in self.form.alone or not self.acts_alone)
 
     def role(self, piece: Piece) -> str:
         """ "in", "out" or "batch"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -46,10 +47,18 @@ def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dt
         dtype=dtype,
         base_model=hub_name(run.directory) or str(run.directory),
         task_type=None if run.subject.labels else "CAUSAL_LM",
+        prefix=prefix_of(run.subject.model),
     )
     if run.template is not None:
         write_chat_templates(out, run.template.texts())
     return report
+
+
+def prefix_of(model: Any) -> jlora.PrefixLayout | None:
+    """The layout of a prefix in PEFT, which is asked for where there is one; None for a model that can't have one there."""
+    with contextlib.suppress(ValueError):
+        return models.peft_prefix(model)
+    return None
 
 
 def import_adapter(
@@ -80,7 +89,7 @@ def import_adapter(
     subject = load_subject(settings, *open_codec(settings))
     for note in subject.notes:
         say(f"note  {note}")
-    adapted = jlora.load_peft(adapter, subject.params, models.peft_names(subject.model))
+    adapted = jlora.load_peft(adapter, subject.params, models.peft_names(subject.model), prefix_of(subject.model))
     about = {name: dataclasses.asdict(value) for name, value in (("asked", asked), ("settings", settings))}
     source = {"model": str(subject.directory), "imported": str(adapter), "labels": []}
     write_run(out, adapted, about | source, {name: found.text for name, found in read_chat_templates(adapter).items()})

@@ -109,7 +109,8 @@ def evaluate_file(
     batches = [to_devices(batch, mesh) for batch in validation_batches(examples, settings.batch, longest, fixed)]
     assert run.adapted is not None
     plain = run.adapted.replace(params={}, frozen={}, plan=dataclasses.replace(run.adapted.plan, sites=()))
-    found = make_evaluation(subject.forward)(plain if base else run.adapted, batches)
+    texts = max(int(example.segments.max(initial=1)) for example in examples)
+    found = make_evaluation(subject.forward, texts=texts)(plain if base else run.adapted, batches)
     return summarize(found, bool(subject.labels))
 
 

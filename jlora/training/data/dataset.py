@@ -47,6 +47,11 @@ class Data:
     template: chat.Template | None = None
     unpacked: tuple[int, int] | None = None
 
+    @property
+    def texts(self) -> int:
+        """The most texts that are packed into one row."""
+        return max(int(example.segments.max(initial=1)) for example in (*self.train, *self.validation))
+
     def amounts(self) -> str:
         """How many rows there are, in words."""
         rows = len(self.train), len(self.validation)

@@ -16,7 +16,7 @@ from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training.data.pipeline import Batch
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import rows_of_batch
-from jlora.training.model.losses import Forward, Sums, lifted_sums, sums
+from jlora.training.model.losses import Forward, Sums, lifted_sums, sums, with_prompts
 
 
 class State(NamedTuple):
@@ -52,6 +52,7 @@ def make_step(
     start: State | None = None,
     cuts: Mapping[str, int] | None = None,
     rows: int = 1,
+    texts: int = 1,
 ) -> Step:
     """The jitted training step.
 
@@ -61,6 +62,7 @@ def make_step(
         start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
             move them.
         cuts, rows: as for `jlora.lift`.
+        texts: how many texts a row has at most, each of which gets the virtual tokens of prompts.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
@@ -68,7 +70,7 @@ def make_step(
         of all, so the result does not depend on the number of parts (but for rounding).
     """
     lifting = {"cuts": cuts, "rows": rows}
-    lifted = lifted_sums(forward, **lifting)
+    lifted = lifted_sums(forward, texts, **lifting)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -78,7 +80,7 @@ def make_step(
             whole = adapted.replace(params=params, context={"dropout": part_key})
             if asked is None:
                 return lifted(whole, part).loss / weight, {}
-            found, seen = _observed_sums(forward, asked, whole, part, lifting)
+            found, seen = _observed_sums(forward, asked, whole, part, lifting, texts)
             return found.loss / weight, seen
 
         (loss, seen), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
@@ -107,7 +109,7 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
 
 
 def _observed_sums(
-    forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, lifting: dict[str, Any]
+    forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, lifting: dict[str, Any], texts: int
 ) -> tuple[Sums, Any]:
     """The sums of a batch, and what was measured of the inputs, to be added up over parts."""
     observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, **lifting), []
@@ -117,14 +119,14 @@ def _observed_sums(
         seen.append(found)
         return logits
 
-    return sums(kept, adapted, batch), seen[0]
+    return sums(with_prompts(kept, texts), adapted, batch), seen[0]
 
 
 def make_evaluation(
-    forward: Forward, cuts: Mapping[str, int] | None = None
+    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1
 ) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
-    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; `cuts` as for the step."""
-    step = jax.jit(lifted_sums(forward, cuts=cuts))
+    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; the rest as for the step."""
+    step = jax.jit(lifted_sums(forward, texts, cuts=cuts))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
         # In float64, so that many small batches add up as one.
@@ -134,9 +136,11 @@ def make_evaluation(
     return evaluate
 
 
-def held_out_loss(forward: Forward, cuts: Mapping[str, int] | None = None) -> Callable[[jlora.Adapted, Any], jax.Array]:
+def held_out_loss(
+    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1
+) -> Callable[[jlora.Adapted, Any], jax.Array]:
     """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
-    lifted = lifted_sums(forward, cuts=cuts)
+    lifted = lifted_sums(forward, texts, cuts=cuts)
 
     def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
         found = lifted(adapted, batch)

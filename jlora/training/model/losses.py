@@ -13,6 +13,7 @@ import optax
 import jlora
 from jlora.losses import TokenSums as Sums
 from jlora.losses import chunked_cross_entropy
+from jlora.prompts.prompted import virtual_of
 
 Forward = Callable[[Any, dict[str, jax.Array]], jax.Array]
 """Params (or an `Adapted`) and a batch to logits."""
@@ -44,21 +45,33 @@ class LanguageModel:
         return self.model.apply({"params": params}, batch["tokens"], **places, **options)
 
 
-def lifted_sums(forward: Forward, **lifting: Any) -> Callable[[Any, dict[str, jax.Array]], Sums]:
+def lifted_sums(forward: Forward, texts: int = 1, **lifting: Any) -> Callable[[Any, dict[str, jax.Array]], Sums]:
     """`sums` of the lifted function; a language model's by chunks where its logits are many.
 
     Args:
         forward: the plain model.
+        texts: as for `jlora.prompted`.
         **lifting: as for `jlora.lift`.
     """
     if not isinstance(forward, LanguageModel):
-        lifted = jlora.lift(forward, **lifting)
+        lifted = with_prompts(jlora.lift(forward, **lifting), texts)
         return lambda adapted, batch: sums(lifted, adapted, batch)
     # Neither half reads all of the adapted leaves.
     hidden, head = (jlora.lift(half, unread="allow", **lifting) for half in (forward.hidden, forward.head))
+    hidden = with_prompts(hidden, texts)
     return lambda adapted, batch: chunked_cross_entropy(
         head, adapted, hidden(adapted, batch), batch["targets"], batch["weights"]
     )
+
+
+def with_prompts(lifted: Forward, texts: int = 1) -> Forward:
+    """A lifted forward pass, with the virtual tokens of the adapters in front of every text where they have any."""
+    prompted = jlora.prompted(lifted, texts=texts, pooled=True)
+
+    def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
+        return (prompted if virtual_of(params) else lifted)(params, batch)
+
+    return forward
 
 
 def sums(forward: Forward, params: Any, batch: dict[str, jax.Array]) -> Sums:

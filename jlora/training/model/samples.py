@@ -9,6 +9,7 @@ import jax
 
 import jlora
 from jlora import models, paths
+from jlora.prompts.prompted import virtual_of
 from jlora.training.data.dataset import Data
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
@@ -31,7 +32,8 @@ def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callabl
     coded = any(isinstance(leaf, jlora.Stored) for leaf in paths.leaves(adapted.base))
     if not coded and all(site.method.mergeable for site in adapted.plan.sites):
         return apply, jlora.merge(adapted)
-    return jlora.lift(apply), adapted
+    lifted = jlora.lift(apply)
+    return jlora.prompted(lifted) if virtual_of(adapted) else lifted, adapted
 
 
 def sample(subject: Subject, prompt: list[int], settings: Settings, adapted: jlora.Adapted | None = None) -> str:

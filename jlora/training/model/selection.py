@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 import jlora
 from jlora.core.protocol.statistics import RESIDUAL
+from jlora.core.protocol.wrapping import innermost
+from jlora.prompts.virtual import Virtual
 from jlora.training.data.dataset import Data
 from jlora.training.errors import SettingError
 from jlora.training.model.measured import with_measured
@@ -42,7 +44,28 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
                 + f"{method} starts from what a quantized base lost: say --quantize, or quantize it in Python, by "
                 "jlora.loftq or jlora.residuals",
             )
+        if isinstance(inside := innermost(method) if method is not None else None, Virtual):
+            _check_prompts(inside, subject, settings)
     return spec
+
+
+def _check_prompts(method: Virtual, subject: Subject, settings: Settings) -> None:
+    """Whether the model can have virtual tokens in front of its texts.
+
+    Raises:
+        SettingError: for an encoder, and rows that are too long then.
+    """
+    field, longest = "spec" if settings.spec else "method", subject.config.get("max_position_embeddings")
+    if subject.config.get("model_type") in ("bert", "roberta"):
+        raise SettingError(
+            field,
+            f"{method} puts virtual tokens in front of a text, over which an encoder's result would be pooled too",
+        )
+    if settings.max_length is not None and longest is not None and settings.max_length + method.tokens > longest:
+        raise SettingError(
+            "max_length",
+            f"of {settings.max_length} and {method.tokens} virtual tokens are more than the {longest} positions of the model",
+        )
 
 
 def _spec(subject: Subject, settings: Settings) -> dict[Any, Any]:

@@ -69,8 +69,9 @@ class Trainer:
         self._tx = make_optimizer(self.adapted, settings)
         # Axes that cut no rows cut the features of activations.
         self._cuts = jlora.mesh.cuts(self.adapted, set(self.mesh.shape) - set(ROWS))
-        self._evaluate = make_evaluation(self.forward, self._cuts)
-        self._loss = held_out_loss(self.forward, self._cuts)
+        self._texts = self.data.texts
+        self._evaluate = make_evaluation(self.forward, self._cuts, self._texts)
+        self._loss = held_out_loss(self.forward, self._cuts, self._texts)
         self._rate = learning_rate(settings, restarts_of(self.adapted))
         rows = settings.batch // settings.accumulate
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
@@ -94,7 +95,7 @@ class Trainer:
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
         done = int(state.step)
-        self._step = make_step(self.forward, self._tx, state, self._cuts, row_parts(self.mesh))
+        self._step = make_step(self.forward, self._tx, state, self._cuts, row_parts(self.mesh), self._texts)
         self.resumed_at = done
         self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)

@@ -1,0 +1,62 @@
+"""A decoder for longer texts than it was trained on: its rotary positions stretched."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jlora.models.llama import Llama
+
+# What `stretched` makes, as `config.json` names it.
+TYPES = ("linear", "yarn")
+
+
+def stretched(model: Llama, length: int, rope_type: str = "linear", attention: str | None = None) -> Llama:
+    """The model for texts of `length` tokens, on the same params; it wants some training on such texts.
+
+    Args:
+        model: a Llama whose rotary positions are not stretched yet.
+        length: the longest text, in tokens; more than `max_position_embeddings`.
+        rope_type: "linear": positions are divided by `ceil(length / max_position_embeddings)` (position interpolation, as in
+            LongLoRA). "yarn": planes that turn often keep their speed, those that turn slowly are divided so, and scores get a
+            temperature.
+        attention: "full", or "s2" for `s2_attention` in training; by default as in the model.
+
+    Raises:
+        ValueError: for a length that needs no stretching, another type, or positions that are stretched already.
+
+    Example:
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> longer = jlora.models.stretched(model, 2048, attention="s2")
+
+    Reference:
+        Chen et al. 2023, arXiv:2306.15595 (linear); Peng et al. 2023, arXiv:2309.00071 (YaRN).
+    """
+    config = model.config
+    if rope_type not in TYPES:
+        raise ValueError(f"rope_type must be one of {TYPES}, got {rope_type!r}")
+    if config.rope.rope_type != "default":
+        raise ValueError(f"the model's positions are stretched already, by {config.rope.rope_type!r}")
+    original = config.max_position_embeddings
+    if length <= original:
+        raise ValueError(f"the model reads {original} tokens as it is; a length of {length} needs no stretching")
+    factor = float(math.ceil(length / original))
+    temperature = {"attention_factor": 0.1 * math.log(factor) + 1.0} if rope_type == "yarn" else {}
+    rope = dataclasses.replace(config.rope, rope_type=rope_type, factor=factor, original_length=original, **temperature)
+    attention = config.attention if attention is None else attention
+    return Llama(dataclasses.replace(config, rope=rope, max_position_embeddings=length, attention=attention))
+
+
+def stretched_settings(hf: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The content of a `config.json` with the stretched positions of a model, where it has such."""
+    rope = getattr(model.config, "rope", None)
+    if (
+        rope is None
+        or rope.rope_type not in TYPES
+        or model.config.max_position_embeddings == hf.get("max_position_embeddings")
+    ):
+        return hf
+    told: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type == "yarn":
+        told["original_max_position_embeddings"] = rope.original_length
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    return hf | {key: {**(hf.get(key) or {}), **told}, "max_position_embeddings": model.config.max_position_embeddings}
