@@ -1,6 +1,6 @@
 """Makes train.jsonl: the first problems of GSM8K as chats, without the calls to a calculator.
 
-    python examples/gsm8k/make_sample.py        (from JLORA_DATA, by default ../shared/data beside the repository)
+python examples/gsm8k/make_sample.py        (from JLORA_DATA, by default ../shared/data beside the repository)
 """
 
 import json
@@ -13,6 +13,7 @@ ROWS = 400
 
 
 def main() -> None:
+    """Write train.jsonl beside this file."""
     data = Path(os.environ.get("JLORA_DATA", HERE.parents[2] / "shared" / "data"))
     lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
     with open(HERE / "train.jsonl", "w", encoding="utf-8") as file:

@@ -53,7 +53,9 @@ def read_chat_templates(directory: str | os.PathLike) -> dict[str, ChatSource]:
 
 def _of_file(path: str | os.PathLike) -> dict[str, ChatSource]:
     """The chat templates in the metadata of a GGUF file."""
-    named = {DEFAULT if name == FILE else Path(name).stem: name for name in files.names(path) if name.endswith(".jinja")}
+    named = {
+        DEFAULT if name == FILE else Path(name).stem: name for name in files.names(path) if name.endswith(".jinja")
+    }
     return {name: ChatSource(files.read_text(path, file), files.place(path, file)) for name, file in named.items()}
 
 

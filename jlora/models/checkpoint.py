@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jlora.disk.json_files import read_object as read_json
 from jlora.models.names import modern_name
-from jlora.models.tensors import FLOATS, Tensors
+from jlora.models.tensors import Tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -78,9 +78,7 @@ def _later(hf: dict[str, Any], kind: str) -> dict[str, Any]:
     window = whole(hf, "sliding_window")
     local = kinds_of(hf, layers) or tuple((layer + 1) % every > 0 for layer in range(layers))
     caps = {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
-    found: dict[str, Any] = {
-        name: None if hf.get(key) is None else positive(hf, key) for name, key in caps.items()
-    }
+    found: dict[str, Any] = {name: None if hf.get(key) is None else positive(hf, key) for name, key in caps.items()}
     if third and found["attention_cap"] is not None:
         raise ValueError("config.json: attn_logit_softcapping is not supported with model_type 'gemma3_text'.")
     return found | {
@@ -97,7 +95,10 @@ def _two_ropes(hf: dict[str, Any]) -> dict[str, RopeConfig]:
     if not isinstance(both, dict):
         raise ValueError("config.json: 'rope_parameters' must be an object.")
     plain = {name: value for name, value in hf.items() if name not in ("rope_parameters", "rope_scaling", "rope_theta")}
-    of_all = {"rope_theta": positive(hf, "rope_theta", 1e6), **optional(both, "full_attention", optional(hf, "rope_scaling", {}))}
+    of_all = {
+        "rope_theta": positive(hf, "rope_theta", 1e6),
+        **optional(both, "full_attention", optional(hf, "rope_scaling", {})),
+    }
     local = {"rope_theta": positive(hf, "rope_local_base_freq", 1e4), **optional(both, "sliding_attention", {})}
     return {
         "rope": RopeConfig.from_hf({**plain, "rope_parameters": of_all}),

@@ -115,7 +115,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: LayerInputs) -> tuple[jax.Array, LayerInputs]:
         """Mixes `x` `[batch, length, hidden]` over positions; also returns the layer's cache with the new tokens."""
         c = self.config
-        every = dense(c, 3 * c.hidden_size, True, "c_attn")(x).reshape(*x.shape[:2], 3, c.num_attention_heads, c.head_dim)
+        every = dense(c, 3 * c.hidden_size, True, "c_attn")(x).reshape(
+            *x.shape[:2], 3, c.num_attention_heads, c.head_dim
+        )
         query, key, value = (every[:, :, part] for part in range(3))
         key, value, layer = layer.extended(key, value, inputs)
         scale = c.head_dim**-0.5 if c.scaled else 1.0
@@ -153,7 +155,7 @@ class Layer(nn.Module):
 
 
 class GPT2(Decoder):
-    """A GPT-2: `model.apply({"params": params}, tokens) -> logits`. Positions beyond the table are an error where shapes tell."""
+    """A GPT-2: `model.apply({"params": params}, tokens) -> logits`; a text longer than its positions is an error."""
 
     config: GPT2Config
 

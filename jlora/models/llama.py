@@ -153,7 +153,9 @@ def kinds_of(hf: dict[str, Any], layers: int) -> tuple[bool, ...] | None:
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
         raise ValueError(f"config.json: 'layer_types' must be a list of {' and '.join(_KINDS)}, got {shown(kinds)}.")
     if len(kinds) != layers:
-        raise ValueError(f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers.")
+        raise ValueError(
+            f"config.json: 'layer_types' has {len(kinds)} entries, wanted one for each of {layers} layers."
+        )
     return tuple(_KINDS[kind] for kind in kinds)
 
 

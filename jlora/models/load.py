@@ -21,12 +21,12 @@ from jlora.disk.json_files import shown
 from jlora.models.bitsandbytes import QuantizedCheckpoint, is_quantized
 from jlora.models.checkpoint import Checkpoint
 from jlora.models.config import of_file, optional, read_config, whole
+from jlora.models.families import FAMILIES, family_for
+from jlora.models.family import Family
 from jlora.models.files import located, place
 from jlora.models.finite import all_finite
 from jlora.models.gguf.checkpoint import GgufCheckpoint
 from jlora.models.gguf.header import is_gguf
-from jlora.models.families import FAMILIES, family_for
-from jlora.models.family import Family
 from jlora.models.names import Source, source
 from jlora.models.quantized import sites_to_code, spec_of
 from jlora.models.tensors import FLOATS, Tensors
@@ -124,9 +124,10 @@ def load(
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing, or the package of a name.
         ModuleNotFoundError: It is a GGUF file, and the library `gguf` is missing.
-        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file is damaged or outside of the
-            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
-            that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
+        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file
+            is damaged or outside of the directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not
+            finite; there is no code of that name, or a weight that it can't keep, such as one whose rows a block doesn't
+            divide.
         TypeError: `quantize` is neither a name nor a code nor a spec.
     """
     directory = located(directory)
@@ -229,8 +230,8 @@ def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefi
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"{family.count} is {layers}, but {checkpoint.source.replace("its", "the")} hold no tensor of layer {lacking}, only of {len(found)} "
-                "layers."
+                f"{family.count} is {layers}, but {checkpoint.source.replace('its', 'the')} hold no tensor of layer {lacking}, "
+                f"only of {len(found)} layers."
             )
 
 

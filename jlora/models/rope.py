@@ -177,7 +177,9 @@ def _yarn_fields(settings: dict) -> dict:
 
 def _longrope_fields(hf: dict, settings: dict) -> dict:
     longest = whole(hf, "max_position_embeddings")
-    original = whole(settings, "original_max_position_embeddings", whole(hf, "original_max_position_embeddings", longest))
+    original = whole(
+        settings, "original_max_position_embeddings", whole(hf, "original_max_position_embeddings", longest)
+    )
     factor = positive(settings, "factor", longest / original, "rope")
     if "original_max_position_embeddings" in hf or "original_max_position_embeddings" in settings:
         factor = longest / original

@@ -21,9 +21,9 @@ from jlora.models import bitsandbytes, files
 from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
-from jlora.models.files import located
 from jlora.models.families import FAMILIES, family_for
 from jlora.models.family import Family
+from jlora.models.files import located
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
 from jlora.models.quantized import one_matrix, whole

@@ -36,13 +36,50 @@ def bytes_alphabet() -> list[str]:
 
 def vocabulary_of_bytes(digits: bool = False) -> dict:
     """`digits`: two of them are a token, which the merges of a tokenizer that cuts them apart never make."""
-    merges = ["t h", "Ġ t", "Ġt h", "h e", "Ġt he", "Ġth e", "l l", "ll o", "he llo", "o r", "Ġ w", "e r", "Ġ Ġ", *(["1 2"] if digits else [])]
+    merges = [
+        "t h",
+        "Ġ t",
+        "Ġt h",
+        "h e",
+        "Ġt he",
+        "Ġth e",
+        "l l",
+        "ll o",
+        "he llo",
+        "o r",
+        "Ġ w",
+        "e r",
+        "Ġ Ġ",
+        *(["1 2"] if digits else []),
+    ]
     tokens = [*SPECIAL, *bytes_alphabet(), *dict.fromkeys(merge.replace(" ", "") for merge in merges)]
     return {"model": "gpt2", "tokens": tokens, "kinds": [3, 3, 3] + [1] * (len(tokens) - 3), "merges": merges}
 
 
 def vocabulary_of_pieces() -> dict:
-    pieces = ["▁t", "he", "▁the", "▁", "t", "h", "e", "l", "o", "ll", "llo", "hello", "r", "w", "or", "▁w", "er", "a", "p", ",", "1"]
+    pieces = [
+        "▁t",
+        "he",
+        "▁the",
+        "▁",
+        "t",
+        "h",
+        "e",
+        "l",
+        "o",
+        "ll",
+        "llo",
+        "hello",
+        "r",
+        "w",
+        "or",
+        "▁w",
+        "er",
+        "a",
+        "p",
+        ",",
+        "1",
+    ]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     kinds = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
     scores = [0.0] * 259 + [-float(n) for n in range(len(pieces))]

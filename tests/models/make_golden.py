@@ -80,7 +80,15 @@ LONGROPE = {
         "original_max_position_embeddings": 16,
     }
 }
-GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 
 # Name of the folder -> class of the config, class of the model, settings.

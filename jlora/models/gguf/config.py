@@ -115,7 +115,9 @@ def _scaling(header: Header, values: dict[str, Any]) -> dict[str, Any]:
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"{header.path}: rope.scaling.type {shown(kind)} is not supported, wanted none, linear or yarn.")
+        raise ValueError(
+            f"{header.path}: rope.scaling.type {shown(kind)} is not supported, wanted none, linear or yarn."
+        )
     told = {"rope_type": kind, "factor": _plain(values.get("rope.scaling.factor", 1.0))}
     original = values.get("rope.scaling.original_context_length")
     return told | ({"original_max_position_embeddings": original} if kind == "yarn" and original else {})
@@ -137,4 +139,6 @@ def _factors(header: Header, values: dict[str, Any], factors: np.ndarray | None)
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
         if np.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
             return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-    raise ValueError(f"{header.path}: tensor {ROPE_FACTORS!r} holds factors of positions that are not those of Llama 3.")
+    raise ValueError(
+        f"{header.path}: tensor {ROPE_FACTORS!r} holds factors of positions that are not those of Llama 3."
+    )

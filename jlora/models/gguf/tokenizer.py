@@ -98,18 +98,24 @@ def _vocabulary(header: Header) -> _Vocabulary:
     kinds, scores = found["token_type"] or [1] * len(tokens), found["scores"] or []
     merges = [merge.split(" ") for merge in found["merges"] or []]
     if len(kinds) != len(tokens) or (scores and len(scores) != len(tokens)):
-        raise ValueError(f"{header.path}: tokenizer.ggml.token_type or scores are not one for each of {len(tokens)} tokens.")
+        raise ValueError(
+            f"{header.path}: tokenizer.ggml.token_type or scores are not one for each of {len(tokens)} tokens."
+        )
     known = set(tokens)
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= known:
-            raise ValueError(f"{header.path}: tokenizer.ggml.merges holds {merge}, which are no two tokens that make one.")
+            raise ValueError(
+                f"{header.path}: tokenizer.ggml.merges holds {merge}, which are no two tokens that make one."
+            )
     return _Vocabulary(tokens, kinds, scores, merges)
 
 
 def _cut(header: Header) -> _Cut:
     name = header.values.get("tokenizer.ggml.pre")
     if name not in _CUTS:
-        raise ValueError(f"{header.path}: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(_CUTS)}.")
+        raise ValueError(
+            f"{header.path}: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(_CUTS)}."
+        )
     return _CUTS[name]
 
 
@@ -131,7 +137,7 @@ def _of_bytes(vocabulary: _Vocabulary, cut: _Cut) -> dict[str, Any]:
 def _of_pieces(vocabulary: _Vocabulary, header: Header) -> dict[str, Any]:
     """SentencePiece: spaces are a letter, and what is no token is written in bytes."""
     if str(header.values.get("general.architecture")).startswith("gemma"):
-        # Its scores don't follow the order of its merges, which is that of the tokens; and several spaces are written as they are.
+        # Its scores don't follow the order of its merges, which is that of the tokens; and it has spaces as they are.
         spelled = ["▁" * len(token) if not token.strip(" ") else token for token in vocabulary.tokens]
         vocabulary = dataclasses.replace(
             vocabulary, tokens=spelled, scores=[-float(number) for number in range(len(spelled))]
@@ -172,7 +178,9 @@ def _merging(vocabulary: _Vocabulary, **options: Any) -> dict[str, Any]:
 def _merges(vocabulary: _Vocabulary, header: Header) -> list[list[str]]:
     """Every pair of tokens that make a token, the best first: SentencePiece joins the pair whose token scores highest."""
     if not vocabulary.scores:
-        raise ValueError(f"{header.path}: tokenizer.ggml.scores is missing, from which the merges of the vocabulary follow.")
+        raise ValueError(
+            f"{header.path}: tokenizer.ggml.scores is missing, from which the merges of the vocabulary follow."
+        )
     known, found = set(vocabulary.tokens), []
     for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds):
         if kind in (_UNKNOWN, _CONTROL):
@@ -202,7 +210,9 @@ def _config(header: Header, vocabulary: _Vocabulary, begins: bool) -> dict[str, 
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(vocabulary.tokens):
-            raise ValueError(f"{header.path}: tokenizer.ggml.{key}_token_id is {shown(number)}, wanted a token's number.")
+            raise ValueError(
+                f"{header.path}: tokenizer.ggml.{key}_token_id is {shown(number)}, wanted a token's number."
+            )
         told[name] = vocabulary.tokens[number]
     wanted = header.values.get("tokenizer.ggml.add_bos_token", begins)
     return told | {"add_bos_token": bool(wanted) and "bos_token" in told}
