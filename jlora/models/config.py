@@ -47,7 +47,10 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 def _instead(directory: str) -> str:
     """What to do about a directory that holds no `config.json`."""
     if os.path.isfile(directory):
-        return f"{directory} is a file, wanted the directory of a Hugging Face model, with config.json and safetensors, or a .gguf file."
+        return (
+            f"{directory} is a file, wanted the directory of a Hugging Face model, with config.json and safetensors, or a file "
+            "whose name ends in .gguf."
+        )
     if os.path.isfile(os.path.join(directory, "adapter_config.json")):
         return "the directory holds an adapter of PEFT, not a model: jlora import makes a run of it."
     found = sorted(name for name in os.listdir(directory) if is_gguf(name)) if os.path.isdir(directory) else []

@@ -155,7 +155,7 @@ class Layer(nn.Module):
 
 
 class GPT2(Decoder):
-    """A GPT-2: `model.apply({"params": params}, tokens) -> logits`. Positions beyond the table are an error where shapes tell."""
+    """A GPT-2: `model.apply({"params": params}, tokens) -> logits`; a text longer than its positions is an error."""
 
     config: GPT2Config
 

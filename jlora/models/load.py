@@ -124,9 +124,10 @@ def load(
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing, or the package of a name.
         ModuleNotFoundError: It is a GGUF file, and the library `gguf` is missing.
-        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file is damaged or outside of the
-            directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not finite; there is no code of
-            that name, or a weight that it can't keep, such as one whose rows a block doesn't divide.
+        ValueError: The model type, or a type or key of a GGUF file, is not supported, a config key is missing or wrong, a file
+            is damaged or outside of the directory, or a tensor is missing, superfluous, of the wrong shape or dtype, or not
+            finite; there is no code of that name, or a weight that it can't keep, such as one whose rows a block doesn't
+            divide.
         TypeError: `quantize` is neither a name nor a code nor a spec.
     """
     directory = located(directory)
@@ -229,8 +230,8 @@ def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefi
         found = {int(match[1]) for match in named if match}
         if (lacking := next(i for i in range(len(found) + 1) if i not in found)) < layers:
             raise ValueError(
-                f"{family.count} is {layers}, but {checkpoint.source.replace('its', 'the')} hold no tensor of layer {lacking}, only of {len(found)} "
-                "layers."
+                f"{family.count} is {layers}, but {checkpoint.source.replace('its', 'the')} hold no tensor of layer {lacking}, "
+                f"only of {len(found)} layers."
             )
 
 

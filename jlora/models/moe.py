@@ -1,7 +1,7 @@
 """Mixtures of experts in Llama's frame, as plain Linen modules: Mixtral and Qwen3-MoE.
 
-Each token goes through the experts that its router scores highest, and their results are added up by weight. Tokens are sorted by
-expert, so that every expert is one product with its rows (`jax.lax.ragged_dot`), and no token is dropped. References:
+Each token goes through the experts that its router scores highest, and their results are added up by weight. Tokens are sorted
+by expert, so that every expert is one product with its rows (`jax.lax.ragged_dot`), and no token is dropped. References:
 arXiv:2401.04088, arXiv:2505.09388.
 """
 

@@ -1,7 +1,7 @@
 """Phi-3 decoders (Phi-3, Phi-3.5 and Phi-4 mini), as plain Linen modules.
 
-What differs from Llama: queries, keys and values are the columns of one product, and so are gate and up; a part of each head may
-turn, by LongRoPE. Reference: arXiv:2404.14219.
+What differs from Llama: queries, keys and values are the columns of one product, and so are gate and up; a part of each head
+may turn, by LongRoPE. Reference: arXiv:2404.14219.
 """
 
 import dataclasses

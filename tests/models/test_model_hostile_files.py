@@ -277,7 +277,8 @@ def test_the_type_of_the_model_is_looked_at_first(kind, tmp_path):
         models.load(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}/config.json: model_type '{kind}' is not supported; supported: llama, mistral, qwen2, qwen3, gemma, "
-        "gemma2, gemma3_text, phi3, gpt2, mixtral, qwen3_moe, bert, roberta; for any other model bring its JAX function, which jlora adapts whatever it is (docs/frameworks.md)."
+        "gemma2, gemma3_text, phi3, gpt2, mixtral, qwen3_moe, bert, roberta; for any other model "
+        "bring its JAX function, which jlora adapts whatever it is (docs/frameworks.md)."
     )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: model_type is missing; supported: llama"):

@@ -137,7 +137,7 @@ def _of_bytes(vocabulary: _Vocabulary, cut: _Cut) -> dict[str, Any]:
 def _of_pieces(vocabulary: _Vocabulary, header: Header) -> dict[str, Any]:
     """SentencePiece: spaces are a letter, and what is no token is written in bytes."""
     if str(header.values.get("general.architecture")).startswith("gemma"):
-        # Its scores don't follow the order of its merges, which is that of the tokens; and several spaces are written as they are.
+        # Its scores don't follow the order of its merges, which is that of the tokens; and it has spaces as they are.
         spelled = ["▁" * len(token) if not token.strip(" ") else token for token in vocabulary.tokens]
         vocabulary = dataclasses.replace(
             vocabulary, tokens=spelled, scores=[-float(number) for number in range(len(spelled))]
