@@ -44,6 +44,7 @@ def s2_attention(
             group that is no positive even number.
 
     Example:
+        >>> import functools, flax
         >>> attention = functools.partial(jlora.models.s2_attention, group=2048)
         >>> layer = flax.linen.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention)
 

@@ -48,8 +48,10 @@ def prompted(fn: Callable[..., Any], tokens: int | str = 1, texts: int = 1, pool
             `[batch, length]`, or of a dtype too small for the virtual ones; for a result without an axis of tokens.
 
     Example:
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {"embed_tokens/embedding": jlora.PromptTuning(tokens=4)})
         >>> apply = jlora.prompted(jlora.lift(model.apply))
-        >>> logits = apply({"params": adapted}, ids)
+        >>> logits = apply({"params": adapted}, tokens)
     """
 
     @functools.wraps(fn, updated=())
