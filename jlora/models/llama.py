@@ -228,6 +228,7 @@ class SelfAttention(nn.Module):
         if inputs.segments is not None:
             mixed = s2_attention(query, key, value, group=c.group, segments=inputs.segments).reshape(*x.shape[:2], -1)
         else:
+            assert inputs.mask is not None
             mask = inputs.mask if inputs.distance is None else inputs.mask & (inputs.distance < layer.window)
             mixed = attention.attend(query, key, value, mask)
         return _dense(c, c.hidden_size, c.output_bias, "o_proj")(mixed), layer

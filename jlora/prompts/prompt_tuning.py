@@ -89,7 +89,7 @@ class PromptTuning(VirtualRows):
         if self.init == "uniform":
             return jax.random.uniform(key, (self.tokens, w.shape[1]), trained_dtype(w), -0.5, 0.5)
         if self.init == "text":
-            return w[jnp.resize(jnp.array(self.text), self.tokens)]
+            return w[jnp.resize(jnp.array(self.text), (self.tokens,))]
         common = min(COMMON, w.shape[0])
         drawn = w[jax.random.choice(key, common, (self.tokens,), replace=self.tokens > common)]
         if not self.classes:
