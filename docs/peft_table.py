@@ -17,19 +17,25 @@ from jlora.models.torch_parameter import KINDS, TorchParameter
 
 PAGE = Path(__file__).parent / "peft.md"
 NAMES = {"layers_0/up/kernel": "layers.0.up", "embed/embedding": TorchParameter("embed.weight", "in out", "embedding")}
+HEADS = {"k": "layers.0.k_proj.weight", "v": "layers.0.v_proj.weight"}
 
 
 @functools.cache
 def attempt(method: jlora.Method, profile: str) -> str:
     """What becomes of a method in a profile, by trying it on a small matrix."""
-    leaf = "embed/embedding" if type(method).__name__ == "Rows" else "layers_0/up/kernel"
+    rows = isinstance(method, jlora.Rows | jlora.PromptTuning | jlora.PTuning)
+    leaf = "embed/embedding" if rows else "layers_0/up/kernel"
     params = {"layers_0": {"up": {"kernel": jnp.cos(jnp.arange(480.0)).reshape(24, 20)}}}
     params["embed"] = {"embedding": jnp.sin(jnp.arange(120.0)).reshape(12, 10)}
     spec = {leaf: jlora.Axes("in out", method, "gather") if leaf.startswith("embed") else method}
+    if isinstance(method, jlora.PrefixTuning):  # keys and values of every layer, or none
+        params, spec = {"k": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}, {"[kv]": method}
     adapted = jlora.adapterize(params, spec, prepared=blank(params, spec))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            jlora.save_peft(Path(folder) / "out", adapted, NAMES, profile)
+            jlora.save_peft(
+                Path(folder) / "out", adapted, HEADS if "k" in params else NAMES, profile, prefix=jlora.PrefixLayout(4)
+            )
         except ValueError as error:
             return "by `svd_rank=`" if "svd_rank=" in str(error) else "no"
         told = json.loads((Path(folder) / "out" / "adapter_config.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def are_prompts(adapted: Adapted) -> bool:
     return any(isinstance(innermost(site.method), Virtual) for site in adapted.plan.sites)
 
 
-def write(adapted: Adapted, slots: dict[tuple[str, ...], list[Slot]], prefix: PrefixLayout | None) -> Written:
+def write(adapted: Adapted, slots: Mapping[tuple[str, ...], list[Slot]], prefix: PrefixLayout | None) -> Written:
     """The content of a folder, but for the settings that all folders have.
 
     Raises:
@@ -63,10 +64,10 @@ def write(adapted: Adapted, slots: dict[tuple[str, ...], list[Slot]], prefix: Pr
     return out
 
 
-def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: dict[Any, list[Slot]]) -> None:
+def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: Mapping[Any, list[Slot]]) -> None:
     if len(adapted.plan.sites) > 1:
         raise ValueError(f"{adapted.plan.sites[1].path}: PEFT has one prompt, for the embedding of tokens")
-    (site,) = adapted.plan.sites
+    site = adapted.plan.sites[0]
     slot, method = slots[site.keys][0], asked[site.keys]
     if slot.kind != "embedding":
         raise ValueError(
@@ -84,7 +85,7 @@ def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: 
     out.notes.append("PEFT keeps what the encoder makes, and not the encoder: what is read back is PromptTuning")
 
 
-def _write_prefix(out: Written, adapted: Adapted, slots: dict[Any, list[Slot]], prefix: PrefixLayout | None) -> None:
+def _write_prefix(out: Written, adapted: Adapted, slots: Mapping[Any, list[Slot]], prefix: PrefixLayout | None) -> None:
     layout = _wanted(prefix)
     modules = _modules({slot.name: slot for each in slots.values() for slot in each})
     rows, origins = {}, []
@@ -148,7 +149,7 @@ def _modules(slots: dict[str, Slot]) -> list[tuple[Slot, Slot]]:
     return [(found[module]["key"], found[module]["value"]) for module in order]
 
 
-def _bias(slot: Slot, slots: dict[Any, list[Slot]], base: dict[Any, Any]) -> Any:
+def _bias(slot: Slot, slots: Mapping[Any, list[Slot]], base: dict[Any, Any]) -> Any:
     """The bias that the model adds to a product's result, or 0."""
     name = f"{slot.module}.bias"
     for keys, each in slots.items():

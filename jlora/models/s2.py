@@ -44,6 +44,7 @@ def s2_attention(
             group that is no positive even number.
 
     Example:
+        >>> import functools, flax
         >>> attention = functools.partial(jlora.models.s2_attention, group=2048)
         >>> layer = flax.linen.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention)
 
@@ -55,7 +56,10 @@ def s2_attention(
     group = group_of(length, group)
     halves = [_half(x, heads) for x in (query, key, value)]
     masks = [None, None] if mask is None else [mask, mask] if mask.shape[1] == 1 else jnp.split(mask, 2, axis=1)
-    made = [_in_groups(*(x[n] for x in halves), masks[n], group, group // 2 * n, causal, segments) for n in range(2)]
+    made = [
+        _in_groups(q, k, v, seen, group, group // 2 * n, causal, segments)
+        for n, (q, k, v, seen) in enumerate(zip(*halves, masks, strict=True))
+    ]
     return jnp.concatenate(made, axis=2)
 
 

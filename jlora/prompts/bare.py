@@ -21,6 +21,8 @@ def without_encoder(adapted: Adapted) -> Adapted:
         ValueError: where no network makes a prompt.
 
     Example:
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {"embed_tokens/embedding": jlora.PTuning(tokens=4, hidden=8)})
         >>> adapted = jlora.without_encoder(adapted)
     """
     trained: dict[str, Any] = {}

@@ -57,9 +57,11 @@ def focus(
         ValueError: for adapters that are not alike, or numbers that don't fit.
 
     Example:
-        >>> params = jlora.focus([cheerful], [all_stories], alpha=2.0)
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> spec = {r".*/(k|v)_proj/kernel": jlora.Axes("batch in out", jlora.PrefixTuning(tokens=4))}
+        >>> cheerful, every = (jlora.adapterize(params, spec, jax.random.key(n)) for n in range(2))  # once trained
         >>> apply = jlora.focused(jlora.prompted(jlora.lift(model.apply)))
-        >>> texts = jlora.models.generate(apply, params, prompts, max_new_tokens=40)
+        >>> logits = apply({"params": jlora.focus([cheerful], [every], alpha=2.0)}, tokens)
 
     Reference:
         Ma et al. 2023, arXiv:2306.00369.

@@ -48,7 +48,7 @@ class Places:
         return jax.vmap(lambda row, kept: jnp.take(row, kept, axis=0, mode="fill", fill_value=fill))(array, self.kept)
 
 
-def in_front(shape: tuple[int, int], tokens: int) -> Places:
+def in_front(shape: tuple[int, ...], tokens: int) -> Places:
     """One text a row: the virtual tokens are the first positions of all, before any padding."""
     rows, length = shape
     new = jnp.arange(length + tokens, dtype=jnp.int32)

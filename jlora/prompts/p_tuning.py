@@ -41,7 +41,8 @@ class PTuning(VirtualRows):
         ValueError: for a hyperparameter out of range.
 
     Example:
-        >>> jlora.adapterize(params, {r".*embed_tokens/embedding": jlora.PTuning(tokens=20, hidden=128)}, sites=sites)
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {"embed_tokens/embedding": jlora.PTuning(tokens=20, hidden=32)})
 
     Reference:
         Liu et al. 2021, arXiv:2103.10385; networks and starts as in PEFT.
@@ -53,7 +54,7 @@ class PTuning(VirtualRows):
     layers: int = 2
 
     family: ClassVar[str] = "Prompts"
-    # Not chosen by a run: what PEFT's examples of P-tuning use.
+    # Not chosen by a sweep.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=1e-3, targets="embedding")
 
     def __post_init__(self) -> None:

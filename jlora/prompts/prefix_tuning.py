@@ -35,7 +35,7 @@ class PrefixTuning(Virtual):
     `((hidden + 1) if hidden else tokens) * (out if columns is None else columns[1] - columns[0])` values a matrix. Shares
     `hidden and tokens * width + width * hidden + hidden` trained values.
 
-    Worth trying for tasks of writing, where many adapters have to be kept; trains less stably than LoRA.
+    Worth trying for tasks of writing, where many adapters have to be kept.
 
     Args:
         tokens: how many virtual tokens.

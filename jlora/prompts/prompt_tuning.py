@@ -43,7 +43,8 @@ class PromptTuning(VirtualRows):
             are no rows of the embedding.
 
     Example:
-        >>> jlora.adapterize(params, {r".*embed_tokens/embedding": jlora.PromptTuning(tokens=20)}, sites=sites)
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {"embed_tokens/embedding": jlora.PromptTuning(tokens=20)})
 
     Reference:
         Lester et al. 2021, arXiv:2104.08691; "text" as in PEFT, "classes" as in the authors' code.
@@ -55,7 +56,7 @@ class PromptTuning(VirtualRows):
     classes: tuple[tuple[int, ...], ...] = ()
 
     family: ClassVar[str] = "Prompts"
-    # Of the rates 1e-3 to 3e-1 by AdamW on stories260k; the paper's 0.3 is for Adafactor.
+    # Not chosen by a sweep. The paper's 0.3 is for Adafactor.
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=3e-2, targets="embedding")
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class PromptTuning(VirtualRows):
         if self.init == "uniform":
             return jax.random.uniform(key, (self.tokens, w.shape[1]), trained_dtype(w), -0.5, 0.5)
         if self.init == "text":
-            return w[jnp.resize(jnp.array(self.text), self.tokens)]
+            return w[jnp.resize(jnp.array(self.text), (self.tokens,))]
         common = min(COMMON, w.shape[0])
         drawn = w[jax.random.choice(key, common, (self.tokens,), replace=self.tokens > common)]
         if not self.classes:

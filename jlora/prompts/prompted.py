@@ -48,8 +48,10 @@ def prompted(fn: Callable[..., Any], tokens: int | str = 1, texts: int = 1, pool
             `[batch, length]`, or of a dtype too small for the virtual ones; for a result without an axis of tokens.
 
     Example:
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> adapted = jlora.adapterize(params, {"embed_tokens/embedding": jlora.PromptTuning(tokens=4)})
         >>> apply = jlora.prompted(jlora.lift(model.apply))
-        >>> logits = apply({"params": adapted}, ids)
+        >>> logits = apply({"params": adapted}, tokens)
     """
 
     @functools.wraps(fn, updated=())
@@ -121,59 +123,74 @@ class _Call:
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int | str):
-        self.fn, self.args, self.kwargs = fn, list(args), dict(kwargs)
-        if isinstance(tokens, int) and tokens >= len(args):
-            named = [name for name in TOKENS if name in kwargs]
-            if not named:
-                raise ValueError(f"prompted wants the ids as argument {tokens}; the call has {len(args)} (see tokens=)")
-            tokens = named[0]
-        self.at = tokens
-        self.holder = self.args if isinstance(tokens, int) else self.kwargs
-        if not isinstance(tokens, int) and tokens not in kwargs:
-            raise ValueError(f"prompted wants the ids as the keyword {tokens!r}; the call has {sorted(kwargs)}")
-        self.batch = self.holder[tokens] if isinstance(self.holder[tokens], Mapping) else None
-        self.key = tokens if self.batch is None else self._name_of_ids(self.batch)
-        self.ids = self._checked(self.holder[tokens] if self.batch is None else self.batch[self.key])
+        self.fn = fn
+        self.args: dict[Any, Any] = dict(enumerate(args))
+        self.kwargs: dict[Any, Any] = dict(kwargs)
         self.cache = kwargs.get("cache")
-        self.names = self._names()
-        self.beside = {name: array for name, (_, _, array) in self.names.items()}
-
-    @staticmethod
-    def _name_of_ids(batch: Mapping[str, Any]) -> str:
-        found = [name for name in TOKENS if name in batch]
-        if len(found) != 1:
-            raise ValueError(f"prompted wants a batch with one of {TOKENS}, got {sorted(batch)}")
-        return found[0]
-
-    @staticmethod
-    def _checked(ids: Any) -> jax.Array:
-        ids = jnp.asarray(ids)
-        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"prompted wants ids [batch, length] of integers, got shape {ids.shape} of {ids.dtype}")
-        return ids
-
-    def _names(self) -> dict[str, tuple[Any, Any, Any]]:
-        """What lies beside the ids: where it is, under which key, and the array."""
-        where: list[tuple[Any, Any, str]] = [(self.kwargs, name, name) for name in _BESIDE if name in self.kwargs]
-        if self.batch is not None:
-            where += [(None, name, name) for name in _BESIDE if name in self.batch]
+        # Where the ids are: in one of these dicts, which are put together again for the call.
+        self.holder, self.key = self._argument(tokens)
+        given = self.holder[self.key]
+        self.batch: dict[Any, Any] | None = None
+        beside: list[tuple[dict[Any, Any], Any, str]] = [
+            (self.kwargs, name, name) for name in _BESIDE if name in kwargs
+        ]
+        if isinstance(given, Mapping):
+            self.outer, self.batch = (self.holder, self.key), dict(given)
+            self.holder, self.key = self.batch, _name_of_ids(given)
+            beside += [(self.batch, name, name) for name in _BESIDE if name in given]
         elif self.holder is self.args:
-            named = _parameters(self.fn)
-            where += [(self.args, n, named[n]) for n in range(len(self.args)) if n < len(named) and named[n] in _BESIDE]
-        read = lambda holder, key: self.batch[key] if holder is None else holder[key]  # noqa: E731
-        return {name: (holder, key, read(holder, key)) for holder, key, name in where if read(holder, key) is not None}
+            named = [(n, name) for n, name in enumerate(_parameters(fn)) if n in self.args and name in _BESIDE]
+            beside += [(self.args, n, name) for n, name in named]
+        self.places = {name: (holder, key) for holder, key, name in beside if holder[key] is not None}
+        self.beside = {name: holder[key] for name, (holder, key) in self.places.items()}
+        self.ids = _checked(self.holder[self.key])
+
+    def _argument(self, tokens: int | str) -> tuple[dict[Any, Any], Any]:
+        """The dict of arguments in which the ids, or a batch with them, are, and their key there."""
+        if isinstance(tokens, str):
+            if tokens not in self.kwargs:
+                raise ValueError(
+                    f"prompted wants the ids as the keyword {tokens!r}; the call has {sorted(self.kwargs)}"
+                )
+            return self.kwargs, tokens
+        if tokens in self.args:
+            return self.args, tokens
+        named = [name for name in TOKENS if name in self.kwargs]
+        if not named:
+            raise ValueError(
+                f"prompted wants the ids as argument {tokens}; the call has {len(self.args)} (see tokens=)"
+            )
+        return self.kwargs, named[0]
 
     def again(self, ids: jax.Array, beside: dict[str, jax.Array], places: Places) -> Any:
         """The call with other tokens, and adapters that are told where the virtual ones are."""
-        batch = None if self.batch is None else {**self.batch, self.key: ids}
+        self.holder[self.key] = ids
         for name, array in beside.items():
-            holder, key, _ = self.names[name]
-            (batch if holder is None else holder)[key] = array
-        self.holder[self.at] = ids if batch is None else batch
+            holder, key = self.places[name]
+            holder[key] = array
+        if self.batch is not None:
+            holder, key = self.outer
+            holder[key] = self.batch
         if self.cache is not None:
             self.kwargs["cache"] = self.cache.longer(places.longer - self.ids.shape[1])
-        args, kwargs = _told((tuple(self.args), self.kwargs), places.number)
+        args, kwargs = _told((tuple(self.args.values()), self.kwargs), places.number)
         return self.fn(*args, **kwargs)
+
+
+def _name_of_ids(batch: Mapping[str, Any]) -> str:
+    """The key of the ids in a batch."""
+    found = [name for name in TOKENS if name in batch]
+    if len(found) != 1:
+        raise ValueError(f"prompted wants a batch with one of {TOKENS}, got {sorted(batch)}")
+    return found[0]
+
+
+def _checked(ids: Any) -> jax.Array:
+    """Ids as an array `[batch, length]` of integers."""
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"prompted wants ids [batch, length] of integers, got shape {ids.shape} of {ids.dtype}")
+    return ids
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:
