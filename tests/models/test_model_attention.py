@@ -17,7 +17,16 @@ def loaded(name: str, scan_layers: bool = True):
     return quick_jit(model.apply), {"params": params}, golden(name)["tokens"]
 
 
-@pytest.mark.parametrize("name, scan_layers", [("mistral_window", True), ("qwen2_window_tied", False)])
+@pytest.mark.parametrize(
+    "name, scan_layers",
+    [
+        ("mistral_window", True),
+        ("qwen2_window_tied", False),
+        ("gemma3", True),
+        ("gpt2_scaled", False),
+        ("mixtral", True),
+    ],
+)
 def test_reading_in_pieces_with_a_cache_equals_reading_at_once(name, scan_layers):
     apply, variables, tokens = loaded(name, scan_layers)
     cache, pieces = models.empty_cache(2, 30), []
@@ -28,7 +37,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(name, scan_layers
     assert int(cache.index) == 24
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "bert"])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "bert"])
 def test_packed_segments_equal_separate_texts(name):
     apply, variables, tokens = loaded(name)
     segments = np.array([[1] * 10 + [2] * 10 + [0] * 4, [5] * 10 + [1] * 10 + [0] * 4])
