@@ -33,7 +33,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(name, scan_layers
     for start, stop in ((0, 14), (14, 23), (23, 24)):
         logits, cache = apply(variables, tokens[:, start:stop], cache=cache)
         pieces.append(logits)
-    np.testing.assert_allclose(np.concatenate(pieces, 1), apply(variables, tokens), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), apply(variables, tokens), atol=5e-5)
     assert int(cache.index) == 24
 
 
