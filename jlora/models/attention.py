@@ -153,9 +153,9 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible
     if cap is None and not isinstance(scale, jax.Array):
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
         return mixed.reshape(*query.shape[:2], -1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * factor
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     # A finite number, so that rows of padding alone stay numbers.
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)

@@ -13,6 +13,7 @@ and a leaf may be several tensors in each layer, such as experts, and their gate
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 # End of a leaf's path -> end of a tensor's name. Kernels are transposed.
 ENDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -69,7 +70,7 @@ class Source:
         one = (*one[:-1], one[-1] // self.parts) if self.parts > 1 else one
         return one[::-1] if self.transposed else one
 
-    def place(self, number: int, leaf_shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+    def place(self, number: int, leaf_shape: tuple[int, ...]) -> tuple[Any, ...]:
         """Where the tensor of that number lies in the leaf, as an index; the first entry of a stack is its layer."""
         number, part = divmod(number, self.parts)
         layer, expert = divmod(number, max(self.experts, 1))
@@ -77,7 +78,7 @@ class Source:
         if self.parts == 1:
             return lead
         width = leaf_shape[-1] // self.parts
-        return (*lead, ..., slice(part * width, (part + 1) * width))  # pyright: ignore[reportReturnType]
+        return (*lead, ..., slice(part * width, (part + 1) * width))
 
 
 def source(

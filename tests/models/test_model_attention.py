@@ -17,18 +17,27 @@ def loaded(name: str, scan_layers: bool = True):
     return quick_jit(model.apply), {"params": params}, golden(name)["tokens"]
 
 
-@pytest.mark.parametrize("name, scan_layers", [("mistral_window", True), ("qwen2_window_tied", False)])
+@pytest.mark.parametrize(
+    "name, scan_layers",
+    [
+        ("mistral_window", True),
+        ("qwen2_window_tied", False),
+        ("gemma3", True),
+        ("gpt2_scaled", False),
+        ("mixtral", True),
+    ],
+)
 def test_reading_in_pieces_with_a_cache_equals_reading_at_once(name, scan_layers):
     apply, variables, tokens = loaded(name, scan_layers)
     cache, pieces = models.empty_cache(2, 30), []
     for start, stop in ((0, 14), (14, 23), (23, 24)):
         logits, cache = apply(variables, tokens[:, start:stop], cache=cache)
         pieces.append(logits)
-    np.testing.assert_allclose(np.concatenate(pieces, 1), apply(variables, tokens), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), apply(variables, tokens), atol=5e-5)
     assert int(cache.index) == 24
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "bert"])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "bert"])
 def test_packed_segments_equal_separate_texts(name):
     apply, variables, tokens = loaded(name)
     segments = np.array([[1] * 10 + [2] * 10 + [0] * 4, [5] * 10 + [1] * 10 + [0] * 4])

@@ -8,6 +8,7 @@ import pytest
 from models_data import GOLDEN, golden, quick_jit
 
 import jlora.models as models
+from jlora.models.config import read_config
 from jlora.models.families import FAMILIES
 
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -73,3 +74,48 @@ def test_a_text_longer_than_the_positions_says_so():
     model, params = models.load(GOLDEN / "roberta")
     with pytest.raises(ValueError, match="tokens: length 39 is more than the 38 positions of the model"):
         model.apply({"params": params}, jnp.ones((1, 39), int))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True .* not supported"),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping is not supported with .*gemma3_text"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "'layer_types' has 1 entries, wanted one for each of 3 layers"),
+        ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True .* not supported"),
+        (
+            "qwen3moe",
+            {"mlp_only_layers": [1]},
+            r"mlp_only_layers \[1\] is not supported: every layer must have experts",
+        ),
+        ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts"),
+        ("llama_yarn", {"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1.0 is not supported"),
+        ("phi3", {"partial_rotary_factor": 0.8}, r"numbers of a head turn, wanted an even number"),
+    ],
+)
+def test_what_a_config_asks_for_and_is_not_built_is_refused_by_name(name, change, message):
+    hf = read_config(GOLDEN / name) | change
+    if "partial_rotary_factor" in change:
+        hf["rope_parameters"] = {**hf["rope_parameters"], **change}
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[hf["model_type"]].config.from_hf(hf)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_the_head_alone_makes_logits_of_hidden_states(name):
+    expected = golden(name)
+    model, params = models.load(GOLDEN / name)
+    hidden = model.apply({"params": params}, expected["tokens"], return_hidden=True)
+    logits = model.apply({"params": params}, from_hidden=hidden)
+    np.testing.assert_allclose(logits[0], expected["output"][0], atol=1e-4)
+    with pytest.raises(ValueError, match="reads tokens, or hidden states by from_hidden; got both"):
+        model.apply({"params": params}, expected["tokens"], from_hidden=hidden)
+    with pytest.raises(ValueError, match="reads tokens, or hidden states by from_hidden; got neither"):
+        model.apply({"params": params})
+
+
+def test_a_text_longer_than_the_positions_of_gpt2_says_so():
+    model, params = models.load(GOLDEN / "gpt2")
+    with pytest.raises(ValueError, match="tokens: length 65 is more than the 64 positions of the model"):
+        model.apply({"params": params}, jnp.ones((1, 65), int))

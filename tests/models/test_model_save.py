@@ -17,7 +17,17 @@ save_module = importlib.import_module("jlora.models.save")
 
 
 @pytest.mark.parametrize(
-    "name, scan_layers", [("llama_llama3_biases", True), ("qwen3", False), ("bert", True), ("llama_headless", True)]
+    "name, scan_layers",
+    [
+        ("llama_llama3_biases", True),
+        ("qwen3", False),
+        ("bert", True),
+        ("llama_headless", True),
+        ("gpt2", True),
+        ("mixtral", True),
+        ("qwen3moe", False),
+        ("gemma3", True),
+    ],
 )
 def test_saving_what_was_loaded_gives_the_same_tensors(name, scan_layers, tmp_path):
     model, params = models.load(GOLDEN / name, scan_layers=scan_layers)

@@ -6,6 +6,7 @@ ATTENTION = "tests/models/test_model_attention.py::test_"
 BITSANDBYTES = "tests/models/test_model_bitsandbytes.py::test_"
 CLASSIFY = "tests/models/test_model_classify.py::test_"
 ERRORS = "tests/models/test_model_load_errors.py::test_"
+GGUF = "tests/models/test_model_gguf.py::test_"
 GENERATE = "tests/models/test_model_generate.py::test_"
 GOLDEN = "tests/models/test_model_golden.py::test_"
 HOSTILE = "tests/models/test_model_hostile_files.py::test_"
@@ -57,6 +58,48 @@ MUTATIONS = (
         "(inputs.distance < self.window)",
         "(inputs.distance <= self.window)",
         (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "rows of q and k stay in llama.cpp's order",
+        "jlora/models/gguf/checkpoint.py",
+        "if self._family.turned and",
+        "if False and",
+        (GGUF + "logits_agree_with_transformers_reading_of_the_file[llama]",),
+    ),
+    Mutation(
+        "digits are not cut apart",
+        "jlora/models/gguf/tokenizer.py",
+        '"smollm": _Cut(digits=True),',
+        '"smollm": _Cut(),',
+        (GGUF + "digits_are_cut_apart_where_the_tokenizer_does[smollm-2]",),
+    ),
+    Mutation(
+        "a tensor may end beyond the end of its file",
+        "jlora/models/gguf/header.py",
+        "if start + offset + size > self.size:",
+        "if False:",
+        (GGUF + "a_damaged_file_gives_one_sentence_with_its_path",),
+    ),
+    Mutation(
+        "Gemma's local layers turn by the angles of global ones",
+        "jlora/models/gemma.py",
+        "jnp.where(layer.own, b, a)",
+        "jnp.where(layer.own, a, a)",
+        (AGREES + "[gemma3]",),
+    ),
+    Mutation(
+        "scores of attention are not capped",
+        "jlora/models/attention.py",
+        "scores = scores if cap is None else cap * jnp.tanh(scores / cap)",
+        "scores = scores",
+        (AGREES + "[gemma2]",),
+    ),
+    Mutation(
+        "experts' results have the weights of other tokens",
+        "jlora/models/moe.py",
+        "weight.reshape(-1)[order][:, None]",
+        "weight.reshape(-1)[:, None]",
+        (AGREES + "[mixtral]",),
     ),
     Mutation(
         "rotary planes are turned the other way",
