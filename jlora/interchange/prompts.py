@@ -67,7 +67,7 @@ def write(adapted: Adapted, slots: Mapping[tuple[str, ...], list[Slot]], prefix:
 def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: Mapping[Any, list[Slot]]) -> None:
     if len(adapted.plan.sites) > 1:
         raise ValueError(f"{adapted.plan.sites[1].path}: PEFT has one prompt, for the embedding of tokens")
-    site = adapted.plan.sites[0]
+    site = next(iter(adapted.plan.sites))
     slot, method = slots[site.keys][0], asked[site.keys]
     if slot.kind != "embedding":
         raise ValueError(

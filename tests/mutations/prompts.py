@@ -11,7 +11,7 @@ MUTATIONS = (
         "jlora/core/walk/lookup.py",
         "number = indices[..., 0] - size\n",
         "number = indices[..., 0] - size - 1\n",
-        (PROMPTED + "a_batch_and_other_places_of_the_ids", PROMPTED + "a_prompt_of_real_rows_is_the_text_in_front"),
+        (PROMPTED + "a_prompt_of_real_rows_is_the_text_in_front",),
     ),
     Mutation(
         "real tokens keep the positions of virtual ones",
