@@ -25,6 +25,7 @@ ROOMS = (
     "nnx",
     "linen",
     "methods",
+    "continual",
     "disk",
     "analysis",
     "compose",
