@@ -83,7 +83,9 @@ class Stream:
         parts = min(parts, len(there) // intents)
         self.classes = [there[n * intents : (n + 1) * intents] for n in range(parts)]
         self.train = [np.flatnonzero(np.isin(train, each)) for each in self.classes]
-        self.test = [np.random.default_rng(order).permutation(np.flatnonzero(np.isin(test, c)))[:judged] for c in self.classes]
+        self.test = [
+            np.random.default_rng(order).permutation(np.flatnonzero(np.isin(test, c)))[:judged] for c in self.classes
+        ]
 
     def mask(self, first, last, size):
         """Which of the head's outputs belong to the tasks from `first` to `last`."""
@@ -113,7 +115,9 @@ def run(cell, options):
     spec, first = {TARGETS: method, HEAD: jlora.Full()}, tasks.rows(task.train, stream.train[0][:64])
     params, prepared = task.params(seed), None
     if method.needs:
-        prepared = jlora.prepare(params, spec, lambda p, b: jnp.mean(task.apply(p, b)), [first["inputs"]], sites=task.sites)
+        prepared = jlora.prepare(
+            params, spec, lambda p, b: jnp.mean(task.apply(p, b)), [first["inputs"]], sites=task.sites
+        )
     adapted = jlora.adapterize(params, spec, key, task.sites, prepared)
     tx = jlora.optimizer(adapted, optax.adam, cell["rate"])
     learner = (Online if name == "Online-LoRA" else Learner)(task, tx, adapted, first, key)
@@ -136,7 +140,11 @@ def run(cell, options):
             table[t, : t + 1] = judged(task, learner.adapted, stream, t, size)
     counts = {"trained": sum(x.size for x in jax.tree.leaves(adapted.params))}
     counts |= {"kept": sum(x.size for x in jax.tree.leaves(adapted.frozen)), "programs": learner.programs()}
-    return {"table": [[None if np.isnan(x) else round(float(x), 4) for x in row] for row in table], **counts, **learner.told}
+    return {
+        "table": [[None if np.isnan(x) else round(float(x), 4) for x in row] for row in table],
+        **counts,
+        **learner.told,
+    }
 
 
 def drawn(rng, pool, steps, batch):
@@ -285,14 +293,14 @@ STUDY = study.Study(
     sizes={
         "parts": 5,
         "intents": 7,
-        "steps": 30,
+        "steps": 16,
         "batch": 8,
         "rank": 4,
         "orders": 3,
         "seeds": 1,
         "memory": 154,
         "rate": 2e-3,
-        "judged": 35,
+        "judged": 28,
     },
     full={"parts": 11, "steps": 600, "batch": 32, "rank": 8, "orders": 3, "seeds": 3, "judged": 10**9},
     plan=plan,

@@ -179,7 +179,9 @@ def without_intruders(
     leaves = dict(paths.flatten_with_keys(tuned)[0])
     for site, _, w1 in _pairs(before, after, patterns, sites):
         if site.path not in found.leaves:
-            raise ValueError(f"{site.path}: intruder_dimensions has not looked at this leaf; call it with the same weights")
+            raise ValueError(
+                f"{site.path}: intruder_dimensions has not looked at this leaf; call it with the same weights"
+            )
         here = found.leaves[site.path]
         scaled, values = jax.device_get(_scaled(w1, jnp.asarray(here.intruders), keep))
         if not np.allclose(values[..., : here.values.shape[-1]], here.values, rtol=1e-3, atol=1e-6):

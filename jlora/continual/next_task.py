@@ -107,7 +107,8 @@ def _seen(site: Site, inputs: Any) -> jax.Array:
     Raises:
         ValueError: for one that is missing or has another shape.
     """
-    found, wanted = inputs, (*site.batch_shape, site.in_size, site.in_size)
+    found: Any = inputs
+    wanted = (*site.batch_shape, site.in_size, site.in_size)
     for name in site.keys:
         found = found.get(name) if hasattr(found, "get") else None
     if found is None or getattr(found, "shape", None) != wanted:
@@ -130,7 +131,15 @@ def _compiled(sites: tuple[Site, ...], plan: Any, tx: Any, places: tuple[Any, ..
 
 
 def _begun(
-    sites: tuple[Site, ...], plan: Any, tx: Any, opt_state: Any, leaves: Any, params: Any, frozen: Any, seen: Any, key: Any
+    sites: tuple[Site, ...],
+    plan: Any,
+    tx: Any,
+    opt_state: Any,
+    leaves: Any,
+    params: Any,
+    frozen: Any,
+    seen: Any,
+    key: Any,
 ) -> tuple[Any, Any, Any]:
     """The optimizer's state, trained arrays and constants of the next task."""
     names, shared = plan.shared_names(), []
@@ -147,14 +156,22 @@ def _begun(
 
 
 def _one_method(
-    method: Method, sites: tuple[Site, ...], name: str | None, leaves: Any, params: Any, frozen: Any, seen: Any, key: Any
+    method: Method,
+    sites: tuple[Site, ...],
+    name: str | None,
+    leaves: Any,
+    params: Any,
+    frozen: Any,
+    seen: Any,
+    key: Any,
 ) -> tuple[Any, Any, tuple[tuple[str, ...], dict[str, jax.Array]] | None]:
     """The arrays of one method's leaves, and which entries of what they share begin anew."""
     assert isinstance(method, Lifelong)
-    now, fresh, inputs = [], [], [seen.get(site.path) for site in sites]
+    now, fresh = [], []
+    inputs: list[Any] = [seen.get(site.path) for site in sites]
     for site, covariance in zip(sites, inputs, strict=True):
         now.append(Start(paths.lookup(params, site.keys), paths.lookup(frozen, site.keys)))
-        statistics = {} if covariance is None else dict.fromkeys(method.needs, covariance)
+        statistics: dict[str, Any] = {} if covariance is None else dict.fromkeys(method.needs, covariance)
         fresh.append(start_of(site, leaves[site.path], key, **statistics))
     drawer = (SHARED, name or "")
     shared = Start(paths.lookup(params, drawer), paths.lookup(frozen, drawer)) if name else Start({})

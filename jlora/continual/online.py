@@ -216,16 +216,17 @@ def _sites(adapted: Adapted) -> tuple[Site, ...]:
     return tuple(site for site in adapted.plan.sites if site.method.restarts)
 
 
-def _items(batch: Any) -> int:
+def _items(batch: Any) -> Any:
     """How many items a batch has.
 
     Raises:
         ValueError: for arrays that differ in it.
     """
-    shapes = {getattr(leaf, "shape", ())[:1] for leaf in jax.tree.leaves(batch)}
-    if len(shapes) != 1 or () in shapes:
-        raise ValueError(f"a batch's arrays must have the same number of items in front, got {sorted(shapes)}")
-    return next(iter(shapes))[0]
+    counts = {leaf.shape[0] if getattr(leaf, "shape", ()) else None for leaf in jax.tree.leaves(batch)}
+    if len(counts) != 1 or None in counts:
+        told = ", ".join(sorted(map(str, counts)))
+        raise ValueError(f"a batch's arrays must have the same number of items in front, got {told}")
+    return next(iter(counts))
 
 
 def _weighed(importance: Any, params: Any) -> jax.Array:

@@ -73,5 +73,7 @@ class TaskScores:
         """
         before = np.diag(self.table, 1)
         if not len(before) or not np.isfinite(before).all():
-            raise ValueError("forward_transfer needs the scores on each task before it is trained, of two tasks or more")
+            raise ValueError(
+                "forward_transfer needs the scores on each task before it is trained, of two tasks or more"
+            )
         return float(np.mean(before - np.asarray(untrained, np.float64)[1:]))

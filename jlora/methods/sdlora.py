@@ -197,7 +197,8 @@ class SDLoRA(Lifelong):
         absorbed, parts = jnp.zeros((), bool), jnp.zeros_like(magnitudes)
         if self.absorb is not None:
             pairs = [self._pairs(start, unit) for start, unit in zip(now, units)]
-            parts, error = made_up(*(sum(each) for each in zip(*pairs)), jnp.arange(self.tasks - 1) < task)
+            between, withs, square = jax.tree.map(lambda *each: sum(each), *pairs)
+            parts, error = made_up(between, withs, square, jnp.arange(self.tasks - 1) < task)
             absorbed, parts = error <= self.absorb, jnp.append(parts, 0).astype(magnitudes.dtype)
         begins = task + jnp.where(absorbed, 0, 1)
         magnitudes = magnitudes + jnp.where(absorbed, magnitudes[task] * parts, 0)
@@ -230,9 +231,9 @@ class SDLoRA(Lifelong):
 
         of = jax.nn.one_hot(self._owners, self.tasks - 1, dtype=jnp.float32)
         past = (past_a, past_b)
-        exact = {"precision": "highest"}
-        between = jnp.einsum("rt,rs,su->tu", of, products(past, past), of, **exact)
-        return between, jnp.einsum("rt,rs->t", of, products(past, (a, b)), **exact), jnp.sum(products((a, b), (a, b)))
+        between = jnp.einsum("rt,rs,su->tu", of, products(past, past), of, precision="highest")
+        withs = jnp.einsum("rt,rs->t", of, products(past, (a, b)), precision="highest")
+        return between, withs, jnp.sum(products((a, b), (a, b)))
 
 
 def made_up(between: jax.Array, withs: jax.Array, square: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused_with_the_leaf():
     with pytest.raises(ValueError, match="trains arrays that its leaves share"):
         jlora.restart(adapted, state, tx, KEY)
     adapted, state = jlora.next_task(adapted, state, tx, KEY)
-    with pytest.raises(ValueError, match=r"stack: SDLoRA\(.*\) has room for 2 tasks, and all of it is taken"):
+    with pytest.raises(ValueError, match=r"plain: SDLoRA\(.*\) has room for 2 tasks, and all of it is taken"):
         jlora.next_task(adapted, state, tx, KEY)
     plain, state, tx = started(jlora.LoRA(2))
     with pytest.raises(ValueError, match="nothing adapted here learns one task after another"):
