@@ -37,6 +37,9 @@ from jlora.compose.ziplora import zip_adapters as zip_adapters
 from jlora.continual.next_task import next_task as next_task
 from jlora.continual.online import OnlineLoRA as OnlineLoRA
 from jlora.continual.online import OnlineState as OnlineState
+from jlora.continual.online import own_label_losses as own_label_losses
+from jlora.continual.plateau import Plateau as Plateau
+from jlora.continual.plateau import PlateauState as PlateauState
 from jlora.continual.scores import TaskScores as TaskScores
 from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse

@@ -2,16 +2,17 @@
 
     python experiments/continual/run.py [--data FOLDER] [--steps N] [--seeds N] [--orders N] [--parts N] [--full]
 
-The claims: Online-LoRA (Wei et al. 2024, arXiv:2411.05663), SD-LoRA (Wu et al. 2025, arXiv:2501.13198) and DualLoRA (Chen et al.
-2024, arXiv:2411.00623) end with a higher average accuracy than sequential LoRA.
+The claims: Online-LoRA (Wei et al. 2024, arXiv:2411.05663), SD-LoRA (Wu et al. 2025, arXiv:2501.13198) and DualLoRA (Chen et
+al. 2024, arXiv:2411.00623) end with a higher average accuracy than sequential LoRA.
 
-Class-incremental: the intents of BANKING77 in an order that is drawn, in tasks of 7; one head for all intents; no task is told when
-it is judged, and intents that were not trained yet are left out of the answer. Every method has the same model, rank, steps, rows in
-a step and order of rows, and adapts queries and values. What a head sees matters more than the adapter, so the rule is a part of
-each method: "seen" takes the cross-entropy over all intents so far, "own" over those of the present task alone (rows of the head
-for others stay as they are). SD-LoRA and DualLoRA have "own", as in SD-LoRA's code, Online-LoRA "seen", since it is told no tasks;
-sequential LoRA is run with both. Replay is sequential LoRA, half of whose rows come from a memory of rows of earlier tasks; joint
-training sees all tasks at once, for as many steps, and is what a continual method would like to reach.
+Class-incremental: the intents of BANKING77 in an order that is drawn, in tasks of 7; one head for all intents; no task is told
+when it is judged, and intents that were not trained yet are left out of the answer. Every method has the same model, rank,
+steps, rows in a step and order of rows, and adapts queries and values. What a head sees matters more than the adapter, so the
+rule is a part of each method: "seen" takes the cross-entropy over all intents so far, "own" over those of the present task
+alone (rows of the head for others stay as they are). SD-LoRA and DualLoRA have "own", as in SD-LoRA's code, Online-LoRA
+"seen", since it is told no tasks; sequential LoRA is run with both. Replay is sequential LoRA, half of whose rows come from a
+memory of rows of earlier tasks; joint training sees all tasks at once, for as many steps, and is what a continual method would
+like to reach.
 """
 
 import sys
@@ -30,8 +31,6 @@ import study  # noqa: E402
 import tasks  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora.continual.online import own_label_losses  # noqa: E402
-from jlora.continual.plateau import Plateau  # noqa: E402
 
 #: For each method the intents that its loss is over.
 METHODS = {
@@ -52,7 +51,7 @@ CLAIMS = {
 TARGETS = r".*/(query|value)/kernel"
 HEAD = r"classifier/(kernel|bias)"
 #: The loss that counts as low for Online-LoRA: five sums of two means at most, of which the untrained model's are ln 77 each.
-PLATEAU = Plateau(window=5, mean_below=5.6, variance_below=0.5)
+PLATEAU = jlora.Plateau(window=5, mean_below=5.6, variance_below=0.5)
 
 
 def method_of(name, rank, parts):
@@ -193,7 +192,7 @@ class Learner:
 
 
 class Online(Learner):
-    """Online-LoRA, which is told no tasks; the mask comes with each row, so that a row in the buffer keeps what was seen by then."""
+    """Online-LoRA, which is told no tasks; each row has its mask, so that one in the buffer keeps what was seen by then."""
 
     def __init__(self, task, tx, adapted, first, key):
         super().__init__(task, tx, adapted, first, key)
@@ -204,7 +203,7 @@ class Online(Learner):
         def losses(adapted, batch):
             return optax.softmax_cross_entropy_with_integer_labels(logits(adapted, batch), batch["targets"])
 
-        online = jlora.OnlineLoRA(losses, tx, lambda a, b: own_label_losses(logits(a, b)), plateau=PLATEAU)
+        online = jlora.OnlineLoRA(losses, tx, lambda a, b: jlora.own_label_losses(logits(a, b)), plateau=PLATEAU)
         size = adapted.base["classifier"]["bias"].shape[0]
         self.memory = online.init(adapted, self.with_mask(first, np.ones(size, bool)))
         self.compiled = jax.jit(online.step, compiler_options=study.COMPILER)
@@ -232,10 +231,10 @@ def report(results, options):
     runs = {name: study.select(results, method=name) for name in METHODS}
     averages = {name: [scores(r)[0] for r in found] for name, found in runs.items()}
     lines = [
-        f"BANKING77 in up to {options.parts} tasks of {options.intents} intents, MiniLM's queries and values at rank {options.rank}, "
-        f"Adam at {options.rate:g}, {options.steps} steps of {options.batch} rows a task; {options.orders} orders of the intents x "
-        f"{options.seeds} seeds; the replay keeps {options.memory} rows. One learning rate for all, which no run chose. Means with "
-        "95 % intervals over orders and seeds.",
+        f"BANKING77 in up to {options.parts} tasks of {options.intents} intents, MiniLM's queries and values at rank "
+        f"{options.rank}, Adam at {options.rate:g}, {options.steps} steps of {options.batch} rows a task; {options.orders} "
+        f"orders of the intents x {options.seeds} seeds; the replay keeps {options.memory} rows. One learning rate for all, "
+        "which no run chose. Means with 95 % intervals over orders and seeds.",
         "",
         "| method | loss over | average accuracy | forgetting | trained values | constants | compiled steps |",
         "|---|---|---|---|---|---|---|",

@@ -90,8 +90,8 @@ def intruder_dimensions(
     """Which of the first singular vectors of each tuned weight are nearly orthogonal to all of the pretrained weight's.
 
     With `w0 = Σ σ_i u_i v_iᵀ` and `w1 = Σ τ_j y_j z_jᵀ` (`w [in, out]`, singular values falling), `z_j` is an intruder where
-    `max_i |z_j · v_i|` is below `threshold`, for `j` among the first `top`. The authors find that LoRA makes such directions, that
-    full fine-tuning does not, and that models with many forget more.
+    `max_i |z_j · v_i|` is below `threshold`, for `j` among the first `top`. The authors find that LoRA makes such directions,
+    that full fine-tuning does not, and that models with many forget more.
 
     Where singular values nearly agree, single vectors mean little: any mixture of them is as good.
 
@@ -103,8 +103,8 @@ def intruder_dimensions(
         top: how many singular vectors of each tuned matrix are looked at; all, where a matrix has fewer.
         threshold: the authors' epsilon.
         side: "out" compares singular vectors of the output side, as the authors do; "in" of the input side.
-        known: what this function found earlier for the same pretrained weights and side, whose singular vectors are used again, as
-            where intruders are counted over a training.
+        known: what this function found earlier for the same pretrained weights and side, whose singular vectors are used again,
+            as where intruders are counted over a training.
 
     Singular values are taken in float32 at least, of a base in another form of its decoded weights.
 
@@ -161,8 +161,8 @@ def without_intruders(
             PEFT's, whose words call it the share that is taken.)
 
     Returns:
-        Params of the structure and dtypes of the tuned (of an `Adapted`: as `jlora.merge` gives them), on which the function runs
-        as it is. Leaves that have no intruder are the very same.
+        Params of the structure and dtypes of the tuned (of an `Adapted`: as `jlora.merge` gives them), on which the function
+        runs as it is. Leaves that have no intruder are the very same.
 
     Raises:
         ValueError: for leaves that were not looked at, or whose weights have changed since.

@@ -14,9 +14,9 @@ from jlora.analysis.intruders import Intruders
 def intruder_plot(found: Intruders | Mapping[int, Intruders], path: str | None = None) -> bytes:
     """A picture, PNG: of one finding the likeness of singular vectors, of several the number of intruders over a training.
 
-    Of one: on the left the `|cos|` of the first singular vectors of a tuned matrix (rows) with the pretrained ones (columns), in
-    which full fine-tuning leaves a bright diagonal and an intruder is a dark row; on the right the number of intruders in all
-    matrices by the threshold.
+    Of one: on the left the `|cos|` of the first singular vectors of a tuned matrix (rows) with the pretrained ones (columns),
+    in which full fine-tuning leaves a bright diagonal and an intruder is a dark row; on the right the number of intruders in
+    all matrices by the threshold.
 
     Args:
         found: what `intruder_dimensions` found; or, by step, what it found in the course of a training.

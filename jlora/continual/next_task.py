@@ -42,11 +42,11 @@ def next_task(
     1. What the task has learned is kept in the method's constants. The lifted function gives what it gave before (but where the
        method's hyperparameters say otherwise).
     2. The method's trained arrays are drawn anew from `key`, but those that go on, such as SD-LoRA's magnitudes.
-    3. The optimizer's moments of what begins anew become what they were at the start, with the step count by which Adam corrects
-       them. A learning-rate schedule's count goes on.
+    3. The optimizer's moments of what begins anew become what they were at the start, with the step count by which Adam
+       corrects them. A learning-rate schedule's count goes on.
 
-    All is one compiled program for every task; shapes, dtypes and shardings stay. What is remembered lies in `adapted` and in the
-    optimizer's state, so a run that was stopped, within a task too, goes on from both.
+    All is one compiled program for every task; shapes, dtypes and shardings stay. What is remembered lies in `adapted` and in
+    the optimizer's state, so a run that was stopped, within a task too, goes on from both.
 
     Args:
         adapted: what is trained.

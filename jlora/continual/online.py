@@ -47,29 +47,30 @@ class OnlineState:
 class OnlineLoRA:
     """Continual learning from a stream of batches, each seen once, without being told where tasks begin.
 
-    A batch is trained on by the loss `mean of its items + Σ over the buffer + penalty / 2 * Σ Ω p²`, with the few hardest items so
-    far in the buffer, and `Ω` the importance of each entry `p` of the adapters. When the loss (without the penalty) is low and
-    stands still, `importance` becomes the running mean of the squared gradients on the buffer, summed over its items; the adapter
-    is kept as `jlora.restart` does, so that the output stays what it was; and a new one begins. For `LoRA` it goes into the base,
-    which must be float32, and the stream may be endless; for `jlora.Chain` among its finished links, and when these are full the
-    last link goes on.
+    A batch is trained on by the loss `mean of its items + Σ over the buffer + penalty / 2 * Σ Ω p²`, with the few hardest items
+    so far in the buffer, and `Ω` the importance of each entry `p` of the adapters. When the loss (without the penalty) is low
+    and stands still, `importance` becomes the running mean of the squared gradients on the buffer, summed over its items; the
+    adapter is kept as `jlora.restart` does, so that the output stays what it was; and a new one begins. For `LoRA` it goes into
+    the base, which must be float32, and the stream may be endless; for `jlora.Chain` among its finished links, and when these
+    are full the last link goes on.
 
     One step is one function of arrays, to be jitted once for the whole stream. All that is remembered are `adapted`, the
     optimizer's state and an `OnlineState`, whose shapes never change.
 
     Args:
-        losses: `losses(adapted, batch) -> [items]`, the loss of each item; a batch is a pytree of arrays `[items, ...]`. An item
-            is what the buffer keeps: a row, or a whole minibatch where the axis of rows comes second (as in the authors' code).
+        losses: `losses(adapted, batch) -> [items]`, the loss of each item; a batch is a pytree of arrays `[items, ...]`. An
+            item is what the buffer keeps: a row, or a whole minibatch where the axis of rows comes second (as in the authors'
+            code).
         tx: the optimizer.
         surprise: `surprise(adapted, batch) -> [items]`, of which importances are the squared gradients: the authors take
-            `-log p` of the class that the model itself finds likeliest (`own_label_losses`). By default `losses`.
+            `-log p` of the class that the model itself finds likeliest (`jlora.own_label_losses`). By default `losses`.
         penalty: the authors' λ.
         buffer: how many items are kept.
         plateau: when the loss stands still. Its thresholds are for the loss above, a sum of up to `1 + buffer` means.
 
-    The authors' code adds the factors of successive adapters apart, so that its output jumps by their cross terms, begins new ones
-    with both factors at zero, and takes the importance from one item: those three are not followed. The penalty draws the new
-    adapter to zero, as in the code.
+    The authors' code adds the factors of successive adapters apart, so that its output jumps by their cross terms, begins new
+    ones with both factors at zero, and takes the importance from one item: those three are not followed. The penalty draws the
+    new adapter to zero, as in the code.
 
     Raises:
         ValueError: for a penalty that is negative, or a buffer below 1; (by `init`) for adapters that can't begin anew.

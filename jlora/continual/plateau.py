@@ -43,6 +43,13 @@ class Plateau:
     Raises:
         ValueError: for a window below 1, or a number that is not positive.
 
+    Example:
+        >>> plateau = jlora.Plateau(window=2, mean_below=1.0, variance_below=0.1)
+        >>> state, _ = plateau.update(plateau.init(), jnp.float32(0.5))
+        >>> state, told = plateau.update(state, jnp.float32(0.4))
+        >>> bool(told)
+        True
+
     Reference:
         Wei et al. 2024, arXiv:2411.05663, and its code.
     """

@@ -11,7 +11,8 @@ import numpy as np
 class TaskScores:
     """Scores `r[t, i]` on task `i` after training on task `t`, `[tasks, tasks]`; NaN where nothing was measured.
 
-    Only scores on tasks that were trained on (`i <= t`) are wanted; those above the diagonal count for `forward_transfer` alone.
+    Only scores on tasks that were trained on (`i <= t`) are wanted; those above the diagonal count for `forward_transfer`
+    alone.
 
     Args:
         table: the scores, higher is better.

@@ -22,14 +22,14 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class DualLoRA(Lifelong):
-    """Dual low-rank adaptation: `y = x w + x P a b + Σ_k c_k(x) (x f_k) u_k`, whose first branch earlier tasks' inputs don't see.
+    """Dual low-rank adaptation: `y = x w + x P a b + Σ_k c_k(x) (x f_k) u_k`: what earlier tasks don't see, and gated parts.
 
     `f_k [in, directions]` are orthonormal directions of the inputs of task `k`, orthogonal to those of the tasks before it.
     `P = 1 - f fᵀ`, over the `f` of the tasks before the present one, takes them out of the *orthogonal branch* `a [in, rank]`,
     `b [rank, out]`: what it learns is zero for inputs in their span, whatever the optimizer does. The *residual branch* has a
-    matrix `u_k [directions, out]` for each task, which only that task trains, and a gate `c_k(x)`: with `e_k = ‖x f_k‖² / ‖x‖²`,
-    the share of the input (of a token, each for itself) that lies in the task's directions, it is `e_k` with gate "energy",
-    `e_k / max_j e_j` with "relative", and 1 with "open".
+    matrix `u_k [directions, out]` for each task, which only that task trains, and a gate `c_k(x)`: with `e_k = ‖x f_k‖² /
+    ‖x‖²`, the share of the input (of a token, each for itself) that lies in the task's directions, it is `e_k` with gate
+    "energy", `e_k / max_j e_j` with "relative", and 1 with "open".
 
     `jlora.next_task` ends a task, given the covariance of the next one's inputs (`jlora.input_covariance`): `P a b` and `u` are
     kept, new directions are found, `a` is drawn anew, `b` and `u` start at zero. With the gates "energy" and "open" the output

@@ -24,17 +24,19 @@ class SDLoRA(Lifelong):
 
     `a_k [in, rank]`, `b_k [rank, out]`, and `n_k = sqrt(‖a_k @ b_k‖² + eps²)` (Frobenius), so that a direction has length one.
     The present task trains its `a`, `b` and the magnitudes of all tasks so far; the directions of earlier tasks are constants.
-    `jlora.next_task` ends a task: the direction goes among the finished ones, and the lifted function gives what it gave before.
-    No data of earlier tasks are kept, no task is told at inference, and `jlora.compact` makes one plain LoRA of all tasks.
+    `jlora.next_task` ends a task: the direction goes among the finished ones, and the lifted function gives what it gave
+    before. No data of earlier tasks are kept, no task is told at inference, and `jlora.compact` makes one plain LoRA of all
+    tasks.
 
-    Starts at the base exactly. Trains `rank * (in + out)` values a matrix. Shares `tasks` trained values, the magnitudes; those of
-    tasks to come have no gradient and no decay. Costs memory and products for `tasks * rank` ranks from the first step, since
-    shapes are fixed, and no optimizer memory for finished directions.
+    Starts at the base exactly. Trains `rank * (in + out)` values a matrix. Shares `tasks` trained values, the magnitudes; those
+    of tasks to come have no gradient and no decay. Costs memory and products for `tasks * rank` ranks from the first step,
+    since shapes are fixed, and no optimizer memory for finished directions.
 
     Args:
         rank: columns of `a`.
         tasks: how many tasks there is room for, the last included.
-        ranks: the rank of each task, at most `rank`: SD-LoRA-RR, whose later directions are smaller. By default all have `rank`.
+        ranks: the rank of each task, at most `rank`: SD-LoRA-RR, whose later directions are smaller. By default all have
+            `rank`.
         absorb: SD-LoRA-KD: a direction that the earlier ones make up, to a relative squared error of at most this, is not
             kept. Their magnitudes take its part, `m_k += m_t * β_k` with the least-squares `β` over all matrices together (the
             method's magnitudes are common to them), and the next task has its place. None keeps every direction. The authors'
@@ -43,8 +45,8 @@ class SDLoRA(Lifelong):
         norm: "product", `‖a @ b‖`; or "factors", `‖a‖ ‖b‖`, as in the authors' code.
         normalize_current: whether the present task's direction has length one too, as the paper writes. The authors' code has
             it so only when the task is over: then the output jumps there.
-        carry: whether magnitudes go on from task to task, as in the paper; the authors' code sets all of them back to `magnitude`
-            for each task, another jump.
+        carry: whether magnitudes go on from task to task, as in the paper; the authors' code sets all of them back to
+            `magnitude` for each task, another jump.
         eps: keeps the direction of `b = 0` finite. Up to a product of about this length its gradient is that of a plain sum.
         dropout: probability of dropping an entry of the input of the adapter's path, where a key is given.
 
@@ -84,7 +86,8 @@ class SDLoRA(Lifelong):
             whole = isinstance(self.ranks, tuple) and all(type(rank) is int for rank in self.ranks)
             if not whole or len(self.ranks) != self.tasks or not all(1 <= rank <= self.rank for rank in self.ranks):
                 raise ValueError(
-                    f"SDLoRA's ranks must be {self.tasks} whole numbers from 1 to its rank {self.rank}, one a task, got {self.ranks!r}"
+                    f"SDLoRA's ranks must be {self.tasks} whole numbers from 1 to its rank {self.rank}, one a task, got "
+                    f"{self.ranks!r}"
                 )
 
     @property
@@ -221,7 +224,7 @@ class SDLoRA(Lifelong):
         }
 
     def _pairs(self, start: Start, unit: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Inner products of directions, summed over a leaf's matrices: of finished ones `[t, t]`, with the new `[t]`, of that."""
+        """Inner products of directions, over all matrices of a leaf: of finished ones `[t, t]`, with the new `[t]`, of that."""
         a, b, past_a, past_b = (x.astype(jnp.float32) for x in (*unit, start.frozen["past_a"], start.frozen["past_b"]))
 
         def products(one: Any, other: Any) -> jax.Array:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from continual.streams import BASE, KEY, data, fn, started, stepper
 
 import jlora
-from continual.streams import BASE, KEY, data, fn, started, stepper
 from jlora.methods.duallora import new_directions
 
 MATRICES = {"stack 0": BASE["stack"][0], "stack 1": BASE["stack"][1], "plain": BASE["plain"]}
@@ -95,7 +95,7 @@ def test_a_stream_is_that_of_numpy_compiled_once(gate):
     x, y = data(0)
     adapted, state, tx = started(method, x, (optax.adam, 0.05))
     step, oracles = stepper(tx, traces), {place: Oracle(w, method, x) for place, w in MATRICES.items()}
-    parts = lambda place: [of(adapted.params, place, name) for name in "abu"]  # noqa: E731
+    parts = lambda place: [of(adapted.params, place, name) for name in "abu"]
     for task in range(3):
         x, y = data(task)
         if task:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from continual.streams import jit
 
 import jlora
-from continual.streams import jit
 from jlora.continual.online import own_label_losses
 from jlora.continual.plateau import Plateau
 

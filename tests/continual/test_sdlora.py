@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from continual.streams import BASE, KEY, data, fn, jit, matrices, started, stepper, weights
 
 import jlora
-from continual.streams import BASE, KEY, data, fn, jit, matrices, started, stepper, weights
 from jlora.methods.sdlora import made_up
 
 TASKS, STEPS, EPS = 3, 4, 1e-2
@@ -146,7 +146,7 @@ def planted(share):
     adapted, state, tx = started(method)
     rng = np.random.default_rng(5)
     q, r = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (6, 5))
-    unit = lambda k: (q[:, [k, k + 3]] * [1.0, 0.0], r[[k, k + 2]])  # noqa: E731
+    unit = lambda k: (q[:, [k, k + 3]] * [1.0, 0.0], r[[k, k + 2]])
     both = (q[:, [0, 1]], np.stack([0.6 * r[0], 0.8 * r[1]]))
     other = (q[:, [2, 3]] * 2, np.stack([r[2], 0 * r[2]]))
     for number, (a, b) in enumerate((unit(0), unit(1), both if share else other)):
@@ -185,7 +185,7 @@ def test_least_squares_are_those_of_dense_vectors_also_where_directions_repeat()
     new = rng.standard_normal(30)
     known = np.array([True, True, True, False])
     parts, error = jax.tree.map(np.asarray, made_up(*map(jnp.asarray, (d @ d.T, d @ new, new @ new, known))))
-    wanted, residual, *_ = np.linalg.lstsq(d[:3].T, new, rcond=None)
+    wanted = np.linalg.lstsq(d[:3].T, new, rcond=None)[0]
     np.testing.assert_allclose(parts[:3] @ d[:3], wanted @ d[:3], atol=1e-4)
     np.testing.assert_allclose(error, np.sum((new - wanted @ d[:3]) ** 2) / (new @ new), atol=1e-5)
     assert parts[3] == 0

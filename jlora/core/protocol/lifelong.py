@@ -15,11 +15,11 @@ from jlora.core.protocol.method import Arrays, Method, Site, Start
 class Lifelong(Method):
     """Base of methods that learn one task after another in arrays of fixed capacity.
 
-    `jlora.next_task` ends a task: it draws the arrays of the next, lets the method keep what was learned (`after`), and renews the
-    optimizer's moments of what begins anew, in one compiled program that serves every task.
+    `jlora.next_task` ends a task: it draws the arrays of the next, lets the method keep what was learned (`after`), and renews
+    the optimizer's moments of what begins anew, in one compiled program that serves every task.
 
-    A subclass has the hyperparameter `tasks`, the number of tasks that there is room for. What it `needs` of data can only be the
-    inputs' covariance, which it gets for every task.
+    A subclass has the hyperparameter `tasks`, the number of tasks that there is room for. What it `needs` of data can only be
+    the inputs' covariance, which it gets for every task.
     """
 
     @abc.abstractmethod
