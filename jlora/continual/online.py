@@ -134,6 +134,9 @@ class OnlineLoRA:
             state: what else is remembered.
             batch: the next of the stream.
             key: random key of the stream, the same for each batch; new adapters are drawn from it.
+
+        Raises:
+            ValueError: for `losses` that don't give one loss for each item, or arrays that differ in items.
         """
         count, hard = _items(batch), state.hardness > -jnp.inf
         both = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), batch, state.buffer)

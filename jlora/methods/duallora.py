@@ -107,7 +107,14 @@ class DualLoRA(Lifelong):
             )
 
     def start(self, key: jax.Array, w: jax.Array, site: Site, *, covariance: jax.Array) -> Start:
-        """The first task's directions; `a` kaiming, `b` and `u` zero, and room for what is to be kept."""
+        """The first task's directions, and room for what is to be kept.
+
+        Args:
+            key: for `a`, kaiming; `b` and `u` are zero.
+            w: the matrix.
+            site: where it is.
+            covariance: of the first task's inputs, `[in, in]`.
+        """
         dtype = trained_dtype(w)
         zeros = lambda *shape: jnp.zeros(shape, dtype)  # noqa: E731
         (inputs, outputs), ranks = w.shape, (self.tasks - 1) * self.rank

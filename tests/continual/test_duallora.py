@@ -89,7 +89,9 @@ class Oracle:
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("gate", ["energy", "relative", "open"])
+@pytest.mark.parametrize(
+    "gate", ["energy", *(pytest.param(gate, marks=pytest.mark.long) for gate in ("relative", "open"))]
+)
 def test_a_stream_is_that_of_numpy_compiled_once(gate):
     method, traces = jlora.DualLoRA(rank=2, directions=2, tasks=3, energy=0.8, gate=gate), []
     x, y = data(0)

@@ -96,7 +96,7 @@ METHODS = {
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["paper", *(pytest.param(name, marks=pytest.mark.long) for name in ("RR", "code"))])
 def test_a_whole_stream_is_that_of_numpy_compiled_once_and_continuous(name):
     method, traces = METHODS[name], []
     adapted, state, tx = started(method)
