@@ -14,6 +14,7 @@ from jlora import _compat, paths
 from jlora.core.protocol.lifelong import Lifelong
 from jlora.core.protocol.method import Method, Site, Start
 from jlora.core.protocol.renewal import Renewal
+from jlora.core.protocol.wrapping import parts
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.tree.starts import start_of
@@ -61,7 +62,7 @@ def next_task(
         The new `Adapted` and the new optimizer state.
 
     Raises:
-        ValueError: where no method learns tasks; when there is no room for another; for `inputs` that are missing or of another
+        ValueError: where no method learns tasks, or one does inside another; when there is no room for another; for `inputs` that are missing or of another
             shape; an optimizer that accumulates gradients, in the middle of that; L-BFGS and line searches.
         TypeError: under `jit`, where the number of tasks done can't be read.
 
@@ -76,6 +77,11 @@ def next_task(
             "nothing adapted here learns one task after another: next_task is for methods such as SDLoRA and DualLoRA; "
             "jlora.restart begins others anew"
         )
+    for site in adapted.plan.sites:
+        if site not in sites and any(isinstance(part, Lifelong) for part in parts(site.method)):
+            raise ValueError(
+                f"{site.path}: {site.method} has a method inside that learns tasks, whose tasks can't be ended there"
+            )
     check_state(opt_state, Renewal())
     names = adapted.plan.shared_names()
     for site in sites:
