@@ -62,8 +62,9 @@ def next_task(
         The new `Adapted` and the new optimizer state.
 
     Raises:
-        ValueError: where no method learns tasks, or one does inside another; when there is no room for another; for `inputs` that are missing or of another
-            shape; an optimizer that accumulates gradients, in the middle of that; L-BFGS and line searches.
+        ValueError: where no method learns tasks, or one does inside another; when there is no room for another task; for `inputs`
+            that are missing or of another shape; an optimizer that accumulates gradients, in the middle of that; L-BFGS and
+            line searches.
         TypeError: under `jit`, where the number of tasks done can't be read.
 
     Example:
@@ -79,9 +80,7 @@ def next_task(
         )
     for site in adapted.plan.sites:
         if site not in sites and any(isinstance(part, Lifelong) for part in parts(site.method)):
-            raise ValueError(
-                f"{site.path}: {site.method} has a method inside that learns tasks, whose tasks can't be ended there"
-            )
+            raise ValueError(f"{site.path}: {site.method} has a method inside whose tasks can't be ended there")
     check_state(opt_state, Renewal())
     names = adapted.plan.shared_names()
     for site in sites:

@@ -1,7 +1,5 @@
 """SD-LoRA and `next_task`: whole trainings against numpy, what stays and what begins anew, and directions that are absorbed."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,10 +204,9 @@ def test_what_cannot_be_is_refused_with_the_leaf():
     plain, state, tx = started(jlora.LoRA(2))
     with pytest.raises(ValueError, match="nothing adapted here learns one task after another"):
         jlora.next_task(plain, state, tx, KEY)
-    inside = jlora.Layers(jlora.DualLoRA(rank=2, directions=2, tasks=2), (0,))
-    mixed = plain.replace(plan=type(plain.plan)((*adapted.plan.sites, replace(plain.plan.sites[0], method=inside))))
-    with pytest.raises(ValueError, match="Layers.* has a method inside that learns tasks, whose tasks can't be ended"):
-        jlora.next_task(mixed, state, tx, KEY)
+    inside = {"plain": jlora.DoRA(jlora.SDLoRA(rank=2)), "stack": jlora.Axes("batch in out", jlora.SDLoRA(rank=2))}
+    with pytest.raises(ValueError, match=r"plain: DoRA\(.*\) has a method inside whose tasks can't be ended there"):
+        jlora.next_task(jlora.adapterize(BASE, inside), state, tx, KEY)
     with pytest.raises(ValueError, match=r"SDLoRA's ranks must be 3 whole numbers from 1 to its rank 2"):
         jlora.SDLoRA(rank=2, tasks=3, ranks=(2, 3, 1))
 

@@ -70,8 +70,8 @@ input_norms = Statistic(input_squares, jnp.sqrt)
 
 
 def _products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = x.astype(accumulation_dtype(x.dtype))
-    return INPUTS["covariance"].measure(x, jnp.ones(x.shape[:-1], x.dtype))
+    wide = accumulation_dtype(x.dtype)
+    return INPUTS["covariance"].measure(x.astype(wide), jnp.ones(x.shape[:-1], wide))
 
 
 #: The mean of `x xᵀ` over all rows that a matrix sees, `[in, in]`: what methods need as "covariance".
