@@ -62,9 +62,9 @@ def next_task(
         The new `Adapted` and the new optimizer state.
 
     Raises:
-        ValueError: where no method learns tasks, or one does inside another; when there is no room for another task; for `inputs`
-            that are missing or of another shape; an optimizer that accumulates gradients, in the middle of that; L-BFGS and
-            line searches.
+        ValueError: where no method learns tasks, or one does inside another; when there is no room for another task; for
+            `inputs` that are missing or of another shape; an optimizer that accumulates gradients, in the middle of that;
+            L-BFGS and line searches.
         TypeError: under `jit`, where the number of tasks done can't be read.
 
     Example:
