@@ -13,8 +13,13 @@ from jlora.analysis.coding import coding_errors as coding_errors
 from jlora.analysis.explain import explain as explain
 from jlora.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from jlora.analysis.intrinsic import intrinsic_dimensions as intrinsic_dimensions
+from jlora.analysis.intruders import Intruders as Intruders
+from jlora.analysis.intruders import LeafIntruders as LeafIntruders
+from jlora.analysis.intruders import intruder_dimensions as intruder_dimensions
+from jlora.analysis.intruders import without_intruders as without_intruders
 from jlora.analysis.objective import TaskDimension as TaskDimension
 from jlora.analysis.objective import intrinsic_dimension_90 as intrinsic_dimension_90
+from jlora.analysis.pictures import intruder_plot as intruder_plot
 from jlora.compose.average import average as average
 from jlora.compose.combine import combine as combine
 from jlora.compose.lorahub import LoraHub as LoraHub
@@ -29,6 +34,13 @@ from jlora.compose.switch import restore as restore
 from jlora.compose.switch import switch as switch
 from jlora.compose.ziplora import Zipped as Zipped
 from jlora.compose.ziplora import zip_adapters as zip_adapters
+from jlora.continual.next_task import next_task as next_task
+from jlora.continual.online import OnlineLoRA as OnlineLoRA
+from jlora.continual.online import OnlineState as OnlineState
+from jlora.continual.online import own_label_losses as own_label_losses
+from jlora.continual.plateau import Plateau as Plateau
+from jlora.continual.plateau import PlateauState as PlateauState
+from jlora.continual.scores import TaskScores as TaskScores
 from jlora.core.products.low_rank import Factors as Factors
 from jlora.core.products.sparse import Sparse as Sparse
 from jlora.core.products.update import Update as Update
@@ -36,6 +48,7 @@ from jlora.core.protocol.code import Code as Code
 from jlora.core.protocol.event import Event as Event
 from jlora.core.protocol.fields import Fields as Fields
 from jlora.core.protocol.gated import Gated as Gated
+from jlora.core.protocol.lifelong import Lifelong as Lifelong
 from jlora.core.protocol.method import Method as Method
 from jlora.core.protocol.method import OptimizerRule as OptimizerRule
 from jlora.core.protocol.method import Site as Site
@@ -46,6 +59,7 @@ from jlora.core.protocol.stored import Stored as Stored
 from jlora.core.protocol.wrapping import Around as Around
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
+from jlora.core.transforms.observe import input_covariance as input_covariance
 from jlora.core.transforms.observe import input_norms as input_norms
 from jlora.core.transforms.observe import input_squares as input_squares
 from jlora.core.transforms.observe import observe as observe

@@ -60,7 +60,9 @@ def functions():
 
 def described(function):
     """The docstring, and that of the protocol of methods, updates or codes where the function belongs to it."""
-    protocols = [getattr(base, function.__name__, None) for base in (jlora.Method, jlora.Update, jlora.Code)]
+    protocols = [
+        getattr(base, function.__name__, None) for base in (jlora.Method, jlora.Lifelong, jlora.Update, jlora.Code)
+    ]
     return "\n".join([inspect.getdoc(each) or "" for each in (function, *protocols) if callable(each)])
 
 

@@ -28,6 +28,7 @@ ROOMS = (
     "linen",
     "methods",
     "prompts",
+    "continual",
     "disk",
     "analysis",
     "compose",

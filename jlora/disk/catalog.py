@@ -17,6 +17,7 @@ FAMILIES = {
     "Weight decomposition": "train the length of the weight's columns apart from their direction",
     "Rank allocation": "give more ranks to some matrices than to others",
     "Chains of adapters": "train one small adapter after another, which add up to a larger update",
+    "Continual learning": "learn one task after another and forget little",
     "Shared random projections": "train vectors beside random factors that all matrices share",
     "Structured updates": "add an update of high rank that few numbers make",
     "Shared tensors": "train arrays that all matrices share",

@@ -12,6 +12,7 @@ from jlora.methods.deeplinear import DeepLinear as DeepLinear
 from jlora.methods.deeplora import DeepLoRA as DeepLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.dropout import Dropout as Dropout
+from jlora.methods.duallora import DualLoRA as DualLoRA
 from jlora.methods.elalora import ElaLoRA as ElaLoRA
 from jlora.methods.eva import EVA as EVA
 from jlora.methods.fourierft import FourierFT as FourierFT
@@ -44,6 +45,7 @@ from jlora.methods.rmlora import RMLoRA as RMLoRA
 from jlora.methods.road import RoAd as RoAd
 from jlora.methods.rows import Rows as Rows
 from jlora.methods.said import SAID as SAID
+from jlora.methods.sdlora import SDLoRA as SDLoRA
 from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sinelora import SineLoRA as SineLoRA
 from jlora.methods.sora import SoRA as SoRA

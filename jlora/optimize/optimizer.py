@@ -10,6 +10,7 @@ import jax
 import optax
 
 from jlora import paths
+from jlora.core.protocol.lifelong import Lifelong
 from jlora.core.protocol.method import Method
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.optimize import together
@@ -264,7 +265,7 @@ def _with_rates(adapted: Adapted, tree: dict[str, Any]) -> dict[str, Any]:
     for site in adapted.plan.sites:
         fields, method = paths.lookup(tree, site.keys), site.method
         _multiply(fields, method.rates(site))
-        if not method.restarts or method in shared:
+        if not method.restarts or (method in shared and not isinstance(method, Lifelong)):
             fields |= {name: f"{label}, kept" for name, label in fields.items()}
         elif method.kept_fields and method.event is not None:
             number = links.setdefault(method.event, len(links))

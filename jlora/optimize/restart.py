@@ -115,11 +115,38 @@ def restart(
     link = _Link(renewing, tx, renewal)
     given = (folded, opt_state, kept, adapted.params, adapted.frozen, _compat.typed_key(key))
     places, form = jax.tree.flatten(
-        jax.tree.map(_place, (folded, opt_state, adapted.params, adapted.frozen)), is_leaf=lambda x: x is None
+        jax.tree.map(place_of, (folded, opt_state, adapted.params, adapted.frozen)), is_leaf=lambda x: x is None
     )
     found, opt_state, trained, frozen = _compiled(link, adapted.plan, tuple(places), form, donate)(*given)
     new = [found.get(site.path, leaves[site.keys]) for site in adapted.plan.sites]
     base = adapted.with_leaves(new) if found else adapted.base
+    return adapted.replace(base=base, params=trained, frozen=frozen), opt_state
+
+
+def check_restart(adapted: Adapted, sites: tuple[Site, ...]) -> None:
+    """Whether these leaves can begin anew.
+
+    Raises:
+        ValueError, TypeError: see `restart`.
+    """
+    _check(adapted, sites, dict(paths.flatten_with_keys(adapted.base)[0]))
+
+
+def restarted(
+    adapted: Adapted, opt_state: Any, tx: optax.GradientTransformation, key: jax.Array, sites: tuple[Site, ...]
+) -> tuple[Adapted, Any]:
+    """`restart` as a part of another program, in which nothing can be checked: call `check_restart` before.
+
+    A chain must have room for another link.
+    """
+    leaves = dict(paths.flatten_with_keys(adapted.base)[0])
+    folded, kept = {}, {}
+    for site in sites:
+        (kept if site.method.kept_fields else folded)[site.path] = leaves[site.keys]
+    link = _Link(sites, tx, _renewal(sites, None, None))
+    given = (folded, opt_state, kept, adapted.params, adapted.frozen, _compat.typed_key(key))
+    found, opt_state, trained, frozen = _restarted(link, adapted.plan, *given)
+    base = adapted.with_replaced({site.keys: found[site.path] for site in sites if site.path in found})
     return adapted.replace(base=base, params=trained, frozen=frozen), opt_state
 
 
@@ -139,7 +166,7 @@ def _renewal(sites: tuple[Site, ...], prune: float | None, by: str | None) -> Re
     return Renewal(wanted[0] if prune is None else prune, wanted[1] if by is None else by)
 
 
-def _place(leaf: Any) -> NamedSharding | None:
+def place_of(leaf: Any) -> NamedSharding | None:
     """The sharding of an array on a mesh, which its successor gets too; None for any other."""
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
     return leaf.sharding if concrete and isinstance(leaf.sharding, NamedSharding) else None

@@ -23,6 +23,7 @@ from jlora.core.products.contraction import accumulation_dtype
 from jlora.core.protocol.kept import Kept
 from jlora.core.protocol.method import Method, Site
 from jlora.core.protocol.readings import Sites
+from jlora.core.protocol.statistics import INPUTS
 from jlora.core.transforms.lift import call, check_options
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.adapterize import adapterize
@@ -66,6 +67,15 @@ def input_squares(x: jax.Array) -> jax.Array:
 
 #: The Euclidean norm of every input feature over all rows that a matrix sees, `[in]`.
 input_norms = Statistic(input_squares, jnp.sqrt)
+
+
+def _products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = accumulation_dtype(x.dtype)
+    return INPUTS["covariance"].measure(x.astype(wide), jnp.ones(x.shape[:-1], wide))
+
+
+#: The mean of `x xᵀ` over all rows that a matrix sees, `[in, in]`: what methods need as "covariance".
+input_covariance = Statistic(_products, lambda sums: sums[0] / sums[1])
 
 
 def observe(
