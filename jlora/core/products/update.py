@@ -80,6 +80,10 @@ class Update(abc.ABC):
             options: dtype of the result, precision, and the plan that `lift` was asked for.
         """
 
+    def spoken(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> tuple[jax.Array, Any]:
+        """`dense`, and what the method says beside it: a dict of arrays."""
+        raise NotImplementedError
+
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ v.T`: the use of a tied embedding as the head. `w`, `key` and `options` as for `dense`."""
         raise NotImplementedError

@@ -37,6 +37,10 @@ class Around(Method):
         return self.inner.beside
 
     @property
+    def context(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.context
+
+    @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.local
 
@@ -70,6 +74,9 @@ class Around(Method):
 
     def check(self, site: Site) -> None:
         self.inner.check(site)
+
+    def check_context(self, context: Arrays) -> None:
+        self.inner.check_context(context)
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
         return self.inner.shared(key, self._inside(sites))
