@@ -35,6 +35,10 @@ class Linear:
     out_dtype: Any
 
 
+class Unfit(ValueError):
+    """A use that a form refuses, with the path of the leaf; the walk adds the place in the function."""
+
+
 class Update(abc.ABC):
     """The effective weight `v [in, out]` as data beside the base's matrix `w [in, out]`, with its uses.
 

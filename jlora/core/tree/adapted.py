@@ -171,7 +171,9 @@ def _told(name: str, value: Any) -> jax.Array:
         ValueError: for what is none, and for a number with a fraction as a key.
     """
     try:
-        return _compat.typed_key(jnp.asarray(value)) if name == DROPOUT else jnp.asarray(value)
+        # Not as JAX takes Python's numbers: those have a dtype for which a program is compiled anew.
+        array = jnp.asarray(value if _compat.is_array(value) else np.asarray(value))
+        return _compat.typed_key(array) if name == DROPOUT else array
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={value!r} is no array that a call could be told: {error}") from None
 

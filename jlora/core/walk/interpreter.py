@@ -16,6 +16,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jlora import _compat
+from jlora.core.products.update import Unfit
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.readings import PRODUCTS, Reading
 from jlora.core.walk import weight as weights
@@ -288,10 +289,17 @@ class Frame:
         for index, eqn in enumerate(self.jaxpr.eqns):
             scope = str(eqn.source_info.name_stack)
             with jax.named_scope(scope) if scope else contextlib.nullcontext():
-                self.env.update(zip(eqn.outvars, self.outputs(index), strict=True))
+                self.env.update(zip(eqn.outvars, self._placed_outputs(index), strict=True))
             for var in last.get(index, ()):
                 self.env.pop(var, None)
         return [self.read(atom) for atom in self.jaxpr.outvars]
+
+    def _placed_outputs(self, index: int) -> list[Any]:
+        """`outputs`, with the place of the equation in what a form of update refuses."""
+        try:
+            return self.outputs(index)
+        except Unfit as error:
+            raise ValueError(f"{error}, at {_where(self.jaxpr.eqns[index])}") from error
 
     def outputs(self, index: int) -> list[Any]:
         """The outputs of an equation, by itself or together with those that share its activation."""
