@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.problems import adapt, close, jit, layers, normal, product, weight
 from jax import lax
 
 import jlora
-from contract.problems import adapt, close, jit, layers, normal, product, weight
 from jlora import NF4, Axes, Method, Start
 
 
@@ -160,7 +160,7 @@ def test_what_is_said_under_another_adapted_or_in_two_arguments_is_refused():
 
 
 def test_a_call_is_told_what_methods_know_in_shapes_that_they_take():
-    adapted, x = stacked()
+    adapted, _ = stacked()
     with pytest.raises(ValueError, match="no adapter here can be told 'slots'; they know dropout, strength"):
         adapted.on(slots=3)
     with pytest.raises(ValueError, match=r"w_0: strength is a number, or one for each of 3 rows, got shape \(2,\)"):
@@ -169,7 +169,9 @@ def test_a_call_is_told_what_methods_know_in_shapes_that_they_take():
         adapted.on(strength="much")
     assert adapted.on(strength=1.0).on(strength=None).context == {}
     told = adapted.on(strength=1.0).on(dropout=jax.random.PRNGKey(0))
-    assert set(told.context) == {"strength", "dropout"} and jnp.issubdtype(told.context["dropout"].dtype, jax.dtypes.prng_key)
+    assert set(told.context) == {"strength", "dropout"} and jnp.issubdtype(
+        told.context["dropout"].dtype, jax.dtypes.prng_key
+    )
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.problems import adapt, close, jit, layers, normal, perturbed, weight
 from models_data import GOLDEN, quick_jit
 
 import jlora
-from contract.problems import adapt, close, jit, layers, normal, perturbed, weight
 from jlora import NF4, Axes, DoRA, LoRA, models
 
 NAMES = ["sql", None, "chat", "sql"]
@@ -71,7 +71,13 @@ def test_rows_tokens_and_all_get_what_they_would_get_alone_in_a_plain_model():
     def everything(rows, tokens_of, one, adapters):
         lifted = jlora.lift(fn, strict=True)
         wanted = alone(fn, params, adapters, NAMES, tokens)
-        return lifted(rows, tokens), wanted, lifted(tokens_of, tokens), lifted(one, tokens), lifted(adapters["chat"], tokens)
+        return (
+            lifted(rows, tokens),
+            wanted,
+            lifted(tokens_of, tokens),
+            lifted(one, tokens),
+            lifted(adapters["chat"], tokens),
+        )
 
     every = everything(bank.on(slot=ids), bank.on(slot=by_token), bank.on(slot=bank.ids("chat")), adapters)
     rows, wanted, mixed, chat, wanted_chat = every
@@ -100,7 +106,10 @@ def test_rows_of_a_llama_get_what_they_would_get_alone(form):
     if form == "nf4":
         params = jlora.quantize(params, {r".*/(q|k|v|o|gate|up)_proj/kernel": NF4(32)}, sites)
     every = {jlora.ALL_LINEAR: LoRA(4)}
-    adapters = {"sql": noisy(params, every, 5, sites), "chat": noisy(params, {r".*[qv]_proj/kernel": LoRA(2)}, 6, sites)}
+    adapters = {
+        "sql": noisy(params, every, 5, sites),
+        "chat": noisy(params, {r".*[qv]_proj/kernel": LoRA(2)}, 6, sites),
+    }
     bank = jlora.Bank.of(params, adapters)
     wanted = alone(fn, params, adapters, NAMES, tokens)
     close(quick_jit(jlora.lift(fn))(bank.on(slot=bank.ids(NAMES)), tokens), wanted)
@@ -119,9 +128,15 @@ def test_weights_mix_the_changes_of_all_adapters():
     lifted = jit(jlora.lift(layers, strict=True))
     both = lifted(jlora.combine(list(adapters.values()), [0.7, -0.4]), x)
     close(lifted(bank.on(weights={"a": 0.7, "b": -0.4}), x), both)
-    close(jlora.merge(bank.on(weights={"a": 0.7, "b": -0.4})), jlora.merge(jlora.combine(list(adapters.values()), [0.7, -0.4])))
+    close(
+        jlora.merge(bank.on(weights={"a": 0.7, "b": -0.4})),
+        jlora.merge(jlora.combine(list(adapters.values()), [0.7, -0.4])),
+    )
     rows = jnp.array([[0, 0.7, -0.4], [0, 1, 0], [3, 0, 0], [0, 0, 1]])
-    wanted = [both[:1], *(lifted(each, x[n : n + 1]) for n, each in enumerate((adapters["a"], params, adapters["b"]), 1))]
+    wanted = [
+        both[:1],
+        *(lifted(each, x[n : n + 1]) for n, each in enumerate((adapters["a"], params, adapters["b"]), 1)),
+    ]
     close(lifted(bank.on(weights=rows), x), jnp.concatenate(wanted))
     gradient = jit(jax.grad(lambda m: jnp.sum(jlora.lift(layers)(bank.on(weights=m), x) ** 2)))
     merged = lambda m: jnp.sum(layers(jlora.merge(bank.on(weights=m)), x) ** 2)
@@ -204,12 +219,15 @@ def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
     params, x = {"w_0": weight(0, 8, 8)}, normal(1, 5, 5, 8)
     bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})
     bank.check(lambda p, x: {"y": jnp.einsum("btd,do->bto", x, p["w_0"])}, x)
-    with pytest.raises(ValueError, match=r"row 0 of the function's result\['y'\] is another one among 5 rows than alone"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of the function's result\['y'\] is another one among 5 rows than alone"
+    ):
         bank.check(lambda p, x: {"y": jnp.moveaxis(jnp.moveaxis(x, 1, 0) @ p["w_0"], 1, 0)}, x)
     with pytest.raises(ValueError, match="row . of the function's result is another one"):
         bank.check(lambda p, x: (x - x.mean(0)) @ p["w_0"], x)
     with pytest.raises(
-        ValueError, match=r"w_0: slots for \(5,\) rows .* leading axes \(25,\): .* at `dot_general` at .*test_bank.py:\d+"
+        ValueError,
+        match=r"w_0: slots for \(5,\) rows .* leading axes \(25,\): .* at `dot_general` at .*test_bank.py:\d+",
     ):
         bank.check(lambda p, x: (x.reshape(-1, 8) @ p["w_0"]).reshape(x.shape), x)
     with pytest.raises(ValueError, match=r"has shape \(8,\), where 5 rows were wanted in front"):
@@ -227,7 +245,9 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
         return jax.lax.conv_general_dilated(x, params["w_0"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
     close(jlora.lift(convolved, strict=True)(bank.on(slot=1), x), jlora.lift(convolved)(adapter, x))
-    with pytest.raises(ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"):
+    with pytest.raises(
+        ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"
+    ):
         jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1, 1])), x)
     with pytest.raises(ValueError, match=r"w_0: rows that choose .* no weight in common"):
         jlora.merge(bank.on(slot=np.array([1, 0])))

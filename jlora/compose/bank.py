@@ -45,7 +45,7 @@ class Bank:
     Example:
         >>> sql, chat = (jlora.adapterize(params, {r".*/q_proj/kernel": jlora.LoRA(rank)}) for rank in (4, 8))
         >>> bank = jlora.Bank.of(params, {"sql": sql, "chat": chat}, capacity=8)
-        >>> ids = bank.ids(["sql", None, "chat"])
+        >>> ids = bank.ids(["chat", None])
         >>> logits = jlora.lift(model.apply)({"params": bank.on(slot=ids)}, tokens)
 
     Reference:
@@ -203,7 +203,9 @@ class Bank:
         """
         capacity = self.capacity if capacity is None else capacity
         if capacity < self.capacity:
-            raise ValueError(f"a bank does not shrink: it has room for {self.capacity} adapters, got capacity={capacity}")
+            raise ValueError(
+                f"a bank does not shrink: it has room for {self.capacity} adapters, got capacity={capacity}"
+            )
         wanted = [{site.keys: site for site in self._adapted.plan.sites}]
         if fit is not None:
             wanted.append(self._read("fit", fit, room=False).sites)
@@ -256,7 +258,8 @@ class Bank:
         return len(self._slots)
 
     def __repr__(self) -> str:
-        return f"Bank({', '.join(self._slots)}; {len(self)} of {self.capacity} adapters at {len(self._adapted.plan.sites)} sites)"
+        sites = len(self._adapted.plan.sites)
+        return f"Bank({', '.join(self._slots)}; {len(self)} of {self.capacity} adapters at {sites} sites)"
 
     @property
     def _method(self) -> Slotted:
@@ -287,7 +290,9 @@ class Bank:
         own = {site.keys: site for site in self._adapted.plan.sites}
         for keys, site in found.sites.items():
             if keys not in own:
-                raise ValueError(f"{site.path}: the bank has no room for this leaf, which {name!r} adapts; grow(fit=...)")
+                raise ValueError(
+                    f"{site.path}: the bank has no room for this leaf, which {name!r} adapts; grow(fit=...)"
+                )
             _check_alike(own[keys], site)
             has, wants = own[keys].method, site.method
             assert isinstance(has, Slotted) and isinstance(wants, Slotted)
@@ -343,8 +348,8 @@ def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
         found = _factors(weight, site)
         if found is None:
             raise ValueError(
-                f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to what "
-                'it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
+                f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to "
+                'what it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
             )
         gain = {} if found.scale is None else {"gain": found.scale}
         arrays[site.keys] = {"a": found.a, "b": found.b, **gain}

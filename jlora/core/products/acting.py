@@ -73,7 +73,9 @@ class Acting(Update):
         found = method.apply(x, base, replace(self.view, key=key, beside=beside))
         y, said = found if isinstance(found, tuple) else (found, {})
         if not isinstance(said, dict):
-            raise TypeError(f"{self.view.site.path}: {method} says a {type(said).__name__}; what apply says is a dict of arrays")
+            raise TypeError(
+                f"{self.view.site.path}: {method} says a {type(said).__name__}; what apply says is a dict of arrays"
+            )
         y = y if self.number is None else y * self.number.astype(y.dtype)
         return y.astype(options.out_dtype), said
 

@@ -1,7 +1,7 @@
 """The form of a bank: many low-rank updates, of which a call chooses by row or by token, or mixes all.
 
-With `s` the slot of a row, its effective weight is `(w + a_s @ b_s) * gain_s`. The leading axes of what is chosen are those of the
-activation: a number for all, `[rows]`, or `[rows, tokens]`.
+With `s` the slot of a row, its effective weight is `(w + a_s @ b_s) * gain_s`. The leading axes of what is chosen are those of
+the activation: a number for all, `[rows]`, or `[rows, tokens]`.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ class Slots(Update):
                 f"{self.name}: rows that choose for themselves have no {use} in common; choose one slot for all, as in "
                 "on(slot=1)"
             )
-        if self.slot is not None:
-            return Factors(*(taken(each, self.slot) for each in (self.a, self.b)), self._gain())
-        return Factors(*mixed(self.a, self.b, self.weights))
+        if self.weights is not None:
+            return Factors(*mixed(self.a, self.b, self.weights))
+        slot = self._slot()
+        return Factors(taken(self.a, slot), taken(self.b, slot), self._gain())
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [*leading, ..., in] @ v`, for each row with its own."""
@@ -110,21 +111,20 @@ class Slots(Update):
         found = take(jnp.moveaxis(table, 0, 1).reshape(size, slots * rank)).astype(base.dtype)
         accumulate = accumulation_dtype(base.dtype)
         thin = found.reshape(*base.shape[:-1], slots, rank)
-        if self.slot is None:
+        if self.weights is not None:
             low = jnp.einsum("...sr,...s,sro->...o", thin, self._amounts(base), other.astype(base.dtype))
-        else:
-            chosen = jnp.broadcast_to(self._spread(self.slot[..., None], base.ndim), (*base.shape[:-1], 1))
-            thin = jnp.take_along_axis(thin, chosen[..., None], axis=-2)[..., 0, :]
-            low = self._grouped(thin, lambda thin: second(thin, other, self.slot.reshape(-1)))
-        total = base + low.astype(accumulate)
-        gain = self._gain()
-        if gain is not None and side == "in":
-            total = total * self._spread(gain, base.ndim).astype(accumulate)
-        elif gain is not None:
-            columns = take(self.gain.T).astype(accumulate)  # the gains of the columns that are looked up, [*positions, slots]
-            chosen = jnp.broadcast_to(self._spread(self.slot[..., None], base.ndim), (*base.shape[:-1], 1))
-            total = total * jnp.take_along_axis(columns, chosen, axis=-1)
-        return total.astype(base.dtype)
+            return (base + low.astype(accumulate)).astype(base.dtype)
+        slot = self._slot()
+        chosen = jnp.broadcast_to(self._spread(slot[..., None], base.ndim), (*base.shape[:-1], 1))
+        thin = jnp.take_along_axis(thin, chosen[..., None], axis=-2)[..., 0, :]
+        total = base + self._grouped(thin, lambda thin: second(thin, other, slot.reshape(-1))).astype(accumulate)
+        if self.gain is None:
+            return total.astype(base.dtype)
+        if side == "in":
+            gain = self._spread(taken(self.gain, slot), base.ndim)
+        else:  # the gains of the columns that are looked up, of all slots first
+            gain = jnp.take_along_axis(take(self.gain.T), chosen, axis=-1)
+        return (total * gain.astype(accumulate)).astype(base.dtype)
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """A convolution of `x` with the `v` of one choice for all rows."""
@@ -137,10 +137,11 @@ class Slots(Update):
     def _by_row(self, x: jax.Array, w: jax.Array, options: Options) -> jax.Array:
         accumulate = accumulation_dtype(options.out_dtype)
         y = matmul(x, w, accumulate, options.precision)
-        if self.slot is None:
+        if self.weights is not None:
             low = with_all(x, self.a, self.b, self._amounts(x), options.precision)
         else:
-            low = self._grouped(x, lambda x: by_slot(x, self.a, self.b, self.slot.reshape(-1), options.precision))
+            slot = self._slot().reshape(-1)
+            low = self._grouped(x, lambda x: by_slot(x, self.a, self.b, slot, options.precision))
         y, gain = y + low.astype(accumulate), self._gain()
         return (y if gain is None else y * self._spread(gain, y.ndim).astype(accumulate)).astype(options.out_dtype)
 
@@ -162,7 +163,11 @@ class Slots(Update):
 
     def _gain(self) -> jax.Array | None:
         """The chosen gains, `[*leading, out]`."""
-        return None if self.gain is None or self.slot is None else taken(self.gain, self.slot)
+        return None if self.gain is None else taken(self.gain, self._slot())
+
+    def _slot(self) -> jax.Array:
+        assert self.slot is not None
+        return self.slot
 
     def _check_chosen(self) -> None:
         if self.slot is None and self.weights is None:
@@ -171,7 +176,7 @@ class Slots(Update):
     def _check_rows(self, shape: tuple[int, ...]) -> None:
         """Refuses an activation whose leading axes are not those of what is chosen."""
         self._check_chosen()
-        chosen: Any = self.slot.shape if self.weights is None and self.slot is not None else self.weights.shape[:-1]
+        chosen = self._slot().shape if self.weights is None else self.weights.shape[:-1]
         if shape[: self.leading] != chosen:
             what = "slots" if self.weights is None else "weights"
             raise Unfit(

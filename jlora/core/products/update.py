@@ -85,7 +85,7 @@ class Update(abc.ABC):
         """
 
     def spoken(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> tuple[jax.Array, Any]:
-        """`dense`, and what the method says beside it: a dict of arrays."""
+        """`dense`, and what the method says beside it: a dict of arrays. `x`, `w`, `key` and `options` as there."""
         raise NotImplementedError
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:

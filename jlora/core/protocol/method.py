@@ -28,8 +28,6 @@ from jlora.core.protocol.renewal import Renewal
 from jlora.core.protocol.roles import Folded
 
 Arrays = dict[str, jax.Array]
-#: The result of a product, and what the method says beside it.
-Spoken = tuple[jax.Array, Arrays]
 
 # The kind of site that a convolution in feature groups is.
 GROUPED = "grouped conv"
@@ -279,7 +277,7 @@ class Method(KnownToTheJob):
             "apply: merging and some uses need it. A method that has none says mergeable = False"
         )
 
-    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array | Spoken:
+    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> Any:
         """What the matrix does to its input: overriding it makes the method act, where a weight alone can't say it well.
 
         A method that has a weight too is linear in `x`, and the contract checks that both agree.

@@ -126,7 +126,9 @@ def _heard(walk: Walk, fn: Callable[..., Any], args: Any, kwargs: Any, must_read
     for name, (site, *others) in sites.items():
         mine = [tap for tap in walk.taps if tap.name == name]
         if mine and others:
-            raise ValueError(f"aux: {name} is adapted in several arguments, and what their methods say can't be told apart")
+            raise ValueError(
+                f"aux: {name} is adapted in several arguments, and what their methods say can't be told apart"
+            )
         if mine:
             paths.insert(said, site.keys, taps.laid_out(mine, site))
     return outputs, said
@@ -164,8 +166,8 @@ def call(
         outputs = call(inner, fn, args, kwargs, must_read, change if walk.says else _unchanged)
         if inner.taps:
             raise ValueError(
-                f"aux: {inner.taps[0].name} belongs to an Adapted that is another one's base, and what its method says can't be "
-                "returned; lift without aux"
+                f"aux: {inner.taps[0].name} belongs to an Adapted that is another one's base, and what its method says can't "
+                "be returned; lift without aux"
             )
         return outputs
 

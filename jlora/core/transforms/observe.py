@@ -30,6 +30,7 @@ from jlora.core.walk.interpreter import Walk
 from jlora.core.walk.taps import NUMBERS, Tap, numbered
 from jlora.core.walk.weight import Weight
 
+
 def _same(sums: Any) -> Any:
     """Its argument: the default of `Statistic.finish`."""
     return sums

@@ -129,8 +129,8 @@ class Walk:
         result, taps = self.aside(run)
         if taps and self.observer is None:
             raise ValueError(
-                f"aux: {taps[0].name} is used inside {_where(eqn)}, which can't return what its method says; lift without aux, or "
-                "take the product out of there"
+                f"aux: {taps[0].name} is used inside {_where(eqn)}, which can't return what its method says; lift without aux, "
+                "or take the product out of there"
             )
         if taps:
             raise ValueError(

@@ -70,8 +70,8 @@ def laid_out(taps: Sequence[Tap], site: Site) -> Arrays:
     count, total = math.prod(site.batch_shape), sum(tap.numbers.size for tap in taps)
     if total > count:
         raise ValueError(
-            f"aux: {site.path} has {count} {'matrix' if count == 1 else 'matrices'}, used by {total} products, and what is said "
-            "at each use can't be told apart; lift the part of the function that uses it once"
+            f"aux: {site.path} has {count} {'matrix' if count == 1 else 'matrices'}, used by {total} products, and what is "
+            "said at each use can't be told apart; lift the part of the function that uses it once"
         )
     shapes = [{name: (x.shape[tap.numbers.ndim :], x.dtype) for name, x in tap.sums.items()} for tap in taps]
     for other in shapes[1:]:

@@ -229,8 +229,8 @@ def start(
     codes, code, common = (array.fields, array.code, array.common) if isinstance(array, Stored) else ({}, None, {})
     array = Blank.like(array) if code is not None else array
     laid_out = (site, site.path, site.shape, axes, batch)
-    told = {"beside": beside, "context": context}
-    return Weight(array, params, frozen, shared, key, *laid_out, **told, codes=codes, code=code, common=common)
+    own: Any = {"beside": beside, "codes": codes, "common": common, "context": context}
+    return Weight(array, params, frozen, shared, key, *laid_out, code=code, **own)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
