@@ -249,6 +249,11 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
         ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"
     ):
         jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1, 1])), x)
+    mapped = jax.vmap(lambda slot, row: jlora.lift(convolved)(bank.on(slot=slot), row[None])[0])(
+        jnp.array([1, 0, 1, 0]), x
+    )
+    close(mapped[::2], jlora.lift(convolved)(adapter, x)[::2])
+    close(mapped[1::2], convolved(params, x)[1::2])
     with pytest.raises(ValueError, match=r"w_0: rows that choose .* no weight in common"):
         jlora.merge(bank.on(slot=np.array([1, 0])))
     with pytest.raises(ValueError, match=r"w_0: the call must say which slots: on\(slot=...\)"):
