@@ -170,6 +170,7 @@ def test_adapters_come_and_go_without_compilation_and_growth_alone_compiles():
     bank.replace("a", d)
     agrees(a=d, c=c)
     bank.remove("a")
+    close(step(bank.adapted.on(slot=np.array([1, 1, 1])), x), fn(params, x))  # nothing is left of it
     bank.add("d", b)
     agrees(d=b, b=b)
     assert len(traces) == 1 and bank.names == ("b", "c", "d")

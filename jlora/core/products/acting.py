@@ -76,8 +76,7 @@ class Acting(Update):
             raise TypeError(
                 f"{self.view.site.path}: {method} says a {type(said).__name__}; what apply says is a dict of arrays"
             )
-        y = y if self.number is None else y * self.number.astype(y.dtype)
-        return y.astype(options.out_dtype), said
+        return (y if self.number is None else y * self.number.astype(y.dtype)).astype(options.out_dtype), said
 
 
 def plain_product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:

@@ -453,8 +453,8 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     # What has no axis to scan over reaches every step as it is.
     bare = replace(weight, shared={}, context={}, factor=None, common={})
     moved = bare.on_fields(lambda x: jnp.moveaxis(x, at, 0))
-    alike = {"shared": weight.shared, "context": weight.context, "common": weight.common}
-    whole: dict[str, Any] = {**alike, "factor": weight.factor}
+    whole: dict[str, Any] = {"shared": weight.shared, "common": weight.common, "factor": weight.factor}
+    whole["context"] = weight.context
     if isinstance(weight.array, Blank):
         whole["array"] = weight.array.moved(lambda array: array[0])
     return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
