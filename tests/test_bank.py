@@ -187,6 +187,7 @@ def test_slots_are_written_in_place():
     params = {"w_0": weight(0, 8, 8)}
     one = noisy(params, {"w_0": LoRA(2)}, 0)
     bank = jlora.Bank.of(params, {"a": one}, capacity=2)
+    assert f"{2 * (8 + 8)} multiply-adds more" in jlora.explain(bank.on(slot=1))
     stale = bank.on(slot=1)
     bank.add("b", one)
     with pytest.raises(RuntimeError, match="deleted"):
@@ -268,6 +269,9 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
         jlora.Bank.of(params, {"c": make(jlora.SHiRA())})
     with pytest.raises(ValueError, match="2 adapters don't fit into a bank with capacity=1"):
         jlora.Bank.of(params, {"a": make(LoRA(2)), "b": make(LoRA(2))}, capacity=1)
+    spoilt = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), make(LoRA(2)).params)
+    with pytest.raises(ValueError, match="w_0: 'a' holds values that are not finite"):
+        jlora.Bank.of(params, {"a": make(LoRA(2)).replace(params=spoilt)})
     other = jlora.adapterize({**params, "w_0": params["w_0"] + 1}, {"w_0": LoRA(2)})
     with pytest.raises(ValueError, match="w_0: adapters 0 and 1 stand on different bases"):
         jlora.Bank.of(params, {"a": other})

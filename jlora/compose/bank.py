@@ -85,8 +85,8 @@ class Bank:
 
         Raises:
             FileNotFoundError: for a folder that is not there.
-            ValueError: for adapters of another base, that read a leaf in different ways, or of a method that has no such form,
-                by path; for more adapters than `capacity`, and none.
+            ValueError: for adapters of another base, that read a leaf in different ways, are not finite, or of a method that has
+                no such form, by path; for more adapters than `capacity`, and none.
         """
         if not adapters:
             raise ValueError("a bank takes the leaves and ranks from its adapters: give at least one")
@@ -336,7 +336,7 @@ def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
     """An adapter's leaves in the form of a bank.
 
     Raises:
-        ValueError: for a leaf that has no such form, with the adapter, the path and the method.
+        ValueError: for a leaf that has no such form, or is not finite, with the adapter, the path and the method.
     """
     if isinstance(source, Adapted):
         adapted = source
@@ -353,6 +353,9 @@ def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
             )
         gain = {} if found.scale is None else {"gain": found.scale}
         arrays[site.keys] = {"a": found.a, "b": found.b, **gain}
+        if not all(bool(jnp.all(jnp.isfinite(array))) for array in arrays[site.keys].values()):
+            # Beside others it could reach their rows: where all slots are computed, zero times it is not zero.
+            raise ValueError(f"{site.path}: {name!r} holds values that are not finite")
         sites[site.keys] = replace(site, method=Slotted(1, found.a.shape[-1] or 1, bool(gain)), beside=())
     return _Fields(sites, arrays)
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from jlora.core.products.contraction import Options, accumulation_dtype, matmul
+from jlora.core.products.contraction import Options, accumulation_dtype, at_most, matmul
 from jlora.core.products.low_rank import Factors
 from jlora.core.products.update import Linear, Unfit, Update
 
-#: A row that has fewer tokens than this, times the slots, is computed with all slots: see `by_slot`.
+#: All slots are computed for a choice where slots times its tokens are at most this many (see `by_slot`); not measured.
 FEW = 32
 
 
@@ -53,8 +53,9 @@ class Slots(Update):
     def cost(self, rows: int, columns: int, lookup: bool) -> int:
         """That of one slot; of all, where they are mixed."""
         slots, _, rank = self.a.shape
-        one = Factors(self.a[0], self.b[0], None if self.gain is None else self.gain[0])
-        return one.cost(rows, columns, lookup) + (0 if self.weights is None else (slots - 1) * rank * (rows + columns))
+        if self.weights is not None:
+            return slots * rank * (rows + columns)
+        return rank * (columns if lookup else rows + columns) + (0 if self.gain is None else columns)
 
     def alone(self, use: str) -> Factors:
         """The update of a choice that is one for all rows.
@@ -211,7 +212,7 @@ def by_slot(x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array, precision
     which multiplies `slots` times as much. The former where choices are not more than slots, or have many tokens.
     """
     choices, tokens = x.shape[:2]
-    if choices > a.shape[0] and a.shape[0] * tokens <= FEW:
+    if at_most(a.shape[0] * tokens, FEW) and not at_most(choices, a.shape[0]):
         chosen = slot[:, None, None] == jnp.arange(a.shape[0])
         known = (slot >= 0) & (slot < a.shape[0])
         weights = jnp.where(known[:, None, None], chosen.astype(x.dtype), jnp.nan)
