@@ -85,8 +85,8 @@ class Bank:
 
         Raises:
             FileNotFoundError: for a folder that is not there.
-            ValueError: for adapters of another base, that read a leaf in different ways, are not finite, or of a method that has
-                no such form, by path; for more adapters than `capacity`, and none.
+            ValueError: for adapters of another base, that read a leaf in different ways, are not finite, or of a method that
+                has no such form, by path; for more adapters than `capacity`, and none.
         """
         if not adapters:
             raise ValueError("a bank takes the leaves and ranks from its adapters: give at least one")
