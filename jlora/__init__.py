@@ -21,6 +21,7 @@ from jlora.analysis.objective import TaskDimension as TaskDimension
 from jlora.analysis.objective import intrinsic_dimension_90 as intrinsic_dimension_90
 from jlora.analysis.pictures import intruder_plot as intruder_plot
 from jlora.compose.average import average as average
+from jlora.compose.bank import Bank as Bank
 from jlora.compose.combine import combine as combine
 from jlora.compose.lorahub import LoraHub as LoraHub
 from jlora.compose.lorahub import lorahub as lorahub

@@ -113,7 +113,8 @@ def of_one_matrix(adapted: Adapted, site: Site) -> Any:
     shared = adapted.shared(adapted.plan.shared_names().get(site.method, ""))
     shapes: dict[str, Any] = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in shared.items()}
     beside: dict[str, Any] = dict.fromkeys(site.beside, jax.ShapeDtypeStruct((site.out_size,), site.dtype))
-    update = jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside))
+    told: dict[str, Any] = {name: adapted.context[name] for name in site.method.context & set(adapted.context)}
+    update = jax.eval_shape(site.method.update, View(w, params, frozen, site, shapes, beside, context=told))
     return None if isinstance(getattr(update, "inner", update), Formed) else update
 
 

@@ -14,6 +14,7 @@ from jlora import paths
 from jlora.core.protocol.method import Start
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
+from jlora.disk.folders import reads
 from jlora.interchange import manifest, prompts, read_wholes, rows
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import CONFIG, AdapterFolder
@@ -56,6 +57,20 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names, prefix: P
     index = Index(resolve(names, leaves.items()), leaves, folder.file)
     with _named(folder.path):
         return _adapted(params, leaves, _read(folder, index, prefix))
+
+
+@reads(CONFIG)
+def _with_names(path: Path, params: Any, names: Names | None) -> Adapted:
+    """`load_peft`, for a folder whose format was not known before.
+
+    Raises:
+        ValueError: where nothing says which leaf a tensor is.
+    """
+    if names is None:
+        raise ValueError(
+            f"{path} is in PEFT's format: give names=, such as jlora.models.peft_names(model), which tell the leaf of a tensor"
+        )
+    return load_peft(path, params, names)
 
 
 def _read(folder: AdapterFolder, index: Index, prefix: PrefixLayout | None) -> list[Read]:

@@ -63,7 +63,7 @@ class PrefixTuning(Virtual):
     columns: tuple[int, int] | None = None
 
     family: ClassVar[str] = "Prompts"
-    told: ClassVar[tuple[str, ...]] = (VIRTUAL,)
+    context: ClassVar[frozenset[str]] = frozenset({VIRTUAL})
     recipe: ClassVar[Recipe] = Recipe(rank=0, learning_rate=1e-2, targets=r".*/(k|v)_proj/kernel")
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class PrefixTuning(Virtual):
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
         """`x @ w`, with the rows at the positions of virtual tokens; as it is where a call has none."""
-        y, number = product(x), view.shared.get(VIRTUAL)
+        y, number = product(x), view.context.get(VIRTUAL)
         if number is None:
             return y
         first, last = self._columns(y.shape[-1])

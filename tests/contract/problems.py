@@ -43,7 +43,10 @@ def layers(params, x):
 
 
 def adapt(params, spec, key=None, sites=None):
-    """`adapterize`, with gradients of some loss, inputs, or the residual of a coarse base for what starts from them."""
+    """`adapterize`, with gradients of some loss, inputs, or the residual of a coarse base for what starts from them.
+
+    A method of the tests that a call tells something has what it is told in `told`.
+    """
     methods = [method for method in (getattr(method, "method", method) for method in spec.values()) if method]
     inputs = frozenset().union(*(method.needs for method in methods)) & INPUTS.keys()
 
@@ -58,7 +61,8 @@ def adapt(params, spec, key=None, sites=None):
     if needing == {RESIDUAL}:
         original = jax.tree.map(lambda w: w.astype(jnp.float32) + jnp.sin(3 * w.astype(jnp.float32)) / 10, params)
         prepared = jlora.residuals(original, params, spec, key, sites)
-    return jlora.adapterize(params, spec, key, sites, prepared)
+    told = functools.reduce(dict.__or__, (getattr(method, "told", {}) for method in methods), {})
+    return jlora.adapterize(params, spec, key, sites, prepared).on(**told)
 
 
 def _used(params, site, batch):
@@ -170,7 +174,8 @@ class Acts:
     view: View
 
     def __rmatmul__(self, x):
-        return self.view.site.method.apply(x, lambda z: z @ self.view.w.astype(z.dtype), self.view).astype(x.dtype)
+        found = self.view.site.method.apply(x, lambda z: z @ self.view.w.astype(z.dtype), self.view)
+        return (found[0] if isinstance(found, tuple) else found).astype(x.dtype)
 
 
 def by_hand(adapted):
@@ -183,7 +188,7 @@ def by_hand(adapted):
         shared = {**drawers[0], **drawers[1]}
 
         def function(w, trained, frozen, site=site, shared=shared):
-            view = View(w, trained, frozen, site, shared)
+            view = View(w, trained, frozen, site, shared, context=adapted.context)
             return site.method.weight(view) if site.method.mergeable else Acts(view)
 
         for _ in site.batch_axes:

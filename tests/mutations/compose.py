@@ -2,6 +2,7 @@
 
 from mutations.mutation import Mutation
 
+BANK = "tests/test_bank.py::test_"
 COMBINE = "tests/test_combine.py::test_"
 SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
 HUB = "tests/test_lorahub.py::test_"
@@ -116,5 +117,49 @@ MUTATIONS = (
         "fn(self.parent(number), x)",
         "fn(self.parent(0), x)",
         (ZIP + "the_objective_is_zero_where_each_does_alone_what_all_do_and_training_lowers_it",),
+    ),
+    Mutation(
+        "the first adapter of a bank takes the place of none",
+        "jlora/compose/bank.py",
+        "bank._write(name, len(bank._slots) + 1, fields)",
+        "bank._write(name, len(bank._slots), fields)",
+        (BANK + "adapters_come_and_go_without_compilation_and_growth_alone_compiles",),
+    ),
+    Mutation(
+        "a slot beyond the bank is its last",
+        "jlora/core/products/slots.py",
+        'mode="fill", fill_value=jnp.nan, wrap_negative_indices=False',
+        'mode="clip"',
+        (BANK + "a_traced_slot_that_is_none_of_the_banks_gives_nan",),
+    ),
+    Mutation(
+        "the trial of a bank passes every function",
+        "jlora/compose/bank.py",
+        "    if not np.all(apart <= bound):\n",
+        "    if False:\n",
+        (BANK + "the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows",),
+    ),
+    Mutation(
+        "what a removed adapter was stays in its slot",
+        "jlora/compose/bank.py",
+        "        self._overwrite(self._slot(name), {})\n",
+        "",
+        (BANK + "adapters_come_and_go_without_compilation_and_growth_alone_compiles",),
+    ),
+    Mutation(
+        "what several products of a matrix say is mixed up",
+        "jlora/core/walk/taps.py",
+        "    if total > count:\n",
+        "    if False:\n",
+        ("tests/test_aux.py::test_a_matrix_that_several_products_use_is_refused_and_one_that_none_uses_has_nan",),
+    ),
+    Mutation(
+        "what a call is told does not reach the steps of a loop",
+        "jlora/core/walk/weight.py",
+        'whole["context"] = weight.context',
+        'whole["context"] = {}',
+        (
+            "tests/test_aux.py::test_what_a_call_is_told_and_what_methods_say_go_through_scan_remat_unrolled_layers_and_vmap",
+        ),
     ),
 )

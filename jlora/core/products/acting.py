@@ -45,18 +45,23 @@ class Acting(Update):
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`apply(x [..., in])`; its result is rounded once."""
+        return self._applied(x, key, options, split_product)[0]
+
+    def spoken(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> tuple[jax.Array, Any]:
+        """`apply(x [..., in])`, and what it says."""
         return self._applied(x, key, options, split_product)
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ v.T`, the transpose of what `apply` does, for a method that is linear in its input."""
         shape, wide = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[0]), x.dtype), accumulation_dtype(options.out_dtype)
-        forward = lambda z: self._applied(z, None, replace(options, out_dtype=wide), plain_product)  # noqa: E731
+        forward = lambda z: self._applied(z, None, replace(options, out_dtype=wide), plain_product)[0]  # noqa: E731
         (y,) = jax.linear_transpose(forward, shape)(x.astype(wide))
         return y.astype(options.out_dtype)
 
     def _applied(
         self, x: jax.Array, key: jax.Array | None, options: Options, product: Callable[..., jax.Array]
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The result, and what the method says beside it."""
         wide = accumulation_dtype(options.out_dtype)
 
         def base(z: jax.Array) -> jax.Array:
@@ -65,8 +70,13 @@ class Acting(Update):
         method = self.view.site.method
         # Where the method has a weight the function gets the leaf beside as `merge` makes it: see `jlora.core.tree.merge`.
         beside = self.view.beside if key is not None or not method.mergeable else {}
-        y = method.apply(x, base, replace(self.view, key=key, beside=beside))
-        return (y if self.number is None else y * self.number.astype(y.dtype)).astype(options.out_dtype)
+        found = method.apply(x, base, replace(self.view, key=key, beside=beside))
+        y, said = found if isinstance(found, tuple) else (found, {})
+        if not isinstance(said, dict):
+            raise TypeError(
+                f"{self.view.site.path}: {method} says a {type(said).__name__}; what apply says is a dict of arrays"
+            )
+        return (y if self.number is None else y * self.number.astype(y.dtype)).astype(options.out_dtype), said
 
 
 def plain_product(z: jax.Array, w: jax.Array, dtype: Any, wide: Any, precision: Any) -> jax.Array:

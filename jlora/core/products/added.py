@@ -32,6 +32,11 @@ class Added(Acting):
             return super().dense(x, w, key, options)
         return in_rows(lambda x: _by_weight(x, self, options), x)
 
+    def spoken(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> tuple[jax.Array, Any]:
+        """What `apply` says, and `dense` for a method that says nothing."""
+        y, said = super().spoken(x, w, key, options)
+        return (y, said) if said else (self.dense(x, w, key, options), {})
+
     def _formed_is_cheaper(self, x: jax.Array, options: Options) -> bool:
         plan = choose(options.plan, x.size // x.shape[-1], [self.view.w.shape], self.view.w.dtype)
         return plan.forward[0] and plan.backward
@@ -79,7 +84,7 @@ def _by_weight_jvp(options: Options, primals: Any, tangents: Any) -> tuple[jax.A
         def act(x: jax.Array, leaves: list[jax.Array], those: list[jax.Array]) -> jax.Array:
             for n, each in zip(moved, those, strict=True):
                 leaves = [*leaves[:n], each, *leaves[n + 1 :]]
-            return jax.tree.unflatten(structure, leaves)._applied(x, None, options, product)
+            return jax.tree.unflatten(structure, leaves)._applied(x, None, options, product)[0]
 
         those, moving = ([each[n] for n in moved] for each in (leaves, tangent))
         terms.append(jax.jvp(lambda those: act(x, leaves, those), (those,), (moving,))[1])

@@ -35,6 +35,10 @@ class Linear:
     out_dtype: Any
 
 
+class Unfit(ValueError):
+    """A use that a form refuses, with the path of the leaf; the walk adds the place in the function."""
+
+
 class Update(abc.ABC):
     """The effective weight `v [in, out]` as data beside the base's matrix `w [in, out]`, with its uses.
 
@@ -81,6 +85,10 @@ class Update(abc.ABC):
             key: dropout key.
             options: dtype of the result, precision, and the plan that `lift` was asked for.
         """
+
+    def spoken(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> tuple[jax.Array, Any]:
+        """`dense`, and what the method says beside it: a dict of arrays. `x`, `w`, `key` and `options` as there."""
+        raise NotImplementedError
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ v.T`: the use of a tied embedding as the head. `w`, `key` and `options` as for `dense`."""

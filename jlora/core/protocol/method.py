@@ -79,6 +79,7 @@ class View:
         beside: the leaves that `Method.beside` names and the tree has, as `[out]`; in `apply` only where that has to add what
             changes.
         key: dropout key, in `Method.apply` alone; None where nothing is dropped.
+        context: what the call told the method by the names in `Method.context`, as it was given: no batch axes.
         codes: for `jlora.Fields` the fields of the code in whose form the matrix is kept.
         code: the code; static.
     """
@@ -92,6 +93,7 @@ class View:
     key: jax.Array | None = None
     codes: Arrays = field(default_factory=dict)
     code: Code | None = field(default=None, metadata={"static": True})
+    context: Arrays = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -143,8 +145,9 @@ class Method(KnownToTheJob):
             them, `merged_beside` gives them anew, and a lifted function gets these in their place. Where no weight says what
             the method does (`mergeable`), or a key decides it, the function gets the leaf as it is: then `apply` sees it in
             `View.beside`, and adds to its result what changes.
-        told: names of inputs of a call (`Adapted.context`) that reach the method in `View.shared`, where a call has them.
         optional: names of fields that only some matrices have, such as large ones.
+        context: names of what a call may tell the method, as in `adapted.on(slot=ids)`; `check_context` refuses what it can't
+            take, and `View.context` has what was given.
         peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
             class that states it, not for those derived from it.
         CASES: examples of the method for the contract test; every method has some.
@@ -158,8 +161,8 @@ class Method(KnownToTheJob):
     form: ClassVar[type[Update] | None] = None
     mergeable: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
-    told: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
+    context: ClassVar[frozenset[str]] = frozenset()
     peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
 
@@ -240,6 +243,13 @@ class Method(KnownToTheJob):
             ValueError: with what is wanted; the core adds the path and the shape.
         """
 
+    def check_context(self, context: Arrays) -> None:
+        """Refuses what a call tells the method, as `adapted.on` gives it: by name, of those in `context`, shape and dtype.
+
+        Raises:
+            ValueError: with what is wanted; the core adds the path.
+        """
+
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
         """The arrays that all leaves of this method share, given all of them; whole on every device of a mesh.
 
@@ -267,7 +277,7 @@ class Method(KnownToTheJob):
             "apply: merging and some uses need it. A method that has none says mergeable = False"
         )
 
-    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> jax.Array:
+    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> Any:
         """What the matrix does to its input: overriding it makes the method act, where a weight alone can't say it well.
 
         A method that has a weight too is linear in `x`, and the contract checks that both agree.
@@ -279,7 +289,8 @@ class Method(KnownToTheJob):
             view: the matrix, its arrays, and the dropout key.
 
         Returns:
-            `[..., out]`, which the core rounds to the function's dtype.
+            `[..., out]`, which the core rounds to the function's dtype; or that and a dict of arrays, what the method says
+            beside it, such as a router's scores: `jlora.lift(fn, aux=True)` returns these.
         """
         raise NotImplementedError(f"{type(self).__name__} does not act")
 

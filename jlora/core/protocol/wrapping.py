@@ -33,12 +33,12 @@ class Around(Method):
         return self.inner.mergeable
 
     @property
-    def told(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.inner.told
-
-    @property
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.beside
+
+    @property
+    def context(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.context
 
     @property
     def local(self) -> frozenset[str]:  # type: ignore[override]
@@ -74,6 +74,9 @@ class Around(Method):
 
     def check(self, site: Site) -> None:
         self.inner.check(site)
+
+    def check_context(self, context: Arrays) -> None:
+        self.inner.check_context(context)
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start | Arrays:
         return self.inner.shared(key, self._inside(sites))

@@ -26,6 +26,7 @@ from jlora.core.walk import (
     origins,
     passthrough,  # noqa: F401  (registers its rules)
     probing,  # noqa: F401  (registers its rules)
+    taps,
 )
 from jlora.core.walk.interpreter import Walk
 from jlora.core.walk.weight import Weight
@@ -38,6 +39,7 @@ def lift(
     plan: str = "auto",
     cuts: Mapping[str, int] | None = None,
     rows: int = 1,
+    aux: bool = False,
 ) -> Callable[..., Any]:
     """The function that runs `fn` on adapted params.
 
@@ -61,14 +63,19 @@ def lift(
             cut batches (data, FSDP). Methods whose gradients come from a dense gradient of the weight (SHiRA, HiRA, LoHa, ..)
             then send their own gradients from device to device, and not that one. Without dropout, and where the pieces divide
             the rows; the others are summed as without it. Results are the same.
+        aux: return what methods say beside their products too, such as the scores of a router (see `Method.apply`). Through
+            `scan`, `remat` and `vmap`; gradients flow through it. Without it that is left out.
 
     Returns:
         A function of the same arguments with the same result. It traces `fn` whenever it is called, so call it under
-        `jax.jit`.
+        `jax.jit`. With `aux` it returns `(result, said)`: `said` is a nested dict along the keys of the params, in place of a
+        leaf the dict of what its method said, `[*batch, ...]` with the leaf's batch axes in front. It lacks the leaves whose
+        method says nothing; where a function uses part of a stack, the other matrices have NaN.
 
     Raises:
         ValueError: (when called) for a leaf that is never read; under `strict`, with leaf, primitive and source line; for
-            cuts of a leaf that is not adapted, or that do not divide its input.
+            cuts of a leaf that is not adapted, or that do not divide its input; under `aux` for what is said inside `cond`,
+            `while` or `shard_map`, which can't return it, or by a matrix that several products use.
         TypeError: for a method without an effective weight where the weight itself is needed.
 
     Example:
@@ -79,8 +86,8 @@ def lift(
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        walk = Walk(strict, plan, cuts or {}, rows, together=grouping.together)
-        return call(walk, fn, args, kwargs, unread == "error")
+        walk = Walk(strict, plan, cuts or {}, rows, together=grouping.together, says=aux)
+        return (_heard if aux else call)(walk, fn, args, kwargs, unread == "error")
 
     return lifted
 
@@ -99,13 +106,41 @@ def check_options(unread: str, plan: str, rows: int = 1) -> None:
         raise ValueError(f"rows must be into how many pieces a mesh cuts the rows, 1 or more; got {rows!r}")
 
 
+def _unchanged(weight: Weight) -> Weight:
+    """Its argument: the default of `call`."""
+    return weight
+
+
+def _heard(walk: Walk, fn: Callable[..., Any], args: Any, kwargs: Any, must_read: bool) -> tuple[Any, dict[str, Any]]:
+    """`call`, and what methods said, along the keys of the params."""
+    sites: dict[str, list[Site]] = {}
+
+    def marked(weight: Weight) -> Weight:
+        if weight.site is None or not (weight.method.matrix and weight.form.owns("spoken")):
+            return weight
+        sites.setdefault(weight.name, []).append(weight.site)
+        return taps.numbered(weight, weight.site.batch_shape)
+
+    outputs = call(walk, fn, args, kwargs, must_read, marked)
+    said: dict[str, Any] = {}
+    for name, (site, *others) in sites.items():
+        mine = [tap for tap in walk.taps if tap.name == name]
+        if mine and others:
+            raise ValueError(
+                f"aux: {name} is adapted in several arguments, and what their methods say can't be told apart"
+            )
+        if mine:
+            paths.insert(said, site.keys, taps.laid_out(mine, site))
+    return outputs, said
+
+
 def call(
     walk: Walk,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     must_read: bool,
-    change: Callable[[Weight], Weight] = lambda weight: weight,
+    change: Callable[[Weight], Weight] = _unchanged,
 ) -> Any:
     """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first, and those kept as a code."""
     found, treedef = paths.flatten_with_keys((args, kwargs), lambda node: isinstance(node, Adapted))
@@ -127,7 +162,14 @@ def call(
             trees.append(new[0] if isinstance(leaf, Stored) else leaf)
         args, kwargs = jax.tree.unflatten(treedef, trees)
         # The base of an `Adapted` may be an `Adapted` again.
-        return call(Walk(walk.strict, walk.plan, rows=walk.rows, together=walk.together), fn, args, kwargs, must_read)
+        inner = Walk(walk.strict, walk.plan, rows=walk.rows, together=walk.together, says=walk.says)
+        outputs = call(inner, fn, args, kwargs, must_read, change if walk.says else _unchanged)
+        if inner.taps:
+            raise ValueError(
+                f"aux: {inner.taps[0].name} belongs to an Adapted that is another one's base, and what its method says can't "
+                "be returned; lift without aux"
+            )
+        return outputs
 
     return run(walk, on_arrays, values, must_read)
 

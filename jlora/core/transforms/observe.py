@@ -1,8 +1,6 @@
 """`observe`: statistics of what every adapted weight is multiplied with, taken while the function runs.
 
-A weight to be observed carries the numbers of its matrices among its method's arrays. Whatever slices a stack slices them
-too, so that a product knows which matrices it is of, inside loops as well. Each product leaves a `Tap`: those numbers and
-the statistic. Loops and checkpoints return the taps of their bodies; at the end taps of one matrix are added.
+Each product with a weight that is observed leaves a tap (see `jlora.core.walk.taps`); at the end taps of one matrix are added.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,10 +28,8 @@ from jlora.core.tree.adapterize import adapterize
 from jlora.core.tree.spec import ALL_LINEAR, Axes
 from jlora.core.walk import convolution, dot, grouping, lookup
 from jlora.core.walk.interpreter import Walk
+from jlora.core.walk.taps import NUMBERS, Tap, numbered
 from jlora.core.walk.weight import Weight
-
-# The name of a weight's matrix numbers among its constants; no field of a method starts so.
-_NUMBERS = "~numbers"
 
 
 def _same(sums: Any) -> Any:
@@ -169,22 +165,6 @@ def _watching(method: Method | Axes | None) -> Any:
     return Kept() if method is not None and method.matrix else None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tap:
-    """The statistic of one product.
-
-    Attributes:
-        numbers: which of the leaf's matrices it is of, `[...]`; more axes in front for the loops around it.
-        sums: arrays with the axes of `numbers` in front.
-        name: path of the leaf; static.
-    """
-
-    numbers: jax.Array
-    sums: Any
-    name: str = field(metadata={"static": True})
-
-
 @dataclass
 class Observer:
     """Takes the taps while a walk goes through a function.
@@ -203,7 +183,7 @@ class Observer:
 
     def tap(self, walk: Walk, eqn: Any, values: list[Any], where: str) -> None:
         """Adds the statistic of a product with an observed weight to the walk's taps."""
-        found = [value for value in values if isinstance(value, Weight) and _NUMBERS in value.frozen]
+        found = [value for value in values if isinstance(value, Weight) and NUMBERS in value.frozen]
         if not found:
             return
         weight = found[0]
@@ -219,7 +199,7 @@ class Observer:
         measure = functools.partial(_measured, self.measure)
         for piece in reversed(weight.batch):
             measure = jax.vmap(measure, in_axes=(0 if piece in shared_pieces else None, 0, *[None] * len(self.given)))
-        numbers = weight.frozen[_NUMBERS]
+        numbers = weight.frozen[NUMBERS]
         try:
             measure = _replicated(measure, eqn.outvars[0].aval, x, numbers, *self.given)
             walk.taps.append(Tap(numbers, measure(x, numbers, *self.given), weight.name))
@@ -228,7 +208,7 @@ class Observer:
 
     def check_formed(self, weight: Weight, eqn: Any, where: str) -> None:
         """Refuses an observed weight that is formed for something other than the product that was just tapped."""
-        if self.refuses and _NUMBERS in weight.frozen and (eqn is None or eqn is not self._tapped):
+        if self.refuses and NUMBERS in weight.frozen and (eqn is None or eqn is not self._tapped):
             raise ValueError(f"observe: {weight.name} is taken whole by {where}, where it has no input; {_ADVICE}")
 
 
@@ -272,11 +252,7 @@ def tapped(
     counts = {site.path: site.batch_shape for site in sites}
 
     def marked(weight: Weight) -> Weight:
-        if weight.name not in counts:
-            return weight
-        shape = counts[weight.name]
-        numbers = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-        return replace(weight, frozen={**weight.frozen, _NUMBERS: numbers})
+        return numbered(weight, counts[weight.name]) if weight.name in counts else weight
 
     walk.observer = observer
     outputs = call(walk, fn, args, kwargs, must_read, marked)

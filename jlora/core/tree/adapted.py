@@ -21,6 +21,8 @@ from jlora.core.walk.weight import Weight
 
 #: Where `Adapted.params` and `Adapted.frozen` keep the arrays that several leaves share. No leaf's path starts so.
 SHARED = "~shared"
+#: What a call tells all methods that draw: their key.
+DROPOUT = "dropout"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Adapted:
             `params["layers"]["q_proj"]["kernel"]["a"]`. Stacked leaves have their batch axes in front. What several leaves
             share is under `SHARED`; a leaf that trains nothing of its own has an empty dict.
         frozen: constants of the methods, laid out like `params`.
-        context: read-only inputs of a call; `{"dropout": key}` switches dropout on, and what a method names in `told` reaches
-            it as `View.shared`.
+        context: read-only inputs of a call, given by `on`; `{"dropout": key}` switches dropout on.
         plan: path, method and axis roles of every adapted leaf; static.
     """
 
@@ -65,6 +66,35 @@ class Adapted:
     def replace(self, **changes: Any) -> Adapted:
         """A copy with some fields replaced, as in `adapted.replace(params=new_params)`."""
         return dataclasses.replace(self, **changes)
+
+    def on(self, **context: Any) -> Adapted:
+        """The adapters of one call, which is told some things beside its arguments.
+
+        What a method may be told is in its `context`; it reaches the method through loops, checkpoints and `vmap`. It is an
+        argument of a compiled function as any other: other values of the same shapes compile nothing anew.
+
+        Args:
+            context: arrays by name, beside what was given before; None takes one away. `dropout` is the key by which methods
+                draw.
+
+        Raises:
+            ValueError: for a name that no method of these adapters knows, and for what a method can't take.
+
+        Example:
+            >>> drawn = adapted.on(dropout=jax.random.key(1))
+        """
+        methods = {site.method: site.path for site in reversed(self.plan.sites)}
+        known = {DROPOUT}.union(*(method.context for method in methods))
+        if unknown := sorted(set(context) - known):
+            raise ValueError(f"no adapter here can be told {unknown[0]!r}; they know {', '.join(sorted(known))}")
+        told = {**self.context, **context}
+        told = {name: _told(name, value) for name, value in told.items() if value is not None}
+        for method, path in methods.items():
+            try:
+                method.check_context({name: told[name] for name in method.context & set(told)})
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return self.replace(context=told)
 
     def weights(self, names: dict[Method, str] | None = None) -> list[Weight]:
         """The adapted leaves as the values that travel through a lifted function.
@@ -87,16 +117,16 @@ class Adapted:
         return whole({**paths.lookup(self.params, (SHARED, name)), **paths.lookup(self.frozen, (SHARED, name))})
 
     def _weight(self, site: Site, leaves: dict[tuple[str, ...], Any], shared: Arrays) -> Weight:
-        key = self.context.get("dropout")
+        key = self.context.get(DROPOUT)
         if key is not None:
             key = jax.random.fold_in(key, paths.number(site.path)) if site.method.uses_key else None
-        shared = shared | {name: self.context[name] for name in site.method.told if name in self.context}
         params, frozen = paths.lookup(self.params, site.keys), paths.lookup(self.frozen, site.keys)
         leaf = leaves[site.keys]
         leaf = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         found = {name: leaves.get(keys) for name, keys in beside.keys_of(site).items()}
         there = {name: beside.fold(site, jnp.asarray(leaf)) for name, leaf in found.items() if leaf is not None}
-        return weights.start(leaf, site, params, frozen, shared, key, there)
+        context = {name: value for name, value in self.context.items() if name in site.method.context}
+        return weights.start(leaf, site, params, frozen, shared, key, there, context)
 
     def with_leaves(self, arrays: list[Any]) -> Any:
         """The base tree with its adapted leaves replaced, in the order of the plan."""
@@ -126,12 +156,26 @@ class Adapted:
 
 def kept_weight(keys: tuple[str, ...], leaf: Stored) -> Weight:
     """A leaf that is kept in the form of a code, and not adapted, as the value that travels through a lifted function."""
-    return weights.start(leaf, kept_site(keys, leaf), {}, {}, {}, None, {})
+    return weights.start(leaf, kept_site(keys, leaf), {}, {}, {}, None, {}, {})
 
 
 def kept_site(keys: tuple[str, ...], leaf: Stored) -> Site:
     """Such a leaf with the roles in which it is kept."""
     return Site(keys, leaf.shape, str(leaf.dtype), leaf.in_axes, leaf.out_axes, leaf.batch_axes, "dot", Kept())
+
+
+def _told(name: str, value: Any) -> jax.Array:
+    """What a call is told, as an array.
+
+    Raises:
+        ValueError: for what is none, and for a number with a fraction as a key.
+    """
+    try:
+        # Not as JAX takes Python's numbers: those have a dtype for which a program is compiled anew.
+        array = jnp.asarray(value if _compat.is_array(value) else np.asarray(value))
+        return _compat.typed_key(array) if name == DROPOUT else array
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} is no array that a call could be told: {error}") from None
 
 
 def count(tree: Any) -> int:

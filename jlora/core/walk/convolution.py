@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jlora.core.products.contraction import Options, matmul
 from jlora.core.products.update import Linear
+from jlora.core.walk import taps
 from jlora.core.walk import weight as weights
 from jlora.core.walk.folding import big, is_float, regroup, side_of, single_matrix, sized
 from jlora.core.walk.interpreter import Walk, bind, rule
@@ -39,7 +40,12 @@ def _by_patches(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array
     """A convolution as the product of its patches with the matrix, for what has to see its input so."""
     w, update = single_matrix(weight)
     options = Options(eqn.outvars[0].aval.dtype, eqn.params["precision"])
-    y = update.dense(patches(eqn, x, weight), w, walk.next_key(weight.key, x), options)
+    args = (patches(eqn, x, weight), w, walk.next_key(weight.key, x), options)
+    if taps.listens(walk, weight):
+        y, said = update.spoken(*args)
+        taps.hear(walk, weight, said, stacked=False)
+    else:
+        y = update.dense(*args)
     return jnp.moveaxis(y, -1, eqn.params["dimension_numbers"].out_spec[1])
 
 

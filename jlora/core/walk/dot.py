@@ -13,6 +13,7 @@ import jax
 from jlora.core.products.by_rows import by_rows
 from jlora.core.products.contraction import Options, check_plan
 from jlora.core.protocol.method import View
+from jlora.core.walk import taps
 from jlora.core.walk import weight as weights
 from jlora.core.walk.decoding import decoding
 from jlora.core.walk.folding import Label, arrange, big, is_float, regroup, side_of, single_matrix, sized
@@ -134,7 +135,10 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     weight, side, options = use.weight, "in" if use.side == "in" else "out", use.options(walk)
     x, shared, free = folded_input(use, side)
 
-    def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> jax.Array:
+    def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> Any:
+        if says:
+            return weights.update_of(weight, view).spoken(x, w, key, options)
+
         def whole(x: jax.Array, arrays: Any) -> jax.Array:
             view, w, factor = arrays
             update = weights.update_of(replace(weight, factor=factor), view)
@@ -145,6 +149,7 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
         return by_rows(whole, x, (view, w, weight.factor), pieces)
 
     walk.seen.add(weight.name)
+    says = side == "in" and taps.listens(walk, weight)
     key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
@@ -155,6 +160,9 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
         key = jax.random.split(key, tuple(piece.size for piece in weight.batch))  # every expert drops on its own
     along = lambda piece: (0, 0, 0 if piece in shared else None)  # noqa: E731
     y = weights.over_batch(product, weight, (weights.matrix(weight), key, x), along)
+    if says:
+        y, said = y
+        taps.hear(walk, weight, said)
     remaining = weight.with_role("out" if side == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from jlora import _compat
+from jlora.core.products.update import Unfit
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.readings import PRODUCTS, Reading
 from jlora.core.walk import weight as weights
@@ -89,7 +90,8 @@ class Walk:
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.core.walk.grouping`).
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
-        taps: the statistics that the observer took so far.
+        says: whether what methods say beside a product is taken (see `jlora.lift`).
+        taps: the statistics that the observer took so far, or what methods said.
         readings: how the leaves were read, where roles are being found out (see `jlora.sites`); None in a lift.
         origins: where the function's values come from, likewise (see `jlora.core.walk.origins`).
         spread: arrays that devices of a `shard_map` have alike though they count as different, as a product with a weight that
@@ -104,6 +106,7 @@ class Walk:
     readings: list[Reading] | None = None
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None
     observer: Any = None
+    says: bool = False
     taps: list[Any] = field(default_factory=list)
     origins: Any = None
     spread: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -124,6 +127,11 @@ class Walk:
             ValueError: where there are some, with leaf, primitive and source line.
         """
         result, taps = self.aside(run)
+        if taps and self.observer is None:
+            raise ValueError(
+                f"aux: {taps[0].name} is used inside {_where(eqn)}, which can't return what its method says; lift without aux, "
+                "or take the product out of there"
+            )
         if taps:
             raise ValueError(
                 f"observe: {taps[0].name} is used inside {_where(eqn)}, which can't return a statistic; leave it out "
@@ -251,8 +259,11 @@ class Walk:
         if eqn.primitive.name not in PRODUCTS:
             return handler(self, eqn, *values)
         # On a mesh with explicit axes: how the update's own products are cut is left to the compiler, the result's cut is kept.
-        product = decoding(partial(handler, self, eqn), values)
-        return _compat.automatic(product, eqn.outvars[0].aval, lambda sharding: sharding)(*values)
+        product = decoding(lambda *values: self.aside(lambda: handler(self, eqn, *values)), values)
+        whole = lambda sharding: (sharding, PartitionSpec())  # noqa: E731  (what is said lies whole on every device)
+        outputs, taps = _compat.automatic(product, eqn.outvars[0].aval, whole)(*values)
+        self.taps += taps
+        return outputs
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
         """`materialise` over a list."""
@@ -278,10 +289,17 @@ class Frame:
         for index, eqn in enumerate(self.jaxpr.eqns):
             scope = str(eqn.source_info.name_stack)
             with jax.named_scope(scope) if scope else contextlib.nullcontext():
-                self.env.update(zip(eqn.outvars, self.outputs(index), strict=True))
+                self.env.update(zip(eqn.outvars, self._placed_outputs(index), strict=True))
             for var in last.get(index, ()):
                 self.env.pop(var, None)
         return [self.read(atom) for atom in self.jaxpr.outvars]
+
+    def _placed_outputs(self, index: int) -> list[Any]:
+        """`outputs`, with the place of the equation in what a form of update refuses."""
+        try:
+            return self.outputs(index)
+        except Unfit as error:
+            raise ValueError(f"{error}, at {_where(self.jaxpr.eqns[index])}") from error
 
     def outputs(self, index: int) -> list[Any]:
         """The outputs of an equation, by itself or together with those that share its activation."""

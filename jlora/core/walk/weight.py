@@ -107,6 +107,7 @@ class Weight:
         cuts: inside of `shard_map` the mesh axes that cut it, by the `order` of the piece that they cut; static.
         whole: whether the method's arrays are whole although the base's is cut, which is gathered before it is used; static.
         common: the fields of the code that all matrices have in common; no batch axes.
+        context: what the call told the method; no batch axes.
     """
 
     array: jax.Array | Blank
@@ -128,6 +129,7 @@ class Weight:
     cuts: tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...] = field(default=(), metadata={"static": True})
     whole: bool = field(default=False, metadata={"static": True})
     common: Arrays = field(default_factory=dict)
+    context: Arrays = field(default_factory=dict)
 
     @property
     def aval(self) -> Any:
@@ -217,6 +219,7 @@ def start(
     shared: Arrays,
     key: jax.Array | None,
     beside: Arrays,
+    context: Arrays,
 ) -> Weight:
     """A leaf of the base as the function receives it."""
     axes = tuple((Piece((axis,), size),) for axis, size in enumerate(site.shape))
@@ -226,7 +229,8 @@ def start(
     codes, code, common = (array.fields, array.code, array.common) if isinstance(array, Stored) else ({}, None, {})
     array = Blank.like(array) if code is not None else array
     laid_out = (site, site.path, site.shape, axes, batch)
-    return Weight(array, params, frozen, shared, key, *laid_out, beside=beside, codes=codes, code=code, common=common)
+    own: Any = {"beside": beside, "codes": codes, "common": common, "context": context}
+    return Weight(array, params, frozen, shared, key, *laid_out, code=code, **own)
 
 
 def probe(array: jax.Array, name: str) -> Weight:
@@ -316,7 +320,8 @@ def over_batch(
     def one(base: Any, fields: tuple[Arrays, Arrays, Arrays], *extra: Any) -> Any:
         params, frozen, beside = fields
         kept = {"codes": base | weight.common, "code": weight.code} if isinstance(site.method, Fields) else {}
-        return function(View(_matrix(weight, base), params, frozen, site, shared, beside, **kept), *extra)
+        view = View(_matrix(weight, base), params, frozen, site, shared, beside, context=weight.context, **kept)
+        return function(view, *extra)
 
     for piece in reversed(weight.batch):
         one = jax.vmap(one, in_axes=(0, 0, *(along(piece) if extra else ())))
@@ -348,7 +353,8 @@ def effective(weight: Weight) -> jax.Array:
     """The effective weight in the array's current form and dtype."""
     if not weight.method.matrix:
         assert weight.site is not None and not isinstance(weight.array, Blank)
-        view = View(weight.array, weight.params, weight.frozen, weight.site, weight.shared)
+        arrays = (weight.params, weight.frozen)
+        view = View(weight.array, *arrays, weight.site, weight.shared, context=weight.context)
         return weight.method.weight(view).astype(weight.array.dtype)
     folded = over_batch(weight.method.weight, weight).astype(weight.array.dtype)
     return _times(weight, rearrange(folded, canonical_axes(weight), weight.axes))
@@ -423,9 +429,10 @@ def narrow(weight: Weight, axis: int, size: int, cut_array: Any, cut: Any) -> We
 
 def stop(weight: Weight) -> Weight:
     """The weight with no gradient flowing into anything of it."""
-    halted = jax.tree.map(jax.lax.stop_gradient, (weight.shared, weight.factor, weight.common))
+    alike = {name: getattr(weight, name) for name in ("shared", "factor", "common", "context")}
+    halted = jax.tree.map(jax.lax.stop_gradient, alike)
     stopped = weight.on_fields(jax.lax.stop_gradient).moved(jax.lax.stop_gradient)
-    return replace(stopped, shared=halted[0], factor=halted[1], common=halted[2])
+    return replace(stopped, **halted)
 
 
 def unstack(weight: Weight) -> tuple[Weight, Any] | None:
@@ -444,8 +451,10 @@ def unstack(weight: Weight) -> tuple[Weight, Any] | None:
     at = weight.batch.index(piece)
     batch = (*weight.batch[:at], *weight.batch[at + 1 :])
     # What has no axis to scan over reaches every step as it is.
-    moved = replace(weight.on_fields(lambda x: jnp.moveaxis(x, at, 0)), shared={}, factor=None, common={})
+    bare = replace(weight, shared={}, context={}, factor=None, common={})
+    moved = bare.on_fields(lambda x: jnp.moveaxis(x, at, 0))
     whole: dict[str, Any] = {"shared": weight.shared, "common": weight.common, "factor": weight.factor}
+    whole["context"] = weight.context
     if isinstance(weight.array, Blank):
         whole["array"] = weight.array.moved(lambda array: array[0])
     return moved, lambda sliced: replace(sliced, axes=rest, batch=batch, **whole)
@@ -486,6 +495,7 @@ def partition_specs(weight: Weight, spec: PartitionSpec) -> Weight | None:
         beside={name: PartitionSpec(*leading, cuts.get("out")) for name in weight.beside},
         codes={} if weight.code is None else {name: field_spec(name, weight.code.axes) for name in weight.codes},
         common={name: PartitionSpec() for name in weight.common},
+        context={name: PartitionSpec() for name in weight.context},
     )
 
 

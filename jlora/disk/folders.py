@@ -1,0 +1,54 @@
+"""Adapters from a folder of any format that is known: each has a file by which a folder is told to be of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jlora.core.tree.adapted import Adapted
+from jlora.disk.adapters import MANIFEST, load
+
+#: What reads a folder, by the file that tells its format: `(path, params, names) -> Adapted`. Later ones come first.
+READERS: dict[str, Callable[[Path, Any, Any], Adapted]] = {}
+
+#: Where a run of the training job keeps its adapters.
+OF_A_RUN = "adapters"
+
+
+def reads(file: str) -> Callable[[Callable[..., Adapted]], Callable[..., Adapted]]:
+    """Registers a function `(path, params, names) -> Adapted` for the folders that hold a file."""
+
+    def register(function: Callable[..., Adapted]) -> Callable[..., Adapted]:
+        READERS[file] = function
+        return function
+
+    return register
+
+
+def read(path: str | os.PathLike[str], params: Any, names: Any = None) -> Adapted:
+    """The adapters of a folder on their base: one that `save` wrote, a training run's, or one in PEFT's format.
+
+    Args:
+        path: the folder.
+        params: the base.
+        names: which torch parameter a leaf is, where the folder is in PEFT's format (see `jlora.load_peft`).
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+        ValueError: for a folder of no known format, and as its reader.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    for place in (folder, folder / OF_A_RUN):
+        for file, reader in READERS.items():
+            if (place / file).is_file():
+                return reader(place, params, names)
+    raise ValueError(f"{folder} holds no adapters: wanted one of the files {', '.join(READERS)}")
+
+
+@reads(MANIFEST)
+def _saved(path: Path, params: Any, names: Any) -> Adapted:
+    return load(path, params)

@@ -1,0 +1,318 @@
+"""Banks: rows and tokens that choose their adapter in one call get what they would get alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract.problems import adapt, close, jit, layers, normal, perturbed, weight
+from models_data import GOLDEN, quick_jit
+
+import jlora
+from jlora import NF4, Axes, DoRA, LoRA, models
+
+NAMES = ["sql", None, "chat", "sql"]
+
+
+def noisy(params, spec, seed, sites=None):
+    return perturbed(adapt(params, spec, sites=sites), seed, 0.1)
+
+
+# Every way in which models use a weight, but a convolution and those beyond the two first axes, on stacked and single leaves.
+
+
+class Network(nn.Module):
+    """A plain model, with an embedding that is its head too, a bias, and layers of a scan."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(12, 8, name="embed")
+        x = embed(tokens) + nn.Dense(8, name="mixed")(embed(tokens))
+        scan = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return embed.attend(scan(name="layers")(x, None)[0])
+
+
+class Layer(nn.Module):
+    """Attention-like heads."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.DenseGeneral((2, 4), name="heads")(x)
+        return x + nn.DenseGeneral(8, axis=(-2, -1), name="out")(jnp.tanh(y)), None
+
+
+def linen():
+    """A plain Linen model, its params, tokens, and two adapters of several methods and ranks."""
+    model, tokens = Network(), jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 5)))
+    params = model.init(jax.random.key(0), tokens)["params"]
+    fn = lambda params, tokens: model.apply({"params": params}, tokens)
+    sites = jlora.sites(fn, params, tokens)
+    sql = noisy(params, {".*/(kernel|embedding)": LoRA(3, alpha=6)}, 5, sites)
+    chat = noisy(params, {"layers/heads/kernel": DoRA(LoRA(2)), "mixed/kernel|embed/.*": LoRA(1)}, 7, sites)
+    return fn, params, tokens, {"sql": sql, "chat": chat}
+
+
+def alone(fn, params, adapters, names, rows):
+    """Each row by itself, with its own adapter."""
+    lifted = jlora.lift(fn, unread="allow")
+    each = [adapters[name] if name else params for name in names]
+    return jnp.concatenate([lifted(one, rows[n : n + 1]) for n, one in enumerate(each)])
+
+
+def test_rows_tokens_and_all_get_what_they_would_get_alone_in_a_plain_model():
+    fn, params, tokens, adapters = linen()
+    bank = jlora.Bank.of(params, adapters, capacity=3)
+    bank.check(fn, tokens)
+    ids = bank.ids(NAMES)
+    assert ids.tolist() == [1, 0, 2, 1] and bank.names == ("sql", "chat") and bank.capacity == 3
+    by_token = np.stack([ids, ids[::-1], *[ids] * 3], axis=1)  # the second token of each row has another one
+
+    @quick_jit
+    def everything(rows, tokens_of, one, adapters):
+        lifted = jlora.lift(fn, strict=True)
+        wanted = alone(fn, params, adapters, NAMES, tokens)
+        return (
+            lifted(rows, tokens),
+            wanted,
+            lifted(tokens_of, tokens),
+            lifted(one, tokens),
+            lifted(adapters["chat"], tokens),
+        )
+
+    every = everything(bank.on(slot=ids), bank.on(slot=by_token), bank.on(slot=bank.ids("chat")), adapters)
+    rows, wanted, mixed, chat, wanted_chat = every
+    close(rows, wanted)
+    close(chat, wanted_chat)
+    np.testing.assert_array_equal(rows[1], jax.jit(fn)(params, tokens)[1])
+    # No token sees another one here.
+    close(mixed[:, 0], wanted[:, 0])
+    close(mixed[:, 1], alone(fn, params, adapters, NAMES[::-1], tokens)[:, 1])
+
+
+def llama(name, scan_layers=True):
+    model, params = models.load(name, scan_layers=scan_layers)
+    fn = lambda params, tokens: model.apply({"params": params}, tokens)
+    tokens = np.random.default_rng(1).integers(1, model.config.vocab_size, (4, 6))
+    sites = jlora.sites(fn, params, tokens)
+    return model, fn, params, tokens, sites
+
+
+QWEN = GOLDEN / "qwen2_window_tied"
+
+
+@pytest.mark.parametrize("form", ["scan", pytest.param("unrolled", marks=pytest.mark.newest), "nf4"])
+def test_rows_of_a_llama_get_what_they_would_get_alone(form):
+    model, fn, params, tokens, sites = llama(models.STORIES260K if form == "nf4" else QWEN, form != "unrolled")
+    if form == "nf4":
+        params = jlora.quantize(params, {r".*/(q|k|v|o|gate|up)_proj/kernel": NF4(32)}, sites)
+    every = {jlora.ALL_LINEAR: LoRA(4)}
+    adapters = {
+        "sql": noisy(params, every, 5, sites),
+        "chat": noisy(params, {r".*[qv]_proj/kernel": LoRA(2)}, 6, sites),
+    }
+    bank = jlora.Bank.of(params, adapters)
+    wanted = alone(fn, params, adapters, NAMES, tokens)
+    close(quick_jit(jlora.lift(fn))(bank.on(slot=bank.ids(NAMES)), tokens), wanted)
+    if form == "scan":
+        apply, prompts = jlora.lift(model.apply), [row[: n + 2].tolist() for n, row in enumerate(tokens)]
+        together = models.generate(apply, bank.on(slot=bank.ids(NAMES)), prompts, max_new_tokens=4)
+        for name, prompt, row in zip(NAMES, prompts, together, strict=True):
+            one = models.generate(apply, bank.on(slot=bank.ids(name)), [prompt], max_new_tokens=4)
+            assert row == one[0]
+
+
+def test_weights_mix_the_changes_of_all_adapters():
+    params, x = {"w_0": weight(0, 3, 8, 8)}, normal(1, 4, 5, 8)
+    adapters = {name: noisy(params, {"w_0": Axes("batch in out", LoRA(2))}, n) for n, name in enumerate("ab")}
+    bank = jlora.Bank.of(params, adapters, rank=3)
+    lifted = jit(jlora.lift(layers, strict=True))
+    both = lifted(jlora.combine(list(adapters.values()), [0.7, -0.4]), x)
+    close(lifted(bank.on(weights={"a": 0.7, "b": -0.4}), x), both)
+    close(
+        jlora.merge(bank.on(weights={"a": 0.7, "b": -0.4})),
+        jlora.merge(jlora.combine(list(adapters.values()), [0.7, -0.4])),
+    )
+    rows = jnp.array([[0, 0.7, -0.4], [0, 1, 0], [3, 0, 0], [0, 0, 1]])
+    wanted = [
+        both[:1],
+        *(lifted(each, x[n : n + 1]) for n, each in enumerate((adapters["a"], params, adapters["b"]), 1)),
+    ]
+    close(lifted(bank.on(weights=rows), x), jnp.concatenate(wanted))
+    gradient = jit(jax.grad(lambda m: jnp.sum(jlora.lift(layers)(bank.on(weights=m), x) ** 2)))
+    merged = lambda m: jnp.sum(layers(jlora.merge(bank.on(weights=m)), x) ** 2)
+    mix = jnp.array([0.0, 0.7, -0.4])
+    close(gradient(mix), jit(jax.grad(merged))(mix))
+
+
+def test_adapters_come_and_go_without_compilation_and_growth_alone_compiles():
+    params, x = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}, normal(2, 3, 8)
+    fn = lambda p, x: jnp.tanh(x @ p["w_0"]) @ p["u_0"]
+    make = lambda seed, rank, names="w_0": noisy(params, {names: LoRA(rank)}, seed)
+    bank = jlora.Bank.of(params, {"a": make(0, 2), "b": make(1, 3)}, capacity=3)
+    traces = []
+
+    @jit
+    def step(adapted, x):
+        traces.append(None)
+        return jlora.lift(fn)(adapted, x)
+
+    def agrees(**adapters):
+        names = [*adapters]
+        ids = bank.ids([names[0], None, names[-1]])
+        got = step(bank.on(slot=ids), x)
+        each = [adapters[names[0]], params, adapters[names[-1]]]
+        close(got, jnp.concatenate([jlora.lift(fn, unread="allow")(one, x[n : n + 1]) for n, one in enumerate(each)]))
+
+    a, b, c, d = make(0, 2), make(1, 3), make(2, 1), make(3, 3)
+    agrees(a=a, b=b)
+    bank.add("c", c)
+    agrees(a=a, c=c)
+    bank.replace("a", d)
+    agrees(a=d, c=c)
+    bank.remove("a")
+    close(step(bank.adapted.on(slot=np.array([1, 1, 1])), x), fn(params, x))  # nothing is left of it
+    bank.add("d", b)
+    agrees(d=b, b=b)
+    assert len(traces) == 1 and bank.names == ("b", "c", "d")
+    before = bank.adapted.params["w_0"]["a"]
+    bank.grow(capacity=5, fit=make(4, 6, ".*"))
+    wide = make(5, 6, ".*")
+    bank.add("wide", wide)
+    agrees(d=b, wide=wide)
+    agrees(b=b, c=c)
+    assert len(traces) == 2 and bank.capacity == 5 and not before.is_deleted()
+
+
+def test_slots_are_written_in_place():
+    params = {"w_0": weight(0, 8, 8)}
+    one = noisy(params, {"w_0": LoRA(2)}, 0)
+    bank = jlora.Bank.of(params, {"a": one}, capacity=2)
+    assert f"{2 * (8 + 8)} multiply-adds more" in jlora.explain(bank.on(slot=1))
+    stale = bank.on(slot=1)
+    bank.add("b", one)
+    with pytest.raises(RuntimeError, match="deleted"):
+        jlora.lift(lambda p, x: x @ p["w_0"])(stale, normal(1, 3, 8))
+
+
+def test_adapters_come_from_directories_of_jlora_of_a_run_and_of_peft(tmp_path):
+    model, fn, params, tokens, sites = llama(QWEN)
+    adapters = {
+        "saved": noisy(params, {r".*q_proj/kernel": LoRA(2)}, 1, sites),
+        "run": noisy(params, {r".*v_proj/kernel": LoRA(4)}, 2, sites),
+        "peft": noisy(params, {r".*(up|o)_proj/kernel": DoRA(LoRA(3))}, 3, sites),
+    }
+    jlora.save(tmp_path / "saved", adapters["saved"])
+    jlora.save(tmp_path / "run" / "adapters", adapters["run"])
+    names = models.peft_names(model)
+    jlora.save_peft(tmp_path / "peft", adapters["peft"], names=names)
+    folders = {name: tmp_path / name for name in adapters}
+    with pytest.raises(ValueError, match="peft is in PEFT's format: give names="):
+        jlora.Bank.of(params, folders)
+    bank = jlora.Bank.of(params, folders, names=names)
+    order = ["peft", "run", None, "saved"]
+    close(quick_jit(jlora.lift(fn))(bank.on(slot=bank.ids(order)), tokens), alone(fn, params, adapters, order, tokens))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        bank.replace("run", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no adapters: wanted one of the files jlora.json, adapter_config.json"):
+        bank.replace("run", tmp_path)
+
+
+def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
+    params, x = {"w_0": weight(0, 8, 8)}, normal(1, 5, 5, 8)
+    bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})
+    bank.check(lambda p, x: {"y": jnp.einsum("btd,do->bto", x, p["w_0"])}, x)
+    with pytest.raises(
+        ValueError, match=r"row 0 of the function's result\['y'\] is another one among 5 rows than alone"
+    ):
+        bank.check(lambda p, x: {"y": jnp.moveaxis(jnp.moveaxis(x, 1, 0) @ p["w_0"], 1, 0)}, x)
+    with pytest.raises(ValueError, match="row . of the function's result is another one"):
+        bank.check(lambda p, x: (x - x.mean(0)) @ p["w_0"], x)
+    with pytest.raises(
+        ValueError,
+        match=r"w_0: slots for \(5,\) rows .* leading axes \(25,\): .* at `dot_general` at .*test_bank.py:\d+",
+    ):
+        bank.check(lambda p, x: (x.reshape(-1, 8) @ p["w_0"]).reshape(x.shape), x)
+    with pytest.raises(ValueError, match=r"has shape \(8,\), where 5 rows were wanted in front"):
+        bank.check(lambda p, x: (x @ p["w_0"]).sum((0, 1)), x)
+    with pytest.raises(ValueError, match="check takes inputs with two rows or more in front"):
+        bank.check(lambda p, x: x @ p["w_0"], x[:1])
+
+
+def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
+    params = {"w_0": weight(0, 3, 8, 8)}
+    x, adapter = normal(1, 4, 6, 8), noisy(params, {"w_0": Axes("in in out", LoRA(2))}, 0)
+    bank = jlora.Bank.of(params, {"a": adapter})
+
+    def convolved(params, x):
+        return jax.lax.conv_general_dilated(x, params["w_0"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    close(jlora.lift(convolved, strict=True)(bank.on(slot=1), x), jlora.lift(convolved)(adapter, x))
+    with pytest.raises(
+        ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"
+    ):
+        jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1, 1])), x)
+    mapped = jax.vmap(lambda slot, row: jlora.lift(convolved)(bank.on(slot=slot), row[None])[0])(
+        jnp.array([1, 0, 1, 0]), x
+    )
+    close(mapped[::2], jlora.lift(convolved)(adapter, x)[::2])
+    close(mapped[1::2], convolved(params, x)[1::2])
+    with pytest.raises(ValueError, match=r"w_0: rows that choose .* no weight in common"):
+        jlora.merge(bank.on(slot=np.array([1, 0])))
+    with pytest.raises(ValueError, match=r"w_0: the call must say which slots: on\(slot=...\)"):
+        jlora.lift(convolved)(bank.adapted, x)
+
+
+def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
+    params = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}
+    make = lambda method, names="w_0": noisy(params, {names: method}, 0)
+    with pytest.raises(ValueError, match=r"w_0: SHiRA.* of 'c' is no \(w \+ a @ b\) \* gain"):
+        jlora.Bank.of(params, {"c": make(jlora.SHiRA())})
+    with pytest.raises(ValueError, match="2 adapters don't fit into a bank with capacity=1"):
+        jlora.Bank.of(params, {"a": make(LoRA(2)), "b": make(LoRA(2))}, capacity=1)
+    spoilt = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), make(LoRA(2)).params)
+    with pytest.raises(ValueError, match="w_0: 'a' holds values that are not finite"):
+        jlora.Bank.of(params, {"a": make(LoRA(2)).replace(params=spoilt)})
+    other = jlora.adapterize({**params, "w_0": params["w_0"] + 1}, {"w_0": LoRA(2)})
+    with pytest.raises(ValueError, match="w_0: adapters 0 and 1 stand on different bases"):
+        jlora.Bank.of(params, {"a": other})
+    bank = jlora.Bank.of(params, {"a": make(LoRA(2))}, capacity=2)
+    before = bank.adapted.params
+    refusals = {
+        r"the bank has an adapter 'a' already": ("a", make(LoRA(1))),
+        r"w_0: 'b' has rank 3, but the bank room for 2; grow\(rank=3\)": ("b", make(LoRA(3))),
+        r"u_0: the bank has no room for this leaf, which 'b' adapts": ("b", make(LoRA(2), ".*")),
+        r"w_0: 'b' has a gain, and the bank no room for gains": ("b", make(DoRA(LoRA(2)))),
+    }
+    for message, (name, adapter) in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            bank.add(name, adapter)
+    assert bank.adapted.params is before
+    bank.add("b", make(LoRA(1)))
+    with pytest.raises(ValueError, match="the bank is full: 2 adapters"):
+        bank.add("c", make(LoRA(1)))
+    with pytest.raises(ValueError, match="no adapter 'c' in the bank; there are a, b"):
+        bank.ids(["a", "c"])
+    with pytest.raises(ValueError, match="w_0: there are slots 0 to 2, got 3"):
+        bank.on(slot=[0, 3])
+    bank.remove("a")
+    with pytest.raises(ValueError, match=r"no adapter is in slot 1; there are \{'b': 2\}"):
+        bank.on(slot=[0, 1])
+    with pytest.raises(ValueError, match="slot= takes whole numbers"):
+        bank.on(slot=0.5)
+    with pytest.raises(ValueError, match=r"weights= takes numbers \[slots\].* for 3 slots; got shape \(2,\)"):
+        bank.on(weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="either slot=bank.ids"):
+        bank.on()
+    with pytest.raises(ValueError, match="a bank does not shrink"):
+        bank.grow(capacity=1)
+    bank.grow(gains=True)
+    with pytest.raises(ValueError, match="adapters with a gain, such as DoRA, are no sums"):
+        bank.on(weights=[0.0, 0.0, 1.0])
+
+
+def test_a_traced_slot_that_is_none_of_the_banks_gives_nan():
+    params, x = {"w_0": weight(0, 8, 8)}, normal(1, 3, 8)
+    bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})
+    run = jit(lambda adapted, ids: jlora.lift(lambda p, x: x @ p["w_0"])(adapted.on(slot=ids), x))
+    y = run(bank.adapted, jnp.array([1, 2, -1]))
+    assert np.isfinite(y[0]).all() and np.isnan(y[1:]).all()
