@@ -24,12 +24,12 @@ import verdicts_table
 
 from jlora.core.protocol import docstrings
 from jlora.disk import catalog
-from jlora.training import told
 from jlora.training.cli import build_parser
-from jlora.training.defaults import resolve
 from jlora.training.folder import CONTENT
-from jlora.training.named import named
-from jlora.training.settings import Settings
+from jlora.training.settings import told
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
+from jlora.training.settings.named import named
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,8 +19,9 @@ jax.distributed.initialize(ADDRESS, 2, PROCESS)
 from safetensors.numpy import load_file, save_file  # noqa: E402  (JAX is joined before anything is done with it)
 
 from jlora import models  # noqa: E402
-from jlora.training import Settings, agreement, finetune, versions  # noqa: E402
-from jlora.training.metrics import Metrics  # noqa: E402
+from jlora.training import Settings, finetune  # noqa: E402
+from jlora.training.hosts import agreement, versions  # noqa: E402
+from jlora.training.reporting.metrics import Metrics  # noqa: E402
 
 OTHER = PROCESS == 1
 ROWS = [{"text": f"the cat number {n} sat on the mat and looked at the dog"} for n in range(16)]

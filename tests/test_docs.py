@@ -16,9 +16,9 @@ import pytest
 import jlora
 from jlora import method_from_dict
 from jlora.disk import catalog
-from jlora.training import told
 from jlora.training.cli import build_parser
-from jlora.training.configuration import gather
+from jlora.training.settings import told
+from jlora.training.settings.configuration import gather
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

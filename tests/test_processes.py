@@ -22,8 +22,8 @@ import jlora
 from jlora import models
 from jlora.training.cli import main
 from jlora.training.job import finetune
-from jlora.training.metrics import read_metrics
-from jlora.training.settings import Settings
+from jlora.training.reporting.metrics import read_metrics
+from jlora.training.settings.fields import Settings
 
 pytestmark = pytest.mark.releases
 

@@ -31,6 +31,17 @@ ROOMS = (
     "models",
     "interchange",
     "",
+    "training.errors",
+    "training.files",
+    "training.folder",
+    "training.settings",
+    "training.data",
+    "training.hosts",
+    "training.model",
+    "training.reporting",
+    "training.run",
+    "training.job",
+    "training.commands",
     "training",
 )
 
@@ -94,6 +105,12 @@ def test_no_files_import_one_another_in_a_circle():
 def test_at_most_a_dozen_files_and_folders_are_at_the_top():
     files = [path.name for path in PACKAGE.glob("*.py")]
     assert len(files) <= 12, files
+
+
+def test_the_job_has_a_room_for_each_of_its_subjects():
+    folders = [PACKAGE / "training", *(path for path in (PACKAGE / "training").rglob("*") if path.is_dir())]
+    files = {folder.name: len([*folder.glob("*.py")]) for folder in folders}
+    assert {name: count for name, count in files.items() if count > 12} == {}
 
 
 def test_no_room_has_the_name_of_something_public():

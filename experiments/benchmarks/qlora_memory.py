@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.models import Llama, LlamaConfig
-from jlora.training.chips import H100
+from jlora.training.commands.chips import H100
 
 GIB = 2**30
 BASES = ("bf16", "nf4")

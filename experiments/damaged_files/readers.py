@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import models
 from jlora.disk.checksums import checksums
-from jlora.training.checkpoint import MANIFEST, find_whole
 from jlora.training.errors import CheckpointError
 from jlora.training.job import read_settings
-from jlora.training.settings import Settings
-from jlora.training.subject import open_codec
+from jlora.training.model.subject import open_codec
+from jlora.training.run.checkpoint import MANIFEST, find_whole
+from jlora.training.settings.fields import Settings
 
 OUTCOMES = ("refused", "equal", "other values", "wrong")
 #: Longer than reading ever takes: it began to build what the file is too damaged to tell.

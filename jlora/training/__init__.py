@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlora.training.settings import Settings as Settings
+from jlora.training.settings.fields import Settings as Settings
 
 
 def finetune(settings: Settings, **options: Any) -> Any:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from jlora.compose.combine import COMBINATIONS
 from jlora.compose.election import MAJORITIES
 from jlora.training.errors import DivergenceError, LostError, SettingError
-from jlora.training.flags import Parser, add_flags, number
-from jlora.training.versions import installed
+from jlora.training.hosts.versions import installed
+from jlora.training.settings.flags import Parser, add_flags, number
 
 _EXAMPLES = """examples:
   jlora finetune                                    the shipped model on Python's documentation
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
     try:
         # Here and not above: `jlora --help` need not wait for flax, orbax and grain.
-        from jlora.training import commands
+        from jlora.training.commands import actions as commands
 
         complaint = commands.COMMANDS[arguments.command](arguments)
     except (ValueError, TypeError, OSError) as error:

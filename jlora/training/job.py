@@ -19,25 +19,26 @@ from jlora.core.tree.adapted import count
 from jlora.disk.json_files import ILL_FORMED, read_object, shown
 from jlora.interchange.folder import CONFIG
 from jlora.models.chat_files import write_chat_templates
-from jlora.training import agreement, folder, processes
-from jlora.training.axes import Rules, mesh_axes, shard_rules
-from jlora.training.checkpoint import last_whole
-from jlora.training.data import Data, load_data
-from jlora.training.defaults import count_steps, resolve
+from jlora.training import folder
+from jlora.training.data.dataset import Data, load_data
+from jlora.training.data.tokens import Codec
 from jlora.training.errors import CheckpointError, DivergenceError, SettingError
 from jlora.training.files import is_full_disk, write_json
-from jlora.training.measured import measured_of
-from jlora.training.metrics import Metrics
-from jlora.training.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
-from jlora.training.report import REPORT, write_report
-from jlora.training.samples import prompt_tokens, sample
-from jlora.training.selection import adapt
-from jlora.training.settings import Settings
-from jlora.training.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
-from jlora.training.tokens import Codec
-from jlora.training.trainer import Trainer
-from jlora.training.verdict import complaint, unsteady
-from jlora.training.versions import versions
+from jlora.training.hosts import agreement, processes
+from jlora.training.hosts.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
+from jlora.training.hosts.versions import versions
+from jlora.training.model.measured import measured_of
+from jlora.training.model.samples import prompt_tokens, sample
+from jlora.training.model.selection import adapt
+from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
+from jlora.training.reporting.metrics import Metrics
+from jlora.training.reporting.report import REPORT, write_report
+from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.run.checkpoint import last_whole
+from jlora.training.run.trainer import Trainer
+from jlora.training.settings.axes import Rules, mesh_axes, shard_rules
+from jlora.training.settings.defaults import count_steps, resolve
+from jlora.training.settings.fields import Settings
 
 SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
 

@@ -16,15 +16,15 @@ import jlora.methods
 from contract import checks, discovery, rehearsal
 from contract.rehearsal import Rehearsal
 from jlora.disk import catalog
-from jlora.training import told
 from jlora.training.cli import main
-from jlora.training.configuration import gather
-from jlora.training.defaults import resolve
-from jlora.training.flags import Parser, add_flags, given
-from jlora.training.inspected import settings_table
-from jlora.training.named import named
-from jlora.training.schedule import make_optimizer, restarts_of
-from jlora.training.selection import make_spec
+from jlora.training.model.selection import make_spec
+from jlora.training.run.schedule import make_optimizer, restarts_of
+from jlora.training.settings import told
+from jlora.training.settings.configuration import gather
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.flags import Parser, add_flags, given
+from jlora.training.settings.inspected import settings_table
+from jlora.training.settings.named import named
 
 pytestmark = pytest.mark.newest
 

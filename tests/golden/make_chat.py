@@ -38,8 +38,8 @@ from transformers.utils import chat_template_utils
 
 from jlora.models import STORIES260K
 from jlora.models.chat_files import ChatSource, read_chat_templates
-from jlora.training.chat import Template
-from jlora.training.chat_environment import ChatJinja
+from jlora.training.data.chat import Template
+from jlora.training.data.chat_environment import ChatJinja
 
 TOKENIZER = str(STORIES260K / "tokenizer.json")
 

@@ -13,7 +13,7 @@ import jlora
 from jlora import models
 from jlora.models.merged import MergedLeaf, lazily_merged
 from jlora.training.cli import main
-from jlora.training.runs import open_run
+from jlora.training.commands.runs import open_run
 
 LORA = jlora.LoRA(rank=4, alpha=6, init="random")
 

@@ -7,8 +7,8 @@ import pytest
 
 import jlora
 from jlora.training.errors import SettingError
-from jlora.training.selection import make_spec
-from jlora.training.settings import Settings
+from jlora.training.model.selection import make_spec
+from jlora.training.settings.fields import Settings
 
 pytestmark = pytest.mark.newest
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import jlora.models as models
-from jlora.training.settings import Settings
-from jlora.training.subject import open_codec
+from jlora.training.model.subject import open_codec
+from jlora.training.settings.fields import Settings
 
 
 def folder_with(tmp_path, vocab_size: int | None = None):

@@ -659,7 +659,7 @@ RATES = (
     ),
     Mutation(
         "groups of a former release are joined although they differ",
-        "jlora/training/former_groups.py",
+        "jlora/training/run/former_groups.py",
         "if other not in taken and not any(_equal(arrays[other], arrays[each]) for each in taken):",
         "if not taken:",
         ("tests/training/test_checkpoints.py::test_the_groups_of_a_former_release_are_joined_where_they_are_one_now",),
@@ -1213,7 +1213,7 @@ RESIDUALS = (
     ),
     Mutation(
         "the job takes a start from a residual",
-        "jlora/training/selection.py",
+        "jlora/training/model/selection.py",
         "RESIDUAL in method.needs and settings.quantize is None:",
         "RESIDUAL in method.needs and False:",
         (LOFTQ + "the_job_refuses_a_start_from_a_residual",),

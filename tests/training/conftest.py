@@ -11,7 +11,7 @@ import pytest
 
 import jlora
 from jlora.training.job import finetune
-from jlora.training.metrics import Metrics
+from jlora.training.reporting.metrics import Metrics
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jlora.training.data import Data, split
-from jlora.training.encode import Example, language_example
-from jlora.training.packing import join, pack, packed
-from jlora.training.pipeline import collate, padded_length, training_batches, validation_batches
-from jlora.training.settings import Settings
+from jlora.training.data.dataset import Data, split
+from jlora.training.data.encode import Example, language_example
+from jlora.training.data.packing import join, pack, packed
+from jlora.training.data.pipeline import collate, padded_length, training_batches, validation_batches
+from jlora.training.settings.fields import Settings
 
 
 def examples(lengths):

@@ -7,11 +7,11 @@ import pytest
 from little_data import sentences
 
 import jlora
-from jlora.training.defaults import count_steps, resolve
 from jlora.training.errors import SettingError
-from jlora.training.schedule import learning_rate, restarts_of
-from jlora.training.selection import make_spec
-from jlora.training.settings import Settings
+from jlora.training.model.selection import make_spec
+from jlora.training.run.schedule import learning_rate, restarts_of
+from jlora.training.settings.defaults import count_steps, resolve
+from jlora.training.settings.fields import Settings
 
 CHAINS = ("cola", "raclora", "xgblora", "relora")
 

@@ -10,18 +10,18 @@ import jlora
 from jlora import models
 from jlora.models.chat_files import read_chat_templates
 from jlora.models.config import read_config
-from jlora.training import chat
-from jlora.training.defaults import resolve
-from jlora.training.encode import encode_language
+from jlora.training.commands.exchange import export_run, import_adapter
+from jlora.training.commands.runs import Run, open_run, write_merged
+from jlora.training.data import chat
+from jlora.training.data.encode import encode_language
+from jlora.training.data.messages import messages_of, variables_of
+from jlora.training.data.rows import Row
+from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
-from jlora.training.exchange import export_run, import_adapter
 from jlora.training.job import finetune
-from jlora.training.messages import messages_of, variables_of
-from jlora.training.rows import Row
-from jlora.training.runs import Run, open_run, write_merged
-from jlora.training.settings import Settings
-from jlora.training.subject import load_subject, open_codec
-from jlora.training.tokens import Codec
+from jlora.training.model.subject import load_subject, open_codec
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
 
 pytestmark = pytest.mark.newest
 

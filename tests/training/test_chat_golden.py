@@ -12,10 +12,10 @@ from chat_conversations import CONVERSATIONS, FAMILIES, FOLDERS, NOW, TOOLS, arg
 
 from jlora import models
 from jlora.models.config import read_config
-from jlora.training import chat
-from jlora.training.encode import encode_language
-from jlora.training.rows import Row
-from jlora.training.tokens import Codec
+from jlora.training.data import chat
+from jlora.training.data.encode import encode_language
+from jlora.training.data.rows import Row
+from jlora.training.data.tokens import Codec
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "chat.json").read_text(encoding="utf-8"))
 

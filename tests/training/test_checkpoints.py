@@ -13,10 +13,10 @@ import pytest
 
 import jlora
 from jlora.disk.checksums import checksums
-from jlora.training import checkpoint
-from jlora.training.checkpoint import MANIFEST, Checkpoints, find_whole, last_whole
 from jlora.training.errors import CheckpointError
-from jlora.training.loop import State
+from jlora.training.model.loop import State
+from jlora.training.run import checkpoint
+from jlora.training.run.checkpoint import MANIFEST, Checkpoints, find_whole, last_whole
 
 
 @pytest.fixture

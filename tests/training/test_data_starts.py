@@ -9,16 +9,16 @@ import pytest
 from little_data import sentences
 
 import jlora
-from jlora.training import measured
 from jlora.training.cli import main
-from jlora.training.data import load_data
-from jlora.training.defaults import resolve
+from jlora.training.data.dataset import load_data
+from jlora.training.hosts.placement import make_mesh
 from jlora.training.job import finetune
-from jlora.training.placement import make_mesh
-from jlora.training.prepared import prepared
-from jlora.training.selection import trace_sites
-from jlora.training.settings import Settings
-from jlora.training.subject import load_subject, open_codec
+from jlora.training.model import measured
+from jlora.training.model.prepared import prepared
+from jlora.training.model.selection import trace_sites
+from jlora.training.model.subject import load_subject, open_codec
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
 
 SETTINGS = Settings(
     steps=12, batch=4, accumulate=2, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel", checkpoint_every=2,

@@ -7,11 +7,11 @@ import pytest
 
 from jlora import models
 from jlora.models.config import read_config
-from jlora.training import chat
-from jlora.training.encode import encode_classification, encode_language, label_names
+from jlora.training.data import chat
+from jlora.training.data.encode import encode_classification, encode_language, label_names
+from jlora.training.data.rows import Row
+from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError
-from jlora.training.rows import Row
-from jlora.training.tokens import Codec
 
 
 @pytest.fixture(scope="module")

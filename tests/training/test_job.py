@@ -20,15 +20,15 @@ from little_data import sentences
 
 import jlora
 from jlora import models
-from jlora.training import trainer
-from jlora.training.checkpoint import MANIFEST, last_whole
 from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError, Stopped
 from jlora.training.folder import claim
+from jlora.training.hosts.stopping import watched
 from jlora.training.job import finetune, read_settings
-from jlora.training.metrics import Metrics, read_metrics
-from jlora.training.schedule import make_optimizer
-from jlora.training.settings import Settings
-from jlora.training.stopping import watched
+from jlora.training.reporting.metrics import Metrics, read_metrics
+from jlora.training.run import trainer
+from jlora.training.run.checkpoint import MANIFEST, last_whole
+from jlora.training.run.schedule import make_optimizer
+from jlora.training.settings.fields import Settings
 
 SMALL = Settings(
     steps=6,
@@ -198,7 +198,7 @@ def damage_unfinished(step):
     ],
 )
 def test_a_damaged_checkpoint_is_recognised(stopped, damage, word):
-    from jlora.training.checkpoint import find_whole
+    from jlora.training.run.checkpoint import find_whole
 
     damage(stopped / "checkpoints" / "4")
     whole = find_whole(stopped / "checkpoints")
@@ -306,7 +306,7 @@ with claim(sys.argv[1], resume=False):
 
 @pytest.mark.parametrize("place", ["metrics", "manifest", "room"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoints_whole(tmp_path, monkeypatch, place):
-    from jlora.training import checkpoint
+    from jlora.training.run import checkpoint
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,7 +11,7 @@ import time
 import pytest
 from little_data import sentences
 
-from jlora.training.metrics import read_metrics
+from jlora.training.reporting.metrics import read_metrics
 
 SETTINGS = """
 steps = 40

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec
 from little_data import sentences
 
 from jlora.training.errors import SettingError
+from jlora.training.hosts.placement import check_batch, make_mesh, mesh_of, rows_of_batch, weight_spec
 from jlora.training.job import finetune
-from jlora.training.metrics import read_metrics
-from jlora.training.placement import check_batch, make_mesh, mesh_of, rows_of_batch, weight_spec
-from jlora.training.settings import Settings
+from jlora.training.reporting.metrics import read_metrics
+from jlora.training.settings.fields import Settings
 
 pytestmark = pytest.mark.releases
 

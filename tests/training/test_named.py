@@ -13,18 +13,19 @@ import pytest
 import jlora
 from jlora.core.protocol.wrapping import parts
 from jlora.disk import catalog
-from jlora.training import job, told
+from jlora.training import job
 from jlora.training.cli import main
-from jlora.training.configuration import gather
-from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
-from jlora.training.inspected import settings_table
-from jlora.training.losses import sums
-from jlora.training.named import named
-from jlora.training.placement import make_mesh
-from jlora.training.prepared import prepared
-from jlora.training.selection import make_spec
-from jlora.training.settings import Settings
+from jlora.training.hosts.placement import make_mesh
+from jlora.training.model.losses import sums
+from jlora.training.model.prepared import prepared
+from jlora.training.model.selection import make_spec
+from jlora.training.settings import told
+from jlora.training.settings.configuration import gather
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
+from jlora.training.settings.inspected import settings_table
+from jlora.training.settings.named import named
 
 pytestmark = pytest.mark.newest
 

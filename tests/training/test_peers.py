@@ -7,9 +7,10 @@ import time
 import jax
 import pytest
 
-from jlora.training import agreement, folder, peers, versions
-from jlora.training.agreement import Part
+from jlora.training import folder
 from jlora.training.errors import DivergenceError, LostError, Stopped
+from jlora.training.hosts import agreement, peers, versions
+from jlora.training.hosts.agreement import Part
 
 pytestmark = pytest.mark.newest
 

@@ -10,17 +10,17 @@ from jax.experimental import topologies
 
 import jlora
 from jlora.models import STORIES260K
-from jlora.training import plan
-from jlora.training.axes import mesh_axes
-from jlora.training.chips import CHIPS
 from jlora.training.cli import main
-from jlora.training.defaults import resolve
+from jlora.training.commands import plan
+from jlora.training.commands.chips import CHIPS
 from jlora.training.errors import SettingError
-from jlora.training.placement import make_mesh, on_mesh, place_adapters, place_base
-from jlora.training.schedule import make_optimizer
-from jlora.training.selection import make_spec, trace_sites
-from jlora.training.settings import Settings
-from jlora.training.subject import load_subject, open_codec
+from jlora.training.hosts.placement import make_mesh, on_mesh, place_adapters, place_base
+from jlora.training.model.selection import make_spec, trace_sites
+from jlora.training.model.subject import load_subject, open_codec
+from jlora.training.run.schedule import make_optimizer
+from jlora.training.settings.axes import mesh_axes
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
 
 pytestmark = pytest.mark.newest
 

@@ -11,16 +11,16 @@ from little_data import sentences
 import jlora
 from jlora import models
 from jlora.stored import NF4
-from jlora.training.commands import _inspected
-from jlora.training.defaults import resolve
+from jlora.training.commands.actions import _inspected
+from jlora.training.commands.runs import evaluate_file, open_run, write_merged
 from jlora.training.errors import SettingError
 from jlora.training.job import finetune, read_settings
-from jlora.training.prepared import prepared
-from jlora.training.runs import evaluate_file, open_run, write_merged
-from jlora.training.samples import runnable
-from jlora.training.selection import make_spec, trace_sites
-from jlora.training.settings import Settings
-from jlora.training.subject import load_subject, memory, open_codec
+from jlora.training.model.prepared import prepared
+from jlora.training.model.samples import runnable
+from jlora.training.model.selection import make_spec, trace_sites
+from jlora.training.model.subject import load_subject, memory, open_codec
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
 
 NARROW = {r".*/down_proj/kernel": None, jlora.ALL_LINEAR: NF4(double=True)}
 REFUSED = "--quantize nf4 leaves layers/mlp/down_proj/kernel as it is: block 64 must divide the 172 rows of the 172 x 64 matrix"

@@ -5,10 +5,10 @@ from little_data import sentences
 
 import jlora
 from jlora import paths
-from jlora.training.defaults import resolve
 from jlora.training.errors import SettingError
-from jlora.training.selection import make_spec
-from jlora.training.settings import Settings
+from jlora.training.model.selection import make_spec
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
 
 ADA = {"method": "AdaLoRA", "rank": 4, "target": 2}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jlora.training.data import documentation_rows
+from jlora.training.data.dataset import documentation_rows
+from jlora.training.data.rows import read_rows
 from jlora.training.errors import DataError
-from jlora.training.rows import read_rows
 
 
 def write(tmp_path, name, content):

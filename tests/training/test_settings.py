@@ -6,14 +6,14 @@ import json
 import pytest
 from jax.sharding import PartitionSpec
 
-from jlora.training.axes import cutting_axes, mesh_axes, shard_rules
 from jlora.training.cli import build_parser
-from jlora.training.commands import _stored
-from jlora.training.configuration import gather
-from jlora.training.defaults import count_steps, resolve
+from jlora.training.commands.actions import _stored
 from jlora.training.errors import SettingError
-from jlora.training.flags import given
-from jlora.training.settings import Settings
+from jlora.training.settings.axes import cutting_axes, mesh_axes, shard_rules
+from jlora.training.settings.configuration import gather
+from jlora.training.settings.defaults import count_steps, resolve
+from jlora.training.settings.fields import Settings
+from jlora.training.settings.flags import given
 
 
 def config(tmp_path, text):

@@ -8,7 +8,7 @@ import pytest
 from little_data import sentences
 
 from jlora.training.cli import main
-from jlora.training.settings import Settings
+from jlora.training.settings.fields import Settings
 
 SETTINGS = Settings(
     steps=8, batch=4, max_length=16, targets=".*/(q|v)_proj/kernel", checkpoint_every=2, evaluate_every=4,

@@ -8,8 +8,8 @@ import pytest
 from models_data import GOLDEN, copy_of
 from safetensors.numpy import load_file
 
-from jlora.training.settings import Settings
-from jlora.training.subject import load_subject, memory, number_formats
+from jlora.training.model.subject import load_subject, memory, number_formats
+from jlora.training.settings.fields import Settings
 
 TENSORS = load_file(GOLDEN / "llama_linear_tied" / "model.safetensors")
 

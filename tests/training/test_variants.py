@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora import models
 from jlora.training.job import finetune
-from jlora.training.settings import Settings
+from jlora.training.settings.fields import Settings
 
 BASE = Settings(
     steps=2, batch=4, max_length=16, rank=2, targets=".*/q_proj/kernel", sample_tokens=0, progress="none",

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from jlora.training.settings import Settings
-from jlora.training.verdict import advice, complaint, is_stuck, unsteady
+from jlora.training.reporting.verdict import advice, complaint, is_stuck, unsteady
+from jlora.training.settings.fields import Settings
 
 SETTINGS = Settings(data="a.txt", model="dir", learning_rate=1.0)
 

@@ -1,0 +1,186 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jlora
+from jlora import models
+from jlora.training.commands.combined import combine_runs
+from jlora.training.commands.exchange import export_run, import_adapter, open_run_or_adapters
+from jlora.training.commands.runs import Run, evaluate_file, open_run, write_merged
+from jlora.training.data.rows import read_rows
+from jlora.training.errors import SettingError, Stopped
+from jlora.training.folder import check_new
+from jlora.training.hosts import processes
+from jlora.training.job import SETTINGS, finetune, read_settings
+from jlora.training.model.selection import make_spec, trace_sites
+from jlora.training.model.subject import abstract_subject, model_directory, open_codec
+from jlora.training.settings.configuration import Given
+from jlora.training.settings.defaults import resolve
+from jlora.training.settings.fields import Settings
+from jlora.training.settings.flags import given
+from jlora.training.settings.inspected import settings_table
+
+
+def _finetune(arguments: argparse.Namespace) -> str | None:
+    """Returns what is wrong with the result, if anything."""
+    processes.join(arguments.distributed, arguments.coordinator, arguments.processes, arguments.process)
+    with processes.together():
+        asked = given(arguments)
+        settings = asked.settings(_stored(asked))
+        try:
+            with _as_written(asked):
+                return finetune(settings).complaint
+        except Stopped:
+            raise
+        except KeyboardInterrupt as error:
+            if (Path(settings.out) / SETTINGS).exists():
+                raise KeyboardInterrupt(f"stopped; jlora finetune --out {settings.out} --resume goes on") from error
+            raise
+
+
+@contextlib.contextmanager
+def _as_written(asked: Given) -> Iterator[None]:
+    """Errors about settings have the names that the user wrote."""
+    try:
+        yield
+    except SettingError as error:
+        raise error.renamed(asked.names.get(error.setting, "--" + error.setting.replace("_", "-"))) from error
+
+
+def _stored(asked: Given) -> dict[str, Any]:
+    """The settings that a run to resume was started with; what is given now is compared with them later."""
+    if not asked.values.get("resume"):
+        return {}
+    out = asked.values.get("out", Settings.out)
+    if not (Path(out) / SETTINGS).exists():
+        return {}  # the job says what is wrong with the folder
+    stored = read_settings(out)["asked"]
+    if "mesh" in asked.values:  # the rules of a run are for its mesh
+        stored.pop("shard", None)
+    return stored
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    asked = given(arguments)
+    with _as_written(asked):
+        print(_inspected(resolve(asked.settings())))
+
+
+def _inspected(settings: Settings) -> str:
+    """How the model reads its weights, what would be trained, what the methods are, and what can be set."""
+    codec, config = open_codec(settings)
+    labels = ["0", "1"]
+    if settings.task == "classify" and settings.data is not None:
+        from jlora.training.data.encode import label_names
+
+        labels = label_names(read_rows(settings.data, settings.format), settings.label_column)
+    subject = abstract_subject(settings, codec, config, labels)
+    sites = trace_sites(subject, settings)
+    spec = make_spec(subject, settings)
+    adapted = jlora.adapterize(subject.params, spec, sites=sites)
+    parts = {
+        "how the model reads its weights": sites,
+        "what would be trained": jlora.summary(adapted),
+        "what the methods are": jlora.explain(adapted),
+        "their hyperparameters, by --set NAME=VALUE or the flag in brackets": settings_table(settings),
+    }
+    told = [f"{title}:\n{text}" for title, text in parts.items() if str(text)]
+    return "\n\n".join([f"model {subject.directory}", *told])
+
+
+def _plan(arguments: argparse.Namespace) -> str | None:
+    """Returns that the run does not fit, if that is known."""
+    from jlora.training.commands import plan
+    from jlora.training.commands.chips import CHIPS, stay_off_chips
+
+    stay_off_chips()
+    asked = given(arguments)
+    with _as_written(asked):
+        made = plan.make_plan(resolve(asked.settings()), CHIPS[arguments.device], arguments.slices)
+        text, large = plan.report(made)
+    print(text)
+    return f"does not fit into the memory of {arguments.device}" if large else None
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    check_new(arguments.directory)  # before a large model is read
+    run = open_run(arguments.run, arguments.model)
+    write_merged(run, arguments.directory)
+    print(f"merged model written to {arguments.directory}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model)
+    if run.settings.task != "lm":
+        raise ValueError(f"{arguments.run} is a classifier: it cannot continue a text")
+    codec = run.subject.codec
+    prompt = codec.prompt(arguments.prompt)
+    if not prompt:
+        raise ValueError("--prompt must not be empty: the model has no token to begin with")
+    written = models.generate(
+        *run.runnable(),
+        [prompt],
+        max_new_tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        eos_id=codec.end,
+        key=jax.random.key(arguments.seed),
+    )
+    print(codec.decode([*prompt, *written[0]]))
+
+
+def _base(model: str | None) -> Run:
+    """A model without adapters."""
+    from jlora.training.model.subject import load_subject
+
+    settings = resolve(Settings(model=model))
+    return Run(settings, load_subject(settings, *open_codec(settings)), None, model_directory(settings))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.run, arguments.model)
+    values = evaluate_file(run, arguments.data, arguments.max_rows, base=arguments.base)
+    print(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    check_new(arguments.to)
+    run = open_run_or_adapters(arguments.run, arguments.model)
+    print(export_run(run, arguments.to, arguments.profile, arguments.svd_rank, arguments.dtype))
+    print(f"adapter written to {arguments.to}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    adapted = import_adapter(arguments.adapter, arguments.model, arguments.to, arguments.quantize, print)
+    print(jlora.summary(adapted))
+    print(f"run written to {arguments.to}")
+
+
+def _merge_adapters(arguments: argparse.Namespace) -> None:
+    key = jax.random.key(arguments.seed)
+    options = {name: getattr(arguments, name) for name in ("combination", "rank", "clamp", "density", "majority")}
+    combined = combine_runs(arguments.runs, arguments.weights, arguments.to, arguments.model, key=key, **options)
+    print(jlora.summary(combined))
+    print(f"run written to {arguments.to}")
+
+
+COMMANDS = {
+    "finetune": _finetune,
+    "inspect": _inspect,
+    "plan": _plan,
+    "merge": _merge,
+    "generate": _generate,
+    "eval": _eval,
+    "export": _export,
+    "import": _import,
+    "merge-adapters": _merge_adapters,
+}
