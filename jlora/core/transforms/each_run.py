@@ -67,7 +67,13 @@ def each_run(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] 
             return [own for own, _, _ in split], [once for _, once, _ in split]
 
         in_axes_of = [0 if axis is None or _is_stacked(leaf) else axis for leaf, axis in zip(leaves, axis_of)]
-        own, once = jax.vmap(one, in_axes=(in_axes_of,), out_axes=(0, None), axis_size=len(stacks[0]))(owns)
+        try:
+            own, once = jax.vmap(one, in_axes=(in_axes_of,), out_axes=(0, None), axis_size=len(stacks[0]))(owns)
+        except ValueError as error:
+            if "out_axes" not in str(error):
+                raise
+            # What JAX refuses is the part without an axis of runs, and only a base can have one.
+            raise ValueError("each_run's function changes the base by run, which all runs share") from error
         structure, backs = made
         return jax.tree.unflatten(structure, [back(*each) for back, *each in zip(backs, own, once, strict=True)])
 

@@ -65,17 +65,17 @@ def _values(name: str, values: Any) -> list[Any]:
         known = ", ".join(each.replace("_", "-") for each in SWEPT)
         raise SettingError(
             "sweep",
-            f"can't train runs of different {name} in one program, only of {known}{hint}; train the others by commands of their "
+            f"can't train runs of different {name.replace('_', '-')} in one program, only of {known}{hint}; train the others by commands of their "
             "own",
         )
     if not isinstance(values, list) or not values:
-        raise SettingError("sweep", f"{name} must be a list of values, got {values!r}")
+        raise SettingError("sweep", f"{name.replace('_', '-')} must be a list of values, got {values!r}")
     kind = SWEPT[key]
     try:
         found = [kind(each) for each in values]
     except (TypeError, ValueError) as error:
         words = {float: "numbers", int: "whole numbers", str: "texts"}[kind]
-        raise SettingError("sweep", f"{name} must be {words}, got {', '.join(map(str, values))}") from error
+        raise SettingError("sweep", f"{name.replace('_', '-')} must be {words}, got {', '.join(map(str, values))}") from error
     if len(set(found)) < len(found):
-        raise SettingError("sweep", f"{name} has a value twice: {', '.join(map(str, values))}")
+        raise SettingError("sweep", f"{name.replace('_', '-')} has a value twice: {', '.join(map(str, values))}")
     return found

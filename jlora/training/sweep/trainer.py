@@ -317,6 +317,11 @@ class _Several:
         """The positions, as grain's checkpoints want them of what is no iterator of grain's own."""
         return json.dumps([each.get_state() for each in self._iterators]).encode()
 
+    def start_prefetch(self) -> None:
+        """Lets each fetch its next batches, as grain asks of what it has set."""
+        for each in self._iterators:
+            each.start_prefetch()
+
     def set_state(self, state: bytes) -> None:
         """Goes to saved positions."""
         for each, position in zip(self._iterators, json.loads(state), strict=True):
