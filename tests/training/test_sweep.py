@@ -31,7 +31,6 @@ SWEPT = Settings(
     evaluate_every=1,
     checkpoint_every=2,
     sample_tokens=0,
-    max_validation_rows=4,
     progress="none",
     sweep={"learning_rate": ["1e-2", "3e-2"]},
     seeds=2,
