@@ -211,7 +211,10 @@ def other_base():
     [
         (lambda: jlora.adapterize(other_base(), {SPEC: jlora.LoRA(2)}), "q.*kernel.*bases of runs 0 and 1 differ"),
         (lambda: jlora.adapterize(BASE, {"p/kernel": jlora.LoRA(2)}), "q/kernel: of runs 0 and 1 only one adapts"),
-        (lambda: jlora.adapterize(BASE, {SPEC: jlora.LoRA(2, dropout=0.5)}), "p/kernel: run 0 has .* can't be one program"),
+        (
+            lambda: jlora.adapterize(BASE, {SPEC: jlora.LoRA(2, dropout=0.5)}),
+            "p/kernel: run 0 has .* can't be one program",
+        ),
         (lambda: jlora.adapterize(BASE, {SPEC: jlora.LoRA(2, init="pissa")}), "can't be one program"),
         (lambda: jlora.adapterize(BASE, {SPEC: jlora.LoRA(2, init="embedding")}), "can't be one program"),
         (lambda: jlora.adapterize(BASE, {SPEC: jlora.HiRA(2)}), "can't be one program"),

@@ -85,10 +85,14 @@ def measure(width: int, counts: list[int], tokens: int, layers: int, repeats: in
         cost, memory = made[runs][0].cost_analysis(), made[runs][0].memory_analysis()
         rows.append(
             {
-                "width": width, "tokens": tokens, "layers": layers, "runs": runs,
+                "width": width,
+                "tokens": tokens,
+                "layers": layers,
+                "runs": runs,
                 "ms": 1e3 * statistics.median(times[runs]),
                 "x one": statistics.median(a / b for a, b in zip(times[runs], times[counts[0]])),
-                "GFLOP": cost["flops"] / 1e9, "GB moved": cost["bytes accessed"] / 1e9,
+                "GFLOP": cost["flops"] / 1e9,
+                "GB moved": cost["bytes accessed"] / 1e9,
                 "temp MB": memory.temp_size_in_bytes / 1e6,
             }  # fmt: skip
         )

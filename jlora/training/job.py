@@ -104,7 +104,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
     rules = shard_rules(settings.shard)
     if mesh.size > 1 or rules:
         _check_cuts(settings, codec, config, mesh, rules)
-    stored = resumable(settings.out) if settings.resume else {}
+    stored = _resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with, and all processes see the same.
     started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
     data = load_data(settings, codec, datetime.fromisoformat(started))
@@ -123,12 +123,12 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
     agreement.check_base(subject.directory, fingerprint)
     processes.beat()
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
-    adapted = place_adapters(adapt(subject, settings, data, mesh, measured_before(stored)), mesh)
-    about = about_run(asked, settings, subject, data, fingerprint)
+    adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
+    about = _about(asked, settings, subject, data, fingerprint)
     about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
     with processes.claim(settings.out, settings.resume) as out:
         try:
-            begin(out, about, data, settings)
+            _begin(out, about, data, settings)
             _describe(adapted, subject, data, settings, say)
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
@@ -136,7 +136,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
             return _run(trainer, subject, about, say, start)
         except Exception as error:
             if is_full_disk(error):
-                raise full_disk(out) from error
+                raise _full(out) from error
             raise
 
 
@@ -149,14 +149,14 @@ def _silent(text: str) -> None:
     """Takes the place of `say` in processes that do not print."""
 
 
-def full_disk(out: Path) -> OSError:
+def _full(out: Path) -> OSError:
     """One sentence for a full disk."""
     step = last_whole(out / "checkpoints")
     kept = "there is no whole checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
     return OSError(errno.ENOSPC, f"the disk of {out} is full; {kept}: free some space and go on with --resume")
 
 
-def about_run(asked: Settings, settings: Settings, subject: Subject, data: Data, fingerprint: str) -> dict[str, Any]:
+def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fingerprint: str) -> dict[str, Any]:
     """The content of settings.json."""
     return {
         "asked": dataclasses.asdict(asked),
@@ -192,7 +192,7 @@ def read_settings(out: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
 
 
-def resumable(out: str) -> dict[str, Any]:
+def _resumable(out: str) -> dict[str, Any]:
     """The settings.json of a run that can go on."""
     stored = read_settings(out)
     if "sweep" in stored:
@@ -205,12 +205,12 @@ def resumable(out: str) -> dict[str, Any]:
     return stored
 
 
-def measured_before(stored: dict[str, Any]) -> dict[str, Any]:
+def _measured(stored: dict[str, Any]) -> dict[str, Any]:
     """What was measured when a run began; earlier releases measured only ranks, and wrote them as `ranks`."""
     return stored.get("measured", stored.get("ranks", {}))
 
 
-def begin(out: Path, about: dict[str, Any], data: Data, settings: Settings) -> None:
+def _begin(out: Path, about: dict[str, Any], data: Data, settings: Settings) -> None:
     """Write settings.json, or check a resumed run against it; and the chat template."""
     if settings.resume:
         # In process 0, whose paths are stored; what lies at those of the others has been compared with it.
@@ -277,9 +277,9 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
     if texts:
         texts["after"] = sample(subject, prompt, settings, adapted)
         write_json(out / SAMPLES, texts)
-    save_adapters(out, adapted)
+    _save_adapters(out, adapted)
     found = complaint(metrics, settings)
-    record = results_of(trainer.adapted, metrics, start, trainer.resumed_at, found)
+    record = _results(trainer, metrics, start, found)
     if found is None and (note := unsteady(metrics, settings)):
         about["notes"].append(note)
         say(f"note  {note}")
@@ -296,7 +296,7 @@ def _gave_up(
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record = results_of(trainer.adapted, metrics, start, trainer.resumed_at, str(error))
+    record = _results(trainer, metrics, start, str(error))
     write_json(out / RESULTS, record)
     write_report(out, about, record, metrics, trainer.adapted, texts)
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))
@@ -306,7 +306,7 @@ def _gave_up(
     return DivergenceError(f"{error}; {kept}, and {out / REPORT} shows the run")
 
 
-def save_adapters(out: Path, adapted: jlora.Adapted) -> None:
+def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     """Write the adapters beside those of an earlier end of the same run, then put them in their place."""
     if not processes.first():
         jlora.save(out / ADAPTERS, adapted)  # writes nothing here, but process 0 waits for it
@@ -321,9 +321,7 @@ def save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def results_of(
-    adapted: jlora.Adapted, metrics: Metrics, start: float, resumed_at: int, complaint: str | None
-) -> dict[str, Any]:
+def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
     """The content of results.json; `seconds` are those since the run was started or resumed."""
     found, about = metrics.of("validation"), ("step", "kind", "weight")
     values = [{name: value for name, value in record.items() if name not in about} for record in found]
@@ -333,10 +331,10 @@ def results_of(
         "after": values[-1],
         "steps": len(train),
         "train_loss": train[-1]["loss"] if train else None,
-        "trained_values": count(adapted.params),
-        "base_values": count(adapted.base),
+        "trained_values": count(trainer.adapted.params),
+        "base_values": count(trainer.adapted.base),
         "seconds": round(time.time() - start, 1),
-        "resumed_at": resumed_at,
+        "resumed_at": trainer.resumed_at,
         "complaint": complaint,
     }
 

@@ -40,7 +40,9 @@ SWEPT = Settings(
 @pytest.fixture(scope="module", autouse=True)
 def few_sentences(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        data, held_out = (sentences(tmp_path_factory.mktemp(name), count) for name, count in (("data", 60), ("more", 8)))
+        data, held_out = (
+            sentences(tmp_path_factory.mktemp(name), count) for name, count in (("data", 60), ("more", 8))
+        )
         patch.setitem(globals(), "SWEPT", dataclasses.replace(SWEPT, data=data, validation=held_out))
         yield
 

@@ -14,7 +14,7 @@ from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.stacked import Stacked
 
 
-def each_run(fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0) -> Callable[..., Any]:
+def each_run(fn: Callable[..., Any], in_axes: int | Sequence[int | None] | None = 0) -> Callable[..., Any]:
     """The function that does for all runs of a stack what `fn` does for one: `jax.vmap` with the base held once.
 
     `fn` gets an `Adapted` wherever the new function gets a `Stacked`, and of all other arguments the run's own part. So what
@@ -158,8 +158,6 @@ def _apart(result: Any, stacks: list[Stacked]) -> tuple[Any, Any, Callable[[Any,
     def together(own: Any, once: Any) -> Stacked:
         params, mine, context = own
         whole = _nested(mine | {keys: kept[keys] for keys in alike})
-        return Stacked(
-            stacked.base if same else once, params, whole, context, stacked.joint, stacked.runs, alike
-        )
+        return Stacked(stacked.base if same else once, params, whole, context, stacked.joint, stacked.runs, alike)
 
     return (result.params, mine, result.context), None if same else result.base, together

@@ -147,7 +147,9 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
         for site in sites:
             if site.keys in gains:
                 frozen[*site.keys, GAIN] = jnp.full(site.batch_shape, gains[site.keys][number], jnp.float32)
-        trees.append({("params", *k): v for k, v in _flat(each.params).items()} | {("frozen", *k): v for k, v in frozen.items()})
+        trees.append(
+            {("params", *k): v for k, v in _flat(each.params).items()} | {("frozen", *k): v for k, v in frozen.items()}
+        )
     padded = _padded(trees, sites)
     runs = tuple(Run(each.plan, _shapes(each)) for each in adapters)
     # What an event changes, it may change for each run by itself.
@@ -159,7 +161,9 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
             paths.insert(params, site.keys, {})
     contexts = [each.context for each in adapters]
     if any(jax.tree.structure(each) != jax.tree.structure(contexts[0]) for each in contexts):
-        raise ValueError("the contexts of the adapters to be stacked differ in form; give all of them, such as dropout keys, or none")
+        raise ValueError(
+            "the contexts of the adapters to be stacked differ in form; give all of them, such as dropout keys, or none"
+        )
     context = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
     return Stacked(adapters[0].base, params, frozen, context, Plan(sites, len(adapters)), runs, alike)
 

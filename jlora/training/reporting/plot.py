@@ -11,7 +11,7 @@ import numpy as np
 from jlora.training.reporting.metrics import Record
 
 _TRAIN, _VALIDATION, _GRID = "#3b6ea5", "#c8553d", "#d9d9d9"
-STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
 
 
 def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
@@ -27,7 +27,7 @@ def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
     from matplotlib.figure import Figure
 
     classify = "accuracy" in validation[0]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11 if classify else 8, 4.2), dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2 if classify else 1, squeeze=False)[0]
@@ -50,7 +50,7 @@ def _loss(axes, train: Sequence[Record], validation: Sequence[Record]) -> None:
     axes.plot(*points, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5, label="validation")
     _label(axes, points[0][0], points[1][0])
     _label(axes, points[0][-1], points[1][-1])
-    finish(axes, "loss (nats)")
+    _finish(axes, "loss (nats)")
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -59,7 +59,7 @@ def _accuracy(axes, validation: Sequence[Record]) -> None:
     axes.plot(steps, values, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5)
     _label(axes, steps[0], values[0])
     _label(axes, steps[-1], values[-1])
-    finish(axes, "validation accuracy")
+    _finish(axes, "validation accuracy")
 
 
 def _label(axes, step: int, value: float) -> None:
@@ -75,8 +75,7 @@ def _label(axes, step: int, value: float) -> None:
     )
 
 
-def finish(axes, label: str) -> None:
-    """Names the axes, and draws the grid."""
+def _finish(axes, label: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.margins(x=0.07, y=0.08)

@@ -19,7 +19,7 @@ from jlora.training.reporting.plot import loss_plot
 
 PLOT, REPORT = "loss.png", "report.html"
 
-STYLE = """
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 860px; margin: 2.5em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.1em; margin-top: 2em; color: #3b6ea5; }
 p.about { color: #666; margin-top: 0; } p.wrong { background: #fbe9e5; border-left: 4px solid #c8553d; padding: .6em .9em; }
@@ -69,27 +69,26 @@ def write_report(
         _sites(adapted),
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
-        table(("name", "content"), folder.content(out, REPORT).items()),
-        folded("Settings", table(("setting", "value"), given(about["settings"]))),
-        folded("What it stands on", table(("name", "value"), grounds(about))),
+        _table(("name", "content"), folder.content(out, REPORT).items()),
+        _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
+        _folded("What it stands on", _table(("name", "value"), _grounds(about))),
     ]
-    write_whole(out / REPORT, page(f"{names(about)[0]}, fine-tuned by jlora", body))
+    title = html.escape(f"{_names(about)[0]}, fine-tuned by jlora")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f"</head><body>{''.join(body)}</body></html>\n"
+    )
+    write_whole(out / REPORT, page)
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML page of parts that are HTML."""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
-
-
-def names(about: Mapping[str, Any]) -> tuple[str, str]:
+def _names(about: Mapping[str, Any]) -> tuple[str, str]:
     """Model and data without the folders they lie in: those are the reader's own business."""
     data = about["settings"]["data"]
     return Path(about["model"]).resolve().name, Path(data).name if data else about["data"]
 
 
 def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:
-    settings, (model, data) = about["settings"], names(about)
+    settings, (model, data) = about["settings"], _names(about)
     method = "the spec's methods" if settings["spec"] else settings["method"]
     text = f"{model}, trained by {method} on {data}: {count(adapted.params):,} trained values"
     return f"<h1>Fine-tuning report</h1><p class=about>{html.escape(text)}</p>"
@@ -136,29 +135,24 @@ def _sites(adapted: jlora.Adapted) -> str:
         trained = count(paths.lookup(adapted.params, site.keys))
         rows.append((site.path, " × ".join(map(str, site.shape)), str(site.method), f"{trained:,}"))
     rows += [(path, "shared", str(method), f"{n:,}") for method, (path, n) in shared_counts(adapted).items()]
-    return table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
+    return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 
-def folded(title: str, content: str) -> str:
-    """What is shown where its title is clicked."""
+def _folded(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>{content}</details>"
 
 
-def given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The settings that have a value."""
+def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in settings.items() if value is not None and value != {}]
 
 
-def grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a run stands on: model, data, versions."""
+def _grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     places = [("model", about["model"]), ("data", about["data"])]
     sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
     return [*places, *sums, *about["versions"].items()]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    """A table of texts; columns of `numbers` stand to the right."""
-
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
     def cells(tag: str, values: Sequence[Any]) -> str:
         kinds = [' class="number"' if index in numbers else "" for index in range(len(values))]
         return "".join(f"<{tag}{kind}>{html.escape(str(value))}</{tag}>" for kind, value in zip(kinds, values))

@@ -153,10 +153,14 @@ class Settings:
         group="training",
     )
     seeds: int | None = _setting(
-        None, "train that many runs at once, of seeds from --seed on (with --sweep: of each combination)", group="training"
+        None,
+        "train that many runs at once, of seeds from --seed on (with --sweep: of each combination)",
+        group="training",
     )
     patience: int | None = _setting(
-        None, "with --sweep or --seeds: stop a run whose validation got no better that many times in a row", group="training"
+        None,
+        "with --sweep or --seeds: stop a run whose validation got no better that many times in a row",
+        group="training",
     )
     offload: bool = _setting(
         False, "keep the optimizer's moments in the host's memory, not the device's", group="training", resumable=True

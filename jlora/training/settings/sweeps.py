@@ -58,24 +58,24 @@ def _values(name: str, values: Any) -> list[Any]:
     Raises:
         SettingError: where they can't be.
     """
-    key = name.replace("-", "_")
+    key, word = name.replace("-", "_"), name.replace("_", "-")
     if key not in SWEPT:
         near = nearest(key, list(SWEPT))
         hint = f"; did you mean {near.replace('_', '-')}?" if near else ""
         known = ", ".join(each.replace("_", "-") for each in SWEPT)
         raise SettingError(
             "sweep",
-            f"can't train runs of different {name.replace('_', '-')} in one program, only of {known}{hint}; train the others by commands of their "
-            "own",
+            f"can't train runs of different {word} in one program, only of {known}{hint}; train the others by commands of "
+            "their own",
         )
     if not isinstance(values, list) or not values:
-        raise SettingError("sweep", f"{name.replace('_', '-')} must be a list of values, got {values!r}")
+        raise SettingError("sweep", f"{word} must be a list of values, got {values!r}")
     kind = SWEPT[key]
     try:
         found = [kind(each) for each in values]
     except (TypeError, ValueError) as error:
         words = {float: "numbers", int: "whole numbers", str: "texts"}[kind]
-        raise SettingError("sweep", f"{name.replace('_', '-')} must be {words}, got {', '.join(map(str, values))}") from error
+        raise SettingError("sweep", f"{word} must be {words}, got {', '.join(map(str, values))}") from error
     if len(set(found)) < len(found):
-        raise SettingError("sweep", f"{name.replace('_', '-')} has a value twice: {', '.join(map(str, values))}")
+        raise SettingError("sweep", f"{word} has a value twice: {', '.join(map(str, values))}")
     return found

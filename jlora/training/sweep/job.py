@@ -21,18 +21,18 @@ from jlora.training.hosts.placement import make_mesh, place_base
 from jlora.training.job import (
     RESULTS,
     SETTINGS,
-    about_run,
-    begin,
-    full_disk,
-    measured_before,
+    _about,
+    _begin,
+    _full,
+    _measured,
+    _resumable,
+    _save_adapters,
     read_settings,
-    results_of,
-    resumable,
-    save_adapters,
 )
 from jlora.training.model.measured import measured_of
 from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, check_model, load_subject, memory, open_codec
+from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import write_report
 from jlora.training.reporting.verdict import complaint, unsteady
 from jlora.training.settings.defaults import count_steps, resolve
@@ -92,7 +92,7 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     settings, mesh = resolve(asked), make_mesh({})
     codec, config = open_codec(settings)
     check_model(settings, config)
-    stored = resumable(settings.out) if settings.resume else {}
+    stored = _resumable(settings.out) if settings.resume else {}
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
     data = load_data(settings, codec, datetime.fromisoformat(started))
     settings = count_steps(settings, len(data.train))
@@ -103,29 +103,29 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, []))
     folders = [Path(settings.out) / RUNS / name_of(point) for point in at]
     runs = [dataclasses.replace(each, out=str(place), resume=False) for each, place in zip(resolved, folders)]
-    adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _measured(folders, settings))]
+    adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _known(folders, settings))]
     stacked = _stacked(adapters, asked)
-    about = about_run(asked, settings, subject, data, fingerprint)
+    about = _about(asked, settings, subject, data, fingerprint)
     about |= {"measured": {}, "started": started, "notes": [*data.notes, *subject.notes], "runs": at}
     abouts = []
     for wanted, each, adapted in zip(alone, runs, adapters):
-        own = about_run(wanted, each, subject, data, fingerprint)
+        own = _about(wanted, each, subject, data, fingerprint)
         notes = [*about["notes"], f"one of {len(at)} runs of a sweep; rows were drawn by its seed, {asked.seed}"]
         own |= {"measured": measured_of(adapted), "started": started, "notes": notes, "sweep": str(settings.out)}
         abouts.append(own)
     with processes.claim(settings.out, settings.resume) as out:
         try:
-            begin(out, about, data, settings)
+            _begin(out, about, data, settings)
             for place, own, each in zip(folders, abouts, runs):
                 place.mkdir(parents=True, exist_ok=True)
-                begin(place, own, data, dataclasses.replace(each, resume=False))
+                _begin(place, own, data, dataclasses.replace(each, resume=False))
             _describe(stacked, subject, data, settings, at, say)
             trainer = SweepTrainer(stacked, subject.forward, data, settings, runs, out, folders, fingerprint)
             trained = trainer.run()
             return _conclude(trainer, trained, at, abouts, about, say, start)
         except Exception as error:
             if is_full_disk(error):
-                raise full_disk(out) from error
+                raise _full(out) from error
             raise
 
 
@@ -134,10 +134,10 @@ def name_of(point: dict[str, Any]) -> str:
     return "_".join(f"{name.replace('_', '-')}-{value}" for name, value in point.items())
 
 
-def _measured(folders: list[Path], settings: Settings) -> list[dict[str, Any]]:
+def _known(folders: list[Path], settings: Settings) -> list[dict[str, Any]]:
     """What was measured when each run began."""
     known = settings.resume and all((place / SETTINGS).exists() for place in folders)
-    return [measured_before(read_settings(place)) if known else {} for place in folders]
+    return [_measured(read_settings(place)) if known else {} for place in folders]
 
 
 def _stacked(adapters: list[jlora.Adapted], asked: Settings) -> jlora.Stacked:
@@ -148,7 +148,9 @@ def _stacked(adapters: list[jlora.Adapted], asked: Settings) -> jlora.Stacked:
     """
     name = "sweep" if asked.sweep else "seeds"
     if events_of(adapters[0]):
-        raise SettingError(name, f"can't train {asked.method}: what it does between steps, it does for each run by itself")
+        raise SettingError(
+            name, f"can't train {asked.method}: what it does between steps, it does for each run by itself"
+        )
     try:
         return jlora.stack(adapters)
     except ValueError as error:
@@ -168,6 +170,26 @@ def _describe(
     say(f"{settings.steps} steps of {settings.batch} rows for each, results in {settings.out}")
 
 
+def _results(
+    adapted: jlora.Adapted, metrics: Metrics, start: float, resumed_at: int, wrong: str | None
+) -> dict[str, Any]:
+    """The content of a run's results.json; `seconds` are those of the sweep."""
+    about = ("step", "kind", "weight")
+    values = [{name: v for name, v in record.items() if name not in about} for record in metrics.of("validation")]
+    train = metrics.of("train")
+    return {
+        "before": values[0],
+        "after": values[-1],
+        "steps": len(train),
+        "train_loss": train[-1]["loss"] if train else None,
+        "trained_values": count(adapted.params),
+        "base_values": count(adapted.base),
+        "seconds": round(time.time() - start, 1),
+        "resumed_at": resumed_at,
+        "complaint": wrong,
+    }
+
+
 def _conclude(
     trainer: SweepTrainer,
     trained: jlora.Stacked,
@@ -185,11 +207,11 @@ def _conclude(
         adapted = trained.run(number)
         wrong = trainer.complaints.get(number)
         if wrong is None:
-            save_adapters(place, adapted)
+            _save_adapters(place, adapted)
             wrong = complaint(metrics, each)
             if wrong is None and (note := unsteady(metrics, each)):
                 own["notes"].append(note)
-        record = results_of(adapted, metrics, start, trainer.resumed_at, wrong)
+        record = _results(adapted, metrics, start, trainer.resumed_at, wrong)
         write_json(place / RESULTS, record)
         write_report(place, own, record, metrics, adapted, {})
         found.append(RunOfSweep(place.name, at[number], record, metrics.records))

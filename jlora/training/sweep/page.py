@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import math
@@ -14,8 +13,9 @@ from typing import Any
 
 from jlora.training.files import write_whole
 from jlora.training.reporting.metrics import Record
-from jlora.training.reporting.plot import STYLE, finish
-from jlora.training.reporting.report import folded, given, grounds, names, page, table
+from jlora.training.reporting.page import folded, image, page, table
+from jlora.training.reporting.plot import _STYLE, _finish
+from jlora.training.reporting.report import _given, _grounds, _names
 
 PAGE, PLOT = "sweep.html", "sweep.png"
 
@@ -62,20 +62,19 @@ def write_page(out: Path, about: Mapping[str, Any], runs: Sequence[RunOfSweep], 
     """
     picture = curves(runs)
     write_whole(out / PLOT, picture)
-    encoded = base64.b64encode(picture).decode()
-    model, data = names(about)
+    model, data = _names(about)
     title = f"{model} on {data}: {len(runs)} {'run' if len(runs) == 1 else 'runs'} at once"
     wrong = [html.escape(f"{run.name}: {told}") for run in runs if (told := run.record["complaint"])]
     body = [
         f"<h1>Sweep</h1><p class=about>{html.escape(title)}, in {seconds:.0f} s</p>",
-        f'<img alt="Validation and training loss of the runs over steps" src="data:image/png;base64,{encoded}">',
+        image(picture, "Validation and training loss of the runs over steps"),
         "<h2>Settings, the best mean first</h2>" if len(_groups(runs)) < len(runs) else "",
         _settings(runs) if len(_groups(runs)) < len(runs) else "",
         "<h2>Runs, the best first</h2>",
         _runs(runs),
         f"<h2>What went wrong</h2><ul><li>{'</li><li>'.join(wrong)}</li></ul>" if wrong else "",
-        folded("Settings in common", table(("setting", "value"), given(about["settings"]))),
-        folded("What it stands on", table(("name", "value"), grounds(about))),
+        folded("Settings in common", table(("setting", "value"), _given(about["settings"]))),
+        folded("What it stands on", table(("name", "value"), _grounds(about))),
     ]
     write_whole(out / PAGE, page(title, body))
 
@@ -122,7 +121,7 @@ def _runs(runs: Sequence[RunOfSweep]) -> str:
         shown = (*(f"{after[name]:.4g}" for name in measures), "-" if train is None else f"{train:.4g}")
         wrong = "see below" if run.record["complaint"] else ""
         rows.append((*run.point.values(), *shown, run.record["steps"], f"runs/{run.name}", wrong))
-    return table(header, rows, numbers=range(len(swept) + len(measures) + 2))
+    return table(header, rows, numbers=range(len(swept) + len(measures) + 2), best=0)
 
 
 def curves(runs: Sequence[RunOfSweep]) -> bytes:
@@ -133,7 +132,7 @@ def curves(runs: Sequence[RunOfSweep]) -> bytes:
 
     groups = _groups(runs)
     colours = matplotlib.colormaps["viridis"]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
@@ -147,8 +146,8 @@ def curves(runs: Sequence[RunOfSweep]) -> bytes:
                     steps, losses = [r["step"] for r in of_kind], [r["loss"] for r in of_kind]
                     mark: dict[str, Any] = {"marker": "o", "markersize": 3} if kind == "validation" else {"alpha": 0.6}
                     axes.plot(steps, losses, color=colour, linewidth=1.1, label=first, **mark)
-        finish(left, "validation loss (nats)")
-        finish(right, "training loss (nats)")
+        _finish(left, "validation loss (nats)")
+        _finish(right, "training loss (nats)")
         if len(groups) > 1:
             left.legend(frameon=False, fontsize=8)
         content = io.BytesIO()

@@ -231,7 +231,11 @@ class SweepTrainer:
         speed = sum(float(np.sum(result.weight[going])) for result in results) / (time.perf_counter() - since)
         for (step, _), result in zip(waiting, results):
             for number in np.flatnonzero(~course.stopped):
-                metrics, loss, norm = self.metrics[number], float(result.loss[number]), float(result.gradient_norm[number])
+                metrics, loss, norm = (
+                    self.metrics[number],
+                    float(result.loss[number]),
+                    float(result.gradient_norm[number]),
+                )
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     self._fail(number, f"the loss is {loss} and its gradient's norm {norm} at step {step}", progress)
                     continue
@@ -243,7 +247,9 @@ class SweepTrainer:
                 )
                 course.steps[number] = step
                 if is_stuck(metrics.last("train", STUCK)):
-                    self._fail(number, f"the gradient is exactly 0 in each of the last {STUCK} steps to {step}", progress)
+                    self._fail(
+                        number, f"the gradient is exactly 0 in each of the last {STUCK} steps to {step}", progress
+                    )
             if going.any():
                 progress.step(step, float(np.nanmean(result.loss[going])), speed, bool(self.data.labels))
 
