@@ -94,7 +94,7 @@ def measure(width: int, counts: list[int], tokens: int, layers: int, repeats: in
                 "GFLOP": cost["flops"] / 1e9,
                 "GB moved": cost["bytes accessed"] / 1e9,
                 "temp MB": memory.temp_size_in_bytes / 1e6,
-            }  # fmt: skip
+            }
         )
     return rows
 

@@ -100,7 +100,8 @@ def main() -> None:
             print(f"{name}: left out, {left[name]}", flush=True)
     rows = sorted(found.items(), key=lambda item: item[1])
     lines = [
-        f"{arguments.steps} steps, {RUNS} runs, width {WIDTH}; jax {jax.__version__}, CPU. Left out: {', '.join(sorted(left))}.",
+        f"{arguments.steps} steps, {RUNS} runs, width {WIDTH}; jax {jax.__version__}, CPU. Left out: "
+        f"{', '.join(sorted(left))}.",
         "",
         "| method | largest difference |",
         "|---|---|",
