@@ -4,12 +4,13 @@
 
 Each method as `jlora finetune --method NAME --rank 4` makes it, on a small network, with three runs of other starts, data,
 rates and decays; AdamW. Two programs for each method: all steps of the stack, all steps of a run alone. The difference is the
-largest of all trained values, over the largest value of its array. Written to results/runs_alone.md.
+largest of all trained values, over the largest value of its array. Written to results/runs_alone.json, beside what was measured before of other methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +90,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--methods", default=",".join(method_names()))
     arguments = parser.parse_args()
-    found: dict[str, float] = {}
-    left: dict[str, str] = {}
+    path = RESULTS / "runs_alone.json"
+    RESULTS.mkdir(exist_ok=True)
+    found = _before(path, arguments.steps)
     for name in arguments.methods.split(","):
         try:
             found[name] = difference(name, arguments.steps)
             print(f"{name}: {found[name]:.1e}", flush=True)
         except (ValueError, TypeError, KeyError) as error:
-            left[name] = " ".join(str(error).split())[:80]
-            print(f"{name}: left out, {left[name]}", flush=True)
-    rows = sorted(found.items(), key=lambda item: item[1])
-    lines = [
-        f"{arguments.steps} steps, {RUNS} runs, width {WIDTH}; jax {jax.__version__}, CPU. Left out: "
-        f"{', '.join(sorted(left))}.",
-        "",
-        "| method | largest difference |",
-        "|---|---|",
-        *(f"| {name} | {value:.1e} |" for name, value in rows),
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "runs_alone.md").write_text("\n".join(lines) + "\n")
+            print(f"{name}: left out, {' '.join(str(error).split())}", flush=True)
+        path.write_text(json.dumps({"steps": arguments.steps, "jax": jax.__version__, "found": found}, indent=1) + "\n")
+        rows = sorted(found.items(), key=lambda item: item[1])
+        lines = [
+            f"{arguments.steps} steps, {RUNS} runs, width {WIDTH}; jax {jax.__version__}, CPU.",
+            "",
+            "| method | largest difference |",
+            "|---|---|",
+            *(f"| {name} | {value:.1e} |" for name, value in rows),
+        ]
+        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _before(path: Path, steps: int) -> dict[str, float]:
+    """What has been measured before, of other methods."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return before["found"] if (before.get("steps"), before.get("jax")) == (steps, jax.__version__) else {}
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Stacked:
             "jlora.each_run(fn), or for each of jlora.unstack(stacked)"
         )
 
-    def _refuse(self, key: Any) -> NoReturn:
+    def _refuse(self, key: Any) -> Any:
         return self.plan
 
     __contains__ = __getitem__ = _refuse
@@ -281,7 +281,7 @@ def _padded(trees: list[Flat], sites: tuple[Site, ...]) -> list[Flat]:
     for number, tree in enumerate(trees):
         if odd := sorted(set(tree) ^ set(first)):
             raise ValueError(f"{'/'.join(odd[0])}: of runs 0 and {number} only one has this array")
-    roles = {(*site.keys, name): axes for site in sites for name, axes in site.method.axes.items()}
+    roles: dict[Keys, tuple[str, ...]] = {(*site.keys, name): axes for site in sites for name, axes in site.method.axes.items()}
     padded: list[Flat] = [{} for _ in trees]
     for keys, leaf in first.items():
         leaves = [tree[keys] for tree in trees]

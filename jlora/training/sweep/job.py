@@ -100,7 +100,7 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     subject = load_subject(settings, codec, config)
     subject = subject.with_head(data.labels) if data.labels else subject
     fingerprint = jlora.fingerprint(subject.params)
-    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, []))
+    subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     folders = [Path(settings.out) / RUNS / name_of(point) for point in at]
     runs = [dataclasses.replace(each, out=str(place), resume=False) for each, place in zip(resolved, folders)]
     adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _known(folders, settings))]

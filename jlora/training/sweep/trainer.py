@@ -56,8 +56,9 @@ class Course:
     @classmethod
     def of(cls, runs: int) -> Course:
         """That of runs which have not begun."""
-        flags = (np.zeros(runs, np.bool_) for _ in range(2))
-        return cls(np.zeros(runs, np.int32), *flags, np.full(runs, np.inf, np.float32), np.zeros(runs, np.int32))
+        stopped, failed = (np.zeros(runs, np.bool_) for _ in range(2))
+        best = np.full(runs, np.inf, np.float32)
+        return cls(np.zeros(runs, np.int32), stopped, failed, best, np.zeros(runs, np.int32))
 
 
 @dataclasses.dataclass
@@ -253,7 +254,7 @@ class SweepTrainer:
             if going.any():
                 progress.step(step, float(np.nanmean(result.loss[going])), speed, bool(self.data.labels))
 
-    def _fail(self, number: int, found: str, progress: Progress) -> None:
+    def _fail(self, number: Any, found: str, progress: Progress) -> None:
         self._course.stopped[number] = self._course.failed[number] = True
         self.complaints[int(number)] = text = f"{found}: the training diverged; {advice(self.runs[number])}"
         (self.folders[number] / _FAILURE).write_text(text + "\n", encoding="utf-8")
