@@ -75,7 +75,7 @@ STEP = (
     Mutation(
         "the gradient is not clipped",
         "jlora/training/run/schedule.py",
-        "tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx",
+        "tx = tx if isinstance(clip, int | float) and clip == 0 else optax.chain(optax.clip_by_global_norm(clip), tx)",
         "pass",
         (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
     ),

@@ -38,6 +38,7 @@ def each_run(fn: Callable[..., Any], in_axes: int | Sequence[int | None] | None 
     Example:
         >>> loss = lambda adapted, tokens: jnp.mean(jlora.lift(model.apply)({"params": adapted}, tokens) ** 2)
         >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> spec = {r".*/q_proj/kernel": jlora.LoRA(rank=2)}
         >>> stacked = jlora.stack([jlora.adapterize(params, spec, key=key) for key in keys])
         >>> jax.jit(jlora.each_run(loss, in_axes=(0, None)))(stacked, tokens).shape
         (4,)

@@ -131,7 +131,7 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
             path and the number of the run.
 
     Example:
-        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> keys, spec = jax.random.split(jax.random.key(0), 4), {r".*/q_proj/kernel": jlora.LoRA(rank=2)}
         >>> stacked = jlora.stack([jlora.adapterize(params, spec, key=key) for key in keys])
     """
     if wrong := [each for each in adapters if not isinstance(each, Adapted)]:
@@ -172,8 +172,9 @@ def unstack(stacked: Stacked) -> list[Adapted]:
     """The adapters of each run by itself, with its own method and rank, as `stack` got them; for `save` and all else.
 
     Example:
-        >>> for number, adapted in enumerate(jlora.unstack(stacked)):
-        ...     jlora.save(f"runs/{number}", adapted)
+        >>> stacked = jlora.stack([adapted, adapted])
+        >>> for number, run in enumerate(jlora.unstack(stacked)):
+        ...     jlora.save(f"runs/{number}", run)
     """
     return [stacked.run(number) for number in range(len(stacked))]
 
@@ -281,7 +282,9 @@ def _padded(trees: list[Flat], sites: tuple[Site, ...]) -> list[Flat]:
     for number, tree in enumerate(trees):
         if odd := sorted(set(tree) ^ set(first)):
             raise ValueError(f"{'/'.join(odd[0])}: of runs 0 and {number} only one has this array")
-    roles: dict[Keys, tuple[str, ...]] = {(*site.keys, name): axes for site in sites for name, axes in site.method.axes.items()}
+    roles: dict[Keys, tuple[str, ...]] = {
+        (*site.keys, name): axes for site in sites for name, axes in site.method.axes.items()
+    }
     padded: list[Flat] = [{} for _ in trees]
     for keys, leaf in first.items():
         leaves = [tree[keys] for tree in trees]
