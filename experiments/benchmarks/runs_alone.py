@@ -4,7 +4,8 @@
 
 Each method as `jlora finetune --method NAME --rank 4` makes it, on a small network, with three runs of other starts, data,
 rates and decays; AdamW. Two programs for each method: all steps of the stack, all steps of a run alone. The difference is the
-largest of all trained values, over the largest value of its array. Written to results/runs_alone.json, beside what was measured before of other methods.
+largest of all trained values, over the largest value of its array. Written to results/runs_alone.json, beside what was
+measured before of other methods.
 """
 
 from __future__ import annotations
