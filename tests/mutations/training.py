@@ -82,7 +82,7 @@ STEP = (
     Mutation(
         "the weight decay of the settings is lost",
         "jlora/training/run/schedule.py",
-        "weight_decay=settings.weight_decay,",
+        'weight_decay=value["weight_decay"],',
         "weight_decay=0.0,",
         (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
     ),
