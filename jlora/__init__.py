@@ -58,6 +58,8 @@ from jlora.core.protocol.method import View as View
 from jlora.core.protocol.readings import Sites as Sites
 from jlora.core.protocol.stored import Stored as Stored
 from jlora.core.protocol.wrapping import Around as Around
+from jlora.core.transforms.each_run import each_run as each_run
+from jlora.core.transforms.each_run import hold as hold
 from jlora.core.transforms.lift import lift as lift
 from jlora.core.transforms.observe import Statistic as Statistic
 from jlora.core.transforms.observe import input_covariance as input_covariance
@@ -77,6 +79,9 @@ from jlora.core.tree.residuals import loftq as loftq
 from jlora.core.tree.residuals import residuals as residuals
 from jlora.core.tree.spec import ALL_LINEAR as ALL_LINEAR
 from jlora.core.tree.spec import Axes as Axes
+from jlora.core.tree.stacked import Stacked as Stacked
+from jlora.core.tree.stacked import stack as stack
+from jlora.core.tree.stacked import unstack as unstack
 from jlora.core.tree.starts import Prepared as Prepared
 from jlora.core.tree.summary import summary as summary
 from jlora.disk import registered as _registered  # noqa: F401  (Flax's serialization and jax.export know Adapted)

@@ -45,6 +45,7 @@ ROOMS = (
     "training.reporting",
     "training.run",
     "training.job",
+    "training.sweep",
     "training.commands",
     "training",
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,11 @@ class HiRA(Method):
         gaussian = self.init == "gaussian"
         a = jax.random.normal(key, shape, dtype) / self.rank if gaussian else kaiming(key, shape, dtype)
         return Start({"a": a, "b": jnp.zeros((self.rank, w.shape[1]), dtype)})
+
+    @classmethod
+    def joined(cls, methods: Sequence[Self]) -> tuple[Self, list[float]]:
+        """With the largest rank; there is no scale."""
+        return cls(max(each.rank for each in methods)), [1.0] * len(methods)
 
     def weight(self, view: View) -> jax.Array:
         """`w * (1 + a @ b)`, as `w + w * (a @ b)`: so a small update is not rounded beside the 1."""

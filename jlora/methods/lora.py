@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +241,18 @@ class LoRA(Method):
             a0, b0 = view.frozen["a0"], view.frozen["b0"]
             a, b = jnp.concatenate([a - a0, a0], axis=1), jnp.concatenate([b, b - b0])
         return Factors(a, self.scale * b, dropout=self.dropout)
+
+    @classmethod
+    def joined(cls, methods: Sequence[Self]) -> tuple[Self, list[float]] | None:
+        """With the largest rank and the first's scale; zero columns of `a` and rows of `b` get no gradient."""
+        first = methods[0]
+        if any((each.dropout, each.from_weight) != (first.dropout, first.from_weight) for each in methods):
+            return None
+        # How the factors were drawn is past, but for the learning rates of an embedding's, and for what is subtracted.
+        init = first.init if first.from_weight or first.init in ("default", "embedding") else "kaiming"
+        rank = max(each.rank for each in methods)
+        common = replace(first, rank=rank, alpha=first.scale * rank, scaling="standard", init=init)
+        return common, [each.scale / first.scale for each in methods]
 
     def peft(self, params: Any, frozen: Any, shared: Any) -> Peft:
         """PEFT's LoRA; where its start is subtracted again, `[a | a0] @ [b; -b0]` of twice the rank."""

@@ -23,6 +23,9 @@ CONTENT = {
     "samples.json": "the texts before and after",
     "chat_template.jinja": "the template that chats were written with: the model must be served with it",
     "settings.json": "what was asked for, and what it stands on",
+    "sweep.html": "the runs of a sweep compared, one file",
+    "sweep.png": "their losses",
+    "runs": "a folder for each run of a sweep, as jlora merge, eval and export take it",
     "checkpoints": "training state, to resume from",
 }
 

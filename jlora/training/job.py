@@ -39,6 +39,7 @@ from jlora.training.run.trainer import Trainer
 from jlora.training.settings.axes import Rules, mesh_axes, shard_rules
 from jlora.training.settings.defaults import count_steps, resolve
 from jlora.training.settings.fields import Settings
+from jlora.training.settings.sweeps import is_sweep
 
 SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
 
@@ -91,6 +92,8 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
 
 def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Result:
     agreement.check_start(asked)
+    if is_sweep(asked):
+        raise SettingError("sweep" if asked.sweep else "seeds", "is for jlora.training.sweep.job.sweep(settings)")
     settings = resolve(asked)
     agreement.check_settings(settings)
     if not processes.first():
@@ -192,6 +195,8 @@ def read_settings(out: str | Path) -> dict[str, Any]:
 def _resumable(out: str) -> dict[str, Any]:
     """The settings.json of a run that can go on."""
     stored = read_settings(out)
+    if "sweep" in stored:
+        raise CheckpointError(f"{out} is one run of the sweep in {stored['sweep']}; go on with that by --resume")
     for source in ("imported", "combined"):
         if source in stored:
             raise CheckpointError(

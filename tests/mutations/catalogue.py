@@ -1,9 +1,9 @@
 """All mutations, those of the whole package."""
 
-from mutations import bridges, compose, continual, core, interchange, methods, models, prompts, states, stored, training
+from mutations import bridges, compose, continual, core, interchange, methods, models, prompts, runs, states, stored, training
 
 MUTATIONS = tuple(
     mutation
-    for module in (bridges, core, methods, continual, states, stored, compose, interchange, models, prompts, training)
+    for module in (bridges, core, methods, continual, states, stored, compose, interchange, models, prompts, runs, training)
     for mutation in module.MUTATIONS
 )

@@ -75,14 +75,14 @@ STEP = (
     Mutation(
         "the gradient is not clipped",
         "jlora/training/run/schedule.py",
-        "tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx",
+        "tx = tx if isinstance(clip, int | float) and clip == 0 else optax.chain(optax.clip_by_global_norm(clip), tx)",
         "pass",
         (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
     ),
     Mutation(
         "the weight decay of the settings is lost",
         "jlora/training/run/schedule.py",
-        "weight_decay=settings.weight_decay,",
+        'weight_decay=value["weight_decay"],',
         "weight_decay=0.0,",
         (STEPS + "the_gradient_is_clipped_by_its_norm_and_its_decay_is_the_settings",),
     ),

@@ -38,7 +38,7 @@ class Added(Acting):
         return (y, said) if said else (self.dense(x, w, key, options), {})
 
     def _formed_is_cheaper(self, x: jax.Array, options: Options) -> bool:
-        plan = choose(options.plan, x.size // x.shape[-1], [self.view.w.shape], self.view.w.dtype)
+        plan = choose(options.plan, x.size // x.shape[-1], [self.view.w.shape], self.view.w.dtype, options.runs)
         return plan.forward[0] and plan.backward
 
     def _product(self, x: jax.Array, options: Options) -> jax.Array:

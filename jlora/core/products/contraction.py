@@ -20,6 +20,8 @@ PLANS = ("auto", "factored", "merged")
 # `w + a @ b` is formed where the contracted side is at most this many times the number of tokens (see `choose`).
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
 FORWARD, BACKWARD = 3, 3
+# Where several runs share the base, that many times fewer. Measured on two CPU cores, widths 128 to 1024, rank 8, 2 to 32 runs.
+OF_RUNS = 4
 Matrices = list[jax.Array]
 
 
@@ -54,12 +56,14 @@ class Options:
         precision: the precision that the function asked for.
         plan: "factored", "merged" or "auto" (see `choose`).
         cut: pieces into which a mesh cuts the input's last axis.
+        runs: how many adapters of the same base the product is computed for, by `vmap`.
     """
 
     out_dtype: Any
     precision: Any = None
     plan: str = "auto"
     cut: int = 1
+    runs: int = 1
 
 
 def check_plan(plan: str, path: str, w: Any, dropped: bool) -> None:
@@ -96,7 +100,7 @@ class LowRankPlan:
     backward: bool
 
 
-def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any) -> LowRankPlan:
+def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any, runs: int = 1) -> LowRankPlan:
     """The plan of the products `x [tokens, in] @ (w + a @ b)` for weights of the given shapes `[in, out]`.
 
     Forming `w + a @ b` costs `2 * rank * in * out` flops and moves about four arrays of `in * out` values. Adding
@@ -106,14 +110,19 @@ def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any
     change places, and the weights of one input share the factored form's cost, since `g_q bᵀ`, `g_k bᵀ`, .. meet all `a`
     in one product. `w + a @ b` is rounded to the dtype of `w`, so it is formed for 32-bit bases alone. Where `tokens` is
     symbolic (`jax.export`), it is formed if that is cheaper for every size.
+
+    Several runs have `tokens` rows each. There the base's product is one of all their rows, and forming makes as many products
+    of few rows out of it, so it pays later (`OF_RUNS`).
     """
     if plan != "auto":
         return LowRankPlan((plan == "merged",) * len(shapes), plan == "merged")
     if jnp.dtype(dtype).itemsize < 4:
         return LowRankPlan((False,) * len(shapes), False)
     backward = sum(columns for _, columns in shapes)
+    fewer = 1 if runs == 1 else OF_RUNS
     return LowRankPlan(
-        tuple(at_most(rows, FORWARD * tokens) for rows, _ in shapes), at_most(backward, BACKWARD * tokens)
+        tuple(at_most(fewer * rows, FORWARD * tokens) for rows, _ in shapes),
+        at_most(fewer * backward, BACKWARD * tokens),
     )
 
 
@@ -138,7 +147,7 @@ def products(
 
     def rows(x: jax.Array) -> Matrices:
         shapes = [(w.shape[0], w.shape[1]) for w in weights]
-        plan = choose(options.plan, x.size // x.shape[-1], shapes, weights[0].dtype)
+        plan = choose(options.plan, x.size // x.shape[-1], shapes, weights[0].dtype, options.runs)
         return _low_rank(x, weights, a, b, kept, _Group(options.out_dtype, options.precision, plan, options.cut))
 
     return in_rows(rows, x)

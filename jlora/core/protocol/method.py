@@ -8,9 +8,9 @@ static data without retracing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import optax
@@ -321,6 +321,18 @@ class Method(KnownToTheJob):
 
     def sparse(self, view: View) -> Sparse | None:
         """The effective weight as the base and a few entries, for methods that change no others. None where it is not."""
+        return None
+
+    @classmethod
+    def joined(cls, methods: Sequence[Self]) -> tuple[Self, list[float]] | None:
+        """One method for runs trained together whose methods, all of this class, differ in numbers: see `jlora.stack`.
+
+        Asked of a class that defines it, not of those derived from it.
+
+        Returns:
+            The method, to whose rank the fields are padded by zeros without changing what they mean, and by what the update of
+            each run's is then multiplied (other than 1 for methods that give factors alone). None where they differ in more.
+        """
         return None
 
     def plain(self, view: View) -> PlainLoRA | None:

@@ -149,6 +149,7 @@ def call(
     taken = [_weights(keys[2:] or keys, leaf) for keys, leaf in found]
     values = [change(value) for each in taken for value in each]
     beside = [leaves_beside(leaf, each) if isinstance(leaf, Adapted) else {} for (_, leaf), each in zip(found, taken)]
+    walk.runs = max((leaf.plan.runs for _, leaf in found if isinstance(leaf, Adapted)), default=1)
     _check_cuts(walk.cuts, [site for _, leaf in found if isinstance(leaf, Adapted) for site in leaf.plan.sites])
 
     def on_arrays(*arrays: jax.Array) -> Any:

@@ -27,9 +27,15 @@ DROPOUT = "dropout"
 
 @dataclass(frozen=True)
 class Plan:
-    """The adapted leaves; static and hashable, so that it may sit in a pytree without retracing."""
+    """The adapted leaves; static and hashable, so that it may sit in a pytree without retracing.
+
+    Attributes:
+        sites: the leaves.
+        runs: how many adapters of one base a step is mapped over, of which these are one's (see `jlora.each_run`).
+    """
 
     sites: tuple[Site, ...]
+    runs: int = 1
 
     def shared_names(self) -> dict[Method, str]:
         """For each method whose leaves share arrays the name of their drawer under `SHARED`, in `params` and `frozen`."""

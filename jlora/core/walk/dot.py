@@ -71,7 +71,7 @@ class Use:
         """
         check_plan(walk.plan, self.weight.name, self.weight.array, self.weight.key is not None)
         cut = walk.cuts.get(self.weight.name, 1) if self.side == "in" else 1
-        return Options(self.eqn.outvars[0].aval.dtype, self.eqn.params["precision"], walk.plan, cut)
+        return Options(self.eqn.outvars[0].aval.dtype, self.eqn.params["precision"], walk.plan, cut, walk.runs)
 
 
 def use_of(eqn: Any, lhs: Any, rhs: Any) -> Use:

@@ -87,6 +87,7 @@ class Walk:
         plan: how dense products are computed (see `jlora.core.products.contraction.choose`).
         cuts: into how many pieces a mesh cuts the input of a leaf's product (see `jlora.lift`).
         rows: into how many pieces it cuts the rows of activations.
+        runs: how many adapters of one base are mapped over (see `jlora.each_run`).
         seen: names of the leaves that were read.
         together: computes contractions that share an activation (see `jlora.core.walk.grouping`).
         observer: takes statistics of what products multiply weights with (see `jlora.observe`); None in a lift.
@@ -102,6 +103,7 @@ class Walk:
     plan: str = "auto"
     cuts: Mapping[str, int] = field(default_factory=dict)
     rows: int = 1
+    runs: int = 1
     seen: set[str] = field(default_factory=set)
     readings: list[Reading] | None = None
     together: Callable[[Walk, list[Any], Callable[[Any], Any]], list[list[Any]] | None] | None = None

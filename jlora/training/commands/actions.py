@@ -27,6 +27,8 @@ from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.flags import given
 from jlora.training.settings.inspected import settings_table
+from jlora.training.settings.sweeps import is_sweep
+from jlora.training.sweep.job import sweep
 
 
 def _finetune(arguments: argparse.Namespace) -> str | None:
@@ -37,7 +39,7 @@ def _finetune(arguments: argparse.Namespace) -> str | None:
         settings = asked.settings(_stored(asked))
         try:
             with _as_written(asked):
-                return finetune(settings).complaint
+                return sweep(settings).complaint if is_sweep(settings) else finetune(settings).complaint
         except Stopped:
             raise
         except KeyboardInterrupt as error:

@@ -70,6 +70,8 @@ def open_run(out: str | Path, model: str | None = None) -> Run:
         ValueError: if the base is not the one that the run was trained on.
     """
     about = read_settings(out)
+    if about["settings"].get("sweep") or about["settings"].get("seeds"):
+        raise CheckpointError(f"{out} holds a sweep: name one of its runs, {out}/runs/...")
     if not (Path(out) / ADAPTERS).is_dir():
         why = read_complaint(out) or f"the run is not finished; go on with jlora finetune --out {out} --resume"
         raise CheckpointError(f"{out} has no adapters: {why}")

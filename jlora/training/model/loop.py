@@ -69,7 +69,13 @@ def make_step(
         and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
         of all, so the result does not depend on the number of parts (but for rounding).
     """
-    lifting = {"cuts": cuts, "rows": rows}
+    step = training_step(forward, tx, texts, cuts=cuts, rows=rows)
+    places = None if start is None else (jax.tree.map(lambda leaf: leaf.sharding, start), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def training_step(forward: Forward, tx: optax.GradientTransformation, texts: int = 1, **lifting: Any) -> Step:
+    """The step of `make_step` as a function that is not jitted; `lifting` are options of `jlora.lift`."""
     lifted = lifted_sums(forward, texts, **lifting)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
@@ -90,8 +96,7 @@ def make_step(
         result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
         return State(params, opt_state, state.step + 1, state.key), result
 
-    places = None if start is None else (jax.tree.map(lambda leaf: leaf.sharding, start), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
+    return step
 
 
 def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:

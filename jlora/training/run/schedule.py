@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import optax
 
@@ -11,7 +12,7 @@ from jlora.optimize.events import events_of
 from jlora.training.settings.fields import Settings
 
 
-def learning_rate(settings: Settings, restarts: Sequence[int] = ()) -> optax.Schedule:
+def learning_rate(settings: Settings, restarts: Sequence[int] = (), peak: Any = None) -> optax.Schedule:
     """Linear warm-up from `peak / warmup`, then constant, or falling to 0 at the last step by a line or half a cosine.
 
     It rises anew after each restart, over as many steps as the warm-up.
@@ -19,8 +20,10 @@ def learning_rate(settings: Settings, restarts: Sequence[int] = ()) -> optax.Sch
     Args:
         settings: resolved, with steps counted.
         restarts: the steps after which a chain begins its next link.
+        peak: the highest rate, where it is not that of the settings: one run's of a sweep, as a traced number.
     """
-    peak, steps, warmup = settings.learning_rate, settings.steps, settings.warmup
+    peak = settings.learning_rate if peak is None else peak
+    steps, warmup = settings.steps, settings.warmup
     assert peak is not None and steps is not None and warmup is not None
     rest = steps - warmup
     after = {
@@ -41,14 +44,28 @@ def restarts_of(adapted: jlora.Adapted) -> list[int]:
     return sorted({step for event in events_of(adapted) for step in getattr(event, "restarts", ())})
 
 
-def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:
-    """AdamW as the methods need it, after clipping by the gradient's global norm; its state on the host where asked for."""
+#: The settings that an optimizer can take as traced numbers.
+NUMBERS = ("learning_rate", "weight_decay", "lora_plus_ratio", "clip")
+
+
+def make_optimizer(
+    adapted: jlora.Adapted, settings: Settings, numbers: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
+    """AdamW as the methods need it, after clipping by the gradient's global norm; its state on the host where asked for.
+
+    Args:
+        adapted: what is trained.
+        settings: resolved, with steps counted.
+        numbers: what one run of a sweep has in place of some of the settings that `NUMBERS` names, as traced numbers.
+    """
+    value: dict[str, Any] = {name: getattr(settings, name) for name in NUMBERS} | dict(numbers or {})
     tx = jlora.optimizer(
         adapted,
         optax.adamw,
-        learning_rate=learning_rate(settings, restarts_of(adapted)),
-        ratio=settings.lora_plus_ratio,
-        weight_decay=settings.weight_decay,
+        learning_rate=learning_rate(settings, restarts_of(adapted), value["learning_rate"]),
+        ratio=value["lora_plus_ratio"],
+        weight_decay=value["weight_decay"],
     )
-    tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx) if settings.clip else tx
+    clip = value["clip"]
+    tx = tx if isinstance(clip, int | float) and clip == 0 else optax.chain(optax.clip_by_global_norm(clip), tx)
     return jlora.offload(tx) if settings.offload else tx

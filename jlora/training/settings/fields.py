@@ -18,6 +18,7 @@ from jlora.training.errors import SettingError, nearest
 from jlora.training.settings import told
 from jlora.training.settings.axes import check_axes, mesh_axes, shard_rules
 from jlora.training.settings.hyperparameters import check_names
+from jlora.training.settings.sweeps import SWEPT, check_sweep
 from jlora.training.settings.told import PROBE
 
 CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
@@ -147,6 +148,22 @@ class Settings:
     clip: float = _setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="training")
     weight_decay: float = _setting(0.0, "decoupled weight decay", group="training")
     seed: int = _setting(0, "seed of adapters, data order and dropout", group="training")
+    sweep: dict[str, Any] = _setting(  # noqa: RUF009  (a field)
+        {},
+        "train a run for each of several values at once, such as learning-rate=1e-4,3e-4; given several times, for each "
+        f"combination (of {', '.join(each.replace('_', '-') for each in SWEPT)}; TOML: a [sweep] table of lists)",
+        group="training",
+    )
+    seeds: int | None = _setting(
+        None,
+        "train that many runs at once, of seeds from --seed on (with --sweep: of each combination)",
+        group="training",
+    )
+    patience: int | None = _setting(
+        None,
+        "with --sweep or --seeds: stop a run whose validation got no better that many times in a row",
+        group="training",
+    )
     offload: bool = _setting(
         False, "keep the optimizer's moments in the host's memory, not the device's", group="training", resumable=True
     )
@@ -214,7 +231,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 _AT_LEAST_ONE = (
     "max_rows", "max_validation_rows", "rank", "links", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
-    "keep",
+    "keep", "seeds", "patience",
 )  # fmt: skip
 _POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
@@ -240,6 +257,7 @@ def _check_ranges(settings: Settings) -> None:
 def _check_combinations(settings: Settings) -> None:
     """Settings that exclude each other are not given together."""
     _check_method(settings)
+    check_sweep(settings)
     if settings.steps is not None and settings.epochs is not None:
         raise SettingError("epochs", "and steps both say how long to train: give one of them")
     if settings.validation is not None and settings.validation_fraction is not None:

@@ -51,6 +51,24 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, {**found, name: value})
 
 
+class _Lists(argparse.Action):
+    """Gathers the values of a flag that is given several times, `NAME=VALUE,VALUE` each."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name, equals, listed = values.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not listed.strip():
+            raise argparse.ArgumentError(
+                self, f"must be NAME=VALUE,VALUE such as learning-rate=1e-4,3e-4, got {values!r}"
+            )
+        found = getattr(namespace, self.dest, None) or {}
+        if name in found:
+            raise argparse.ArgumentError(self, f"{name} is given twice")
+        setattr(namespace, self.dest, {**found, name: [each.strip() for each in listed.split(",")]})
+
+
 class _Rules(argparse.Action):
     """Gathers the values of a flag that is given several times, `REGEX=AXES` each."""
 
@@ -68,6 +86,7 @@ class _Rules(argparse.Action):
 
 _TABLES: dict[str, dict[str, Any]] = {
     "set": {"action": _Pairs, "metavar": "NAME=VALUE"},
+    "sweep": {"action": _Lists, "metavar": "NAME=VALUE,VALUE"},
     "shard": {"action": _Rules, "metavar": "REGEX=AXES"},
 }
 _PARSERS = {"str": str, "int": number(int), "float": number(float)}
