@@ -22,7 +22,7 @@ from jlora.training.errors import Stopped
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, to_devices, training_step
-from jlora.training.model.losses import Forward, Sums, sums
+from jlora.training.model.losses import Forward, Sums, lifted_sums
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
@@ -105,8 +105,7 @@ class SweepTrainer:
         values["clip"] = [each or math.inf for each in values["clip"]]
         self._numbers = {name: jnp.array(each, jnp.float32) for name, each in values.items() if len(set(each)) > 1}
         self._rates = [learning_rate(each) for each in self.runs]
-        lifted = jlora.lift(self.forward)
-        self._sums = jax.jit(jlora.each_run(lambda adapted, batch: sums(lifted, adapted, batch), in_axes=(0, None)))
+        self._sums = jax.jit(jlora.each_run(lifted_sums(self.forward, self.data.texts), in_axes=(0, None)))
         axis = 0 if len(self._seeds) > 1 else None
         # Its runs' own state, the stack, the batch, the numbers of each, whether it is stopped.
         self._step = jax.jit(jlora.each_run(self._one, in_axes=(0, 0, axis, 0, 0)), donate_argnums=0)
@@ -116,7 +115,7 @@ class SweepTrainer:
     ) -> tuple[State, StepResult]:
         """The step of one run."""
         tx = make_optimizer(still.replace(params=state.params), self.settings, numbers)
-        new, result = training_step(self.forward, tx)(state, still, batch)
+        new, result = training_step(self.forward, tx, self.data.texts)(state, still, batch)
         return jlora.hold(stopped, new, state), result
 
     def run(self) -> jlora.Stacked:
