@@ -259,7 +259,7 @@ def read_complaint(out: str | Path) -> str | None:
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
     settings, out = trainer.settings, trainer.out
     texts = {}
-    if settings.task == "lm" and settings.sample_tokens:
+    if settings.task != "classify" and settings.sample_tokens:
         prompt = prompt_tokens(subject, trainer.data, settings)
         say("a text before the training, whose program is compiled first …")
         texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, prompt, settings)}

@@ -119,7 +119,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     run = open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model)
-    if run.settings.task != "lm":
+    if run.settings.task == "classify":
         raise ValueError(f"{arguments.run} is a classifier: it cannot continue a text")
     codec = run.subject.codec
     prompt = codec.prompt(arguments.prompt)

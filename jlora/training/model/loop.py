@@ -16,7 +16,7 @@ from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training.data.pipeline import Batch
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import rows_of_batch
-from jlora.training.model.losses import Forward, Sums, sums
+from jlora.training.model.losses import Forward, Objective, Sums, sums
 
 
 class State(NamedTuple):
@@ -36,11 +36,12 @@ class State(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step reports: mean loss, norm of the gradient before clipping, and the number of predictions."""
+    """What a step reports: mean loss, norm of the gradient before clipping, number of predictions, and `Sums.more`."""
 
     loss: jax.Array
     gradient_norm: jax.Array
     weight: jax.Array
+    more: dict[str, jax.Array] = {}  # noqa: RUF012  (never changed)
 
 
 Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
@@ -52,6 +53,7 @@ def make_step(
     start: State | None = None,
     cuts: Mapping[str, int] | None = None,
     rows: int = 1,
+    objective: Objective = sums,
 ) -> Step:
     """The jitted training step.
 
@@ -61,6 +63,7 @@ def make_step(
         start: the first state, on a mesh; its arrays stay where they are from step to step. Without it the compiler may
             move them.
         cuts, rows: as for `jlora.lift`.
+        objective: the loss.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
@@ -77,15 +80,16 @@ def make_step(
         def mean_loss(params, part, part_key):
             whole = adapted.replace(params=params, context={"dropout": part_key})
             if asked is None:
-                return sums(lifted, whole, part).loss / weight, {}
-            found, seen = _observed_sums(forward, asked, whole, part, lifting)
-            return found.loss / weight, seen
+                found, seen = objective(lifted, whole, part), {}
+            else:
+                found, seen = _observed_sums(forward, asked, whole, part, lifting, objective)
+            return found.loss / weight, (seen, found.more)
 
-        (loss, seen), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
+        (loss, (seen, more)), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
         inputs: Any = {} if asked is None else {"inputs": asked.finished(seen)}
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, **inputs)
         params = optax.apply_updates(state.params, updates)
-        result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
+        result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]), more)
         return State(params, opt_state, state.step + 1, state.key), result
 
     places = None if start is None else (jax.tree.map(lambda leaf: leaf.sharding, start), None)
@@ -107,7 +111,12 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
 
 
 def _observed_sums(
-    forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, lifting: dict[str, Any]
+    forward: Forward,
+    asked: Asked,
+    adapted: jlora.Adapted,
+    batch: Any,
+    lifting: dict[str, Any],
+    objective: Objective,
 ) -> tuple[Sums, Any]:
     """The sums of a batch, and what was measured of the inputs, to be added up over parts."""
     observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, **lifting), []
@@ -117,30 +126,32 @@ def _observed_sums(
         seen.append(found)
         return logits
 
-    return sums(kept, adapted, batch), seen[0]
+    return objective(kept, adapted, batch), seen[0]
 
 
 def make_evaluation(
-    forward: Forward, cuts: Mapping[str, int] | None = None
+    forward: Forward, cuts: Mapping[str, int] | None = None, objective: Objective = sums
 ) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
-    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; `cuts` as for the step."""
+    """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; the rest as for the step."""
     lifted = jlora.lift(forward, cuts=cuts)
-    step = jax.jit(lambda adapted, batch: sums(lifted, adapted, batch))
+    step = jax.jit(lambda adapted, batch: objective(lifted, adapted, batch))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
         # In float64, so that many small batches add up as one.
         parts = [jax.device_get(step(adapted, batch)) for batch in batches]
-        return Sums(*(np.sum(np.array(values, np.float64)) for values in zip(*parts)))
+        return jax.tree.map(lambda *values: np.sum(np.array(values, np.float64), axis=0), *parts)
 
     return evaluate
 
 
-def held_out_loss(forward: Forward, cuts: Mapping[str, int] | None = None) -> Callable[[jlora.Adapted, Any], jax.Array]:
+def held_out_loss(
+    forward: Forward, cuts: Mapping[str, int] | None = None, objective: Objective = sums
+) -> Callable[[jlora.Adapted, Any], jax.Array]:
     """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
     lifted = jlora.lift(forward, cuts=cuts)
 
     def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
-        found = sums(lifted, adapted, batch)
+        found = objective(lifted, adapted, batch)
         return found.loss / jnp.maximum(found.weight, 1.0)
 
     return loss

@@ -20,11 +20,17 @@ class Sums(NamedTuple):
         loss: weighted cross-entropy in nats.
         weight: of the predictions: tokens for language models, rows for classification.
         correct: weight of the right predictions.
+        more: of what else is told of a batch, by name, `[2]`: its sum, and the weight by which that is a mean.
     """
 
     loss: Any
     weight: Any
     correct: Any
+    more: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+Objective = Callable[[Forward, Any, dict[str, jax.Array]], Sums]
+"""The model, what it is computed with, and a batch to the sums of a loss, as `sums` makes them."""
 
 
 def sums(forward: Forward, params: Any, batch: dict[str, jax.Array]) -> Sums:
