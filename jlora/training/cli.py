@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
   jlora finetune --model DIR --data chat.jsonl --rank 16 --epochs 2 --out run
   jlora finetune --method adalora --set target=4 --set orthogonality=0.1
   jlora finetune --model DIR --data train.tsv --task classify --text-column sentence --validation dev.tsv
+  jlora finetune --model DIR --data pairs.jsonl --task preference --beta 0.1
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'

@@ -1,8 +1,9 @@
 """Writes `preferences.npz` and `preferences.json`: what TRL 1.16 makes of rows of preferences, and of three steps on them.
 
 For `tests/training/test_preferences.py`. Run with a Python that has torch, transformers, PEFT and TRL (`pip install trl
-datasets`): `python tests/golden/make_preferences.py`. The model is the shipped 260K-parameter Llama with PEFT's LoRA on q and v,
-whose `b` is not 0; the reference is the base. Factors are written transposed, as `a [in, r]` and `b [r, out]`, layers in front.
+datasets`): `python tests/golden/make_preferences.py`. The model is the shipped 260K-parameter Llama with PEFT's LoRA on q and
+v, whose `b` is not 0; the reference is the base. Factors are written transposed, as `a [in, r]` and `b [r, out]`, layers in
+front.
 """
 
 import json

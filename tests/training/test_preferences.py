@@ -24,7 +24,6 @@ from jlora.training.data.rows import Row
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.hosts.placement import make_mesh
-from jlora.training.job import finetune
 from jlora.training.model.loop import State, make_evaluation, make_step, to_devices
 from jlora.training.model.preferences import objective_of, told
 from jlora.training.model.subject import language_model
@@ -85,7 +84,9 @@ def settings_of(name):
 
 def batch_of(codec, name):
     settings = settings_of(name)
-    examples = encode(rows(GOLDEN["rows"]["judged" if name == "kto" else "pairs"]), settings, codec, [], collections.Counter())
+    examples = encode(
+        rows(GOLDEN["rows"]["judged" if name == "kto" else "pairs"]), settings, codec, [], collections.Counter()
+    )
     return collate(arranged(examples, settings), MAX_LENGTH)
 
 
@@ -172,7 +173,7 @@ def small():
 
 def by_hand(small, adapters=True):
     """Log probabilities of the answers `[pairs, 2]`, in float64."""
-    forward, adapted, batch = small
+    _, adapted, batch = small
     kernel = np.float64(adapted.base["head"]["kernel"])
     fields = adapted.params["head"]["kernel"]
     kernel = kernel + adapters * (np.float64(fields["a"]) @ np.float64(fields["b"]))
@@ -218,6 +219,7 @@ def test_the_reference_is_one_pass_of_the_base_and_keeps_nothing(small):
 
     objective, lifted = objective_of(resolve(DATA), forward), jlora.lift(forward)
     flat = {name: x.reshape(6, 5) for name, x in batch.items() if x.ndim == 3}
+
     def policy(params):
         rows = lifted(adapted.replace(params=params), flat)
         return log_probabilities(rows, flat["targets"], flat["mask"]).sum()
@@ -237,3 +239,132 @@ def test_before_the_first_step_the_model_is_its_reference(small):
     values = summarize(found, classify=False)
     assert values["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert values["accuracy"] == 0.5 and values["margin"] == 0
+
+
+def write(path, values):
+    path.write_text("".join(json.dumps(each) + "\n" for each in values))
+    return str(path)
+
+
+@pytest.mark.long
+def test_a_job_learns_to_prefer_and_goes_on_after_a_stop(tmp_path, stopped_and_resumed):
+    turns = lambda text: [{"role": "assistant", "content": text}]
+    asked = [(who, what) for who in ("Tom", "Sue") for what in ("dog", "cat", "sun")]
+    values = [{"prompt": [{"role": "user", "content": f"{who} saw a {what}."}], "chosen": turns(f"{who} ran."),
+               "rejected": turns(f"The {what} is red.")} for who, what in asked]  # fmt: skip
+    data = write(tmp_path / "pairs.jsonl", values)
+    settings = Settings(task="preference", data=data, validation=data, steps=4, batch=3, learning_rate=5e-3, max_length=48,
+                        rank=2, targets=TARGETS, checkpoint_every=2, evaluate_every=4, sample_tokens=0, progress="none")  # fmt: skip
+    result = stopped_and_resumed(settings, at=2)
+    assert result.before["loss"] == pytest.approx(np.log(2), abs=1e-3) and result.after["loss"] < 0.6
+    assert result.after["accuracy"] == 1 and result.after["margin"] > 0.1 and result.complaint is None
+    records = [record for record in read_metrics(result.out / "metrics.jsonl") if record["kind"] == "train"]
+    assert len(records) == 4 and {"rewards/chosen", "rewards/rejected", "margin", "accuracy"} <= set(records[-1])
+    page = (result.out / "report.html").read_text()
+    assert "validation rewards/chosen, before → after" in page and "validation margin, before" in page
+    again = evaluate_file(open_run(result.out), data, say=lambda text: None)
+    assert again["loss"] == pytest.approx(result.after["loss"], rel=1e-3)
+    assert evaluate_file(open_run(result.out), data, base=True)["margin"] == 0
+
+
+@pytest.mark.newest
+def test_prompts_may_be_given_in_several_ways(codec, template):
+    said = [{"role": "user", "content": "Hi"}]
+    answer = lambda text: [{"role": "assistant", "content": text}]
+    same = [
+        {"prompt": said, "chosen": answer("Yes."), "rejected": answer("No.")},
+        {"prompt": "Hi", "chosen": said + answer("Yes."), "rejected": said + answer("No.")},
+        {"prompt": "Hi", "chosen": answer("Yes."), "rejected": answer("No.")},
+        {"prompt": said, "chosen": "Yes.", "rejected": "No."},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+    ]
+    pairs = encode_preferences(rows(same), codec, template, 64)
+    assert len(pairs) == 5
+    for pair in pairs[1:]:
+        np.testing.assert_array_equal(pair.first.tokens, pairs[0].first.tokens)
+        np.testing.assert_array_equal(pair.second.weights, pairs[0].second.weights)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("values", "judged_by", "message"),
+    [
+        ({"text": "a"}, None, r"pairs.jsonl:1: there is no 'chosen'; the row has 'text'; --task preference reads rows"),
+        ({"prompt": "a", "completion": "b", "label": True}, None, "rows with a label are for --preference-loss kto"),
+        ({"chosen": "yes", "rejected": "no"}, None, "there is no 'prompt'; .* don't begin with the same prompt either"),
+        ({"chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}, None, "there is no prompt"),
+        ({"prompt": "a", "completion": "b"}, "label", "there is no 'label'"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "label", "'label' must be true or false, .*, got 2"),
+    ],
+)
+def test_rows_that_are_no_preferences_are_named(codec, template, values, judged_by, message):
+    with pytest.raises(DataError, match=message):
+        encode_preferences(rows([values]), codec, template, 64, judged_by)
+
+
+@pytest.mark.newest
+def test_what_teaches_nothing_is_left_out_and_counted(codec, template):
+    values = [
+        {"prompt": "One", "chosen": " two", "rejected": " two"},
+        {"prompt": "One", "chosen": " ", "rejected": " two"},
+        {"prompt": "One " * 80, "chosen": "two", "rejected": "three"},
+        {"prompt": "One", "chosen": " two" * 80, "rejected": " three"},
+    ]
+    for drop, kept in ((False, 1), (True, 0)):
+        counts = collections.Counter()
+        pairs = encode_preferences(rows(values), codec, template, 32, drop=drop, counts=counts)
+        assert len(pairs) == kept and all(pair.cut for pair in pairs)
+        assert counts == {"same": 1, "empty": 1, **({"dropped": 2} if drop else {"answerless": 1})}
+
+
+@pytest.mark.newest
+def test_an_answer_by_itself_stands_beside_that_of_another_prompt(codec):
+    settings = resolve(dataclasses.replace(DATA, preference_loss="kto"))
+    given = [
+        {"prompt": "Tom", "chosen": " ran", "rejected": " sat"},
+        {"prompt": "Sue", "completion": " ate", "label": "0"},
+    ]
+    pairs = arranged(encode(rows(given), settings, codec, [], collections.Counter()), settings)
+    assert [pair.desirable for pair in pairs] == [1, 0, 0]
+    read = [[codec.decode(np.append(side.tokens, side.targets[-1])) for side in (p.first, p.second)] for p in pairs]
+    # The second row has the answer of the last other prompt: that of Tom's own other answer would be none.
+    assert read == [["Tom ran", "Tom ate"], ["Tom sat", "Tom ate"], ["Sue ate", "Sue sat"]]
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "lm"}, "beta is for --task preference"),
+        ({"preference_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for --preference-loss dpo, not ipo"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"packing": True}, "packing is for --task lm; rows of --task preference are never packed"),
+        ({"long_rows": "split"}, "split is for --task lm"),
+        ({"data": None}, "task preference needs a data file with answers that are better and worse"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(SettingError, match=message):
+        Settings(**{"task": "preference", "data": "pairs.jsonl", "beta": 0.2, **changes})
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: dpo(x, x, x, x[:1]), "wanted log probabilities .*all of one shape"),
+        (lambda x: dpo(x, x, x, x, beta=0), "beta must be above 0, got 0"),
+        (lambda x: dpo(x, x, x, x, label_smoothing=0.5), "label_smoothing must be at least 0 and below 0.5"),
+        (lambda x: ipo(x[None], x[None], x[None], x[None], lengths=(x, x)), "wanted log probabilities"),
+        (lambda x: kto(x, x, x[:1] > 0, 0.0), "desirable has shape"),
+        (lambda x: log_probabilities(jnp.ones((2, 3, 4)), jnp.ones((2, 2), int), jnp.ones((2, 3))), "wanted logits"),
+    ],
+)
+def test_the_losses_refuse_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros(2))

@@ -8,7 +8,6 @@ from typing import Any
 import grain
 import numpy as np
 
-from jlora.training.data.encode import Example
 from jlora.training.data.preferences.pairs import Pair
 
 Batch = dict[str, np.ndarray]
@@ -26,11 +25,11 @@ def padded_length(length: int, longest: int) -> int:
     return min(bucket, longest)
 
 
-def collate(examples: Sequence[Example] | Sequence[Pair], length: int, rows: int | None = None) -> Batch:
+def collate(examples: Sequence[Any], length: int, rows: int | None = None) -> Batch:
     """Examples as the arrays of a batch, padded to `length` tokens and `rows` rows.
 
     Args:
-        examples: at most `rows` examples of at most `length` tokens.
+        examples: at most `rows` examples, or pairs of them, of at most `length` tokens.
         length: tokens of a row.
         rows: rows of the batch; as many as there are examples by default. Rows beyond them weigh nothing.
 
@@ -110,7 +109,7 @@ class LengthWindows(grain.MapDataset):
 
 
 def training_batches(
-    examples: Sequence[Example] | Sequence[Pair], batch: int, longest: int, seed: int, fixed: bool
+    examples: Sequence[Any], batch: int, longest: int, seed: int, fixed: bool
 ) -> grain.DatasetIterator:
     """An endless iterator over batches, with `get_state` and `set_state`.
 
@@ -136,9 +135,7 @@ def training_batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def validation_batches(
-    examples: Sequence[Example] | Sequence[Pair], batch: int, longest: int, fixed: bool
-) -> list[Batch]:
+def validation_batches(examples: Sequence[Any], batch: int, longest: int, fixed: bool) -> list[Batch]:
     """All examples once, the shortest first; the last batch is filled up with rows that weigh nothing."""
     ordered = sorted(examples, key=len)
     batches = []

@@ -85,7 +85,9 @@ def make_step(
                 found, seen = _observed_sums(forward, asked, whole, part, lifting, objective)
             return found.loss / weight, (seen, found.more)
 
-        (loss, (seen, more)), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
+        (loss, (seen, more)), gradient = _over_parts(
+            jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key
+        )
         inputs: Any = {} if asked is None else {"inputs": asked.finished(seen)}
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, **inputs)
         params = optax.apply_updates(state.params, updates)

@@ -37,7 +37,9 @@ def prepared(
     for number in dict.fromkeys(_batches_of(method) for method in needing):
         own = {p: m if m in needing and _batches_of(m) == number else None for p, m in spec.items()}
         parts = _parts(settings, data, mesh, number)
-        starts |= jlora.prepare(subject.params, own, _loss(subject, settings), parts, key, sites, mask=_no_padding).starts
+        starts |= jlora.prepare(
+            subject.params, own, _loss(subject, settings), parts, key, sites, mask=_no_padding
+        ).starts
     return jlora.Prepared(starts) if starts else None
 
 

@@ -96,7 +96,8 @@ def _check_task(settings: Settings, config: dict[str, Any]) -> None:
     if settings.task != "classify" and config.get("model_type") in ("bert", "roberta"):
         raise SettingError(
             "task",
-            f"{settings.task} needs a model that predicts the next token; {model_directory(settings)} is an encoder: use classify",
+            f"{settings.task} needs a model that predicts the next token; {model_directory(settings)} is an encoder: use "
+            "classify",
         )
 
 

@@ -47,9 +47,8 @@ def pair_of(row: Row) -> Answered:
             raise row.missing(key, f"; --task preference reads rows like {_PAIR}, texts or lists of messages{hint}")
     prompt = row.values.get("prompt", row.values.get("conversations"))
     answers = [row.values[key] for key in ("chosen", "rejected")]
-    if prompt is None or isinstance(prompt, str):
-        if all(isinstance(answer, str) for answer in answers):
-            return _texts(row, prompt)
+    if (prompt is None or isinstance(prompt, str)) and all(isinstance(answer, str) for answer in answers):
+        return _texts(row, prompt)
     return _chats(row, prompt, [turns(answer, "assistant") for answer in answers])
 
 

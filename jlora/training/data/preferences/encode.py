@@ -43,8 +43,8 @@ def encode_preferences(
 ) -> list[Pair]:
     """Rows of preferences as pairs whose rows have at most `max_length` tokens.
 
-    An answer begins where the tokens of the prompt alone, with the header that asks for an answer, and those of the whole are no
-    longer the same; in both rows at the same place. All tokens from there on are the answer's.
+    An answer begins where the tokens of the prompt alone, with the header that asks for an answer, and those of the whole are
+    no longer the same; in both rows at the same place. All tokens from there on are the answer's.
 
     Args:
         rows: the rows.
