@@ -253,8 +253,9 @@ def test_a_job_learns_to_prefer_and_goes_on_after_a_stop(tmp_path, stopped_and_r
     values = [{"prompt": [{"role": "user", "content": f"{who} saw a {what}."}], "chosen": turns(f"{who} ran."),
                "rejected": turns(f"The {what} is red.")} for who, what in asked]  # fmt: skip
     data = write(tmp_path / "pairs.jsonl", values)
-    settings = Settings(task="preference", data=data, validation=data, steps=4, batch=3, learning_rate=5e-3, max_length=48,
-                        rank=2, targets=TARGETS, checkpoint_every=2, evaluate_every=4, sample_tokens=0, progress="none")  # fmt: skip
+    settings = Settings(task="preference", data=data, validation=data, steps=4, batch=3, learning_rate=5e-3,
+                        max_length=48, rank=2, targets=TARGETS, checkpoint_every=2, evaluate_every=4, sample_tokens=0,
+                        progress="none")  # fmt: skip
     result = stopped_and_resumed(settings, at=2)
     assert result.before["loss"] == pytest.approx(np.log(2), abs=1e-3) and result.after["loss"] < 0.6
     assert result.after["accuracy"] == 1 and result.after["margin"] > 0.1 and result.complaint is None

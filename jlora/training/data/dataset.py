@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 
 from jlora.training.data import chat
 from jlora.training.data.encode import Example, encode_classification, encode_language, label_names
+from jlora.training.data.formats.mixture import files_of, read_files
 from jlora.training.data.packing import packed
 from jlora.training.data.pipeline import Batch, training_batches, validation_batches
 from jlora.training.data.preferences.encode import encode_preferences
 from jlora.training.data.preferences.pairs import Pair, mismatched
-from jlora.training.data.rows import Row, read_rows
+from jlora.training.data.rows import Row, given_rows
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.settings.fields import Settings
@@ -92,8 +93,16 @@ def _rows_of(examples: Sequence[Any]) -> Iterator[Example]:
             yield example
 
 
-def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> Data:
-    """Read and encode what the (resolved) settings name; `now` is the time that chat templates may write.
+def load_data(
+    settings: Settings, codec: Codec, now: datetime | None = None, given: Mapping[str, Any] | None = None
+) -> Data:
+    """Read and encode what the (resolved) settings name.
+
+    Args:
+        settings: resolved.
+        codec: the model's tokenizer.
+        now: the time that chat templates may write.
+        given: rows in place of the files of `data` and `validation`, see `jlora.training.data.rows.given_rows`.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -105,8 +114,8 @@ def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> 
         rows, held_out = documentation_rows(settings.validation_fraction or 0.1)
         source = "the Python documentation (pydoc_data.topics)"
     else:
-        rows, source = read_rows(settings.data, settings.format), str(settings.data)
-        held_out = read_rows(settings.validation, settings.format) if settings.validation is not None else []
+        rows, held_out = _rows(settings, given or {})
+        source = ", ".join(files_of(settings.data))
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
     rows, counts = subset(rows, settings.max_rows, settings.seed), collections.Counter()
     template = functools.cache(lambda: chat_template(settings, codec, now))  # made when the first chat comes
@@ -123,6 +132,20 @@ def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> 
     made = template() if template.cache_info().currsize else None
     notes += made.notes if made is not None else []
     return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked)
+
+
+def _rows(settings: Settings, given: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those to validate on where the settings name them."""
+    assert settings.data is not None
+    if "data" in given:
+        rows = given_rows(given["data"])
+    else:
+        rows = read_files(settings.data, settings.format, settings.weights, settings.seed)
+    if settings.validation is None:
+        return rows, []
+    if "validation" in given:
+        return rows, given_rows(given["validation"])
+    return rows, read_files(settings.validation, settings.format)
 
 
 def arranged(examples: list[Any], settings: Settings) -> list[Any]:

@@ -78,7 +78,13 @@ class Settings:
     remat: bool = _setting(False, "recompute activations in the backward pass to save memory", group="model")
 
     data: str | None = _setting(
-        None, "training file: .txt, .jsonl, .json, .csv or .tsv (default: Python's own documentation)", group="data"
+        None,
+        "training file: .txt, .jsonl, .json, .csv, .tsv (also with .gz), .parquet or .arrow; or several with commas between "
+        "(default: Python's own documentation)",
+        group="data",
+    )
+    weights: str | None = _setting(
+        None, "shares of several files in the rows, such as 0.7,0.3 (all rows of each)", group="data"
     )
     validation: str | None = _setting(None, "validation file (default: a part of the training data)", group="data")
     validation_fraction: float | None = _setting(None, "part of the data kept for validation (0.1)", group="data")
@@ -92,7 +98,7 @@ class Settings:
         None,
         "format of the data, where the file's name does not say",
         group="data",
-        choices=("text", "jsonl", "csv", "tsv"),
+        choices=("text", "jsonl", "csv", "tsv", "parquet", "arrow"),
     )
     text_column: str = _setting("text", "column (or JSON key) of the text", group="data")
     text_pair_column: str | None = _setting(None, "column of a second text, for pairs", group="data")
@@ -268,6 +274,8 @@ def _check_combinations(settings: Settings) -> None:
     if settings.task != "lm" and settings.data is None:
         wanted = {"classify": "a label column", "preference": "answers that are better and worse"}[settings.task]
         raise SettingError("task", f"{settings.task} needs a data file with {wanted}")
+    if settings.data is None and settings.weights is not None:
+        raise SettingError("weights", "needs several data files to train on, with commas between")
     if settings.data is None and settings.validation is not None:
         raise SettingError("validation", "needs a data file to train on beside it")
     if settings.task != "lm" and settings.packing:
