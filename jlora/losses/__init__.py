@@ -1,4 +1,4 @@
-"""Losses: the cross-entropy of large vocabularies, and terms that a user adds to any loss of the task."""
+"""Losses: the cross-entropy of large vocabularies, of preferences, and terms that a user adds to any loss of the task."""
 
 from jlora.losses.adapters import orthogonality as orthogonality
 from jlora.losses.chunked import TokenSums as TokenSums
@@ -7,3 +7,7 @@ from jlora.losses.outputs import agreement as agreement
 from jlora.losses.outputs import consistency as consistency
 from jlora.losses.outputs import diversity as diversity
 from jlora.losses.outputs import spectrum as spectrum
+from jlora.losses.preferences import dpo as dpo
+from jlora.losses.preferences import ipo as ipo
+from jlora.losses.preferences import kto as kto
+from jlora.losses.preferences import log_probabilities as log_probabilities

@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | inspect | plan | merge | generate | eval | export | import | merge-adapters`.
+"""The command line: `jlora finetune | data | inspect | plan | merge | generate | eval | export | import | merge-adapters`.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.
@@ -24,7 +24,9 @@ _EXAMPLES = """examples:
   jlora finetune --method adalora --set target=4 --set orthogonality=0.1
   jlora finetune --model DIR --data train.tsv --task classify --text-column sentence --validation dev.tsv
   jlora finetune --sweep learning-rate=1e-3,3e-3 --seeds 5   ten runs at once, and a page that compares them
+  jlora finetune --model DIR --data pairs.jsonl --task preference --beta 0.1
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
+  jlora data chat.jsonl --model DIR                 how rows are read, what is learned, and a proposal for --max-length
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora plan --model DIR --mesh fsdp=4,tensor=2 --device v5e --rank 16 --batch 8 --length 1024
@@ -51,6 +53,7 @@ def build_parser() -> Parser:
     finetune.formatter_class = argparse.RawDescriptionHelpFormatter
     add_flags(finetune, everything)
     _add_processes(finetune.add_argument_group("several processes, one command for each"))
+    _add_data(commands.add_parser("data", help="show how rows are read, what is learned, and how long they are"))
     inspect = commands.add_parser("inspect", help="show what would be adapted, without training")
     add_flags(inspect, ("model", "data", "method"), also=("steps",))
     _add_plan(commands.add_parser("plan", help="show what a run would take of each chip, without weights or chips"))
@@ -64,6 +67,14 @@ def build_parser() -> Parser:
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(parser=command)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", metavar="FILE", help="file in a format that finetune reads, or several with commas between"
+    )
+    also = ("model", "preference_loss")
+    add_flags(parser, ("data",), also, without=("data", "validation", "validation_fraction", "max_validation_rows"))
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -65,12 +65,13 @@ class Result:
     complaint: str | None
 
 
-def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
+def finetune(settings: Settings, say: Callable[[str], None] = print, given: Mapping[str, Any] | None = None) -> Result:
     """Fine-tune a model and leave adapters, metrics, plot and report in `settings.out`.
 
     Args:
         settings: what to do; what is left open is chosen by the job.
         say: takes the lines of text that the run prints beside its progress.
+        given: rows in place of the files of `data` and `validation`, by these names.
 
     Returns:
         The result.
@@ -87,10 +88,10 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
         OSError: if the disk is full, naming the last whole checkpoint.
     """
     with processes.together():
-        return _finetune(settings, say, time.time())
+        return _finetune(settings, say, time.time(), given)
 
 
-def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Result:
+def _finetune(asked: Settings, say: Callable[[str], None], start: float, given: Mapping[str, Any] | None) -> Result:
     agreement.check_start(asked)
     if is_sweep(asked):
         raise SettingError("sweep" if asked.sweep else "seeds", "is for jlora.training.sweep.job.sweep(settings)")
@@ -107,7 +108,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
     stored = _resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with, and all processes see the same.
     started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
-    data = load_data(settings, codec, datetime.fromisoformat(started))
+    data = load_data(settings, codec, datetime.fromisoformat(started), given)
     agreement.check_data(data, codec, config)
     notes, wanted = list(data.notes), settings.batch
     settings = count_steps(settings, len(data.train), row_parts(mesh))
@@ -264,7 +265,7 @@ def read_complaint(out: str | Path) -> str | None:
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
     settings, out = trainer.settings, trainer.out
     texts = {}
-    if settings.task == "lm" and settings.sample_tokens:
+    if settings.task != "classify" and settings.sample_tokens:
         prompt = prompt_tokens(subject, trainer.data, settings)
         say("a text before the training, whose program is compiled first …")
         texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, prompt, settings)}

@@ -5,7 +5,9 @@ from mutations.mutation import Mutation
 BATCHES = "tests/training/test_batches.py::test_"
 CHECKPOINTS = "tests/training/test_checkpoints.py::test_"
 EXAMPLES = "tests/training/test_examples.py::test_"
+FORMATS = "tests/training/test_formats.py::test_"
 JOB = "tests/training/test_job.py::test_"
+PAIRS = "tests/training/test_preferences.py::test_"
 PEERS = "tests/training/test_peers.py::test_"
 QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
@@ -33,8 +35,8 @@ STEP = (
     Mutation(
         "the loss is a mean of the parts' means",
         "jlora/training/model/loop.py",
-        "return lifted(whole, part).loss / weight, {}",
-        "found = lifted(whole, part)\n                return found.loss / found.weight / batch['weights'].shape[0], {}",
+        "return found.loss / weight, (seen, found.more)",
+        "return found.loss / found.weight / batch['weights'].shape[0], (seen, found.more)",
         (STEPS + "accumulated_parts_give_the_step_of_the_whole_batch",),
     ),
     Mutation(
@@ -480,4 +482,42 @@ HOSTS = (
     ),
 )
 
-MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS)
+PREFERENCES = (
+    Mutation(
+        "the reference has the adapters",
+        "jlora/training/model/preferences.py",
+        "base = params.base if isinstance(params, jlora.Adapted) else params",
+        "base = params",
+        (PAIRS + "each_loss_is_its_formula_and_padding_weighs_nothing[dpo]",),
+    ),
+    Mutation(
+        "a pair that is padding has a loss",
+        "jlora/training/model/preferences.py",
+        "return Sums(jnp.sum(losses * weights), jnp.sum(weights), jnp.sum(right * weights), told)\n\n\ndef _judged",
+        "return Sums(jnp.sum(losses), jnp.sum(weights), jnp.sum(right * weights), told)\n\n\ndef _judged",
+        (PAIRS + "each_loss_is_its_formula_and_padding_weighs_nothing[dpo]",),
+    ),
+    Mutation(
+        "KTO's divergence is of the answers themselves",
+        "jlora/training/model/preferences.py",
+        "divergence = jnp.sum(ratios[:, 1] * weights)",
+        "divergence = jnp.sum(ratios[:, 0] * weights)",
+        (PAIRS + "each_loss_is_its_formula_and_padding_weighs_nothing[kto]",),
+    ),
+    Mutation(
+        "an answer by itself stands beside another one to its own prompt",
+        "jlora/training/data/preferences/pairs.py",
+        "            other[index] = other[index - 1]\n",
+        "            pass\n",
+        (PAIRS + "an_answer_by_itself_stands_beside_that_of_another_prompt",),
+    ),
+    Mutation(
+        "shares of several files take all rows",
+        "jlora/training/data/formats/mixture.py",
+        "    if wanted is not None:\n",
+        "    if wanted is None:\n",
+        (FORMATS + "several_files_are_one_in_the_shares_that_are_asked_for",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS, *PREFERENCES)

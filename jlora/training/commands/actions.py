@@ -15,7 +15,7 @@ from jlora import models
 from jlora.training.commands.combined import combine_runs
 from jlora.training.commands.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.commands.runs import Run, evaluate_file, open_run, write_merged
-from jlora.training.data.rows import read_rows
+from jlora.training.data.formats.mixture import read_files
 from jlora.training.errors import SettingError, Stopped
 from jlora.training.folder import check_new
 from jlora.training.hosts import processes
@@ -83,7 +83,7 @@ def _inspected(settings: Settings) -> str:
     if settings.task == "classify" and settings.data is not None:
         from jlora.training.data.encode import label_names
 
-        labels = label_names(read_rows(settings.data, settings.format), settings.label_column)
+        labels = label_names(read_files(settings.data, settings.format), settings.label_column)
     subject = abstract_subject(settings, codec, config, labels)
     sites = trace_sites(subject, settings)
     spec = make_spec(subject, settings)
@@ -96,6 +96,14 @@ def _inspected(settings: Settings) -> str:
     }
     told = [f"{title}:\n{text}" for title, text in parts.items() if str(text)]
     return "\n\n".join([f"model {subject.directory}", *told])
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from jlora.training.commands.shown import shown
+
+    asked = given(arguments)
+    with _as_written(asked):
+        print(shown(resolve(asked.settings())))
 
 
 def _plan(arguments: argparse.Namespace) -> str | None:
@@ -121,7 +129,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     run = open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model)
-    if run.settings.task != "lm":
+    if run.settings.task == "classify":
         raise ValueError(f"{arguments.run} is a classifier: it cannot continue a text")
     codec = run.subject.codec
     prompt = codec.prompt(arguments.prompt)
@@ -177,6 +185,7 @@ def _merge_adapters(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "finetune": _finetune,
+    "data": _data,
     "inspect": _inspect,
     "plan": _plan,
     "merge": _merge,

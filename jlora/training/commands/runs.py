@@ -18,8 +18,7 @@ from jlora import models
 from jlora.models.chat_files import write_chat_templates
 from jlora.models.merged import lazily_merged
 from jlora.training.data import chat
-from jlora.training.data.dataset import encode, notes_on, subset
-from jlora.training.data.packing import packed
+from jlora.training.data.dataset import arranged, encode, notes_on, subset
 from jlora.training.data.pipeline import validation_batches
 from jlora.training.data.rows import read_rows
 from jlora.training.errors import CheckpointError
@@ -28,6 +27,7 @@ from jlora.training.folder import check_new
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.model.loop import make_evaluation, to_devices
+from jlora.training.model.preferences import objective_of
 from jlora.training.model.samples import runnable
 from jlora.training.model.subject import Subject, load_subject, open_codec
 from jlora.training.run.trainer import summarize
@@ -105,14 +105,15 @@ def evaluate_file(
     for note in notes_on(counts, settings):
         say(f"note  {note}")
     fixed = bool(settings.packing)
-    examples = packed(examples, settings.max_length) if fixed else examples
+    examples = arranged(examples, settings)
     longest = settings.max_length if fixed else max(map(len, examples))
     mesh = make_mesh({})
     batches = [to_devices(batch, mesh) for batch in validation_batches(examples, settings.batch, longest, fixed)]
     assert run.adapted is not None
     plain = run.adapted.replace(params={}, frozen={}, plan=dataclasses.replace(run.adapted.plan, sites=()))
     texts = max(int(example.segments.max(initial=1)) for example in examples)
-    found = make_evaluation(subject.forward, texts=texts)(plain if base else run.adapted, batches)
+    evaluate = make_evaluation(subject.forward, texts=texts, objective=objective_of(settings, subject.forward))
+    found = evaluate(plain if base else run.adapted, batches)
     return summarize(found, bool(subject.labels))
 
 

@@ -110,15 +110,27 @@ class Template:
             ValueError: as `render`, and if it can't be told which part the assistant wrote.
         """
         jinja = self._chosen(more)
-        _check_place(jinja.source, messages, more)
-        text, spans = self._rendered(messages, False, more)
+        text, spans = self._checked(messages, more)
         if jinja.marks and not spans:
             raise ValueError(
                 f"the chat template ({jinja.source.place}) marks no text of this chat by {{% generation %}}"
             )
+        return _segments(text, spans if jinja.marks else self._found(messages, more))
+
+    def checked(self, messages: Sequence[Message], **more: Any) -> str:
+        """The text of a chat that has a place for what the row holds of tools; arguments as for `render`.
+
+        Raises:
+            ValueError: as `render`, and if the template has no place for tools.
+        """
+        return self._checked(messages, more)[0]
+
+    def _checked(self, messages: Sequence[Message], more: Mapping[str, Any]) -> tuple[str, Spans]:
+        _check_place(self._chosen(more).source, messages, more)
+        text, spans = self._rendered(messages, False, more)
         if any(_is_gone(message, text) for message in messages):
             self.gaps.append(messages)
-        return _segments(text, spans if jinja.marks else self._found(messages, more))
+        return text, spans
 
     def _found(self, messages: Sequence[Message], more: Mapping[str, Any]) -> Spans:
         try:

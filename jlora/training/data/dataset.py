@@ -6,16 +6,20 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
 from jlora.training.data import chat
 from jlora.training.data.encode import Example, encode_classification, encode_language, label_names
+from jlora.training.data.formats.mixture import files_of, read_files
 from jlora.training.data.packing import packed
 from jlora.training.data.pipeline import Batch, training_batches, validation_batches
-from jlora.training.data.rows import Row, read_rows
+from jlora.training.data.preferences.encode import encode_preferences
+from jlora.training.data.preferences.pairs import Pair, mismatched
+from jlora.training.data.rows import Row, given_rows
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.settings.fields import Settings
@@ -26,7 +30,7 @@ class Data:
     """Encoded data.
 
     Attributes:
-        train: examples to train on (packed, if so set).
+        train: examples to train on (packed, if so set); for preferences pairs of them.
         validation: examples to validate on (packed likewise).
         labels: names of the labels in the order of their indices; empty for language models.
         source: where the data came from, in words.
@@ -37,8 +41,8 @@ class Data:
         unpacked: rows to train and to validate on before they were packed; None where they were not.
     """
 
-    train: list[Example]
-    validation: list[Example]
+    train: list[Any]
+    validation: list[Any]
     labels: list[str]
     source: str
     fixed: bool
@@ -76,17 +80,34 @@ class Data:
         return validation_batches(self.validation, batch, self.longest, self.fixed)
 
 
-def _digest(head: str, examples: Sequence[Example]) -> str:
+def _digest(head: str, examples: Sequence[Any]) -> str:
     sha = hashlib.sha256(head.encode())
-    for example in examples:
+    for example in _rows_of(examples):
         for array in (example.tokens, example.targets, example.weights, example.types, example.segments):
             sha.update(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
         sha.update(np.int64(example.label).tobytes())
     return sha.hexdigest()
 
 
-def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> Data:
-    """Read and encode what the (resolved) settings name; `now` is the time that chat templates may write.
+def _rows_of(examples: Sequence[Any]) -> Iterator[Example]:
+    """The examples; of pairs both rows, the first with the label of an answer by itself."""
+    for example in examples:
+        if isinstance(example, Pair):
+            yield from (dataclasses.replace(example.first, label=example.desirable), example.second)
+        else:
+            yield example
+
+
+def load_data(
+    settings: Settings, codec: Codec, now: datetime | None = None, given: Mapping[str, Any] | None = None
+) -> Data:
+    """Read and encode what the (resolved) settings name.
+
+    Args:
+        settings: resolved.
+        codec: the model's tokenizer.
+        now: the time that chat templates may write.
+        given: rows in place of the files of `data` and `validation`, see `jlora.training.data.rows.given_rows`.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
@@ -98,8 +119,8 @@ def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> 
         rows, held_out = documentation_rows(settings.validation_fraction or 0.1)
         source = "the Python documentation (pydoc_data.topics)"
     else:
-        rows, source = read_rows(settings.data, settings.format), str(settings.data)
-        held_out = read_rows(settings.validation, settings.format) if settings.validation is not None else []
+        rows, held_out = _rows(settings, given or {})
+        source = ", ".join(files_of(settings.data))
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
     rows, counts = subset(rows, settings.max_rows, settings.seed), collections.Counter()
     template = functools.cache(lambda: chat_template(settings, codec, now))  # made when the first chat comes
@@ -111,12 +132,33 @@ def load_data(settings: Settings, codec: Codec, now: datetime | None = None) -> 
         train, validation = split(train, settings, one_text=len(rows) == 1)
     fixed, notes = bool(settings.packing), notes_on(counts, settings)
     unpacked = (len(train), len(validation)) if fixed else None
-    if fixed:
-        train, validation = packed(train, settings.max_length), packed(validation, settings.max_length)
+    train, validation = arranged(train, settings), arranged(validation, settings)
     longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
     made = template() if template.cache_info().currsize else None
     notes += made.notes if made is not None else []
     return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked)
+
+
+def _rows(settings: Settings, given: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those to validate on where the settings name them."""
+    assert settings.data is not None
+    if "data" in given:
+        rows = given_rows(given["data"])
+    else:
+        rows = read_files(settings.data, settings.format, settings.weights, settings.seed)
+    if settings.validation is None:
+        return rows, []
+    if "validation" in given:
+        return rows, given_rows(given["validation"])
+    return rows, read_files(settings.validation, settings.format)
+
+
+def arranged(examples: list[Any], settings: Settings) -> list[Any]:
+    """The examples of a part as they are trained on: packed, or beside those that they are compared with."""
+    assert settings.max_length is not None
+    if settings.packing:
+        return packed(examples, settings.max_length)
+    return mismatched(examples, settings.max_length) if settings.preference_loss == "kto" else examples
 
 
 def chat_template(settings: Settings, codec: Codec, now: datetime | None = None) -> chat.Template:
@@ -131,7 +173,7 @@ def encode(
     labels: Sequence[str],
     counts: collections.Counter[str],
     template: Callable[[], chat.Template] | None = None,
-) -> list[Example]:
+) -> list[Any]:
     """Rows as examples, for the settings' task.
 
     Args:
@@ -153,6 +195,11 @@ def encode(
         if settings.long_rows == "drop":
             counts["dropped"] += sum(example.cut for example in examples)
             examples = [example for example in examples if not example.cut]
+    elif settings.task == "preference":
+        template = template or functools.partial(chat_template, settings, codec)
+        judged_by = settings.label_column if settings.preference_loss == "kto" else None
+        options = settings.max_length, judged_by, settings.long_rows == "drop", counts
+        examples = encode_preferences(rows, codec, template, *options)
     else:
         limits = settings.max_length, settings.long_rows, counts
         template = template or functools.partial(chat_template, settings, codec)
@@ -175,7 +222,9 @@ def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
         "dropped": f"{long}, left out (--long-rows)",
         "answerless": f"left out, because the answer begins after {settings.max_length} tokens (--max-length)",
         "empty": "left out, because a text, prompt or answer in them is empty",
-        "preferences": "with 'chosen' and 'rejected': the chosen answer is trained on, the rejected one is not used",
+        "preferences": "with 'chosen' and 'rejected': the chosen answer is trained on, the rejected one is not used "
+        "(--task preference learns from both)",
+        "same": "left out, because both answers are the same, as far as they are read",
     }
     return [f"{n:,} {'row' if n == 1 else 'rows'} {text}" for key, text in words.items() if (n := counts[key])]
 
@@ -188,7 +237,7 @@ def subset(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def split(examples: list[Example], settings: Settings, one_text: bool) -> tuple[list[Example], list[Example]]:
+def split(examples: list[Any], settings: Settings, one_text: bool) -> tuple[list[Any], list[Any]]:
     """Training and validation: the end of a single text, otherwise examples drawn by the seed.
 
     The end, because neighbouring pieces of one text resemble each other.

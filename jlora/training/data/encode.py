@@ -84,9 +84,9 @@ def encode_language(
     for (segments, whole), text, (ids, offsets) in zip(pieces, texts, codec.encode_many(texts)):
         wanted = _wanted(segments, offsets)
         if whole:
-            tokens, wanted = _with_answer_end(codec, ids, wanted, offsets[:, 1] >= len(text.rstrip()))
+            tokens, wanted = with_answer_end(codec, ids, wanted, offsets[:, 1] >= len(text.rstrip()))
         else:
-            tokens, wanted = _with_ends(codec, ids, wanted)
+            tokens, wanted = with_ends(codec, ids, wanted)
         usual = "split" if all(answer for _, answer in segments) else "truncate"
         examples += _fitted(tokens, wanted, max_length, long_rows or usual, counts)
     return [example for example in examples if len(example) > 0]
@@ -136,7 +136,7 @@ def _wanted(segments: chat.Segments, offsets: np.ndarray) -> np.ndarray:
     return wanted
 
 
-def _with_answer_end(
+def with_answer_end(
     codec: Codec, ids: np.ndarray, wanted: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a template's text as they are, but for an end after a last answer that the template ends by no token.
@@ -148,7 +148,7 @@ def _with_answer_end(
     return ids.astype(np.int32), wanted
 
 
-def _with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_ends(codec: Codec, ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The tokens with the begin and end tokens that the model has, where the text does not bring them itself."""
     tokens, flags = [ids], [wanted]
     if codec.begin is not None and not (len(ids) and ids[0] == codec.begin):

@@ -87,19 +87,22 @@ def _part(row: Row, number: int, part: Any) -> str:
 
 
 def _conversations(row: Row) -> dict[str, Any]:
-    turns = row.values["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    said = row.values["conversations"]
+    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
         raise row.error("'conversations' must be a list of {from, value}, with at least one answer")
-    messages = []
-    for turn in turns:
-        speaker = turn.get("from", turn.get("role"))
-        role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        messages.append({**rest, "role": role, "content": turn.get("value", turn.get("content"))})
-    return _chat(row, _system(row, messages) + messages)
+    messages = [spoken(turn) for turn in said]
+    return _chat(row, system_turns(row, messages) + messages)
 
 
-def _system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def spoken(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of `{from, value}` as `{role, content}`."""
+    speaker = turn.get("from", turn.get("role"))
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**rest, "role": role, "content": turn.get("value", turn.get("content"))}
+
+
+def system_turns(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The system message that stands beside the turns, where they have none."""
     text = row.values.get("system")
     has = bool(messages) and messages[0]["role"] == "system"
@@ -112,7 +115,7 @@ def _instruction(row: Row) -> dict[str, Any]:
         raise row.error(f"'input' must be a text, got {extra!r:.60}")
     question = "\n\n".join([row.text("instruction"), *([extra] if extra and extra.strip() else [])])
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row.text("output")}]
-    return _chat(row, [*_system(row, messages), *messages])
+    return _chat(row, [*system_turns(row, messages), *messages])
 
 
 def _answered(answer: str) -> Callable[[Row], dict[str, Any]]:
@@ -124,16 +127,19 @@ def _answered(answer: str) -> Callable[[Row], dict[str, Any]]:
             if "prompt" not in row.values:
                 raise row.missing("prompt", f"; a text as {answer!r} needs it")
             return {"prompt": prompt, "completion": end}
-        before, after = _turns(prompt, "user"), _turns(end, "assistant")
+        before, after = turns(prompt, "user"), turns(end, "assistant")
         whole = bool(after) and isinstance(after[0], dict) and after[0].get("role") != "assistant"
         return _chat(row, after if whole else before + after)
 
     return read
 
 
-def _turns(value: Any, role: str) -> list[Any]:
+def turns(value: Any, role: str) -> list[Any]:
+    """The messages of a value that is a list of them, one of them, or a text of that role."""
     if isinstance(value, list):
         return value
+    if isinstance(value, dict):
+        return [value]
     return [] if value is None else [{"role": role, "content": value}]
 
 

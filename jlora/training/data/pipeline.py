@@ -8,7 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jlora.training.data.encode import Example
+from jlora.training.data.preferences.pairs import Pair
 
 Batch = dict[str, np.ndarray]
 
@@ -25,19 +25,22 @@ def padded_length(length: int, longest: int) -> int:
     return min(bucket, longest)
 
 
-def collate(examples: Sequence[Example], length: int, rows: int | None = None) -> Batch:
+def collate(examples: Sequence[Any], length: int, rows: int | None = None) -> Batch:
     """Examples as the arrays of a batch, padded to `length` tokens and `rows` rows.
 
     Args:
-        examples: at most `rows` examples of at most `length` tokens.
+        examples: at most `rows` examples, or pairs of them, of at most `length` tokens.
         length: tokens of a row.
         rows: rows of the batch; as many as there are examples by default. Rows beyond them weigh nothing.
 
     Returns:
         `tokens`, `positions`, `segment_ids` (0 at padding), and `targets`, `weights` `[rows, length]` for language
-        models or `types` `[rows, length]`, `labels`, `weights` `[rows]` for classification.
+        models or `types` `[rows, length]`, `labels`, `weights` `[rows]` for classification. Of pairs the arrays of language
+        models are `[rows, 2, length]`, with `mask` in place of those weights, and `weights` and `desirable` are `[rows]`.
     """
     rows = rows or len(examples)
+    if isinstance(examples[0], Pair):
+        return _collate_pairs(examples, length, rows)
     classify = examples[0].label >= 0
     batch: Batch = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segment_ids")}
     if classify:
@@ -56,6 +59,16 @@ def collate(examples: Sequence[Example], length: int, rows: int | None = None) -
         else:
             batch["targets"][row, :size] = example.targets
             batch["weights"][row, :size] = example.weights
+    return batch
+
+
+def _collate_pairs(pairs: Sequence[Any], length: int, rows: int) -> Batch:
+    sides = [collate([getattr(pair, side) for pair in pairs], length, rows) for side in ("first", "second")]
+    batch = {name: np.stack([side[name] for side in sides], axis=1) for name in sides[0]}
+    batch["mask"] = batch["weights"]
+    batch["weights"], batch["desirable"] = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+    batch["weights"][: len(pairs)] = 1
+    batch["desirable"][: len(pairs)] = [pair.desirable for pair in pairs]
     return batch
 
 
@@ -96,7 +109,7 @@ class LengthWindows(grain.MapDataset):
 
 
 def training_batches(
-    examples: Sequence[Example], batch: int, longest: int, seed: int, fixed: bool
+    examples: Sequence[Any], batch: int, longest: int, seed: int, fixed: bool
 ) -> grain.DatasetIterator:
     """An endless iterator over batches, with `get_state` and `set_state`.
 
@@ -122,7 +135,7 @@ def training_batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def validation_batches(examples: Sequence[Example], batch: int, longest: int, fixed: bool) -> list[Batch]:
+def validation_batches(examples: Sequence[Any], batch: int, longest: int, fixed: bool) -> list[Batch]:
     """All examples once, the shortest first; the last batch is filled up with rows that weigh nothing."""
     ordered = sorted(examples, key=len)
     batches = []

@@ -1,25 +1,31 @@
-"""Rows of text, JSON lines, JSON arrays, CSV and TSV files, each with the line that it came from.
+"""Rows of text, JSON lines, JSON arrays, CSV, TSV, Parquet and Arrow files, each with the line that it came from.
 
-Whole files are read into memory. Every row that cannot be used is an error that begins with `file:line:`. Blank lines
-between rows are passed over, a byte order mark is left out, and the line ends of Windows are read as `\n`.
+All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. Whole
+files are read into memory. Every row that cannot be used is an error that begins with `file:line:`. Blank lines between rows
+are passed over, a byte order mark is left out, and the line ends of Windows are read as `\n`.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import dataclasses
+import gzip
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jlora.training.data.formats import tables
 from jlora.training.errors import DataError, EmptyRow
 
 _SUFFIXES = {
     ".txt": "text", ".text": "text", ".md": "text",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv",
+    **tables.SUFFIXES,
 }  # fmt: skip
 # The csv module's own limit, 131,072 characters a field, is less than a long document.
 _FIELD_LIMIT = 2**31 - 1
@@ -66,18 +72,45 @@ class Row:
         return value
 
 
+#: What stands for the file where rows are given in Python.
+GIVEN = "rows given in Python"
+
+
+def given_rows(rows: Any) -> list[Row]:
+    """Rows that are given as objects: a list of dicts, a Hugging Face `datasets.Dataset`, or what else has `len` and items.
+
+    Raises:
+        DataError: for a row that is no mapping, and where there is none.
+        TypeError: for something that has no rows by number.
+    """
+    if isinstance(rows, Mapping) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"data must be a file, or rows with len(rows) and rows[0], each a dict; got {type(rows).__name__}"
+        )
+    found = []
+    for number in range(len(rows)):
+        if not isinstance(row := rows[number], Mapping):
+            raise DataError(GIVEN, number + 1, f"the row must be a dict, got {row!r:.40}")
+        found.append(Row(tables.without_nulls(dict(row)), GIVEN, number + 1))
+    if not found:
+        raise DataError(GIVEN, None, "there are no rows")
+    return found
+
+
 def file_format(path: str | Path, format: str | None = None) -> str:
-    """`text`, `jsonl`, `csv` or `tsv`: the given format, or the one that the file's name tells.
+    """`text`, `jsonl`, `csv`, `tsv`, `parquet` or `arrow`: the given format, or the one that the file's name tells.
 
     Raises:
         ValueError: if the name does not tell.
     """
-    found = format or _SUFFIXES.get(Path(path).suffix.lower())
+    path = Path(path)
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    found = format or _SUFFIXES.get(plain.suffix.lower())
     if found is None:
         known = ", ".join(_SUFFIXES)
         raise ValueError(
             f"{path}: the format is not known from the name, which ends in none of {known}; rename the file, or say "
-            "--format text, jsonl, csv or tsv"
+            "--format text, jsonl, csv, tsv, parquet or arrow"
         )
     return found
 
@@ -94,6 +127,7 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: a folder, wanted a file of rows")
     readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
+    readers |= {"parquet": _table_rows, "arrow": _table_rows}
     kind, limit = file_format(path, format), csv.field_size_limit(_FIELD_LIMIT)
     try:
         rows = list(readers[kind](str(path), kind))
@@ -107,7 +141,7 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
 def _lines(path: str) -> list[str]:
     """The file's lines with their ends, decoded one by one so that bad bytes can be located."""
     lines = []
-    with open(path, "rb") as file:
+    with contextlib.closing(_raw_lines(path)) as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise DataError(path, None, "the file is UTF-16; save it as UTF-8")
@@ -119,6 +153,21 @@ def _lines(path: str) -> list[str]:
                 ) from error
             lines.append(text[:-2] + "\n" if text.endswith("\r\n") else text)
     return lines
+
+
+def _raw_lines(path: str) -> Generator[bytes, None, None]:
+    """The file's lines, unpacked where its name ends in `.gz`."""
+    packed = path.lower().endswith(".gz")
+    with (gzip.open if packed else open)(path, "rb") as file:
+        try:
+            yield from file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(path, None, f"the file is not a whole gzip file ({error})") from error
+
+
+def _table_rows(path: str, kind: str) -> Iterator[Row]:
+    for number, values in enumerate(tables.table_rows(path, kind), 1):
+        yield Row(values, path, number)
 
 
 def _text_rows(path: str, kind: str) -> Iterator[Row]:

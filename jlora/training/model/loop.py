@@ -16,7 +16,7 @@ from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training.data.pipeline import Batch
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import rows_of_batch
-from jlora.training.model.losses import Forward, Sums, lifted_sums, sums, with_prompts
+from jlora.training.model.losses import Forward, Objective, Sums, lifted_forward, sums, with_prompts
 
 
 class State(NamedTuple):
@@ -36,11 +36,12 @@ class State(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step reports: mean loss, norm of the gradient before clipping, and the number of predictions."""
+    """What a step reports: mean loss, norm of the gradient before clipping, number of predictions, and `Sums.more`."""
 
     loss: jax.Array
     gradient_norm: jax.Array
     weight: jax.Array
+    more: dict[str, jax.Array] = {}  # noqa: RUF012  (never changed)
 
 
 Step = Callable[[State, jlora.Adapted, dict[str, jax.Array]], tuple[State, StepResult]]
@@ -53,6 +54,7 @@ def make_step(
     cuts: Mapping[str, int] | None = None,
     rows: int = 1,
     texts: int = 1,
+    objective: Objective = sums,
 ) -> Step:
     """The jitted training step.
 
@@ -63,37 +65,47 @@ def make_step(
             move them.
         cuts, rows: as for `jlora.lift`.
         texts: how many texts a row has at most, each of which gets the virtual tokens of prompts.
+        objective: the loss.
 
     Returns:
         `step(state, adapted, batch) -> state, result`, where `state` is donated, `adapted` gives base and constants,
         and the arrays of `batch` are `[parts, rows, …]`: gradients of the parts are summed, and divided by the weight
         of all, so the result does not depend on the number of parts (but for rounding).
     """
-    step = training_step(forward, tx, texts, cuts=cuts, rows=rows)
+    step = training_step(forward, tx, texts, objective, cuts=cuts, rows=rows)
     places = None if start is None else (jax.tree.map(lambda leaf: leaf.sharding, start), None)
     return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
-def training_step(forward: Forward, tx: optax.GradientTransformation, texts: int = 1, **lifting: Any) -> Step:
+def training_step(
+    forward: Forward,
+    tx: optax.GradientTransformation,
+    texts: int = 1,
+    objective: Objective = sums,
+    **lifting: Any,
+) -> Step:
     """The step of `make_step` as a function that is not jitted; `lifting` are options of `jlora.lift`."""
-    lifted = lifted_sums(forward, texts, **lifting)
+    lifted = lifted_forward(forward, texts, **lifting)
 
     def step(state: State, adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[State, StepResult]:
         weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         key, asked = jax.random.fold_in(state.key, state.step), asked_by(adapted)
 
         def mean_loss(params, part, part_key):
-            whole = adapted.replace(params=params, context={"dropout": part_key})
+            whole = adapted.replace(params=params, context=adapted.context | {"dropout": part_key})
             if asked is None:
-                return lifted(whole, part).loss / weight, {}
-            found, seen = _observed_sums(forward, asked, whole, part, lifting, texts)
-            return found.loss / weight, seen
+                found, seen = objective(lifted, whole, part), {}
+            else:
+                found, seen = _observed_sums(forward, asked, whole, part, lifting, texts, objective)
+            return found.loss / weight, (seen, found.more)
 
-        (loss, seen), gradient = _over_parts(jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key)
+        (loss, (seen, more)), gradient = _over_parts(
+            jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, key
+        )
         inputs: Any = {} if asked is None else {"inputs": asked.finished(seen)}
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, **inputs)
         params = optax.apply_updates(state.params, updates)
-        result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]))
+        result = StepResult(loss, optax.tree.norm(gradient), jnp.sum(batch["weights"]), more)
         return State(params, opt_state, state.step + 1, state.key), result
 
     return step
@@ -114,7 +126,13 @@ def _over_parts(value_and_grad: Callable, params: Any, batch: dict[str, jax.Arra
 
 
 def _observed_sums(
-    forward: Forward, asked: Asked, adapted: jlora.Adapted, batch: Any, lifting: dict[str, Any], texts: int
+    forward: Forward,
+    asked: Asked,
+    adapted: jlora.Adapted,
+    batch: Any,
+    lifting: dict[str, Any],
+    texts: int,
+    objective: Objective,
 ) -> tuple[Sums, Any]:
     """The sums of a batch, and what was measured of the inputs, to be added up over parts."""
     observed, seen = jlora.observe(forward, asked.statistic.measure, asked.at, **lifting), []
@@ -124,31 +142,32 @@ def _observed_sums(
         seen.append(found)
         return logits
 
-    return sums(with_prompts(kept, texts), adapted, batch), seen[0]
+    return objective(with_prompts(kept, texts), adapted, batch), seen[0]
 
 
 def make_evaluation(
-    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1
+    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1, objective: Objective = sums
 ) -> Callable[[jlora.Adapted, Iterable[Any]], Sums]:
     """A function that sums the loss of an `Adapted` (without dropout) over batches on the devices; the rest as for the step."""
-    step = jax.jit(lifted_sums(forward, texts, cuts=cuts))
+    lifted = lifted_forward(forward, texts, cuts=cuts)
+    step = jax.jit(lambda adapted, batch: objective(lifted, adapted, batch))
 
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
         # In float64, so that many small batches add up as one.
         parts = [jax.device_get(step(adapted, batch)) for batch in batches]
-        return Sums(*(np.sum(np.array(values, np.float64)) for values in zip(*parts)))
+        return jax.tree.map(lambda *values: np.sum(np.array(values, np.float64), axis=0), *parts)
 
     return evaluate
 
 
 def held_out_loss(
-    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1
+    forward: Forward, cuts: Mapping[str, int] | None = None, texts: int = 1, objective: Objective = sums
 ) -> Callable[[jlora.Adapted, Any], jax.Array]:
     """`loss(adapted, batch)`: the mean loss of an `Adapted` (without dropout) on a batch, for events; traceable."""
-    lifted = lifted_sums(forward, texts, cuts=cuts)
+    lifted = lifted_forward(forward, texts, cuts=cuts)
 
     def loss(adapted: jlora.Adapted, batch: Any) -> jax.Array:
-        found = lifted(adapted, batch)
+        found = objective(lifted, adapted, batch)
         return found.loss / jnp.maximum(found.weight, 1.0)
 
     return loss

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora.losses import TokenSums as Sums
 from jlora.losses import chunked_cross_entropy
 from jlora.prompts.prompted import virtual_of
 
@@ -19,9 +18,29 @@ Forward = Callable[[Any, dict[str, jax.Array]], jax.Array]
 """Params (or an `Adapted`) and a batch to logits."""
 
 
+class Sums(NamedTuple):
+    """Sums over a batch.
+
+    Attributes:
+        loss: weighted cross-entropy in nats.
+        weight: of the predictions: tokens for language models, rows for classification.
+        correct: weight of the right predictions.
+        more: of what else is told of a batch, by name, `[2]`: its sum, and the weight by which that is a mean.
+    """
+
+    loss: Any
+    weight: Any
+    correct: Any
+    more: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+Objective = Callable[[Forward, Any, dict[str, jax.Array]], Sums]
+"""The model, what it is computed with, and a batch to the sums of a loss, as `sums` makes them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model as a `Forward`, tokens to logits for the next token `[rows, length, vocabulary]`; and its two halves.
+    """A model as a `Forward`, tokens to logits for the next token `[rows, length, vocabulary]`.
 
     Attributes:
         model: one of `jlora.models` with a head.
@@ -45,8 +64,24 @@ class LanguageModel:
         return self.model.apply({"params": params}, batch["tokens"], **places, **options)
 
 
-def lifted_sums(forward: Forward, texts: int = 1, **lifting: Any) -> Callable[[Any, dict[str, jax.Array]], Sums]:
-    """`sums` of the lifted function; a language model's by chunks where its logits are many.
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """A language model as a lifted `Forward` in two halves, so that its logits need not be there all at once.
+
+    Attributes:
+        hidden: what the head is given.
+        head: params and that to logits.
+    """
+
+    hidden: Forward
+    head: Callable[[Any, jax.Array], jax.Array]
+
+    def __call__(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return self.head(params, self.hidden(params, batch))
+
+
+def lifted_forward(forward: Forward, texts: int = 1, **lifting: Any) -> Forward:
+    """The lifted forward pass, with the virtual tokens of the adapters in front of every text where they have any.
 
     Args:
         forward: the plain model.
@@ -54,18 +89,14 @@ def lifted_sums(forward: Forward, texts: int = 1, **lifting: Any) -> Callable[[A
         **lifting: as for `jlora.lift`.
     """
     if not isinstance(forward, LanguageModel):
-        lifted = with_prompts(jlora.lift(forward, **lifting), texts)
-        return lambda adapted, batch: sums(lifted, adapted, batch)
+        return with_prompts(jlora.lift(forward, **lifting), texts)
     # Neither half reads all of the adapted leaves.
     hidden, head = (jlora.lift(half, unread="allow", **lifting) for half in (forward.hidden, forward.head))
-    hidden = with_prompts(hidden, texts)
-    return lambda adapted, batch: chunked_cross_entropy(
-        head, adapted, hidden(adapted, batch), batch["targets"], batch["weights"]
-    )
+    return Halves(with_prompts(hidden, texts), head)
 
 
 def with_prompts(lifted: Forward, texts: int = 1) -> Forward:
-    """A lifted forward pass, with the virtual tokens of the adapters in front of every text where they have any."""
+    """The lifted function, with the virtual tokens of the adapters in front of every text where they have any."""
     prompted = jlora.prompted(lifted, texts=texts, pooled=True)
 
     def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
@@ -75,13 +106,16 @@ def with_prompts(lifted: Forward, texts: int = 1) -> Forward:
 
 
 def sums(forward: Forward, params: Any, batch: dict[str, jax.Array]) -> Sums:
-    """`-Σ w log p(target)` with its weights, by a softmax in float32.
+    """`-Σ w log p(target)` with its weights, by a softmax in float32; in chunks where the logits of `Halves` are many.
 
     Args:
         forward: the model.
         params: what it is computed with.
         batch: as `jlora.training.data.pipeline.collate` makes it.
     """
+    if isinstance(forward, Halves):
+        hidden = forward.hidden(params, batch)
+        return Sums(*chunked_cross_entropy(forward.head, params, hidden, batch["targets"], batch["weights"]))
     logits = forward(params, batch).astype(jnp.float32)
     targets = batch["labels"] if "labels" in batch else batch["targets"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

@@ -16,6 +16,7 @@ from jlora.core.protocol.wrapping import innermost, with_innermost
 from jlora.training.data.dataset import Data
 from jlora.training.data.pipeline import collate, padded_length
 from jlora.training.model.loop import to_devices
+from jlora.training.model.preferences import flat
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
 
@@ -96,7 +97,7 @@ def _batches(data: Data, settings: Settings, mesh: Mesh) -> Any:
     chosen = [data.train[index] for index in order]
     length = data.longest if data.fixed else padded_length(max(map(len, chosen)), data.longest)
     for start in range(0, len(chosen) // rows * rows, rows):
-        yield to_devices(collate(chosen[start : start + rows], length), mesh)
+        yield flat(to_devices(collate(chosen[start : start + rows], length), mesh))
 
 
 def _mean_of_tokens(x: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:

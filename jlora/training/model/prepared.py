@@ -12,7 +12,7 @@ from jlora.core.protocol.statistics import RESIDUAL
 from jlora.core.protocol.wrapping import innermost
 from jlora.training.data.dataset import Data
 from jlora.training.model.loop import to_devices
-from jlora.training.model.losses import sums
+from jlora.training.model.preferences import flat, objective_of
 from jlora.training.model.subject import Subject, load_params
 from jlora.training.settings.fields import Settings
 
@@ -37,7 +37,9 @@ def prepared(
     for number in dict.fromkeys(_batches_of(method) for method in needing):
         own = {p: m if m in needing and _batches_of(m) == number else None for p, m in spec.items()}
         parts = _parts(settings, data, mesh, number)
-        starts |= jlora.prepare(subject.params, own, _loss(subject), parts, key, sites, mask=_no_padding).starts
+        starts |= jlora.prepare(
+            subject.params, own, _loss(subject, settings), parts, key, sites, mask=_no_padding
+        ).starts
     return jlora.Prepared(starts) if starts else None
 
 
@@ -62,14 +64,15 @@ def _batches_of(method: jlora.Method) -> int:
 
 def _no_padding(part: tuple[dict[str, jax.Array], float]) -> jax.Array:
     """Which tokens of a part are none of padding."""
-    return part[0]["segment_ids"] > 0
+    return flat(part[0])["segment_ids"] > 0
 
 
-def _loss(subject: Subject) -> Any:
+def _loss(subject: Subject, settings: Settings) -> Any:
     """The mean loss of a part's share of its batch."""
+    objective = objective_of(settings, subject.forward)
 
     def loss(params: Any, part: tuple[dict[str, jax.Array], float]) -> jax.Array:
-        return sums(subject.forward, params, part[0]).loss / part[1]
+        return objective(subject.forward, params, part[0]).loss / part[1]
 
     return loss
 

@@ -11,6 +11,7 @@ import jlora
 from jlora import models, paths
 from jlora.prompts.prompted import virtual_of
 from jlora.training.data.dataset import Data
+from jlora.training.data.preferences.pairs import Pair
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
 
@@ -20,10 +21,12 @@ _PROMPT_TOKENS = 16
 
 
 def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]:
-    """The settings' prompt, or the beginning of the first validation example."""
+    """The settings' prompt, or the beginning of the first validation example; of a pair the prompt."""
     if settings.prompt is not None:
         return subject.codec.prompt(settings.prompt)
     first = data.validation[0]
+    if isinstance(first, Pair):
+        return first.prompt.tolist()
     return first.tokens[first.segments == 1][:_PROMPT_TOKENS].tolist()
 
 

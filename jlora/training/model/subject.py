@@ -99,10 +99,11 @@ def check_model(settings: Settings, config: dict[str, Any]) -> None:
 
 
 def _check_task(settings: Settings, config: dict[str, Any]) -> None:
-    if settings.task == "lm" and config.get("model_type") in ("bert", "roberta"):
+    if settings.task != "classify" and config.get("model_type") in ("bert", "roberta"):
         raise SettingError(
             "task",
-            f"lm needs a model that predicts the next token; {model_directory(settings)} is an encoder: use classify",
+            f"{settings.task} needs a model that predicts the next token; {model_directory(settings)} is an encoder: use "
+            "classify",
         )
 
 
@@ -244,7 +245,7 @@ def abstract_subject(
         sites = traced(model, params)
         params = jax.eval_shape(lambda params: jlora.quantize(params, spec, sites), params)
     subject = Subject(directory, model, params, LanguageModel(model), codec, config)
-    if settings.task == "lm":
+    if settings.task != "classify":
         return subject
     whole = jax.eval_shape(
         lambda params: models.make_classifier(model, params, len(labels), jax.random.key(0))[1], params

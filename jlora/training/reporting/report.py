@@ -84,7 +84,8 @@ def write_report(
 def _names(about: Mapping[str, Any]) -> tuple[str, str]:
     """Model and data without the folders they lie in: those are the reader's own business."""
     data = about["settings"]["data"]
-    return Path(about["model"]).resolve().name, Path(data).name if data else about["data"]
+    files = ", ".join(Path(file).name for file in data.split(",")) if data else about["data"]
+    return Path(about["model"]).resolve().name, files
 
 
 def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:

@@ -23,6 +23,7 @@ from jlora.training.hosts.placement import on_mesh, row_parts
 from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
 from jlora.training.model.losses import Forward, Sums
+from jlora.training.model.preferences import objective_of, told
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
@@ -69,9 +70,9 @@ class Trainer:
         self._tx = make_optimizer(self.adapted, settings)
         # Axes that cut no rows cut the features of activations.
         self._cuts = jlora.mesh.cuts(self.adapted, set(self.mesh.shape) - set(ROWS))
-        self._texts = self.data.texts
-        self._evaluate = make_evaluation(self.forward, self._cuts, self._texts)
-        self._loss = held_out_loss(self.forward, self._cuts, self._texts)
+        self._texts, self._objective = self.data.texts, objective_of(settings, self.forward)
+        self._evaluate = make_evaluation(self.forward, self._cuts, self._texts, self._objective)
+        self._loss = held_out_loss(self.forward, self._cuts, self._texts, self._objective)
         self._rate = learning_rate(settings, restarts_of(self.adapted))
         rows = settings.batch // settings.accumulate
         self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
@@ -95,7 +96,8 @@ class Trainer:
         checkpoints = Checkpoints(directory, self.settings.keep, self.fingerprint)
         state, notes = self._start(checkpoints, whole)
         done = int(state.step)
-        self._step = make_step(self.forward, self._tx, state, self._cuts, row_parts(self.mesh), self._texts)
+        given = (state, self._cuts, row_parts(self.mesh), self._texts, self._objective)
+        self._step = make_step(self.forward, self._tx, *given)
         self.resumed_at = done
         self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
@@ -209,8 +211,9 @@ class Trainer:
                 gradient_norm=float(result.gradient_norm),
                 weight=float(result.weight),
                 per_second=round(speed, 1),
+                **told(result.more),
             )
-            progress.step(step, loss, speed, bool(self.data.labels))
+            progress.step(step, loss, speed, self.settings.task != "lm")
             if is_stuck(metrics.last("train", STUCK)):
                 raise self._diverged(
                     f"the gradient is exactly 0 in each of the last {STUCK} steps to step {step}, at a loss of {loss:.4f}"
@@ -237,8 +240,10 @@ def _is_finite(tree: Any) -> jax.Array:
 
 
 def summarize(found: Sums, classify: bool) -> dict[str, Any]:
-    """Mean loss in nats, with perplexity for language models or accuracy for classification."""
+    """Mean loss, with perplexity for language models, accuracy for classification, and what is told of preferences."""
     loss = float(found.loss) / float(found.weight)
+    if found.more:
+        return {"loss": loss, "accuracy": float(found.correct) / float(found.weight), **told(found.more)}
     if classify:
         return {"loss": loss, "accuracy": float(found.correct) / float(found.weight)}
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

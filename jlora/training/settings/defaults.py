@@ -23,7 +23,13 @@ _INTERVAL = 10
 _TASK = {
     "lm": {"max_length": 256, "batch": 16, "epochs": 1.0, "packing": True},
     "classify": {"max_length": 128, "batch": 32, "epochs": 3.0, "packing": False},
-}
+    "preference": {
+        "max_length": 512, "batch": 16, "epochs": 1.0, "packing": False,
+        "preference_loss": "dpo", "beta": 0.1, "label_smoothing": 0.0,
+    },
+}  # fmt: skip
+# The loss of preferences moves in sums over an answer's tokens, where that of --task lm moves in means.
+_RATE_OF_PREFERENCES = 0.1
 
 
 def resolve(settings: Settings) -> Settings:
@@ -37,6 +43,8 @@ def resolve(settings: Settings) -> Settings:
     if settings.model is None and trains_adapters(settings):
         # A model this small wants larger steps than the usual ones, but for methods that want still larger ones anyway.
         values["learning_rate"] = max(_SHIPPED_MODEL["learning_rate"], values["learning_rate"])
+    if settings.task == "preference":
+        values["learning_rate"] *= _RATE_OF_PREFERENCES
     if settings.model is None and settings.data is None:
         values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):

@@ -81,16 +81,27 @@ class Settings:
     remat: bool = _setting(False, "recompute activations in the backward pass to save memory", group="model")
 
     data: str | None = _setting(
-        None, "training file: .txt, .jsonl, .json, .csv or .tsv (default: Python's own documentation)", group="data"
+        None,
+        "training file: .txt, .jsonl, .json, .csv, .tsv (also with .gz), .parquet or .arrow; or several with commas between "
+        "(default: Python's own documentation)",
+        group="data",
+    )
+    weights: str | None = _setting(
+        None, "shares of several files in the rows, such as 0.7,0.3 (all rows of each)", group="data"
     )
     validation: str | None = _setting(None, "validation file (default: a part of the training data)", group="data")
     validation_fraction: float | None = _setting(None, "part of the data kept for validation (0.1)", group="data")
-    task: str = _setting("lm", "predict the next token, or classify", group="data", choices=("lm", "classify"))
+    task: str = _setting(
+        "lm",
+        "predict the next token, classify, or prefer: learn from answers of which it is known which are better",
+        group="data",
+        choices=("lm", "classify", "preference"),
+    )
     format: str | None = _setting(
         None,
         "format of the data, where the file's name does not say",
         group="data",
-        choices=("text", "jsonl", "csv", "tsv"),
+        choices=("text", "jsonl", "csv", "tsv", "parquet", "arrow"),
     )
     text_column: str = _setting("text", "column (or JSON key) of the text", group="data")
     text_pair_column: str | None = _setting(None, "column of a second text, for pairs", group="data")
@@ -103,7 +114,9 @@ class Settings:
     )
     max_rows: int | None = _setting(None, "train on this many rows, drawn by the seed", group="data")
     max_validation_rows: int | None = _setting(None, "validate on this many rows, drawn by the seed", group="data")
-    max_length: int | None = _setting(None, "longest row in tokens (lm: 256, classify: 128)", group="data")
+    max_length: int | None = _setting(
+        None, "longest row in tokens (lm: 256, classify: 128, preference: 512)", group="data"
+    )
     long_rows: str | None = _setting(
         None,
         "rows longer than that: lose their end, are left out, or become pieces (texts: split; prompts, chats, rows to "
@@ -133,9 +146,24 @@ class Settings:
     lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
     spec: dict[str, Any] = _setting({}, "TOML only: table of regex to method table", group="method")  # noqa: RUF009  (a field)
 
+    preference_loss: str | None = _setting(
+        None,
+        "preference: dpo or ipo, of pairs of answers; kto, of answers that are good or bad each by itself (dpo)",
+        group="training",
+        choices=("dpo", "ipo", "kto"),
+    )
+    beta: float | None = _setting(
+        None, "preference: how strongly the model is held near its base (0.1)", group="training"
+    )
+    label_smoothing: float | None = _setting(
+        None, "dpo: share of the pairs whose answers may be the wrong way round (0)", group="training"
+    )
+
     steps: int | None = _setting(None, "optimizer steps (this or --epochs)", group="training")
-    epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3)", group="training")
-    batch: int | None = _setting(None, "rows per optimizer step, at most all (lm: 16, classify: 32)", group="training")
+    epochs: float | None = _setting(None, "passes over the data (lm: 1, classify: 3, preference: 1)", group="training")
+    batch: int | None = _setting(
+        None, "rows per optimizer step, at most all (lm: 16, classify: 32, preference: 16)", group="training"
+    )
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(None, told.rate_help, group="training")
     schedule: str = _setting(
@@ -233,7 +261,7 @@ _AT_LEAST_ONE = (
     "max_rows", "max_validation_rows", "rank", "links", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
     "keep", "seeds", "patience",
 )  # fmt: skip
-_POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
+_POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio", "beta")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
 
 
@@ -244,6 +272,7 @@ def _check_ranges(settings: Settings) -> None:
         (_POSITIVE, lambda v: 0 < v < float("inf"), "above 0"),
         (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "0 or more"),
         (("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (("label_smoothing",), lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
         (("validation_fraction",), lambda v: 0 < v < 1, "between 0 and 1"),
         (("max_length",), lambda v: v >= 2, "at least 2"),
     )
@@ -262,16 +291,22 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("epochs", "and steps both say how long to train: give one of them")
     if settings.validation is not None and settings.validation_fraction is not None:
         raise SettingError("validation_fraction", "cuts a part off the training data, but a validation file is given")
-    if settings.task == "classify" and settings.data is None:
-        raise SettingError("task", "classify needs a data file with a label column")
+    if settings.task != "lm" and settings.data is None:
+        wanted = {"classify": "a label column", "preference": "answers that are better and worse"}[settings.task]
+        raise SettingError("task", f"{settings.task} needs a data file with {wanted}")
+    if settings.data is None and settings.weights is not None:
+        raise SettingError("weights", "needs several data files to train on, with commas between")
     if settings.data is None and settings.validation is not None:
         raise SettingError("validation", "needs a data file to train on beside it")
-    if settings.task == "classify" and settings.packing:
-        raise SettingError("packing", "is for --task lm; rows to classify are never packed")
-    if settings.task == "classify" and settings.long_rows == "split":
-        raise SettingError("long_rows", "split is for --task lm; a row to classify has one label: truncate or drop it")
-    if settings.task == "lm" and settings.text_pair_column is not None:
+    if settings.task != "lm" and settings.packing:
+        raise SettingError("packing", f"is for --task lm; rows of --task {settings.task} are never packed")
+    if settings.task != "lm" and settings.long_rows == "split":
+        raise SettingError(
+            "long_rows", f"split is for --task lm; a row of --task {settings.task} stays whole: truncate or drop it"
+        )
+    if settings.task != "classify" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
+    _check_preference(settings)
     if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
         raise SettingError(
             "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
@@ -284,6 +319,15 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("links", f"must be at most the {settings.steps} steps, got {settings.links}")
     if settings.steps is not None and settings.warmup is not None and settings.warmup >= settings.steps:
         raise SettingError("warmup", f"must be less than the {settings.steps} steps, got {settings.warmup}")
+
+
+def _check_preference(settings: Settings) -> None:
+    """What is about preferences is given with them alone."""
+    for name in ("preference_loss", "beta", "label_smoothing"):
+        if getattr(settings, name) is not None and settings.task != "preference":
+            raise SettingError(name, "is for --task preference")
+    if settings.label_smoothing and settings.preference_loss not in (None, "dpo"):
+        raise SettingError("label_smoothing", f"is for --preference-loss dpo, not {settings.preference_loss}")
 
 
 def _check_method(settings: Settings) -> None:

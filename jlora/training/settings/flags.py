@@ -123,12 +123,14 @@ def _initials(word: str, flags: Sequence[str]) -> str | None:
     return initials.get(word.lstrip("-")) if len(word.lstrip("-")) > 1 else None
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], also: tuple[str, ...] = ()) -> None:
-    """Add the flags of some groups of settings, some others of another group, and `--config`."""
+def add_flags(
+    parser: argparse.ArgumentParser, groups: tuple[str, ...], also: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> None:
+    """Add the flags of some groups of settings, some others of another group, but for some, and `--config`."""
     sections = {group: parser.add_argument_group(group) for group in groups}
     for field in dataclasses.fields(Settings):
         group = field.metadata["group"]
-        if (group in groups or field.name in also) and field.name != "spec":
+        if (group in groups or field.name in also) and field.name not in ("spec", *without):
             _add(sections.get(group, parser), field)
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, and a [spec] table of regex to method")
 

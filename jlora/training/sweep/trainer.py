@@ -22,7 +22,8 @@ from jlora.training.errors import Stopped
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, to_devices, training_step
-from jlora.training.model.losses import Forward, Sums, lifted_sums
+from jlora.training.model.preferences import objective_of
+from jlora.training.model.losses import Forward, Sums, lifted_forward
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
@@ -105,7 +106,10 @@ class SweepTrainer:
         values["clip"] = [each or math.inf for each in values["clip"]]
         self._numbers = {name: jnp.array(each, jnp.float32) for name, each in values.items() if len(set(each)) > 1}
         self._rates = [learning_rate(each) for each in self.runs]
-        self._sums = jax.jit(jlora.each_run(lifted_sums(self.forward, self.data.texts), in_axes=(0, None)))
+        self._objective = objective_of(self.settings, self.forward)
+        lifted = lifted_forward(self.forward, self.data.texts)
+        of_one = lambda adapted, batch: self._objective(lifted, adapted, batch)  # noqa: E731
+        self._sums = jax.jit(jlora.each_run(of_one, in_axes=(0, None)))
         axis = 0 if len(self._seeds) > 1 else None
         # Its runs' own state, the stack, the batch, the numbers of each, whether it is stopped.
         self._step = jax.jit(jlora.each_run(self._one, in_axes=(0, 0, axis, 0, 0)), donate_argnums=0)
@@ -115,7 +119,7 @@ class SweepTrainer:
     ) -> tuple[State, StepResult]:
         """The step of one run."""
         tx = make_optimizer(still.replace(params=state.params), self.settings, numbers)
-        new, result = training_step(self.forward, tx, self.data.texts)(state, still, batch)
+        new, result = training_step(self.forward, tx, self.data.texts, self._objective)(state, still, batch)
         return jlora.hold(stopped, new, state), result
 
     def run(self) -> jlora.Stacked:

@@ -1,0 +1,1 @@
+"""Answers of which it is known which are better: rows of them, and their examples."""
