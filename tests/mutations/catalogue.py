@@ -1,6 +1,19 @@
 """All mutations, those of the whole package."""
 
-from mutations import bridges, compose, continual, core, interchange, methods, models, prompts, runs, states, stored, training
+from mutations import (
+    bridges,
+    compose,
+    continual,
+    core,
+    interchange,
+    methods,
+    models,
+    prompts,
+    runs,
+    states,
+    stored,
+    training,
+)
 
 MUTATIONS = tuple(
     mutation

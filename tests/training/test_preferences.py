@@ -26,7 +26,7 @@ from jlora.training.errors import DataError, SettingError
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.model.loop import State, make_evaluation, make_step, to_devices
 from jlora.training.model.preferences import objective_of, told
-from jlora.training.model.subject import language_model
+from jlora.training.model.losses import LanguageModel
 from jlora.training.reporting.metrics import read_metrics
 from jlora.training.run.trainer import summarize
 from jlora.training.settings.defaults import resolve
@@ -94,7 +94,7 @@ def batch_of(codec, name):
 def subject():
     model, params = models.load(models.STORIES260K)
     batch = {n: jax.ShapeDtypeStruct((2, 8), jnp.int32) for n in ("tokens", "positions", "segment_ids")}
-    forward = language_model(model)
+    forward = LanguageModel(model)
     return forward, params, jlora.sites(forward, params, batch)
 
 

@@ -22,8 +22,8 @@ from jlora.training.errors import Stopped
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, to_devices, training_step
-from jlora.training.model.preferences import objective_of
 from jlora.training.model.losses import Forward, Sums, lifted_forward
+from jlora.training.model.preferences import objective_of
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
