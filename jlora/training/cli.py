@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | inspect | plan | merge | generate | eval | export | import | merge-adapters`.
+"""The command line: `jlora finetune | inspect | plan | merge | generate | eval | compare | export | import | merge-adapters`.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.
@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora plan --model DIR --mesh fsdp=4,tensor=2 --device v5e --rank 16 --batch 8 --length 1024
+  jlora compare run_a run_b --to compared.html
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
   jlora import adapter --model DIR --to run
@@ -56,6 +57,7 @@ def build_parser() -> Parser:
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
+    _add_compare(commands.add_parser("compare", help="show finished runs side by side"))
     _add_export(commands.add_parser("export", help="write the adapters in PEFT's format"))
     _add_import(commands.add_parser("import", help="make a run of an adapter in PEFT's format"))
     _add_merge_adapters(commands.add_parser("merge-adapters", help="make one run of the adapters of several"))
@@ -108,6 +110,11 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
     parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
     parser.add_argument("--max-rows", type=_COUNT, help="on this many rows, drawn by the run's seed")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of jlora finetune")
+    parser.add_argument("--to", metavar="FILE", help="write a page with table and curves to this file (.html)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from jlora.training.files import is_full_disk, write_json
 from jlora.training.hosts import agreement, processes
 from jlora.training.hosts.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
 from jlora.training.hosts.versions import versions
+from jlora.training.model.answers import check_metric, make_written
 from jlora.training.model.measured import measured_of
 from jlora.training.model.samples import prompt_tokens, sample
 from jlora.training.model.selection import adapt
@@ -34,6 +35,7 @@ from jlora.training.model.subject import Subject, abstract_subject, check_model,
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
 from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.run.best import best_of
 from jlora.training.run.checkpoint import last_whole
 from jlora.training.run.trainer import Trainer
 from jlora.training.settings.axes import Rules, mesh_axes, shard_rules
@@ -51,7 +53,7 @@ class Result:
         out: the output folder.
         adapted: base and trained adapters.
         before: validation loss (and perplexity or accuracy) before training.
-        after: the same after the last step.
+        after: the same with the adapters that the run ends with: those of the last step, or of the best validation.
         record: the content of `results.json`.
         complaint: what is wrong with the result, such as a validation worse than before; None if nothing is.
     """
@@ -93,6 +95,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
     agreement.check_start(asked)
     settings = resolve(asked)
     agreement.check_settings(settings)
+    check_metric(settings)
     if not processes.first():
         say, settings = _silent, dataclasses.replace(settings, progress="none")
     mesh = make_mesh(mesh_axes(settings.mesh))
@@ -120,6 +123,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
     agreement.check_base(subject.directory, fingerprint)
     processes.beat()
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
+    written = make_written(subject, data, settings)
     adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
     about = _about(asked, settings, subject, data, fingerprint)
     about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
@@ -129,7 +133,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
             _describe(adapted, subject, data, settings, say)
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
-            trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint)
+            trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint, written)
             return _run(trainer, subject, about, say, start)
         except Exception as error:
             if is_full_disk(error):
@@ -273,7 +277,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         texts["after"] = sample(subject, prompt, settings, adapted)
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
-    found = complaint(metrics, settings)
+    found = complaint(metrics, settings, trainer.chosen())
     record = _results(trainer, metrics, start, found)
     if found is None and (note := unsteady(metrics, settings)):
         about["notes"].append(note)
@@ -318,13 +322,18 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
 
 def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
     """The content of results.json; `seconds` are those since the run was started or resumed."""
-    found, about = metrics.of("validation"), ("step", "kind", "weight")
-    values = [{name: value for name, value in record.items() if name not in about} for record in found]
-    train = metrics.of("train")
+    chosen, about = trainer.chosen(), ("step", "kind", "weight")
+    before, after = (
+        {name: value for name, value in record.items() if name not in about}
+        for record in (metrics.of("validation")[0], chosen)
+    )
+    train, best = metrics.of("train"), best_of(metrics.of("validation"), trainer.settings.metric)
     return {
-        "before": values[0],
-        "after": values[-1],
+        "before": before,
+        "after": after,
         "steps": len(train),
+        "step": chosen["step"],
+        "best_step": None if best is None else best["step"],
         "train_loss": train[-1]["loss"] if train else None,
         "trained_values": count(trainer.adapted.params),
         "base_values": count(trainer.adapted.base),

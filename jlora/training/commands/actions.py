@@ -17,11 +17,13 @@ from jlora.training.commands.exchange import export_run, import_adapter, open_ru
 from jlora.training.commands.runs import Run, evaluate_file, open_run, write_merged
 from jlora.training.data.rows import read_rows
 from jlora.training.errors import SettingError, Stopped
+from jlora.training.files import write_whole
 from jlora.training.folder import check_new
 from jlora.training.hosts import processes
 from jlora.training.job import SETTINGS, finetune, read_settings
 from jlora.training.model.selection import make_spec, trace_sites
 from jlora.training.model.subject import abstract_subject, model_directory, open_codec
+from jlora.training.reporting.compare import comparison_page, comparison_text
 from jlora.training.settings.configuration import Given
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
@@ -152,6 +154,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    if arguments.to is not None and Path(arguments.to).exists():
+        raise FileExistsError(f"{arguments.to} exists already; choose a new file")
+    print(comparison_text(arguments.runs))
+    if arguments.to is not None:
+        write_whole(arguments.to, comparison_page(arguments.runs))
+        print(f"page written to {arguments.to}")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     check_new(arguments.to)
     run = open_run_or_adapters(arguments.run, arguments.model)
@@ -180,6 +191,7 @@ COMMANDS = {
     "merge": _merge,
     "generate": _generate,
     "eval": _eval,
+    "compare": _compare,
     "export": _export,
     "import": _import,
     "merge-adapters": _merge_adapters,

@@ -130,7 +130,7 @@ def make_evaluation(
     def evaluate(adapted: jlora.Adapted, batches: Iterable[Any]) -> Sums:
         # In float64, so that many small batches add up as one.
         parts = [jax.device_get(step(adapted, batch)) for batch in batches]
-        return Sums(*(np.sum(np.array(values, np.float64)) for values in zip(*parts)))
+        return jax.tree.map(lambda *values: np.sum(np.array(values, np.float64), axis=0), *parts)
 
     return evaluate
 

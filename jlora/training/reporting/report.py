@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,10 @@ from jlora.core.tree.summary import shared_counts
 from jlora.training import folder
 from jlora.training.files import write_whole
 from jlora.training.reporting.metrics import Metrics
+from jlora.training.reporting.page import figures, folded, image, page, table
 from jlora.training.reporting.plot import loss_plot
 
 PLOT, REPORT = "loss.png", "report.html"
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 860px; margin: 2.5em auto; padding: 0 1.2em; }
-h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.1em; margin-top: 2em; color: #3b6ea5; }
-p.about { color: #666; margin-top: 0; } p.wrong { background: #fbe9e5; border-left: 4px solid #c8553d; padding: .6em .9em; }
-img { width: 100%; }
-table { border-collapse: collapse; font-size: .9em; }
-td, th { padding: .25em 1.2em .25em 0; text-align: left; vertical-align: top; }
-th { color: #666; font-weight: 600; border-bottom: 1px solid #ccc; } td.number, th.number { text-align: right; }
-td:nth-child(2) { white-space: nowrap; }
-summary { font-size: 1.1em; font-weight: 600; margin-top: 2em; color: #3b6ea5; cursor: pointer; }
-.figures { display: flex; flex-wrap: wrap; gap: 1em; margin: 1.4em 0; padding: 0; }
-.figures div { flex: 1; min-width: 150px; border: 1px solid #ddd; border-radius: 8px; padding: .6em .9em; }
-.figures b { display: block; font-size: 1.35em; } .figures span { color: #666; font-size: .85em; }
-pre { background: #f5f6f8; border-radius: 8px; padding: .8em 1em; font-size: .88em;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-pre em { color: #888; font-style: normal; } code { font-size: .92em; } .wide { overflow-x: auto; }
-"""
 
 
 def write_report(
@@ -58,27 +40,21 @@ def write_report(
     """
     picture = loss_plot(metrics.of("train"), metrics.of("validation"))
     write_whole(out / PLOT, picture)
-    encoded = base64.b64encode(picture).decode()
     body = [
         _title(about, adapted),
         _notes(record, about),
         _figures(record),
-        f'<img alt="Training and validation loss over steps" src="data:image/png;base64,{encoded}">',
+        image(picture, "Training and validation loss over steps"),
         _samples(texts) if texts else "",
         "<h2>What is adapted</h2>",
         _sites(adapted),
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
-        _table(("name", "content"), folder.content(out, REPORT).items()),
-        _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
-        _folded("What it stands on", _table(("name", "value"), _grounds(about))),
+        table(("name", "content"), folder.content(out, REPORT).items()),
+        folded("Settings", table(("setting", "value"), _given(about["settings"]))),
+        folded("What it stands on", table(("name", "value"), _grounds(about))),
     ]
-    title = html.escape(f"{_names(about)[0]}, fine-tuned by jlora")
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"</head><body>{''.join(body)}</body></html>\n"
-    )
-    write_whole(out / REPORT, page)
+    write_whole(out / REPORT, page(f"{_names(about)[0]}, fine-tuned by jlora", body))
 
 
 def _names(about: Mapping[str, Any]) -> tuple[str, str]:
@@ -113,10 +89,7 @@ def _figures(record: Mapping[str, Any]) -> str:
     resumed = record.get("resumed_at")
     span = f"since the run was resumed at step {resumed}" if resumed else f"for {record['steps']} steps"
     shown.append((f"{record['seconds']:.0f} s", f"{span}, set-up included"))
-    cells = "".join(
-        f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in shown
-    )
-    return f'<div class="figures">{cells}</div>'
+    return figures(shown)
 
 
 def _samples(texts: Mapping[str, str]) -> str:
@@ -135,11 +108,7 @@ def _sites(adapted: jlora.Adapted) -> str:
         trained = count(paths.lookup(adapted.params, site.keys))
         rows.append((site.path, " × ".join(map(str, site.shape)), str(site.method), f"{trained:,}"))
     rows += [(path, "shared", str(method), f"{n:,}") for method, (path, n) in shared_counts(adapted).items()]
-    return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{title}</summary>{content}</details>"
+    return table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 
 def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -150,12 +119,3 @@ def _grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     places = [("model", about["model"]), ("data", about["data"])]
     sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
     return [*places, *sums, *about["versions"].items()]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        kinds = [' class="number"' if index in numbers else "" for index in range(len(values))]
-        return "".join(f"<{tag}{kind}>{html.escape(str(value))}</{tag}>" for kind, value in zip(kinds, values))
-
-    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells("th", header)}</tr>{lines}</table></div>'

@@ -41,10 +41,16 @@ def is_stuck(last: Sequence[Record], count: int = STUCK) -> bool:
     return len(last) == count and all(r["gradient_norm"] == 0 and r["loss"] > _ALL_RIGHT for r in last)
 
 
-def complaint(metrics: Metrics, settings: Settings) -> str | None:
-    """What is wrong with a run that went to its end; None if nothing is."""
+def complaint(metrics: Metrics, settings: Settings, after: Record | None = None) -> str | None:
+    """What is wrong with a run that went to its end; None if nothing is.
+
+    Args:
+        metrics: of the run.
+        settings: of the run.
+        after: the validation of the adapters that it ends with; the last one by default.
+    """
     validation, train = metrics.of("validation"), [record["loss"] for record in metrics.of("train")]
-    before, after = validation[0], validation[-1]
+    before, after = validation[0], after or validation[-1]
     if not _is_worse(before, after):
         return None
     found = (

@@ -29,6 +29,7 @@ _TASK = {
 def resolve(settings: Settings) -> Settings:
     """The settings with everything chosen that does not depend on the amount of data."""
     values, recipe = dict(_TASK[settings.task]), recipe_of(settings)
+    values["best"] = settings.metric != "loss" or settings.patience is not None
     values["learning_rate"] = _RATE_OF_PROBE if recipe is None else recipe.learning_rate
     if settings.validation is None:
         values["validation_fraction"] = 0.1

@@ -15,7 +15,7 @@ from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
 from jlora.stored.names import NAMES
 from jlora.training.errors import SettingError, nearest
-from jlora.training.settings import told
+from jlora.training.settings import scored, told
 from jlora.training.settings.axes import check_axes, mesh_axes, shard_rules
 from jlora.training.settings.hyperparameters import check_names
 from jlora.training.settings.told import PROBE
@@ -169,6 +169,29 @@ class Settings:
         None, "steps between checkpoints (a tenth of the run, 10 at least)", group="run", resumable=True
     )
     keep: int = _setting(2, "checkpoints kept", group="run", resumable=True)
+    metric: str = _setting(
+        "loss",
+        "what validations are judged by: loss, perplexity, accuracy, f1, matthews, or what comes of answers that the model "
+        "writes to prompts of the validation rows, exact_match and rouge_l",
+        group="run",
+        choices=tuple(scored.METRICS),
+    )
+    metric_rows: int = _setting(
+        32, "validation rows that are answered for exact_match and rouge_l, the first ones", group="run"
+    )
+    patience: int | None = _setting(
+        None,
+        "stop after so many validations in a row that were no better than the best (never)",
+        group="run",
+        resumable=True,
+    )
+    best: bool | None = _setting(
+        None,
+        "keep the checkpoint of the best validation and end with its adapters, not the last step's (default: on with "
+        "--patience, or another --metric than the loss)",
+        group="run",
+        resumable=True,
+    )
     prompt: str | None = _setting(None, "prompt of the samples before and after (lm only)", group="run", resumable=True)
     sample_tokens: int = _setting(64, "tokens of each sample; 0 for none", group="run", resumable=True)
     progress: str = _setting(
@@ -212,7 +235,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 _AT_LEAST_ONE = (
     "max_rows", "max_validation_rows", "rank", "links", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
-    "keep",
+    "keep", "metric_rows", "patience",
 )  # fmt: skip
 _POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
@@ -252,6 +275,14 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("long_rows", "split is for --task lm; a row to classify has one label: truncate or drop it")
     if settings.task == "lm" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
+    if settings.metric not in (known := scored.of_task(settings.task)):
+        raise SettingError(
+            "metric", f"{settings.metric} is not one of task {settings.task}, which has {', '.join(known)}"
+        )
+    if settings.patience is not None and settings.best is False:
+        raise SettingError(
+            "patience", "stops some validations after the best one, whose adapters --no-best throws away"
+        )
     if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
         raise SettingError(
             "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
