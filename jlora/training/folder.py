@@ -23,6 +23,9 @@ CONTENT = {
     "samples.json": "the texts before and after",
     "chat_template.jinja": "the template that chats were written with: the model must be served with it",
     "settings.json": "what was asked for, and what it stands on",
+    "tensorboard": "curves for TensorBoard (--report-to)",
+    "wandb": "what Weights & Biases was told (--report-to)",
+    "trackers.json": "under which numbers services know the run (--report-to)",
     "checkpoints": "training state, to resume from",
 }
 

@@ -34,6 +34,7 @@ from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
+from jlora.training.reporting.trackers import check_trackers, reported
 from jlora.training.reporting.verdict import complaint, unsteady
 from jlora.training.run.best import best_of
 from jlora.training.run.checkpoint import last_whole
@@ -66,12 +67,18 @@ class Result:
     complaint: str | None
 
 
-def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
+def finetune(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+) -> Result:
     """Fine-tune a model and leave adapters, metrics, plot and report in `settings.out`.
 
     Args:
         settings: what to do; what is left open is chosen by the job.
         say: takes the lines of text that the run prints beside its progress.
+        on_metrics: called with every line of `metrics.jsonl` when it is written, as a dict with `step` and `kind`; in process
+            0 alone. What it raises ends the run.
 
     Returns:
         The result.
@@ -88,14 +95,17 @@ def finetune(settings: Settings, say: Callable[[str], None] = print) -> Result:
         OSError: if the disk is full, naming the last whole checkpoint.
     """
     with processes.together():
-        return _finetune(settings, say, time.time())
+        return _finetune(settings, say, on_metrics, time.time())
 
 
-def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Result:
+def _finetune(
+    asked: Settings, say: Callable[[str], None], on_metrics: Callable[[dict[str, Any]], None] | None, start: float
+) -> Result:
     agreement.check_start(asked)
     settings = resolve(asked)
     agreement.check_settings(settings)
     check_metric(settings)
+    check_trackers(settings)
     if not processes.first():
         say, settings = _silent, dataclasses.replace(settings, progress="none")
     mesh = make_mesh(mesh_axes(settings.mesh))
@@ -134,7 +144,9 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float) -> Resu
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
             trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint, written)
-            return _run(trainer, subject, about, say, start)
+            resumed_at = trainer.goes_on_from() if settings.resume else None
+            with reported(out, settings, about["settings"], resumed_at, on_metrics, say) as trainer.listener:
+                return _run(trainer, subject, about, say, start)
         except Exception as error:
             if is_full_disk(error):
                 raise _full(out) from error

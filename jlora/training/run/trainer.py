@@ -29,7 +29,7 @@ from jlora.training.reporting.metrics import Metrics, Record
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
 from jlora.training.run.best import best_of, waited
-from jlora.training.run.checkpoint import Checkpoints, Whole, complaint, find_whole
+from jlora.training.run.checkpoint import Checkpoints, Whole, complaint, find_whole, last_whole
 from jlora.training.run.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings.axes import ROWS
 from jlora.training.settings.fields import Settings
@@ -125,6 +125,10 @@ class Trainer:
             state = self._steps(done, state, metrics, progress, checkpoints)
             state = self._of_best(state, checkpoints)
         return self._still.replace(params=state.params), metrics
+
+    def goes_on_from(self) -> int:
+        """The step of the last whole checkpoint, or 0."""
+        return processes.by_first(lambda: last_whole(self.out / "checkpoints")) or 0
 
     def chosen(self) -> Record:
         """The validation of the adapters that the run ends with: the best one where that is asked for, or the last."""

@@ -20,6 +20,8 @@ from jlora.training.settings.axes import check_axes, mesh_axes, shard_rules
 from jlora.training.settings.hyperparameters import check_names
 from jlora.training.settings.told import PROBE
 
+#: What `--report-to` may name, and the package that it needs.
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
 
 
@@ -194,9 +196,16 @@ class Settings:
     )
     prompt: str | None = _setting(None, "prompt of the samples before and after (lm only)", group="run", resumable=True)
     sample_tokens: int = _setting(64, "tokens of each sample; 0 for none", group="run", resumable=True)
+    report_to: str | None = _setting(
+        None,
+        "report the metrics to tensorboard, wandb or mlflow as well, several with commas between; each is an extra of the "
+        "same name: pip install 'jlora[wandb]'",
+        group="run",
+        resumable=True,
+    )
     progress: str = _setting(
         "auto",
-        "progress bar, plain lines, or nothing",
+        "progress bar (lines where the output is a file), plain lines, or nothing",
         group="run",
         choices=("auto", "bar", "lines", "none"),
         resumable=True,
@@ -275,6 +284,11 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("long_rows", "split is for --task lm; a row to classify has one label: truncate or drop it")
     if settings.task == "lm" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
+    for name in trackers_of(settings):
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            hint = f"; did you mean {near}?" if near else ""
+            raise SettingError("report_to", f"must be some of {', '.join(TRACKERS)}, got {name!r}{hint}")
     if settings.metric not in (known := scored.of_task(settings.task)):
         raise SettingError(
             "metric", f"{settings.metric} is not one of task {settings.task}, which has {', '.join(known)}"
@@ -295,6 +309,11 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError("links", f"must be at most the {settings.steps} steps, got {settings.links}")
     if settings.steps is not None and settings.warmup is not None and settings.warmup >= settings.steps:
         raise SettingError("warmup", f"must be less than the {settings.steps} steps, got {settings.warmup}")
+
+
+def trackers_of(settings: Settings) -> list[str]:
+    """The names that `--report-to` has, each once."""
+    return list(dict.fromkeys(name.strip() for name in (settings.report_to or "").split(",") if name.strip()))
 
 
 def _check_method(settings: Settings) -> None:
