@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from jlora.training.hosts.placement import base_shardings, check_batch, make_mes
 from jlora.training.hosts.versions import versions
 from jlora.training.model.answers import check_metric, make_written
 from jlora.training.model.measured import measured_of
-from jlora.training.model.samples import prompt_tokens, sample
+from jlora.training.model.samples import Prompt, prompts, samples
 from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
+from jlora.training.reporting.shown import Shown, Worst, of_rows
 from jlora.training.reporting.trackers import check_trackers, reported
-from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.reporting.verdict import complaint, overfitting, unsteady
 from jlora.training.run.best import best_of
 from jlora.training.run.checkpoint import last_whole
 from jlora.training.run.trainer import Trainer
@@ -273,43 +274,65 @@ def read_complaint(out: str | Path) -> str | None:
 
 
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
-    settings, out = trainer.settings, trainer.out
-    texts = {}
+    settings, out, texts = trainer.settings, trainer.out, []
     if settings.task == "lm" and settings.sample_tokens:
-        prompt = prompt_tokens(subject, trainer.data, settings)
-        say("a text before the training, whose program is compiled first …")
-        texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, prompt, settings)}
-        say(f"before: {texts['prompt']} | {texts['before']!r}")
+        asked = prompts(subject, trainer.data, settings)
+        say("texts before the training, whose program is compiled first …")
+        texts = _texts(subject, asked, samples(subject, asked, settings))
+        say(f"before: {texts[0]['prompt']} | {texts[0]['before']!r}")
     try:
         adapted, metrics = trainer.run()
     except DivergenceError as error:
         raise _gave_up(trainer, about, texts, error, start) from error
+    shown = Shown(texts)
+    if subject.labels:
+        confusion, worst = _of_rows(trainer, subject, adapted)
+        shown = Shown(labels=subject.labels, confusion=confusion, worst=worst)
     adapted = processes.whole_adapters(adapted)
     if texts:
-        texts["after"] = sample(subject, prompt, settings, adapted)
+        for text, after in zip(texts, samples(subject, asked, settings, adapted)):
+            text["after"] = after
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
     found = complaint(metrics, settings, trainer.chosen())
-    record = _results(trainer, metrics, start, found)
-    if found is None and (note := unsteady(metrics, settings)):
-        about["notes"].append(note)
-        say(f"note  {note}")
+    record = _results(trainer, metrics, start, found, shown)
+    for note in (unsteady(metrics, settings), overfitting(metrics, settings)) if found is None else ():
+        if note:
+            about["notes"].append(note)
+            say(f"note  {note}")
     write_json(out / RESULTS, record)
-    write_report(out, about, record, metrics, adapted, texts)
+    write_report(out, about, record, metrics, adapted, shown)
     result = Result(out, adapted, record["before"], record["after"], record, found)
     _conclude(result, texts, say)
     return result
 
 
+def _texts(subject: Subject, asked: Sequence[Prompt], before: Sequence[str]) -> list[dict[str, str]]:
+    """The samples as `samples.json` has them, as yet without those after the training."""
+    return [
+        {"prompt": subject.codec.decode(each.tokens)}
+        | ({} if each.wanted is None else {"wanted": each.wanted})
+        | {"before": text}
+        for each, text in zip(asked, before)
+    ]
+
+
+def _of_rows(trainer: Trainer, subject: Subject, adapted: jlora.Adapted) -> tuple[Any, list[Worst]]:
+    """The confusion matrix of a classifier's validation, and its worst rows."""
+    ordered = sorted(trainer.data.validation, key=len)  # as the batches are made
+    losses, predicted, right = trainer.rows(adapted)
+    return of_rows(losses, predicted, right, subject.labels, lambda i: subject.codec.decode(ordered[i].tokens))
+
+
 def _gave_up(
-    trainer: Trainer, about: dict[str, Any], texts: Mapping[str, str], error: DivergenceError, start: float
+    trainer: Trainer, about: dict[str, Any], texts: list[dict[str, str]], error: DivergenceError, start: float
 ) -> DivergenceError:
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record = _results(trainer, metrics, start, str(error))
+    record = _results(trainer, metrics, start, str(error), Shown(texts))
     write_json(out / RESULTS, record)
-    write_report(out, about, record, metrics, trainer.adapted, texts)
+    write_report(out, about, record, metrics, trainer.adapted, Shown(texts))
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))
     kept = (
         "there was no checkpoint yet" if step is None else f"the checkpoint of step {step} is the last one before that"
@@ -332,7 +355,7 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
+def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None, shown: Shown) -> dict[str, Any]:
     """The content of results.json; `seconds` are those since the run was started or resumed."""
     chosen, about = trainer.chosen(), ("step", "kind", "weight")
     before, after = (
@@ -352,14 +375,14 @@ def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | 
         "seconds": round(time.time() - start, 1),
         "resumed_at": trainer.resumed_at,
         "complaint": complaint,
-    }
+    } | ({} if shown.confusion is None else {"labels": list(shown.labels), "confusion": shown.confusion.tolist()})
 
 
-def _conclude(result: Result, texts: dict[str, str], say: Callable[[str], None]) -> None:
+def _conclude(result: Result, texts: list[dict[str, str]], say: Callable[[str], None]) -> None:
     for name, before in result.before.items():
         say(f"validation {name}: {before:.4f} before, {result.after[name]:.4f} after")
     if texts:
-        say(f"after:  {texts['prompt']} | {texts['after']!r}")
+        say(f"after:  {texts[0]['prompt']} | {texts[0]['after']!r}")
     say(f"{result.record['seconds']} seconds; in {result.out}:")
     for name, what in folder.content(result.out).items():
         say(f"  {name:<14} {what}")

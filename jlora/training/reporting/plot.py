@@ -64,6 +64,28 @@ def curves_plot(runs: Sequence[tuple[str, Sequence[Record]]], metric: str) -> by
     return content.getvalue()
 
 
+def course_plot(train: Sequence[Record]) -> bytes:
+    """A PNG of the learning rate, the gradient's norm and the speed over steps.
+
+    Args:
+        train: records of kind `train`.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "per_second": "predictions/s"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 2.6), dpi=110, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axes, (name, words) in zip(figure.subplots(1, 3), names.items()):
+            axes.plot([r["step"] for r in train], [r[name] for r in train], color=_TRAIN, linewidth=1.2)
+            _finish(axes, words)
+        content = io.BytesIO()
+        canvas.print_png(content)
+    return content.getvalue()
+
+
 def _curves(axes, runs: Sequence[tuple[str, Sequence[Record]]], kind: str, metric: str) -> None:
     drawn = False
     for number, (name, records) in enumerate(runs):

@@ -127,9 +127,7 @@ def check_trackers(settings: Settings) -> None:
     """
     for name in trackers_of(settings):
         if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise SettingError(
-                "report_to", f"{name} needs the package {TRACKERS[name]}: pip install 'jlora[{name}]'"
-            )
+            raise SettingError("report_to", f"{name} needs the package {TRACKERS[name]}: pip install 'jlora[{name}]'")
 
 
 @contextlib.contextmanager

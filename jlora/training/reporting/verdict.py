@@ -85,3 +85,26 @@ def unsteady(metrics: Metrics, settings: Settings) -> str | None:
                 f"fell again: a steadier run may end better; {advice(settings)}"
             )
     return None
+
+
+def overfitting(metrics: Metrics, settings: Settings) -> str | None:
+    """A note on a validation loss that rose again after its best, by more than chance, while the training loss fell on."""
+    validation, train = metrics.of("validation"), metrics.of("train")
+    best, last = min(validation, key=lambda record: record["loss"]), validation[-1]
+    allowed = best["loss"] * (_MARGIN + 1 / math.sqrt(best.get("weight", math.inf)))
+    if last["loss"] <= best["loss"] + allowed:
+        return None
+    window = max(1, len(train) // 10)
+    then = [record["loss"] for record in train if abs(record["step"] - best["step"]) <= window]
+    now = [record["loss"] for record in train[-window:]]
+    if not then or statistics.fmean(now) >= statistics.fmean(then):
+        return None
+    kept = (
+        f"the adapters are those of the best {settings.metric}"
+        if settings.best
+        else "--best ends with the adapters of the best validation, --patience stops soon after it"
+    )
+    return (
+        f"overfitting: the validation loss was best at step {best['step']} ({best['loss']:.4f}) and rose to "
+        f"{last['loss']:.4f} at step {last['step']}, while the training loss fell; {kept}"
+    )

@@ -8,6 +8,7 @@ import optax
 
 import jlora
 from jlora.optimize.events import events_of
+from jlora.training.run.optimizers import factory_of
 from jlora.training.settings.fields import Settings
 
 
@@ -42,10 +43,10 @@ def restarts_of(adapted: jlora.Adapted) -> list[int]:
 
 
 def make_optimizer(adapted: jlora.Adapted, settings: Settings) -> optax.GradientTransformation:
-    """AdamW as the methods need it, after clipping by the gradient's global norm; its state on the host where asked for."""
+    """The settings' optimizer as the methods need it, after clipping by the global norm; its state on the host if asked for."""
     tx = jlora.optimizer(
         adapted,
-        optax.adamw,
+        factory_of(settings.optimizer, adapted),
         learning_rate=learning_rate(settings, restarts_of(adapted)),
         ratio=settings.lora_plus_ratio,
         weight_decay=settings.weight_decay,

@@ -22,7 +22,15 @@ from jlora.training.errors import CheckpointError, DivergenceError, Stopped
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import on_mesh, row_parts
 from jlora.training.hosts.stopping import watched
-from jlora.training.model.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
+from jlora.training.model.loop import (
+    State,
+    StepResult,
+    held_out_loss,
+    make_evaluation,
+    make_rows,
+    make_step,
+    to_devices,
+)
 from jlora.training.model.losses import Forward
 from jlora.training.model.scores import summarize
 from jlora.training.reporting.metrics import Metrics, Record
@@ -129,6 +137,10 @@ class Trainer:
     def goes_on_from(self) -> int:
         """The step of the last whole checkpoint, or 0."""
         return processes.by_first(lambda: last_whole(self.out / "checkpoints")) or 0
+
+    def rows(self, adapted: jlora.Adapted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Losses, predicted labels and labels of a classifier's validation rows, the shortest row first."""
+        return make_rows(self.forward, self.mesh, self._cuts)(adapted, self._validation)
 
     def chosen(self) -> Record:
         """The validation of the adapters that the run ends with: the best one where that is asked for, or the last."""

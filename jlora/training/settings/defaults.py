@@ -18,6 +18,8 @@ _SHIPPED_MODEL = {"rank": 16, "learning_rate": 1e-2}
 _DEFAULT_JOB = {"steps": 250, "batch": 16, "max_length": 128, "prompt": "If the function is called"}
 # On 2,500 rows of SST-2 by MiniLM accuracy was 0.72 at 5e-4, 0.78 from 2e-3 to 1e-2, 0.76 at 3e-2.
 _RATE_OF_PROBE = 5e-3
+# Multiples of AdamW's usual rate.
+_RATES = {"lion": 0.1}
 # Steps between two validations or checkpoints at least, where the user doesn't say: each costs as much as some steps.
 _INTERVAL = 10
 _TASK = {
@@ -38,6 +40,7 @@ def resolve(settings: Settings) -> Settings:
     if settings.model is None and trains_adapters(settings):
         # A model this small wants larger steps than the usual ones, but for methods that want still larger ones anyway.
         values["learning_rate"] = max(_SHIPPED_MODEL["learning_rate"], values["learning_rate"])
+    values["learning_rate"] *= _RATES.get(settings.optimizer, 1.0)
     if settings.model is None and settings.data is None:
         values |= _DEFAULT_JOB
     if settings.steps is not None or (settings.epochs is None and "steps" in values):

@@ -137,6 +137,12 @@ class Settings:
     batch: int | None = _setting(None, "rows per optimizer step, at most all (lm: 16, classify: 32)", group="training")
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(None, told.rate_help, group="training")
+    optimizer: str = _setting(
+        "adamw",
+        "what makes steps of gradients; lion takes a tenth of the other's usual rates",
+        group="training",
+        choices=("adamw", "lion", "adafactor", "muon"),
+    )
     schedule: str = _setting(
         "cosine",
         "course of the learning rate after the warm-up",
