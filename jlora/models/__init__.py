@@ -7,7 +7,8 @@ from jlora.models.attention import KVCache, empty_cache
 from jlora.models.bert import Bert, BertConfig, mean_pool
 from jlora.models.classifier_files import load_classifier, save_classifier
 from jlora.models.classify import Classifier, last_pool, make_classifier
-from jlora.models.generate import generate
+from jlora.models.generate import generate, stream
+from jlora.models.generation_config import GenerationConfig, read_generation_config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
 from jlora.models.peft_names import peft_names
@@ -23,6 +24,7 @@ __all__ = [
     "Bert",
     "BertConfig",
     "Classifier",
+    "GenerationConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
@@ -36,6 +38,8 @@ __all__ = [
     "make_classifier",
     "mean_pool",
     "peft_names",
+    "read_generation_config",
     "save",
     "save_classifier",
+    "stream",
 ]

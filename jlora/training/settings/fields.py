@@ -139,7 +139,7 @@ class Settings:
     learning_rate: float | None = _setting(None, told.rate_help, group="training")
     optimizer: str = _setting(
         "adamw",
-        "what makes steps of gradients; lion takes a tenth of the other's usual rates",
+        "what makes steps of gradients; lion's usual rates are 0.3 times those of the others",
         group="training",
         choices=("adamw", "lion", "adafactor", "muon"),
     )
