@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | inspect | plan | merge | generate | chat | eval | compare | export | import | merge-adapters`.
+"""The command line, `jlora COMMAND`: finetune, inspect, plan, merge, generate, chat, eval, compare, export, import and more.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.

@@ -41,7 +41,8 @@ def lion(learning_rate: Any, weight_decay: float = 0.0) -> optax.GradientTransfo
 
 
 def muon(adapted: jlora.Adapted) -> Factory:
-    """Muon for the matrices that `adapted` trains, each of a stack by itself; AdamW for everything else, embeddings included.
+    """Muon for the matrices that `adapted` trains, each of a stack by itself; for everything else, embeddings
+    included, AdamW with Nesterov momentum.
 
     Reference:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon.
