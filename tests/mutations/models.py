@@ -124,8 +124,8 @@ MUTATIONS = (
     Mutation(
         "the end token is written",
         "jlora/models/generate.py",
-        "        running = running & jnp.all(token[:, None] != ends, axis=1)\n        written = written.at[:, step].set(token)\n"
-        "        lengths = lengths + running.astype(jnp.int32)\n",
+        "        running = running & jnp.all(token[:, None] != ends, axis=1)\n"
+        "        written = written.at[:, step].set(token)\n        lengths = lengths + running.astype(jnp.int32)\n",
         "        written = written.at[:, step].set(token)\n        lengths = lengths + running.astype(jnp.int32)\n"
         "        running = running & jnp.all(token[:, None] != ends, axis=1)\n",
         (GENERATE + "a_row_ends_before_its_end_token",),

@@ -502,7 +502,7 @@ WATCHED = (
         "jlora/training/run/trainer.py",
         "if best is None or best == int(state.step):",
         "if True:",
-        (BEST + "a_stopped_run_waits_on_as_long_and_ends_with_the_same_bits",),
+        (BEST + "a_run_stops_early_and_ends_with_the_adapters_of_the_best_validation",),
     ),
     Mutation(
         "a resumed run whose patience has ended trains on",

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from little_data import sentences
 
@@ -169,6 +171,9 @@ def test_a_run_stops_early_and_ends_with_the_adapters_of_the_best_validation(ear
     assert result.after["loss"] == losses[best]
     # The best checkpoint is kept beside the last one.
     assert {int(path.name) for path in (result.out / "checkpoints").iterdir()} == {best, last}
+    kept = ocp.StandardCheckpointer().restore(result.out.resolve() / "checkpoints" / str(best) / "state")["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.adapted.params):
+        np.testing.assert_array_equal(leaf, kept[jax.tree_util.keystr(path, simple=True, separator=".")])
     page = (result.out / "report.html").read_text()
     assert f"step {best}" in page and "jlora compare" in page
 
