@@ -72,7 +72,9 @@ def build_parser() -> Parser:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, choices=("v5e", "v5p", "h100"), help="kind of the chips")
     parser.add_argument("--slices", type=_COUNT, default=1, help="slices of TPUs, over which data goes (1)")
-    add_flags(parser, ("model", "method"), also=("max_length", "steps", "batch", "accumulate", "mesh", "shard"))
+    add_flags(
+        parser, ("model", "method"), also=("max_length", "steps", "batch", "accumulate", "optimizer", "mesh", "shard")
+    )
     parser.add_argument(
         "--length", dest="max_length", type=_COUNT, default=argparse.SUPPRESS, help="the same as --max-length"
     )

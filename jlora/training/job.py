@@ -106,7 +106,7 @@ def _finetune(
     settings = resolve(asked)
     agreement.check_settings(settings)
     check_metric(settings)
-    check_trackers(settings)
+    processes.by_first(lambda: check_trackers(settings))
     if not processes.first():
         say, settings = _silent, dataclasses.replace(settings, progress="none")
     mesh = make_mesh(mesh_axes(settings.mesh))

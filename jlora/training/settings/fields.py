@@ -299,10 +299,6 @@ def _check_combinations(settings: Settings) -> None:
         raise SettingError(
             "metric", f"{settings.metric} is not one of task {settings.task}, which has {', '.join(known)}"
         )
-    if settings.patience is not None and settings.best is False:
-        raise SettingError(
-            "patience", "stops some validations after the best one, whose adapters --no-best throws away"
-        )
     if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
         raise SettingError(
             "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
