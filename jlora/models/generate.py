@@ -135,7 +135,7 @@ def stream(
     sampling = _sampling(temperature, top_k, top_p, max_new_tokens, key)
     if chunk < 1:
         raise ValueError(f"chunk: wanted 1 or more, got {chunk}.")
-    tokens, mask = _pad_left([prompt_tokens], width_step)
+    tokens, mask = _pad_left([list(prompt_tokens)], width_step)
     key = jax.random.key(0) if key is None else key
     return _streamed(apply, sampling, max_new_tokens, params, tokens, mask, _ends(eos_id), key, chunk)
 

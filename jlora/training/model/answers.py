@@ -98,7 +98,7 @@ def exact_match(texts: Sequence[str], wanted: Sequence[str]) -> float:
 
 def rouge_l(texts: Sequence[str], wanted: Sequence[str]) -> float:
     """The mean F-measure of ROUGE-L, by the package rouge-score, without stemming."""
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scorer: Any = RougeScorer(["rougeL"])
     return sum(scorer.score(right, text)["rougeL"].fmeasure for text, right in zip(texts, wanted)) / len(wanted)

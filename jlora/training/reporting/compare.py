@@ -49,7 +49,7 @@ def _read(out: Path, name: str) -> Finished:
         about, results = read_object(out / "settings.json"), read_object(out / "results.json")
         records = read_metrics(out / "metrics.jsonl")
         found = Finished(name, about["settings"], results, records)
-        _columns([found]), _figures(found, "loss")
+        compared([found])  # what is missing or of another kind is told of with the folder
         return found
     except FileNotFoundError as error:
         missing = Path(error.filename).name

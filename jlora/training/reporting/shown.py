@@ -65,7 +65,7 @@ def of_rows(
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(confusion, (right, predicted), 1)
     order = np.argsort(-losses, kind="stable")[:_WORST]
-    worst = [Worst(texts(int(i)), labels[right[i]], labels[predicted[i]], float(losses[i])) for i in order]
+    worst = [Worst(texts(int(i)), labels[int(right[i])], labels[int(predicted[i])], float(losses[i])) for i in order]
     return confusion, worst
 
 

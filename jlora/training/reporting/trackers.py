@@ -32,11 +32,11 @@ class Tracker(Protocol):
         """The run is over, or broken off where it is not `whole`."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Curves in `tensorboard/` of the run's folder, by the package tensorboardX."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resumed_at: int | None):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
         # What a stopped run had reported after its checkpoint is taken back.
         purge = None if resumed_at is None else resumed_at + 1
@@ -52,11 +52,11 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run of the project `$WANDB_PROJECT` (jlora); `$WANDB_MODE=offline` leaves it in `wandb/` of the run's folder."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resumed_at: int | None):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         known = _known(out, "wandb")
         self._run = wandb.init(
@@ -78,12 +78,12 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if whole else 1)
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of the experiment `$MLFLOW_EXPERIMENT_NAME` (jlora) at `$MLFLOW_TRACKING_URI`."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resumed_at: int | None):
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         self._client, self._metric, known = MlflowClient(), Metric, _known(out, "mlflow")
         if known:
