@@ -8,7 +8,8 @@ from jlora.models.bert import Bert, BertConfig, mean_pool
 from jlora.models.classifier_files import load_classifier, save_classifier
 from jlora.models.classify import Classifier, last_pool, make_classifier
 from jlora.models.gemma import Gemma, GemmaConfig
-from jlora.models.generate import generate
+from jlora.models.generate import generate, stream
+from jlora.models.generation_config import GenerationConfig, read_generation_config
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.load import load
@@ -34,6 +35,7 @@ __all__ = [
     "GPT2Config",
     "Gemma",
     "GemmaConfig",
+    "GenerationConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
@@ -55,8 +57,10 @@ __all__ = [
     "mean_pool",
     "peft_names",
     "peft_prefix",
+    "read_generation_config",
     "s2_attention",
     "save",
     "save_classifier",
+    "stream",
     "stretched",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `jlora finetune | data | inspect | plan | merge | generate | eval | export | import | merge-adapters`.
+"""The command line, `jlora COMMAND`: finetune, data, inspect, plan, merge, generate, chat, eval, compare, export and more.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.
@@ -30,6 +30,8 @@ _EXAMPLES = """examples:
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora plan --model DIR --mesh fsdp=4,tensor=2 --device v5e --rank 16 --batch 8 --length 1024
+  jlora chat run_a run_b                            /adapter run_b switches
+  jlora compare run_a run_b --to compared.html
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
   jlora import adapter --model DIR --to run
@@ -59,7 +61,9 @@ def build_parser() -> Parser:
     _add_plan(commands.add_parser("plan", help="show what a run would take of each chip, without weights or chips"))
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
+    _add_chat(commands.add_parser("chat", help="talk with a model, and switch between its adapters"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
+    _add_compare(commands.add_parser("compare", help="show finished runs side by side"))
     _add_export(commands.add_parser("export", help="write the adapters in PEFT's format"))
     _add_import(commands.add_parser("import", help="make a run of an adapter in PEFT's format"))
     _add_merge_adapters(commands.add_parser("merge-adapters", help="make one run of the adapters of several"))
@@ -80,7 +84,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, choices=("v5e", "v5p", "h100"), help="kind of the chips")
     parser.add_argument("--slices", type=_COUNT, default=1, help="slices of TPUs, over which data goes (1)")
-    add_flags(parser, ("model", "method"), also=("max_length", "steps", "batch", "accumulate", "mesh", "shard"))
+    add_flags(
+        parser, ("model", "method"), also=("max_length", "steps", "batch", "accumulate", "optimizer", "mesh", "shard")
+    )
     parser.add_argument(
         "--length", dest="max_length", type=_COUNT, default=argparse.SUPPRESS, help="the same as --max-length"
     )
@@ -102,16 +108,48 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="output folder of jlora finetune (default: the base alone)")
     parser.add_argument("--model", help="directory of the base (default: the run's, or the shipped model)")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokens", type=_COUNT, default=100, help="tokens to write, at most (100)")
+    parser.add_argument("--prompt", default="", help="text to continue, or what a user says")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="write the prompt by the chat template, as what a user says (where the run was trained on chats, or the base "
+        "alone has a template)",
+    )
+    parser.add_argument(
+        "--file", help="many prompts: a text file with one a line, or rows as finetune reads them, up to their answers"
+    )
+    parser.add_argument("--to", metavar="FILE", help="write prompts and texts to this file as JSON lines, with --file")
+    parser.add_argument("--batch", type=_COUNT, default=8, help="prompts of --file that are continued together (8)")
+    _add_drawing(parser, 100)
+
+
+def _add_drawing(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """How a text is written and where it ends; what is left open, the model's generation_config.json says."""
+    parser.add_argument("--tokens", type=_COUNT, default=tokens, help=f"tokens to write, at most ({tokens})")
     temperature = number(float, lambda value: 0 <= value < float("inf"), "0 or more")
     parser.add_argument(
-        "--temperature", type=temperature, default=0.7, help="0 takes the likeliest token each time (0.7)"
+        "--temperature", type=temperature, help="0 takes the likeliest token each time (the model's own, or 0.7)"
     )
-    parser.add_argument("--top-k", type=_COUNT, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-k", type=_COUNT, help="draw from the k likeliest tokens (the model's own, or all)")
     share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
-    parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens whose probabilities reach p")
+    parser.add_argument(
+        "--top-p",
+        type=share,
+        help="draw from the likeliest tokens whose probabilities reach p (the model's own, or all)",
+    )
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end where this text is written; may be given several times"
+    )
     parser.add_argument("--seed", type=number(int), default=0, help="seed of the drawing (0)")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="output folders of jlora finetune on one base (default: the base)"
+    )
+    parser.add_argument("--model", help="directory of the base (default: the first run's, or the shipped model)")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_drawing(parser, 512)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +158,11 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory of the base, where it is no longer at its place")
     parser.add_argument("--base", action="store_true", help="without the adapters, to compare")
     parser.add_argument("--max-rows", type=_COUNT, help="on this many rows, drawn by the run's seed")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of jlora finetune")
+    parser.add_argument("--to", metavar="FILE", help="write a page with table and curves to this file (.html)")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,9 @@ CONTENT = {
     "sweep.html": "the runs of a sweep compared, one file",
     "sweep.png": "their losses",
     "runs": "a folder for each run of a sweep, as jlora merge, eval and export take it",
+    "tensorboard": "curves for TensorBoard (--report-to)",
+    "wandb": "what Weights & Biases was told (--report-to)",
+    "trackers.json": "under which numbers services know the run (--report-to)",
     "checkpoints": "training state, to resume from",
 }
 

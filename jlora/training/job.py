@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,17 @@ from jlora.training.files import is_full_disk, write_json
 from jlora.training.hosts import agreement, processes
 from jlora.training.hosts.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
 from jlora.training.hosts.versions import versions
+from jlora.training.model.answers import check_metric, make_written
 from jlora.training.model.measured import measured_of
-from jlora.training.model.samples import prompt_tokens, sample
+from jlora.training.model.samples import Prompt, prompts, samples
 from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
-from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.reporting.shown import Shown, Worst, of_rows
+from jlora.training.reporting.trackers import check_trackers, reported
+from jlora.training.reporting.verdict import complaint, overfitting, unsteady
+from jlora.training.run.best import best_of
 from jlora.training.run.checkpoint import last_whole
 from jlora.training.run.trainer import Trainer
 from jlora.training.settings.axes import Rules, mesh_axes, shard_rules
@@ -52,7 +56,7 @@ class Result:
         out: the output folder.
         adapted: base and trained adapters.
         before: validation loss (and perplexity or accuracy) before training.
-        after: the same after the last step.
+        after: the same with the adapters that the run ends with: those of the last step, or of the best validation.
         record: the content of `results.json`.
         complaint: what is wrong with the result, such as a validation worse than before; None if nothing is.
     """
@@ -65,12 +69,19 @@ class Result:
     complaint: str | None
 
 
-def finetune(settings: Settings, say: Callable[[str], None] = print, given: Mapping[str, Any] | None = None) -> Result:
+def finetune(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Result:
     """Fine-tune a model and leave adapters, metrics, plot and report in `settings.out`.
 
     Args:
         settings: what to do; what is left open is chosen by the job.
         say: takes the lines of text that the run prints beside its progress.
+        on_metrics: called with every line of `metrics.jsonl` when it is written, as a dict with `step` and `kind`; in process
+            0 alone. What it raises ends the run.
         given: rows in place of the files of `data` and `validation`, by these names.
 
     Returns:
@@ -88,15 +99,23 @@ def finetune(settings: Settings, say: Callable[[str], None] = print, given: Mapp
         OSError: if the disk is full, naming the last whole checkpoint.
     """
     with processes.together():
-        return _finetune(settings, say, time.time(), given)
+        return _finetune(settings, say, on_metrics, time.time(), given)
 
 
-def _finetune(asked: Settings, say: Callable[[str], None], start: float, given: Mapping[str, Any] | None) -> Result:
+def _finetune(
+    asked: Settings,
+    say: Callable[[str], None],
+    on_metrics: Callable[[dict[str, Any]], None] | None,
+    start: float,
+    given: Mapping[str, Any] | None,
+) -> Result:
     agreement.check_start(asked)
     if is_sweep(asked):
         raise SettingError("sweep" if asked.sweep else "seeds", "is for jlora.training.sweep.job.sweep(settings)")
     settings = resolve(asked)
     agreement.check_settings(settings)
+    check_metric(settings)
+    processes.by_first(lambda: check_trackers(settings))
     if not processes.first():
         say, settings = _silent, dataclasses.replace(settings, progress="none")
     mesh = make_mesh(mesh_axes(settings.mesh))
@@ -124,6 +143,7 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float, given: 
     agreement.check_base(subject.directory, fingerprint)
     processes.beat()
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
+    written = make_written(subject, data, settings)
     adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
     about = _about(asked, settings, subject, data, fingerprint)
     about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
@@ -133,8 +153,10 @@ def _finetune(asked: Settings, say: Callable[[str], None], start: float, given: 
             _describe(adapted, subject, data, settings, say)
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
-            trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint)
-            return _run(trainer, subject, about, say, start)
+            trainer = Trainer(adapted, subject.forward, data, settings, mesh, out, fingerprint, written)
+            resumed_at = trainer.goes_on_from() if settings.resume else None
+            with reported(out, settings, about["settings"], resumed_at, on_metrics, say) as trainer.listener:
+                return _run(trainer, subject, about, say, start)
         except Exception as error:
             if is_full_disk(error):
                 raise _full(out) from error
@@ -263,43 +285,65 @@ def read_complaint(out: str | Path) -> str | None:
 
 
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
-    settings, out = trainer.settings, trainer.out
-    texts = {}
+    settings, out, texts = trainer.settings, trainer.out, []
     if settings.task != "classify" and settings.sample_tokens:
-        prompt = prompt_tokens(subject, trainer.data, settings)
-        say("a text before the training, whose program is compiled first …")
-        texts = {"prompt": subject.codec.decode(prompt), "before": sample(subject, prompt, settings)}
-        say(f"before: {texts['prompt']} | {texts['before']!r}")
+        asked = prompts(subject, trainer.data, settings)
+        say("texts before the training, whose program is compiled first …")
+        texts = _texts(subject, asked, samples(subject, asked, settings))
+        say(f"before: {texts[0]['prompt']} | {texts[0]['before']!r}")
     try:
         adapted, metrics = trainer.run()
     except DivergenceError as error:
         raise _gave_up(trainer, about, texts, error, start) from error
+    shown = Shown(texts)
+    if subject.labels:
+        confusion, worst = _of_rows(trainer, subject, adapted)
+        shown = Shown(labels=subject.labels, confusion=confusion, worst=worst)
     adapted = processes.whole_adapters(adapted)
     if texts:
-        texts["after"] = sample(subject, prompt, settings, adapted)
+        for text, after in zip(texts, samples(subject, asked, settings, adapted)):
+            text["after"] = after
         write_json(out / SAMPLES, texts)
     _save_adapters(out, adapted)
-    found = complaint(metrics, settings)
-    record = _results(trainer, metrics, start, found)
-    if found is None and (note := unsteady(metrics, settings)):
-        about["notes"].append(note)
-        say(f"note  {note}")
+    found = complaint(metrics, settings, trainer.chosen())
+    record = _results(trainer, metrics, start, found, shown)
+    for note in (unsteady(metrics, settings), overfitting(metrics, settings)) if found is None else ():
+        if note:
+            about["notes"].append(note)
+            say(f"note  {note}")
     write_json(out / RESULTS, record)
-    write_report(out, about, record, metrics, adapted, texts)
+    write_report(out, about, record, metrics, adapted, shown)
     result = Result(out, adapted, record["before"], record["after"], record, found)
     _conclude(result, texts, say)
     return result
 
 
+def _texts(subject: Subject, asked: Sequence[Prompt], before: Sequence[str]) -> list[dict[str, str]]:
+    """The samples as `samples.json` has them, as yet without those after the training."""
+    return [
+        {"prompt": subject.codec.decode(each.tokens)}
+        | ({} if each.wanted is None else {"wanted": each.wanted})
+        | {"before": text}
+        for each, text in zip(asked, before)
+    ]
+
+
+def _of_rows(trainer: Trainer, subject: Subject, adapted: jlora.Adapted) -> tuple[Any, list[Worst]]:
+    """The confusion matrix of a classifier's validation, and its worst rows."""
+    ordered = sorted(trainer.data.validation, key=len)  # as the batches are made
+    losses, predicted, right = trainer.rows(adapted)
+    return of_rows(losses, predicted, right, subject.labels, lambda i: subject.codec.decode(ordered[i].tokens))
+
+
 def _gave_up(
-    trainer: Trainer, about: dict[str, Any], texts: Mapping[str, str], error: DivergenceError, start: float
+    trainer: Trainer, about: dict[str, Any], texts: list[dict[str, str]], error: DivergenceError, start: float
 ) -> DivergenceError:
     """Writes the result and the report of a run that can't go on; the error, with what is left of it."""
     out, metrics = trainer.out, trainer.metrics
     assert metrics is not None
-    record = _results(trainer, metrics, start, str(error))
+    record = _results(trainer, metrics, start, str(error), Shown(texts))
     write_json(out / RESULTS, record)
-    write_report(out, about, record, metrics, trainer.adapted, texts)
+    write_report(out, about, record, metrics, trainer.adapted, Shown(texts))
     step = processes.by_first(lambda: last_whole(out / "checkpoints"))
     kept = (
         "there was no checkpoint yet" if step is None else f"the checkpoint of step {step} is the last one before that"
@@ -322,29 +366,34 @@ def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None) -> dict[str, Any]:
+def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None, shown: Shown) -> dict[str, Any]:
     """The content of results.json; `seconds` are those since the run was started or resumed."""
-    found, about = metrics.of("validation"), ("step", "kind", "weight")
-    values = [{name: value for name, value in record.items() if name not in about} for record in found]
-    train = metrics.of("train")
+    chosen, about = trainer.chosen(), ("step", "kind", "weight")
+    before, after = (
+        {name: value for name, value in record.items() if name not in about}
+        for record in (metrics.of("validation")[0], chosen)
+    )
+    train, best = metrics.of("train"), best_of(metrics.of("validation"), trainer.settings.metric)
     return {
-        "before": values[0],
-        "after": values[-1],
+        "before": before,
+        "after": after,
         "steps": len(train),
+        "step": chosen["step"],
+        "best_step": None if best is None else best["step"],
         "train_loss": train[-1]["loss"] if train else None,
         "trained_values": count(trainer.adapted.params),
         "base_values": count(trainer.adapted.base),
         "seconds": round(time.time() - start, 1),
         "resumed_at": trainer.resumed_at,
         "complaint": complaint,
-    }
+    } | ({} if shown.confusion is None else {"labels": list(shown.labels), "confusion": shown.confusion.tolist()})
 
 
-def _conclude(result: Result, texts: dict[str, str], say: Callable[[str], None]) -> None:
+def _conclude(result: Result, texts: list[dict[str, str]], say: Callable[[str], None]) -> None:
     for name, before in result.before.items():
         say(f"validation {name}: {before:.4f} before, {result.after[name]:.4f} after")
     if texts:
-        say(f"after:  {texts['prompt']} | {texts['after']!r}")
+        say(f"after:  {texts[0]['prompt']} | {texts[0]['after']!r}")
     say(f"{result.record['seconds']} seconds; in {result.out}:")
     for name, what in folder.content(result.out).items():
         say(f"  {name:<14} {what}")

@@ -1,6 +1,7 @@
 """Generation: the cached program writes what the model says, for prompts of any length."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,55 @@ def test_draws_stay_in_the_top_k_and_the_nucleus():
 def test_a_setting_out_of_range_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         write(**settings)
+
+
+def test_a_stream_yields_what_is_generated_whatever_its_chunks():
+    model, params = loaded()
+    prompt, given = PROMPTS[1], {"temperature": 1.5, "top_k": 30, "key": jax.random.key(4)}
+    wanted = write([prompt], **given)[0]
+    ends = [wanted[7], wanted[9]]
+    cut = next(place for place, token in enumerate(wanted) if token in ends)
+    assert write([prompt], eos_id=ends, **given)[0] == wanted[:cut]
+    for chunk in (1, 5):
+        found = models.stream(model.apply, params, prompt, max_new_tokens=12, chunk=chunk, eos_id=ends, **given)
+        assert list(found) == wanted[:cut]
+
+
+def test_a_stream_refuses_what_can_not_be_before_it_begins():
+    with pytest.raises(ValueError, match="chunk: wanted 1 or more, got 0"):
+        models.stream(None, None, [1], max_new_tokens=1, chunk=0)
+    with pytest.raises(ValueError, match="key: a temperature above 0"):
+        models.stream(None, None, [1], max_new_tokens=1, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (None, {}),
+        ({"eos_token_id": 2}, {"ends": (2,)}),
+        ({"eos_token_id": [2, 7], "stop_strings": "END"}, {"ends": (2, 7), "stop": ("END",)}),
+        ({"do_sample": False, "temperature": 0.3}, {"temperature": 0.0}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"repetition_penalty": 1.1, "num_beams": 1}, {"unknown": ("repetition_penalty=1.1",)}),
+    ],
+)
+def test_how_a_model_is_sampled_is_read_as_transformers_understands_it(content, wanted, tmp_path):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert models.read_generation_config(tmp_path) == models.GenerationConfig(**wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id must be the id of a token"),
+        ({"stop_strings": [""]}, "stop_strings must be a text"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be above 0"),
+    ],
+)
+def test_a_generation_config_that_has_no_meaning_is_named(content, message, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        models.read_generation_config(tmp_path)

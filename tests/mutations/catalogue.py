@@ -17,6 +17,19 @@ from mutations import (
 
 MUTATIONS = tuple(
     mutation
-    for module in (bridges, core, methods, continual, states, stored, compose, interchange, models, prompts, runs, training)
+    for module in (
+        bridges,
+        core,
+        methods,
+        continual,
+        states,
+        stored,
+        compose,
+        interchange,
+        models,
+        prompts,
+        runs,
+        training,
+    )
     for mutation in module.MUTATIONS
 )

@@ -167,11 +167,18 @@ MUTATIONS = (
     Mutation(
         "the end token is written",
         "jlora/models/generate.py",
-        "        running = running & (token != end)\n        written = written.at[:, step].set(token)\n"
-        "        lengths = lengths + running.astype(jnp.int32)\n",
+        "        running = running & jnp.all(token[:, None] != ends, axis=1)\n"
+        "        written = written.at[:, step].set(token)\n        lengths = lengths + running.astype(jnp.int32)\n",
         "        written = written.at[:, step].set(token)\n        lengths = lengths + running.astype(jnp.int32)\n"
-        "        running = running & (token != end)\n",
+        "        running = running & jnp.all(token[:, None] != ends, axis=1)\n",
         (GENERATE + "a_row_ends_before_its_end_token",),
+    ),
+    Mutation(
+        "only the first end token ends a text",
+        "jlora/models/generate.py",
+        "jnp.all(token[:, None] != ends, axis=1)",
+        "(token != ends[0])",
+        (GENERATE + "a_stream_yields_what_is_generated_whatever_its_chunks",),
     ),
     Mutation(
         "16-bit infinities are finite",
@@ -246,8 +253,8 @@ MUTATIONS = (
     Mutation(
         "text is written by the function as it is",
         "jlora/models/generate.py",
-        "    apply = runnable(apply, params)\n",
-        "",
+        "    apply = runnable(apply, params)\n\n    def unfinished",
+        "    def unfinished",
         (QUANTIZED + "text_is_written_from_codes_with_and_without_a_lift",),
     ),
     Mutation(

@@ -2,12 +2,14 @@
 
 from mutations.mutation import Mutation
 
+BEST = "tests/training/test_best.py::test_"
 BATCHES = "tests/training/test_batches.py::test_"
 CHECKPOINTS = "tests/training/test_checkpoints.py::test_"
 EXAMPLES = "tests/training/test_examples.py::test_"
 FORMATS = "tests/training/test_formats.py::test_"
 JOB = "tests/training/test_job.py::test_"
 PAIRS = "tests/training/test_preferences.py::test_"
+OPTIMIZERS = "tests/training/test_optimizers.py::test_"
 PEERS = "tests/training/test_peers.py::test_"
 QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
@@ -56,13 +58,13 @@ STEP = (
     Mutation(
         "the accuracy counts rows without weight",
         "jlora/training/model/losses.py",
-        "jnp.sum(right * weights))",
-        "jnp.sum(right))",
+        "jnp.sum(right * weights), confusion)",
+        "jnp.sum(right), confusion)",
         (STEPS + "the_accuracy_is_that_of_the_rows_that_count",),
     ),
     Mutation(
         "the perplexity is that of bits",
-        "jlora/training/run/trainer.py",
+        "jlora/training/model/scores.py",
         '"perplexity": math.exp(min(loss, 700.0))',
         '"perplexity": 2 ** (min(loss, 700.0))',
         (STEPS + "the_loss_is_the_mean_over_predictions",),
@@ -202,8 +204,8 @@ RUN = (
     Mutation(
         "one checkpoint too many is kept",
         "jlora/training/run/checkpoint.py",
-        "for step in steps[self.keep :]:",
-        "for step in steps[self.keep + 1 :]:",
+        "for step in steps[self.keep :] if step != best]",
+        "for step in steps[self.keep + 1 :] if step != best]",
         (CHECKPOINTS + "as_many_checkpoints_are_kept_as_asked_for_and_the_latest",),
     ),
     Mutation(
@@ -520,4 +522,43 @@ PREFERENCES = (
     ),
 )
 
-MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS, *PREFERENCES)
+
+WATCHED = (
+    Mutation(
+        "the checkpoint of the best validation goes with the others",
+        "jlora/training/run/checkpoint.py",
+        " if step != best]",
+        "]",
+        (BEST + "a_run_stops_early_and_ends_with_the_adapters_of_the_best_validation",),
+    ),
+    Mutation(
+        "the best validation is the last of equal ones",
+        "jlora/training/settings/scored.py",
+        "else new < old",
+        "else new <= old",
+        (BEST + "the_best_validation_is_the_first_of_equal_ones_after_a_step",),
+    ),
+    Mutation(
+        "a run ends with the last adapters",
+        "jlora/training/run/trainer.py",
+        "if best is None or best == int(state.step):",
+        "if True:",
+        (BEST + "a_run_stops_early_and_ends_with_the_adapters_of_the_best_validation",),
+    ),
+    Mutation(
+        "a resumed run whose patience has ended trains on",
+        "jlora/training/run/trainer.py",
+        "        if self._is_enough():\n            return state\n",
+        "",
+        (BEST + "a_stopped_run_waits_on_as_long_and_ends_with_the_same_bits",),
+    ),
+    Mutation(
+        "muon joins the matrices of a stack",
+        "jlora/training/run/optimizers.py",
+        "leaf.ndim - batch == 2",
+        "leaf.ndim == 2",
+        (OPTIMIZERS + "muon_makes_the_steps_of_each_matrix_of_a_stack_by_itself_and_adamw_those_of_vectors",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS, *PREFERENCES, *WATCHED)

@@ -25,8 +25,8 @@ from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.model.loop import State, make_evaluation, make_step, to_devices
-from jlora.training.model.preferences import objective_of, told
 from jlora.training.model.losses import LanguageModel
+from jlora.training.model.preferences import objective_of, told
 from jlora.training.reporting.metrics import read_metrics
 from jlora.training.run.trainer import summarize
 from jlora.training.settings.defaults import resolve

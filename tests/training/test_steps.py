@@ -10,8 +10,8 @@ import jlora
 from jlora.training.hosts.placement import make_mesh, on_mesh
 from jlora.training.model.loop import State, make_evaluation, make_step, to_devices
 from jlora.training.model.losses import sums
+from jlora.training.model.scores import summarize
 from jlora.training.run.schedule import learning_rate, make_optimizer
-from jlora.training.run.trainer import summarize
 from jlora.training.settings.fields import Settings
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 12, 10

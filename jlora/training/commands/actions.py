@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import jlora
-from jlora import models
+from jlora.training.commands.chatting import Conversation, adapters_of
 from jlora.training.commands.combined import combine_runs
 from jlora.training.commands.exchange import export_run, import_adapter, open_run_or_adapters
 from jlora.training.commands.runs import Run, evaluate_file, open_run, write_merged
+from jlora.training.commands.writing import Writer, prompt_tokens, read_prompts, way_of
 from jlora.training.data.formats.mixture import read_files
 from jlora.training.errors import SettingError, Stopped
+from jlora.training.files import write_whole
 from jlora.training.folder import check_new
 from jlora.training.hosts import processes
 from jlora.training.job import SETTINGS, finetune, read_settings
 from jlora.training.model.selection import make_spec, trace_sites
 from jlora.training.model.subject import abstract_subject, model_directory, open_codec
+from jlora.training.reporting.compare import comparison_page, comparison_text
 from jlora.training.settings.configuration import Given
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
@@ -128,24 +133,73 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    run = open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model)
+    if arguments.to is not None and Path(arguments.to).exists():
+        raise FileExistsError(f"{arguments.to} exists already; choose a new file")
+    if (arguments.to is not None or arguments.file is not None) and arguments.prompt:
+        raise SettingError("--prompt", "is one text: give it, or --file with many")
+    asked = None if arguments.file is None else read_prompts(arguments.file, None)
+    writer = _writer(open_run(arguments.run, arguments.model) if arguments.run else _base(arguments.model), arguments)
+    run = writer.run
+    if asked is not None:
+        _write_many(writer, asked, arguments)
+        return
+    prompt = prompt_tokens(run, arguments.prompt, arguments.chat)
+    # As it is written, and what it continues; of a chat the answer alone.
+    told = (arguments.prompt and prompt == run.subject.codec.prompt(arguments.prompt)) or not arguments.prompt
+    print(run.subject.codec.decode(prompt) if told else "", end="", flush=True)
+    for piece in writer.pieces(prompt):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _writer(run: Run, arguments: argparse.Namespace, adapters: dict[str, Any] | None = None) -> Writer:
+    """Writes with a run's model as the user says, with notes on what the model's files say otherwise."""
     if run.settings.task == "classify":
         raise ValueError(f"{arguments.run} is a classifier: it cannot continue a text")
-    codec = run.subject.codec
-    prompt = codec.prompt(arguments.prompt)
-    if not prompt:
-        raise ValueError("--prompt must not be empty: the model has no token to begin with")
-    written = models.generate(
-        *run.runnable(),
-        [prompt],
-        max_new_tokens=arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        eos_id=codec.end,
-        key=jax.random.key(arguments.seed),
-    )
-    print(codec.decode([*prompt, *written[0]]))
+    way, notes = way_of(run, vars(arguments))
+    for note in notes:
+        print(f"note  {note}", file=sys.stderr)
+    adapters = {"run": run.adapted} if adapters is None else adapters
+    return Writer(run, way, adapters, next(iter(adapters)))
+
+
+def _write_many(writer: Writer, asked: Sequence[Any], arguments: argparse.Namespace) -> None:
+    """The texts after many prompts as JSON lines, with the prompts."""
+    tokens = [prompt_tokens(writer.run, each, arguments.chat) for each in asked]
+    lines = []
+    for start in range(0, len(asked), arguments.batch):
+        part = slice(start, start + arguments.batch)
+        for prompt, text in zip(asked[part], writer.texts(tokens[part])):
+            lines.append(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+            if arguments.to is None:
+                print(lines[-1], end="", flush=True)
+    if arguments.to is not None:
+        write_whole(arguments.to, "".join(lines))
+        print(f"{len(lines):,} texts written to {arguments.to}")
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.runs[0], arguments.model) if arguments.runs else _base(arguments.model)
+    arguments.run = arguments.runs[0] if arguments.runs else None
+    writer = _writer(run, arguments, adapters_of(arguments.runs, run))
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    conversation = Conversation(writer, show)
+    names = ", ".join(writer.adapters)
+    print(f"{run.directory}, answers by {writer.current} of {names}; /help lists what else there is")
+    if arguments.system:
+        conversation.turn(f"/system {arguments.system}")
+    while True:
+        try:
+            if not conversation.turn(input("> ")):
+                return
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(stopped; /exit leaves)")
 
 
 def _base(model: str | None) -> Run:
@@ -160,6 +214,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     run = open_run(arguments.run, arguments.model)
     values = evaluate_file(run, arguments.data, arguments.max_rows, base=arguments.base)
     print(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    if arguments.to is not None and Path(arguments.to).exists():
+        raise FileExistsError(f"{arguments.to} exists already; choose a new file")
+    print(comparison_text(arguments.runs))
+    if arguments.to is not None:
+        write_whole(arguments.to, comparison_page(arguments.runs))
+        print(f"page written to {arguments.to}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -190,7 +253,9 @@ COMMANDS = {
     "plan": _plan,
     "merge": _merge,
     "generate": _generate,
+    "chat": _chat,
     "eval": _eval,
+    "compare": _compare,
     "export": _export,
     "import": _import,
     "merge-adapters": _merge_adapters,

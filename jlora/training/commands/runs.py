@@ -29,8 +29,8 @@ from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.model.loop import make_evaluation, to_devices
 from jlora.training.model.preferences import objective_of
 from jlora.training.model.samples import runnable
+from jlora.training.model.scores import summarize
 from jlora.training.model.subject import Subject, load_subject, open_codec
-from jlora.training.run.trainer import summarize
 from jlora.training.settings.fields import Settings
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.core.transforms.observe import Asked, asked_by
@@ -158,6 +158,28 @@ def make_evaluation(
         return jax.tree.map(lambda *values: np.sum(np.array(values, np.float64), axis=0), *parts)
 
     return evaluate
+
+
+def make_rows(
+    forward: Forward, mesh: Mesh, cuts: Mapping[str, int] | None = None
+) -> Callable[[jlora.Adapted, Iterable[Any]], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A function of a classifier's `Adapted` and batches on the devices: losses, predicted labels and labels of the rows."""
+    lifted, place = lifted_forward(forward, cuts=cuts), NamedSharding(mesh, PartitionSpec())
+
+    def of_batch(adapted: jlora.Adapted, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        logits, labels = lifted(adapted, batch).astype(jnp.float32), batch["labels"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses, jnp.argmax(logits, axis=-1), labels, batch["weights"]
+
+    step = jax.jit(of_batch, out_shardings=place)
+
+    def rows(adapted: jlora.Adapted, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = [jax.device_get(step(adapted, batch)) for batch in batches]
+        losses, predicted, labels, weights = (np.concatenate(arrays) for arrays in zip(*found))
+        real = weights > 0
+        return losses[real], predicted[real], labels[real]
+
+    return rows
 
 
 def held_out_loss(

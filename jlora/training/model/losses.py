@@ -26,12 +26,14 @@ class Sums(NamedTuple):
         weight: of the predictions: tokens for language models, rows for classification.
         correct: weight of the right predictions.
         more: of what else is told of a batch, by name, `[2]`: its sum, and the weight by which that is a mean.
+        confusion: of classes, `[labels, labels]`: weight of the rows of each label (first axis) by the one that was predicted.
     """
 
     loss: Any
     weight: Any
     correct: Any
     more: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    confusion: Any = None
 
 
 Objective = Callable[[Forward, Any, dict[str, jax.Array]], Sums]
@@ -119,6 +121,11 @@ def sums(forward: Forward, params: Any, batch: dict[str, jax.Array]) -> Sums:
     logits = forward(params, batch).astype(jnp.float32)
     targets = batch["labels"] if "labels" in batch else batch["targets"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    weights = batch["weights"]
-    return Sums(jnp.sum(losses * weights), jnp.sum(weights), jnp.sum(right * weights))
+    chosen, weights = jnp.argmax(logits, axis=-1), batch["weights"]
+    right = (chosen == targets).astype(jnp.float32)
+    confusion = _confusion(chosen, targets, weights, logits.shape[-1]) if "labels" in batch else None
+    return Sums(jnp.sum(losses * weights), jnp.sum(weights), jnp.sum(right * weights), confusion=confusion)
+
+
+def _confusion(chosen: jax.Array, targets: jax.Array, weights: jax.Array, labels: int) -> jax.Array:
+    return jnp.zeros((labels, labels), jnp.float32).at[targets, chosen].add(weights)

@@ -1,9 +1,10 @@
-"""A text continued by the model, before and after training."""
+"""Texts continued by the model, before and after training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,23 +12,40 @@ import jlora
 from jlora import models, paths
 from jlora.prompts.prompted import virtual_of
 from jlora.training.data.dataset import Data
-from jlora.training.data.preferences.pairs import Pair
+from jlora.training.model.answers import questions
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
 
 # Drawn, not the likeliest token each time: small models repeat themselves otherwise. The same key before and after.
 _TEMPERATURE = 0.7
 _PROMPT_TOKENS = 16
+# More would hold up the run, and the report.
+_SAMPLES, _LONGEST_PROMPT = 3, 256
 
 
-def prompt_tokens(subject: Subject, data: Data, settings: Settings) -> list[int]:
-    """The settings' prompt, or the beginning of the first validation example; of a pair the prompt."""
+class Prompt(NamedTuple):
+    """What a sample continues.
+
+    Attributes:
+        tokens: its token ids, at least one.
+        wanted: the answer that the data has to it; None where it has none.
+    """
+
+    tokens: list[int]
+    wanted: str | None
+
+
+def prompts(subject: Subject, data: Data, settings: Settings) -> list[Prompt]:
+    """The settings' prompt; or the prompts of some validation rows that have an answer; or the beginnings of some rows."""
+    codec = subject.codec
     if settings.prompt is not None:
-        return subject.codec.prompt(settings.prompt)
-    first = data.validation[0]
-    if isinstance(first, Pair):
-        return first.prompt.tolist()
-    return first.tokens[first.segments == 1][:_PROMPT_TOKENS].tolist()
+        return [Prompt(codec.prompt(settings.prompt), None)]
+    if settings.task == "preference":
+        return [Prompt(pair.prompt.tolist(), None) for pair in data.validation[:_SAMPLES]]
+    asked = (each for each in questions(data.validation, codec.begin) if len(each.prompt) <= _LONGEST_PROMPT)
+    found = [Prompt(each.prompt, codec.decode(each.answer).strip()) for each in itertools.islice(asked, _SAMPLES)]
+    starts = (row.tokens[row.segments == 1][:_PROMPT_TOKENS].tolist() for row in data.validation[:_SAMPLES])
+    return found or [Prompt(tokens, None) for tokens in starts]
 
 
 def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callable[..., Any], Any]:
@@ -39,23 +57,26 @@ def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callabl
     return jlora.prompted(lifted) if virtual_of(adapted) else lifted, adapted
 
 
-def sample(subject: Subject, prompt: list[int], settings: Settings, adapted: jlora.Adapted | None = None) -> str:
-    """What the model writes after the prompt.
+def samples(
+    subject: Subject, asked: Sequence[Prompt], settings: Settings, adapted: jlora.Adapted | None = None
+) -> list[str]:
+    """What the model writes after each prompt.
 
     Args:
         subject: the model.
-        prompt: token ids, at least one.
+        asked: the prompts.
         settings: seed and number of tokens.
         adapted: its base with adapters; by default the base alone.
     """
-    apply = subject.model.apply
+    apply, codec = subject.model.apply, subject.codec
     written = models.generate(
         *((apply, subject.params) if adapted is None else runnable(apply, adapted)),
-        [prompt],
+        [each.tokens for each in asked],
         max_new_tokens=settings.sample_tokens,
         temperature=_TEMPERATURE,
-        eos_id=subject.codec.end,
+        eos_id=codec.end,
         key=jax.random.key(settings.seed),
     )
-    start = subject.codec.decode(prompt)
-    return subject.codec.decode([*prompt, *written[0]]).removeprefix(start)
+    starts = [codec.decode(each.tokens) for each in asked]
+    whole = [codec.decode([*each.tokens, *tokens]) for each, tokens in zip(asked, written)]
+    return [text.removeprefix(start) for text, start in zip(whole, starts)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ class Metrics:
     """The metrics file of a run.
 
     Lines have `step` and `kind`: `train` (`loss`, `learning_rate`, `gradient_norm`, `weight`: the predictions that carried
-    loss, and `per_second`: how many of them in a second) or `validation` (`loss`, `perplexity` or `accuracy`, `weight`).
+    loss, `tokens`: all that the model read, and `per_second`: predictions in a second) or `validation` (`loss`; `perplexity`,
+    or `accuracy`, `f1` and `matthews`; what the model's answers have, such as `exact_match`; `weight`).
     """
 
-    def __init__(self, path: str | Path, resume_at: int | None = None):
+    def __init__(
+        self, path: str | Path, resume_at: int | None = None, listener: Callable[[Record], None] | None = None
+    ):
         """Open the file; with `resume_at`, lines of later steps and a half-written last line are removed first.
+
+        Args:
+            path: the file.
+            resume_at: the step that the run goes on from.
+            listener: called with every new line.
 
         Raises:
             ValueError: if lines up to that step are missing.
@@ -34,6 +43,7 @@ class Metrics:
         steps = [record["step"] for record in self.of("train")]
         if steps != list(range(1, (resume_at or 0) + 1)):
             raise ValueError(f"{self.path} lacks some of the first {resume_at} steps; the run cannot be resumed")
+        self._listener = listener
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (held as long as the run)
 
     def write(self, step: int, kind: str, **values: float) -> None:
@@ -41,6 +51,8 @@ class Metrics:
         record = {"step": step, "kind": kind, **values}
         self.records.append(record)
         self._file.write(_line(record))
+        if self._listener is not None:
+            self._listener(dict(record))
 
     def of(self, kind: str) -> list[Record]:
         """The records of one kind."""

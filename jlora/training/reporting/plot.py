@@ -39,6 +39,70 @@ def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
     return content.getvalue()
 
 
+def curves_plot(runs: Sequence[tuple[str, Sequence[Record]]], metric: str) -> bytes:
+    """A PNG of the training and validation losses of several runs over steps, and of their metric where that is another.
+
+    Args:
+        runs: name and records of each.
+        metric: a metric of the validation.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = dict.fromkeys(("loss", metric))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 4.2 * len(shown)), dpi=110, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots(len(shown), 2, squeeze=False)
+        for row, name in zip(axes, shown):
+            for kind, place in zip(("train", "validation"), row):
+                _curves(place, runs, kind, name)
+        axes[0][1].legend(frameon=False, fontsize=8)
+        content = io.BytesIO()
+        canvas.print_png(content)
+    return content.getvalue()
+
+
+def course_plot(train: Sequence[Record]) -> bytes:
+    """A PNG of the learning rate, the gradient's norm and the speed over steps.
+
+    Args:
+        train: records of kind `train`.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "per_second": "predictions/s"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 2.6), dpi=110, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axes, (name, words) in zip(figure.subplots(1, 3), names.items()):
+            axes.plot([r["step"] for r in train], [r[name] for r in train], color=_TRAIN, linewidth=1.2)
+            _finish(axes, words)
+        content = io.BytesIO()
+        canvas.print_png(content)
+    return content.getvalue()
+
+
+def _curves(axes, runs: Sequence[tuple[str, Sequence[Record]]], kind: str, metric: str) -> None:
+    drawn = False
+    for number, (name, records) in enumerate(runs):
+        points = [(r["step"], r[metric]) for r in records if r["kind"] == kind and metric in r]
+        if points:
+            steps, values = map(np.array, zip(*points))
+            window = max(1, len(values) // 25) if kind == "train" else 1
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            marker = "o" if kind == "validation" else None
+            axes.plot(steps[window - 1 :], smooth, marker=marker, markersize=3, label=name, color=f"C{number % 10}")
+            drawn = True
+    if drawn:
+        _finish(axes, f"{'training' if kind == 'train' else 'validation'} {metric}")
+    else:
+        axes.set_visible(False)
+
+
 def _loss(axes, train: Sequence[Record], validation: Sequence[Record]) -> None:
     steps, losses = np.array([r["step"] for r in train]), np.array([r["loss"] for r in train])
     axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=0.8, label="training, each step")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,12 @@ from jlora.core.tree.adapted import count
 from jlora.core.tree.summary import shared_counts
 from jlora.training import folder
 from jlora.training.files import write_whole
-from jlora.training.reporting.metrics import Metrics
-from jlora.training.reporting.plot import loss_plot
+from jlora.training.reporting.metrics import Metrics, Record
+from jlora.training.reporting.page import figures, folded, image, page, table
+from jlora.training.reporting.plot import course_plot, loss_plot
+from jlora.training.reporting.shown import Shown, peak_memory, size_of
 
 PLOT, REPORT = "loss.png", "report.html"
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 860px; margin: 2.5em auto; padding: 0 1.2em; }
-h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.1em; margin-top: 2em; color: #3b6ea5; }
-p.about { color: #666; margin-top: 0; } p.wrong { background: #fbe9e5; border-left: 4px solid #c8553d; padding: .6em .9em; }
-img { width: 100%; }
-table { border-collapse: collapse; font-size: .9em; }
-td, th { padding: .25em 1.2em .25em 0; text-align: left; vertical-align: top; }
-th { color: #666; font-weight: 600; border-bottom: 1px solid #ccc; } td.number, th.number { text-align: right; }
-td:nth-child(2) { white-space: nowrap; }
-summary { font-size: 1.1em; font-weight: 600; margin-top: 2em; color: #3b6ea5; cursor: pointer; }
-.figures { display: flex; flex-wrap: wrap; gap: 1em; margin: 1.4em 0; padding: 0; }
-.figures div { flex: 1; min-width: 150px; border: 1px solid #ddd; border-radius: 8px; padding: .6em .9em; }
-.figures b { display: block; font-size: 1.35em; } .figures span { color: #666; font-size: .85em; }
-pre { background: #f5f6f8; border-radius: 8px; padding: .8em 1em; font-size: .88em;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-pre em { color: #888; font-style: normal; } code { font-size: .92em; } .wide { overflow-x: auto; }
-"""
 
 
 def write_report(
@@ -44,7 +29,7 @@ def write_report(
     record: Mapping[str, Any],
     metrics: Metrics,
     adapted: jlora.Adapted,
-    texts: Mapping[str, str],
+    shown: Shown,
 ) -> None:
     """Write `loss.png` and `report.html`.
 
@@ -54,31 +39,31 @@ def write_report(
         record: the content of `results.json`.
         metrics: of the whole run.
         adapted: the trained adapters.
-        texts: `prompt`, `before` and `after`, or nothing.
+        shown: samples, and what is told of a classifier's rows.
     """
     picture = loss_plot(metrics.of("train"), metrics.of("validation"))
     write_whole(out / PLOT, picture)
-    encoded = base64.b64encode(picture).decode()
     body = [
         _title(about, adapted),
         _notes(record, about),
-        _figures(record),
-        f'<img alt="Training and validation loss over steps" src="data:image/png;base64,{encoded}">',
-        _samples(texts) if texts else "",
+        _figures(record, about["settings"], metrics, out),
+        image(picture, "Training and validation loss over steps"),
+        _samples(shown.texts),
+        _confusion(shown),
+        _worst(shown),
+        "<h2>The course of the run</h2>",
+        image(course_plot(metrics.of("train")), "Learning rate, gradient norm and speed over steps"),
         "<h2>What is adapted</h2>",
         _sites(adapted),
+        "<h2>What to do next</h2>",
+        _next(out, about, record),
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
-        _table(("name", "content"), folder.content(out, REPORT).items()),
-        _folded("Settings", _table(("setting", "value"), _given(about["settings"]))),
-        _folded("What it stands on", _table(("name", "value"), _grounds(about))),
+        table(("name", "content"), folder.content(out, REPORT).items()),
+        folded("Settings", table(("setting", "value"), _given(about["settings"]))),
+        folded("What it stands on", table(("name", "value"), _grounds(about))),
     ]
-    title = html.escape(f"{_names(about)[0]}, fine-tuned by jlora")
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"</head><body>{''.join(body)}</body></html>\n"
-    )
-    write_whole(out / REPORT, page)
+    write_whole(out / REPORT, page(f"{_names(about)[0]}, fine-tuned by jlora", body))
 
 
 def _names(about: Mapping[str, Any]) -> tuple[str, str]:
@@ -103,31 +88,82 @@ def _notes(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     return shown + (f"<ul>{items}</ul>" if items else "")
 
 
-def _figures(record: Mapping[str, Any]) -> str:
-    shown = []
+def _figures(record: Mapping[str, Any], settings: Mapping[str, Any], metrics: Metrics, out: Path) -> str:
+    found = []
     for name, before in record["before"].items():
-        shown.append((f"{before:.4g} → {record['after'][name]:.4g}", f"validation {name}, before → after"))
+        found.append((f"{before:.4g} → {record['after'][name]:.4g}", f"validation {name}, before → after"))
     share = 100 * record["trained_values"] / record["base_values"]
-    shown.append(
+    found.append(
         (f"{share:.2f} %", f"{record['trained_values']:,} trained values over {record['base_values']:,} in the base")
     )
+    found += _best(record, settings)
     resumed = record.get("resumed_at")
     span = f"since the run was resumed at step {resumed}" if resumed else f"for {record['steps']} steps"
-    shown.append((f"{record['seconds']:.0f} s", f"{span}, set-up included"))
-    cells = "".join(
-        f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in shown
-    )
-    return f'<div class="figures">{cells}</div>'
+    found.append((f"{record['seconds']:.0f} s", f"{span}, set-up included"))
+    found += _speed(metrics.of("train"), settings)
+    peak, whose = peak_memory()
+    found.append((f"{peak / 1e9:,.2f} GB", whose))
+    if (out / "adapters").is_dir():
+        found.append((f"{size_of(out / 'adapters') / 1e6:,.2f} MB", "size of the adapters' files"))
+    return figures(found)
 
 
-def _samples(texts: Mapping[str, str]) -> str:
-    prompt = html.escape(texts["prompt"])
-    shown = [
-        f"<h2>{title}</h2><pre><em>{prompt}</em>{html.escape(texts[name])}</pre>"
-        for name, title in (("before", "A text before"), ("after", "The same prompt after"))
-        if name in texts
-    ]
-    return "".join(shown)
+def _best(record: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    best, kept, metric = record.get("best_step"), record["step"], settings["metric"]
+    if best is None:
+        return []
+    ends = "whose adapters are kept" if kept == best else f"the adapters are those of step {kept}"
+    return [(f"step {best}", f"has the best validation ({metric}); {ends}")]
+
+
+def _speed(train: Sequence[Record], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The median speed, in which the compilation of the first step weighs nothing."""
+    if not train or "tokens" not in train[0]:
+        return []
+    tokens = statistics.median(r["tokens"] / r["weight"] * r["per_second"] for r in train if r["weight"])
+    unit = "rows" if settings["task"] == "classify" else "of them predicted in answers or texts"
+    predictions = statistics.median(record["per_second"] for record in train)
+    return [(f"{tokens:,.0f} tokens/s", f"read by the model; {predictions:,.0f}/s {unit}")]
+
+
+def _samples(texts: Sequence[Mapping[str, str]]) -> str:
+    shown = []
+    for text in texts:
+        prompt = html.escape(text["prompt"])
+        for name, title in (("before", "before"), ("after", "after"), ("wanted", "the data's answer")):
+            if name in text:
+                shown.append(f"<p>{title}</p><pre><em>{prompt}</em>{html.escape(text[name])}</pre>")
+    return f"<h2>What the model writes</h2>{''.join(shown)}" if shown else ""
+
+
+def _confusion(shown: Shown) -> str:
+    if shown.confusion is None:
+        return ""
+    header = ["label", *(f"predicted {label}" for label in shown.labels), "right"]
+    rows = []
+    for number, counts in enumerate(shown.confusion):
+        share = f"{100 * counts[number] / max(counts.sum(), 1):.1f} %"
+        rows.append((shown.labels[number], *(f"{count:,}" for count in counts), share))
+    title = "<h2>Labels and predictions of the validation</h2>"
+    return title + table(header, rows, numbers=range(1, len(header)))
+
+
+def _worst(shown: Shown) -> str:
+    rows = [(f"{row.loss:.2f}", row.label, row.predicted, row.text[:300]) for row in shown.worst]
+    if not rows:
+        return ""
+    return "<h2>The worst rows of the validation</h2>" + table(("loss", "label", "predicted", "text"), rows, (0,))
+
+
+def _next(out: Path, about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Commands that go on from here."""
+    run, model = shlex.quote(str(out)), about["settings"]["task"] != "classify"
+    lines = [f"jlora generate {run} --prompt '…'", f"jlora chat {run}"] if model else []
+    lines += [f"jlora eval {run} test.jsonl", f"jlora merge {run} merged", f"jlora export {run} --to adapter"]
+    lines += [f"jlora compare {run} OTHER_RUN --to compared.html"]
+    if record.get("complaint") and not (out / "adapters").is_dir():
+        lines = [f"jlora finetune --resume --out {run}  # goes on from the last checkpoint, with the same settings"]
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
 def _sites(adapted: jlora.Adapted) -> str:
@@ -136,11 +172,7 @@ def _sites(adapted: jlora.Adapted) -> str:
         trained = count(paths.lookup(adapted.params, site.keys))
         rows.append((site.path, " × ".join(map(str, site.shape)), str(site.method), f"{trained:,}"))
     rows += [(path, "shared", str(method), f"{n:,}") for method, (path, n) in shared_counts(adapted).items()]
-    return _table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{title}</summary>{content}</details>"
+    return table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 
 def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -151,12 +183,3 @@ def _grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     places = [("model", about["model"]), ("data", about["data"])]
     sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
     return [*places, *sums, *about["versions"].items()]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        kinds = [' class="number"' if index in numbers else "" for index in range(len(values))]
-        return "".join(f"<{tag}{kind}>{html.escape(str(value))}</{tag}>" for kind, value in zip(kinds, values))
-
-    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells("th", header)}</tr>{lines}</table></div>'

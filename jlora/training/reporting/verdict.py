@@ -41,10 +41,16 @@ def is_stuck(last: Sequence[Record], count: int = STUCK) -> bool:
     return len(last) == count and all(r["gradient_norm"] == 0 and r["loss"] > _ALL_RIGHT for r in last)
 
 
-def complaint(metrics: Metrics, settings: Settings) -> str | None:
-    """What is wrong with a run that went to its end; None if nothing is."""
+def complaint(metrics: Metrics, settings: Settings, after: Record | None = None) -> str | None:
+    """What is wrong with a run that went to its end; None if nothing is.
+
+    Args:
+        metrics: of the run.
+        settings: of the run.
+        after: the validation of the adapters that it ends with; the last one by default.
+    """
     validation, train = metrics.of("validation"), [record["loss"] for record in metrics.of("train")]
-    before, after = validation[0], validation[-1]
+    before, after = validation[0], after or validation[-1]
     if not _is_worse(before, after):
         return None
     found = (
@@ -79,3 +85,26 @@ def unsteady(metrics: Metrics, settings: Settings) -> str | None:
                 f"fell again: a steadier run may end better; {advice(settings)}"
             )
     return None
+
+
+def overfitting(metrics: Metrics, settings: Settings) -> str | None:
+    """A note on a validation loss that rose again after its best, by more than chance, while the training loss fell on."""
+    validation, train = metrics.of("validation"), metrics.of("train")
+    best, last = min(validation, key=lambda record: record["loss"]), validation[-1]
+    allowed = best["loss"] * (_MARGIN + 1 / math.sqrt(best.get("weight", math.inf)))
+    if last["loss"] <= best["loss"] + allowed:
+        return None
+    window = max(1, len(train) // 10)
+    then = [record["loss"] for record in train if abs(record["step"] - best["step"]) <= window]
+    now = [record["loss"] for record in train[-window:]]
+    if not then or statistics.fmean(now) >= statistics.fmean(then):
+        return None
+    kept = (
+        f"the adapters are those of the best {settings.metric}"
+        if settings.best
+        else "--best ends with the adapters of the best validation, --patience stops soon after it"
+    )
+    return (
+        f"overfitting: the validation loss was best at step {best['step']} ({best['loss']:.4f}) and rose to "
+        f"{last['loss']:.4f} at step {last['step']}, while the training loss fell; {kept}"
+    )

@@ -118,9 +118,16 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, state: State, adapted: Any, position: grain.DatasetIterator) -> None:
-        """Begin to write the state; errors of an earlier write are raised here or in `close`."""
-        self._join()
+    def save(self, state: State, adapted: Any, position: grain.DatasetIterator, best: int | None = None) -> None:
+        """Begin to write the state; errors of an earlier write are raised here or in `close`.
+
+        Args:
+            state: the state.
+            adapted: the adapters, for what is not trained.
+            position: of the data.
+            best: a step whose checkpoint is kept too, once this one is whole.
+        """
+        self.wait()
         # A copy, because the arrays are donated to the next step while the writing goes on.
         arrays = jax.tree.map(lambda leaf: leaf.copy(), _arrays(state, adapted))
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
@@ -134,7 +141,7 @@ class Checkpoints:
             ),
             force=True,
         )
-        self._thread = threading.Thread(target=self._complete, name="checkpoint")
+        self._thread = threading.Thread(target=self._complete, args=(best,), name="checkpoint")
         self._thread.start()
 
     def restore(self, step: int, state: State, adapted: Any, position: grain.DatasetIterator) -> tuple[State, Any]:
@@ -176,7 +183,7 @@ class Checkpoints:
             OSError: or another error, if something could not be written.
         """
         try:
-            self._join()
+            self.wait()
         finally:
             self._manager.close()
 
@@ -185,30 +192,35 @@ class Checkpoints:
         if shutil.disk_usage(self.directory).free < 2 * size + _OVERHEAD:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
-    def _join(self) -> None:
+    def wait(self) -> None:
+        """Wait until what was begun is written.
+
+        Raises:
+            OSError: or another error, if it could not be written.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._failure is not None:
             raise self._failure
 
-    def _complete(self) -> None:
+    def _complete(self, best: int | None) -> None:
         """Runs in a thread of its own, beside the training: orbax calls nothing back when a checkpoint is whole."""
         try:
             self._manager.wait_until_finished()
             if processes.first():
-                self._finish()
+                self._finish(best)
         except Exception as error:
             self._failure = error
 
-    def _finish(self) -> None:
+    def _finish(self, best: int | None) -> None:
         """After orbax has finished: manifests for what lacks them, then older checkpoints go."""
         steps = _steps(self.directory)
         for step in steps:
             folder = self.directory / str(step)
             if not (folder / MANIFEST).exists():
                 write_json(folder / MANIFEST, {"step": step, "base": self.fingerprint, "files": _checksums(folder)})
-        for step in steps[self.keep :]:
+        for step in [step for step in steps[self.keep :] if step != best]:
             leaving = self.directory / f"{_LEAVING}{step}"
             os.replace(self.directory / str(step), leaving)
             shutil.rmtree(leaving)

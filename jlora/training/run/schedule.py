@@ -9,6 +9,7 @@ import optax
 
 import jlora
 from jlora.optimize.events import events_of
+from jlora.training.run.optimizers import factory_of
 from jlora.training.settings.fields import Settings
 
 
@@ -51,7 +52,7 @@ NUMBERS = ("learning_rate", "weight_decay", "lora_plus_ratio", "clip")
 def make_optimizer(
     adapted: jlora.Adapted, settings: Settings, numbers: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW as the methods need it, after clipping by the gradient's global norm; its state on the host where asked for.
+    """The settings' optimizer as the methods need it, after clipping by the global norm; its state on the host if asked for.
 
     Args:
         adapted: what is trained.
@@ -61,7 +62,7 @@ def make_optimizer(
     value: dict[str, Any] = {name: getattr(settings, name) for name in NUMBERS} | dict(numbers or {})
     tx = jlora.optimizer(
         adapted,
-        optax.adamw,
+        factory_of(settings.optimizer, adapted),
         learning_rate=learning_rate(settings, restarts_of(adapted), value["learning_rate"]),
         ratio=value["lora_plus_ratio"],
         weight_decay=value["weight_decay"],

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,27 @@ from jax.sharding import Mesh
 import jlora
 from jlora.optimize.events import is_due
 from jlora.training.data.dataset import Data
-from jlora.training.errors import DivergenceError, Stopped
+from jlora.training.errors import CheckpointError, DivergenceError, Stopped
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import on_mesh, row_parts
 from jlora.training.hosts.stopping import watched
-from jlora.training.model.loop import State, StepResult, held_out_loss, make_evaluation, make_step, to_devices
-from jlora.training.model.losses import Forward, Sums
+from jlora.training.model.loop import (
+    State,
+    StepResult,
+    held_out_loss,
+    make_evaluation,
+    make_rows,
+    make_step,
+    to_devices,
+)
+from jlora.training.model.losses import Forward
 from jlora.training.model.preferences import objective_of, told
-from jlora.training.reporting.metrics import Metrics
+from jlora.training.model.scores import summarize
+from jlora.training.reporting.metrics import Metrics, Record
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
-from jlora.training.run.checkpoint import Checkpoints, Whole, find_whole
+from jlora.training.run.best import best_of, waited
+from jlora.training.run.checkpoint import Checkpoints, Whole, complaint, find_whole, last_whole
 from jlora.training.run.schedule import learning_rate, make_optimizer, restarts_of
 from jlora.training.settings.axes import ROWS
 from jlora.training.settings.fields import Settings
@@ -50,6 +61,8 @@ class Trainer:
         mesh: the devices.
         out: the output folder.
         fingerprint: of the base.
+        written: metrics of what the model writes with some adapters, beside those of its loss; None for none.
+        listener: takes every line of the metrics, beside their file; None for nobody.
         metrics: of the run, once it began.
         resumed_at: the step that the run goes on from; 0 for its beginning.
     """
@@ -61,6 +74,8 @@ class Trainer:
     mesh: Mesh
     out: Path
     fingerprint: str
+    written: Callable[[jlora.Adapted], dict[str, float]] | None = None
+    listener: Callable[[Record], None] | None = None
     metrics: Metrics | None = None
     resumed_at: int = 0
 
@@ -81,12 +96,15 @@ class Trainer:
         self._is_finite = jax.jit(_is_finite)
 
     def run(self) -> tuple[jlora.Adapted, Metrics]:
-        """Train to the last step; resume where the settings say so.
+        """Train to the last step, or until patience ends; resume where the settings say so.
+
+        The adapters are those of the last step, or of the best validation (`chosen`).
 
         The first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint.
 
         Raises:
             DivergenceError: a ValueError, if something is not finite, or the gradient stays exactly 0.
+            CheckpointError: a ValueError, if the checkpoint of the best validation is damaged or gone.
             Stopped: a KeyboardInterrupt, after such a signal.
             OSError: if something cannot be written.
         """
@@ -99,7 +117,10 @@ class Trainer:
         given = (state, self._cuts, row_parts(self.mesh), self._texts, self._objective)
         self._step = make_step(self.forward, self._tx, *given)
         self.resumed_at = done
-        self.metrics = metrics = Metrics(self.out / "metrics.jsonl", done if self.settings.resume else None)
+        self.metrics = metrics = Metrics(
+            self.out / "metrics.jsonl", done if self.settings.resume else None, self.listener
+        )
+        self._check_best(checkpoints)
         progress = Progress(self.settings.progress, done, self.settings.steps or 0)
         with contextlib.ExitStack() as stack:
             self._asked = stack.enter_context(watched())
@@ -113,7 +134,59 @@ class Trainer:
                 progress.say("validation before the training, which is compiled first …")
                 self._validate(0, state, metrics, progress)
             state = self._steps(done, state, metrics, progress, checkpoints)
+            state = self._of_best(state, checkpoints)
         return self._still.replace(params=state.params), metrics
+
+    def goes_on_from(self) -> int:
+        """The step of the last whole checkpoint, or 0."""
+        return processes.by_first(lambda: last_whole(self.out / "checkpoints")) or 0
+
+    def rows(self, adapted: jlora.Adapted) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Losses, predicted labels and labels of a classifier's validation rows, the shortest row first."""
+        return make_rows(self.forward, self.mesh, self._cuts)(adapted, self._validation)
+
+    def chosen(self) -> Record:
+        """The validation of the adapters that the run ends with: the best one where that is asked for, or the last."""
+        assert self.metrics is not None
+        validation = self.metrics.of("validation")
+        best = best_of(validation, self.settings.metric) if self.settings.best else None
+        return validation[-1] if best is None else best
+
+    def _best_step(self) -> int | None:
+        """The step of the best validation, where its checkpoint is kept."""
+        return self.chosen()["step"] or None if self.settings.best else None
+
+    def _check_best(self, checkpoints: Checkpoints) -> None:
+        """The checkpoint of the best validation is there, and whole."""
+        assert self.metrics is not None
+        best = self._best_step() if self.metrics.of("validation") else None
+        if best is None:
+            return
+        wrong = processes.by_first(lambda: complaint(checkpoints.directory / str(best)))
+        if wrong is not None:
+            raise CheckpointError(
+                f"the best validation is that of step {best}, but its checkpoint in {checkpoints.directory} {wrong}; "
+                "--resume --no-best ends with the adapters of the last step"
+            )
+
+    def _of_best(self, state: State, checkpoints: Checkpoints) -> State:
+        """The state of the best validation, where that is asked for."""
+        best = self._best_step()
+        if best is None or best == int(state.step):
+            return state
+        checkpoints.wait()
+        self._check_best(checkpoints)
+        state, self._still = checkpoints.restore(best, state, self._still, self._batches)
+        return state
+
+    def _is_enough(self) -> bool:
+        """Whether the run has waited in vain for a better validation as often as it may."""
+        settings = self.settings
+        assert self.metrics is not None
+        return (
+            settings.patience is not None
+            and waited(self.metrics.of("validation"), settings.metric) >= settings.patience
+        )
 
     def _start(self, checkpoints: Checkpoints, whole: Whole) -> tuple[State, list[str]]:
         """The first state, or the last whole checkpoint's, with words about what was found."""
@@ -136,12 +209,15 @@ class Trainer:
         assert settings.steps and settings.evaluate_every and settings.checkpoint_every
         if self._asked():
             raise Stopped(settings.out, done, processes.several())
+        if self._is_enough():
+            return state
         for step in range(done + 1, settings.steps + 1):
-            batch = to_devices(next(self._batches), self.mesh, settings.accumulate)
+            rows = next(self._batches)
+            batch = to_devices(rows, self.mesh, settings.accumulate)
             first, last = step == done + 1, step == settings.steps
             given = (state, self._still, batch)
             state, result = self._first_step(given, progress) if first else self._step(*given)
-            waiting.append((step, result))
+            waiting.append((step, result, int(np.count_nonzero(rows["segment_ids"]))))
             if len(waiting) > 1:
                 # One step waits while another runs: were there more, a stop would have to wait for them all.
                 jax.block_until_ready(waiting[-2][1].loss)
@@ -153,28 +229,43 @@ class Trainer:
                 self._record(waiting, since, metrics, progress)
                 if validate:
                     self._validate(step, state, metrics, progress)
-                if save or stop:
-                    self._save(step, state, metrics, checkpoints)
+                    last = last or self._gives_up(step, progress)
+                best = validate and step == self._best_step()
+                if save or stop or last or best:
+                    self._save(step, state, metrics, checkpoints, best)
                 waiting, since = [], time.perf_counter()
-            if stop and not last:
+            if last:
+                break
+            if stop:
                 raise Stopped(settings.out, step, processes.several())
         return state
 
+    def _gives_up(self, step: int, progress: Progress) -> bool:
+        """Whether the run ends here, since it has waited in vain for a better validation; with a word about it."""
+        if not self._is_enough():
+            return False
+        settings, best = self.settings, self.chosen()
+        progress.say(
+            f"stopped early, after step {step}: the best {settings.metric}, {best[settings.metric]:.4f}, is that of step "
+            f"{best['step']}, and --patience is {settings.patience}"
+        )
+        return True
+
     def _first_step(self, given: tuple[Any, ...], progress: Progress) -> tuple[State, StepResult]:
         """A step, with a word about how long its program takes to be made."""
-        progress.say("compiling the training step …")
+        progress.compiling()
         since = time.perf_counter()
         found = jax.block_until_ready(self._step(*given))
         progress.say(f"compiled in {time.perf_counter() - since:.1f} s, the first step included")
         return found
 
-    def _save(self, step: int, state: State, metrics: Metrics, checkpoints: Checkpoints) -> None:
+    def _save(self, step: int, state: State, metrics: Metrics, checkpoints: Checkpoints, best: bool) -> None:
         """Begin to write a checkpoint, unless it would hold what nothing can go on from."""
         if not self._is_finite(state.params):
             raise self._diverged(f"the weights are not finite after step {step}")
-        if is_stuck(metrics.last("train", 1), 1):
+        if is_stuck(metrics.last("train", 1), 1) and not best:
             return  # it would push out the last good one
-        checkpoints.save(state, self._still, self._batches)
+        checkpoints.save(state, self._still, self._batches, self._best_step())
 
     def _diverged(self, found: str) -> DivergenceError:
         return DivergenceError(f"{found}: the training diverged; {advice(self.settings)}")
@@ -192,12 +283,14 @@ class Trainer:
         return state._replace(params=whole.params, opt_state=opt_state)
 
     def _record(
-        self, waiting: list[tuple[int, StepResult]], since: float, metrics: Metrics, progress: Progress
+        self, waiting: list[tuple[int, StepResult, int]], since: float, metrics: Metrics, progress: Progress
     ) -> None:
-        """Fetch the results of some steps and write their lines."""
-        results = jax.device_get([result for _, result in waiting])
-        speed = sum(float(result.weight) for result in results) / (time.perf_counter() - since)
-        for (step, _), result in zip(waiting, results):
+        """Fetch the results of some steps and write their lines; `waiting` has their numbers, results and tokens."""
+        results = jax.device_get([result for _, result, _ in waiting])
+        seconds = time.perf_counter() - since
+        speed = sum(float(result.weight) for result in results) / seconds
+        all_tokens = sum(tokens for *_, tokens in waiting) / seconds
+        for (step, _, tokens), result in zip(waiting, results):
             loss = float(result.loss)
             if not (math.isfinite(loss) and math.isfinite(float(result.gradient_norm))):
                 raise self._diverged(
@@ -210,18 +303,23 @@ class Trainer:
                 learning_rate=float(np.asarray(self._rate(step - 1))),
                 gradient_norm=float(result.gradient_norm),
                 weight=float(result.weight),
+                tokens=tokens,
                 per_second=round(speed, 1),
                 **told(result.more),
             )
-            progress.step(step, loss, speed, self.settings.task != "lm")
+            progress.step(step, loss, all_tokens, speed, self.settings.task != "lm")
             if is_stuck(metrics.last("train", STUCK)):
                 raise self._diverged(
                     f"the gradient is exactly 0 in each of the last {STUCK} steps to step {step}, at a loss of {loss:.4f}"
                 )
 
     def _validate(self, step: int, state: State, metrics: Metrics, progress: Progress) -> None:
-        found = self._evaluate(self._still.replace(params=state.params), self._validation)
+        adapted = self._still.replace(params=state.params)
+        found = self._evaluate(adapted, self._validation)
         values = summarize(found, bool(self.data.labels))
+        values |= {} if self.written is None else self.written(adapted)
+        # All processes stop and keep by the same numbers.
+        values = processes.by_first(lambda: values)
         if not math.isfinite(values["loss"]):
             what = f"the validation loss is {values['loss']} at step {step}"
             raise (
@@ -237,13 +335,3 @@ class Trainer:
 
 def _is_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def summarize(found: Sums, classify: bool) -> dict[str, Any]:
-    """Mean loss, with perplexity for language models, accuracy for classification, and what is told of preferences."""
-    loss = float(found.loss) / float(found.weight)
-    if found.more:
-        return {"loss": loss, "accuracy": float(found.correct) / float(found.weight), **told(found.more)}
-    if classify:
-        return {"loss": loss, "accuracy": float(found.correct) / float(found.weight)}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

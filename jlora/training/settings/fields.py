@@ -15,12 +15,14 @@ from jlora.core.protocol.job import Recipe
 from jlora.disk import catalog
 from jlora.stored.names import NAMES
 from jlora.training.errors import SettingError, nearest
-from jlora.training.settings import told
+from jlora.training.settings import scored, told
 from jlora.training.settings.axes import check_axes, mesh_axes, shard_rules
 from jlora.training.settings.hyperparameters import check_names
 from jlora.training.settings.sweeps import SWEPT, check_sweep
 from jlora.training.settings.told import PROBE
 
+#: What `--report-to` may name, and the package that it needs.
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 CHAT_TEMPLATES = ("auto", "model", "chatml", "plain")
 
 
@@ -166,6 +168,12 @@ class Settings:
     )
     accumulate: int = _setting(1, "cut each batch into this many parts, computed one after another", group="training")
     learning_rate: float | None = _setting(None, told.rate_help, group="training")
+    optimizer: str = _setting(
+        "adamw",
+        "what makes steps of gradients; lion's usual rates are 0.3 times those of the others",
+        group="training",
+        choices=("adamw", "lion", "adafactor", "muon"),
+    )
     schedule: str = _setting(
         "cosine",
         "course of the learning rate after the warm-up",
@@ -185,11 +193,6 @@ class Settings:
     seeds: int | None = _setting(
         None,
         "train that many runs at once, of seeds from --seed on (with --sweep: of each combination)",
-        group="training",
-    )
-    patience: int | None = _setting(
-        None,
-        "with --sweep or --seeds: stop a run whose validation got no better that many times in a row",
         group="training",
     )
     offload: bool = _setting(
@@ -216,11 +219,41 @@ class Settings:
         None, "steps between checkpoints (a tenth of the run, 10 at least)", group="run", resumable=True
     )
     keep: int = _setting(2, "checkpoints kept", group="run", resumable=True)
+    metric: str = _setting(
+        "loss",
+        "what validations are judged by: loss, perplexity, accuracy, f1, matthews, or what comes of answers that the model "
+        "writes to prompts of the validation rows, exact_match and rouge_l",
+        group="run",
+        choices=tuple(scored.METRICS),
+    )
+    metric_rows: int = _setting(
+        32, "validation rows that are answered for exact_match and rouge_l, the first ones", group="run"
+    )
+    patience: int | None = _setting(
+        None,
+        "stop after so many validations in a row that were no better than the best (never)",
+        group="run",
+        resumable=True,
+    )
+    best: bool | None = _setting(
+        None,
+        "keep the checkpoint of the best validation and end with its adapters, not the last step's (default: on with "
+        "--patience, or another --metric than the loss)",
+        group="run",
+        resumable=True,
+    )
     prompt: str | None = _setting(None, "prompt of the samples before and after (lm only)", group="run", resumable=True)
     sample_tokens: int = _setting(64, "tokens of each sample; 0 for none", group="run", resumable=True)
+    report_to: str | None = _setting(
+        None,
+        "report the metrics to tensorboard, wandb or mlflow as well, several with commas between; each is an extra of the "
+        "same name: pip install 'jlora[wandb]'",
+        group="run",
+        resumable=True,
+    )
     progress: str = _setting(
         "auto",
-        "progress bar, plain lines, or nothing",
+        "progress bar (lines where the output is a file), plain lines, or nothing",
         group="run",
         choices=("auto", "bar", "lines", "none"),
         resumable=True,
@@ -259,7 +292,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 _AT_LEAST_ONE = (
     "max_rows", "max_validation_rows", "rank", "links", "steps", "batch", "accumulate", "evaluate_every", "checkpoint_every",
-    "keep", "seeds", "patience",
+    "keep", "seeds", "metric_rows", "patience",
 )  # fmt: skip
 _POSITIVE = ("alpha", "epochs", "learning_rate", "lora_plus_ratio", "beta")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "sample_tokens", "seed")
@@ -307,6 +340,15 @@ def _check_combinations(settings: Settings) -> None:
     if settings.task != "classify" and settings.text_pair_column is not None:
         raise SettingError("text_pair_column", "is for --task classify")
     _check_preference(settings)
+    for name in trackers_of(settings):
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            hint = f"; did you mean {near}?" if near else ""
+            raise SettingError("report_to", f"must be some of {', '.join(TRACKERS)}, got {name!r}{hint}")
+    if settings.metric not in (known := scored.of_task(settings.task)):
+        raise SettingError(
+            "metric", f"{settings.metric} is not one of task {settings.task}, which has {', '.join(known)}"
+        )
     if settings.chat_template not in CHAT_TEMPLATES and not settings.chat_template.endswith(".jinja"):
         raise SettingError(
             "chat_template", f"must be {', '.join(CHAT_TEMPLATES)} or a .jinja file, got {settings.chat_template!r}"
@@ -328,6 +370,11 @@ def _check_preference(settings: Settings) -> None:
             raise SettingError(name, "is for --task preference")
     if settings.label_smoothing and settings.preference_loss not in (None, "dpo"):
         raise SettingError("label_smoothing", f"is for --preference-loss dpo, not {settings.preference_loss}")
+
+
+def trackers_of(settings: Settings) -> list[str]:
+    """The names that `--report-to` has, each once."""
+    return list(dict.fromkeys(name.strip() for name in (settings.report_to or "").split(",") if name.strip()))
 
 
 def _check_method(settings: Settings) -> None:

@@ -26,16 +26,25 @@ def check_sweep(settings: Any) -> None:
         SettingError: for another setting, a value that is none, a value twice, or settings that a sweep can't have.
     """
     if not is_sweep(settings):
-        if settings.patience is not None:
-            raise SettingError("patience", "is for sweeps: give --sweep or --seeds too")
         return
     for name, values in settings.sweep.items():
         _values(name, values)
     if "seed" in settings.sweep and settings.seeds is not None:
         raise SettingError("seeds", "and seed in --sweep both say which seeds: give one of them")
-    for name, why in (("mesh", "a sweep runs on one device"), ("offload", "a sweep keeps its moments on the device")):
+    for name, why in (
+        ("mesh", "a sweep runs on one device"),
+        ("offload", "a sweep keeps its moments on the device"),
+        ("report_to", "its runs are compared on a page"),
+        ("best", "its runs end with their last adapters"),
+    ):
         if getattr(settings, name):
             raise SettingError(name, f"can't be given with --sweep or --seeds: {why}")
+    if settings.metric != "loss":
+        raise SettingError("metric", "of a sweep is the loss")
+    if "rank" in settings.sweep and settings.optimizer in ("adafactor", "muon"):
+        raise SettingError(
+            "optimizer", f"{settings.optimizer} sees what fills up smaller ranks: sweep rank with adamw or lion"
+        )
 
 
 def points(settings: Any) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import write_report
+from jlora.training.reporting.shown import Shown
 from jlora.training.reporting.verdict import complaint, unsteady
 from jlora.training.settings.defaults import count_steps, resolve
 from jlora.training.settings.fields import Settings
@@ -213,7 +214,7 @@ def _conclude(
                 own["notes"].append(note)
         record = _results(adapted, metrics, start, trainer.resumed_at, wrong)
         write_json(place / RESULTS, record)
-        write_report(place, own, record, metrics, adapted, {})
+        write_report(place, own, record, metrics, adapted, Shown())
         found.append(RunOfSweep(place.name, at[number], record, metrics.records))
     found.sort(key=lambda run: run.order)
     seconds = round(time.time() - start, 1)

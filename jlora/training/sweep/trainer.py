@@ -22,8 +22,8 @@ from jlora.training.errors import Stopped
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, to_devices, training_step
-from jlora.training.model.losses import Forward, Sums, lifted_forward
-from jlora.training.model.preferences import objective_of
+from jlora.training.model.losses import Forward, lifted_forward
+from jlora.training.model.preferences import objective_of, told
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
@@ -195,12 +195,12 @@ class SweepTrainer:
                 raise Stopped(settings.out, step - 1)
             if self._course.stopped.all():
                 break
-            batch = self._batch()
+            batch, tokens = self._batch()
             if step == done + 1:
-                progress.say("compiling the training step …")
+                progress.compiling()
             stopped = jnp.asarray(self._course.stopped)
             state, result = self._step(state, self._still, batch, self._numbers, stopped)
-            waiting.append((step, result))
+            waiting.append((step, result, tokens))
             if len(waiting) > 1:
                 jax.block_until_ready(waiting[-2][1].loss)
             last = step == settings.steps
@@ -218,22 +218,24 @@ class SweepTrainer:
                 raise Stopped(settings.out, step)
         return state
 
-    def _batch(self) -> dict[str, jax.Array]:
-        """The next batch of each run, or that of all where they have one seed."""
+    def _batch(self) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """The next batch of each run, or that of all where they have one seed; and how many tokens each run reads."""
         batches, parts = self._batches.next(), self.settings.accumulate
-        if len(batches) == 1:
-            return to_devices(batches[0], self._mesh, parts)
-        longest = max(batch["tokens"].shape[1] for batch in batches)
-        placed = [to_devices(_lengthened(batch, longest), self._mesh, parts) for batch in batches]
         order = [self._seeds.index(each.seed) for each in self.runs]
-        return {name: jnp.stack([placed[n][name] for n in order]) for name in placed[0]}
+        tokens = np.array([np.count_nonzero(batch["segment_ids"]) for batch in batches])[order]
+        if len(batches) == 1:
+            return to_devices(batches[0], self._mesh, parts), tokens
+        longest = max(batch["tokens"].shape[-1] for batch in batches)
+        placed = [to_devices(_lengthened(batch, longest), self._mesh, parts) for batch in batches]
+        return {name: jnp.stack([placed[n][name] for n in order]) for name in placed[0]}, tokens
 
-    def _record(self, waiting: list[tuple[int, StepResult]], since: float, progress: Progress) -> None:
+    def _record(self, waiting: list[tuple[int, StepResult, np.ndarray]], since: float, progress: Progress) -> None:
         """Fetch the results of some steps and write the lines of each run; runs that can't go on are stopped."""
-        results, course = jax.device_get([result for _, result in waiting]), self._course
-        going = ~course.stopped
-        speed = sum(float(np.sum(result.weight[going])) for result in results) / (time.perf_counter() - since)
-        for (step, _), result in zip(waiting, results):
+        results, course = jax.device_get([result for _, result, _ in waiting]), self._course
+        going, seconds = ~course.stopped, time.perf_counter() - since
+        speed = sum(float(np.sum(result.weight[going])) for result in results) / seconds
+        read = sum(float(np.sum(tokens[going])) for *_, tokens in waiting) / seconds
+        for (step, _, tokens), result in zip(waiting, results):
             for number in np.flatnonzero(~course.stopped):
                 metrics, loss, norm = (
                     self.metrics[number],
@@ -246,8 +248,17 @@ class SweepTrainer:
                 rate = float(np.asarray(self._rates[number](step - 1)))
                 weight = float(result.weight[number])
                 share = round(speed / int(going.sum()), 1)
+                more = {name: value[number] for name, value in result.more.items()}
                 metrics.write(
-                    step, "train", loss=loss, learning_rate=rate, gradient_norm=norm, weight=weight, per_second=share
+                    step,
+                    "train",
+                    loss=loss,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    weight=weight,
+                    tokens=int(tokens[number]),
+                    per_second=share,
+                    **told(more),
                 )
                 course.steps[number] = step
                 if is_stuck(metrics.last("train", STUCK)):
@@ -255,7 +266,7 @@ class SweepTrainer:
                         number, f"the gradient is exactly 0 in each of the last {STUCK} steps to {step}", progress
                     )
             if going.any():
-                progress.step(step, float(np.nanmean(result.loss[going])), speed, bool(self.data.labels))
+                progress.step(step, float(np.nanmean(result.loss[going])), read, speed, self.settings.task != "lm")
 
     def _fail(self, number: Any, found: str, progress: Progress) -> None:
         self._course.stopped[number] = self._course.failed[number] = True
@@ -271,7 +282,7 @@ class SweepTrainer:
         parts = [jax.device_get(self._sums(whole, batch)) for batch in self._validation]
         losses = []
         for number in np.flatnonzero(~course.stopped):
-            found = Sums(*(np.sum(np.array([v[number] for v in values], np.float64)) for values in zip(*parts)))
+            found = jax.tree.map(lambda *v, n=number: np.sum(np.array([x[n] for x in v], np.float64), axis=0), *parts)
             values = summarize(found, bool(self.data.labels))
             if not math.isfinite(values["loss"]):
                 if not step:
@@ -340,5 +351,5 @@ class _Several:
 
 def _lengthened(batch: Batch, length: int) -> Batch:
     """A batch with its rows padded to a length, by what padding has everywhere: zeros."""
-    more = length - batch["tokens"].shape[1]
-    return {name: np.pad(x, ((0, 0), (0, more))) if x.ndim == 2 else x for name, x in batch.items()} if more else batch
+    more = length - batch["tokens"].shape[-1]
+    return {name: np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, more)]) if x.ndim > 1 else x for name, x in batch.items()}
