@@ -313,6 +313,9 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
 def test_a_traced_slot_that_is_none_of_the_banks_gives_nan():
     params, x = {"w_0": weight(0, 8, 8)}, normal(1, 3, 8)
     bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})
-    run = jit(lambda adapted, ids: jlora.lift(lambda p, x: x @ p["w_0"])(adapted.on(slot=ids), x))
-    y = run(bank.adapted, jnp.array([1, 2, -1]))
-    assert np.isfinite(y[0]).all() and np.isnan(y[1:]).all()
+    run = jit(lambda adapted, x, ids: jlora.lift(lambda p, x: x @ p["w_0"])(adapted.on(slot=ids), x))
+    # More rows than slots meet all slots at once; of fewer each gets its own factors.
+    for ids in (np.array([1, 2, -1]), np.array([1, -1]), np.array([0, 2])):
+        y = run(bank.adapted, x[: len(ids)], ids)
+        assert np.isfinite(y[0]).all() and np.isnan(y[1:]).all()
+    assert np.isnan(run(bank.adapted, x, np.array(2))).all()
