@@ -171,6 +171,16 @@ class GPT2(Decoder):
         return embedding(self.config, self.config.vocab_size, "wte")
 
     def embed(self, table: nn.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """The first hidden states.
+
+        Args:
+            table: The embedding of tokens.
+            tokens: Token ids `[batch, length]`.
+            positions: Position of every token `[batch, length]`.
+
+        Raises:
+            ValueError: The text is longer than the position embedding.
+        """
         c = self.config
         if tokens.shape[1] > c.max_position_embeddings:
             raise ValueError(
