@@ -40,8 +40,11 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
     if length <= original:
         raise ValueError(f"the model reads {original} tokens as it is; a length of {length} needs no stretching")
     factor = float(math.ceil(length / original))
-    temperature = {"attention_factor": 0.1 * math.log(factor) + 1.0} if rope_type == "yarn" else {}
-    rope = dataclasses.replace(config.rope, rope_type=rope_type, factor=factor, original_length=original, **temperature)
+    # As `RopeConfig.from_hf` reads what transformers writes: linear positions know no original length.
+    told: dict[str, Any] = {"original_length": length}
+    if rope_type == "yarn":
+        told = {"original_length": original, "attention_factor": 0.1 * math.log(factor) + 1.0}
+    rope = dataclasses.replace(config.rope, rope_type=rope_type, factor=factor, **told)
     attention = config.attention if attention is None else attention
     return Llama(dataclasses.replace(config, rope=rope, max_position_embeddings=length, attention=attention))
 

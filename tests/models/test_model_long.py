@@ -171,7 +171,7 @@ def test_memory_grows_with_the_group_and_not_with_the_square_of_the_length():
 def test_stretched_positions():
     model, params = loaded()
     longer = models.stretched(model, 3 * 512 - 1)
-    assert longer.config.rope == RopeConfig("linear", model.config.rope.theta, 3.0, 512)
+    assert longer.config.rope == RopeConfig("linear", model.config.rope.theta, 3.0, 1535)
     assert longer.config.max_position_embeddings == 1535 and longer.config.attention == "full"
     np.testing.assert_allclose(
         longer.config.rope.inverse_frequencies(8), model.config.rope.inverse_frequencies(8) / 3, rtol=1e-6
@@ -190,3 +190,12 @@ def test_stretched_positions():
         models.stretched(longer, 4096)
     with pytest.raises(ValueError, match="rope_type must be one of"):
         models.stretched(model, 1024, "llama3")
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_a_stretched_model_is_saved_with_its_positions(rope_type, tmp_path):
+    model, params = loaded()
+    longer = models.stretched(model, 2048, rope_type, attention="s2")
+    models.save(tmp_path / "longer", longer, params, models.STORIES260K)
+    again, _ = models.load(tmp_path / "longer")
+    assert again.config == dataclasses.replace(longer.config, attention="full")
