@@ -42,8 +42,6 @@ METHODS = {
     "replay": "seen",
     "joint": "seen",
 }
-#: Those that are run by default. Replay and joint training are run by `--methods`, and by `--full`.
-DONE = ("sequential, seen", "sequential, own", "Online-LoRA", "SD-LoRA", "DualLoRA")
 #: Each claim's method and what it is compared with, whose head has the same rule.
 CLAIMS = {
     "Online-LoRA": "sequential, seen",
@@ -302,18 +300,9 @@ STUDY = study.Study(
         "memory": 154,
         "rate": 2e-3,
         "judged": 28,
-        "methods": DONE,
-    },
-    full={
-        "parts": 11,
-        "steps": 600,
-        "batch": 32,
-        "rank": 8,
-        "orders": 3,
-        "seeds": 3,
-        "judged": 10**9,
         "methods": tuple(METHODS),
     },
+    full={"parts": 11, "steps": 600, "batch": 32, "rank": 8, "orders": 3, "seeds": 3, "judged": 10**9},
     plan=plan,
     run=run,
     report=report,
