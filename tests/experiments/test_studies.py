@@ -52,7 +52,7 @@ STUDIES = {
             "--orders",
             "2",
         ],
-        {"METHODS": ("sequential, seen", "sequential, own", "Online-LoRA", "SD-LoRA", "DualLoRA", "replay", "joint")},
+        {},
     ),
     "chains": (
         [*SMALL, *RANK, "--tasks", "sst2", "--links", "2", "--sketches", "2", "8", "--quadratic", "9"],
