@@ -149,7 +149,7 @@ def test_no_file_of_the_job_names_a_method():
     classes = set(catalog.methods()) - {"Full"}  # which a head gets
     names = set(catalog.recipes()) - {"rows", "dropout"}  # which data has too, and a setting
     found = []
-    for path in sorted((Path(jlora.__file__).parent / "training").glob("*.py")):
+    for path in sorted((Path(jlora.__file__).parent / "training").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value in names:
                 found.append((path.name, node.value))
