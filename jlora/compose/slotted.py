@@ -85,7 +85,7 @@ class Slotted(Method):
 
     def weight(self, view: View) -> jax.Array:
         """That of the one choice for all rows; there is none where rows choose for themselves."""
-        return self.update(view).alone("weight").weight(view.w)
+        return self.update(view).chosen("weight").weight(view.w)
 
     def update(self, view: View) -> Slots:
         """All slots, and what the call chooses."""

@@ -64,11 +64,14 @@ def chunked_cross_entropy(
         ValueError: for shapes that do not fit together, a chunk below 1, or a head that closes over what is differentiated.
 
     Example:
-        >>> hidden = jlora.lift(lambda p, tokens: model.apply(p, tokens, return_hidden=True), unread="allow")
-        >>> head = jlora.lift(lambda p, hidden: model.apply(p, from_hidden=hidden), unread="allow")
-        >>> p = {"params": adapted}
-        >>> sums = jlora.losses.chunked_cross_entropy(head, p, hidden(p, tokens), targets)
+        >>> adapted = jlora.adapterize({"head": jnp.ones((4, 7))}, {"head": jlora.LoRA(rank=2)})
+        >>> head = jlora.lift(lambda params, hidden: hidden @ params["head"])
+        >>> hidden, targets = jnp.ones((2, 5, 4)), jnp.zeros((2, 5), int)  # a body makes the hidden states
+        >>> sums = jlora.losses.chunked_cross_entropy(head, adapted, hidden, targets)
         >>> loss = sums.loss / sums.weight
+
+        A body and a head that each read some of the adapted leaves are lifted with `unread="allow"`; the models of
+        `jlora.models` are called with `return_hidden=True` and with `from_hidden=`.
 
     Reference:
         Hsu et al. 2024, arXiv:2410.10989 (Liger Kernel, fused linear cross-entropy).

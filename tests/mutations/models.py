@@ -2,6 +2,8 @@
 
 from mutations.mutation import Mutation
 
+BLOCKS = "tests/models/test_attention_blocks.py::test_"
+CHUNKED = "tests/test_chunked_loss.py::test_"
 ATTENTION = "tests/models/test_model_attention.py::test_"
 BITSANDBYTES = "tests/models/test_model_bitsandbytes.py::test_"
 CLASSIFY = "tests/models/test_model_classify.py::test_"
@@ -17,8 +19,8 @@ MUTATIONS = (
     Mutation(
         "packed texts see one another",
         "jlora/models/attention.py",
-        "return (query == key) & (key != 0)",
-        "return (query != 0) & (key != 0)",
+        "seen = (query == key) & (key != 0)",
+        "seen = (query != 0) & (key != 0)",
         (ATTENTION + "packed_segments_equal_separate_texts",),
     ),
     Mutation(
@@ -47,17 +49,38 @@ MUTATIONS = (
     ),
     Mutation(
         "a token may not see itself",
-        "jlora/models/decoder.py",
-        "(distance >= 0)",
-        "(distance > 0)",
+        "jlora/models/attention.py",
+        "seen &= distance >= 0",
+        "seen &= distance > 0",
         (AGREES + "[mistral_window]",),
     ),
     Mutation(
         "a window is a token too wide",
-        "jlora/models/decoder.py",
-        "(inputs.distance < self.window)",
-        "(inputs.distance <= self.window)",
+        "jlora/models/attention.py",
+        "(distance < self.window)",
+        "(distance <= self.window)",
         (AGREES + "[mistral_window]",),
+    ),
+    Mutation(
+        "a block of queries has the positions of the first one",
+        "jlora/models/attention.py",
+        "visible._replace(**part[1])",
+        "visible._replace(query_segments=part[1]['query_segments'])",
+        (BLOCKS + "blocks_give_the_numbers_and_gradients_of_all_queries_at_once",),
+    ),
+    Mutation(
+        "what fills up the last chunk of a loss weighs something",
+        "jlora/_chunks.py",
+        "*[(0, 0)] * (x.ndim - 2)])",
+        "*[(0, 0)] * (x.ndim - 2)], constant_values=1)",
+        (CHUNKED + "the_sums_are_those_of_numpy_for_a_plain_head_with_a_chunk_that_does_not_divide",),
+    ),
+    Mutation(
+        "all chunks of a loss have one dropout mask",
+        "jlora/losses/chunked.py",
+        "jax.random.fold_in(key, number)",
+        "key",
+        (CHUNKED + "every_chunk_has_dropout_of_its_own",),
     ),
     Mutation(
         "rows of q and k stay in llama.cpp's order",

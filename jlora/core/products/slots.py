@@ -57,7 +57,7 @@ class Slots(Update):
             return slots * rank * (rows + columns)
         return rank * (columns if lookup else rows + columns) + (0 if self.gain is None else columns)
 
-    def alone(self, use: str) -> Factors:
+    def chosen(self, use: str) -> Factors:
         """The update of a choice that is one for all rows.
 
         Raises:
@@ -86,7 +86,7 @@ class Slots(Update):
         if not first.leading:
             # A formed weight is no gain where few rows meet it, and under `vmap` it would be one for each row.
             options = replace(options, plan="factored" if options.plan == "auto" else options.plan)
-            return Factors.together(x, [(w, member.alone("product")) for w, member in members], options)
+            return Factors.together(x, [(w, member.chosen("product")) for w, member in members], options)
         if options.plan == "merged":
             raise Unfit(f"{first.name}: the plan 'merged' has one weight for all rows; lift with plan='auto'")
         first._check_rows(x.shape[:-1])
@@ -95,7 +95,7 @@ class Slots(Update):
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [*leading, ..., out] @ v.T`."""
         if not self.leading:
-            return self.alone("transposed product").transposed(x, w, key, options)
+            return self.chosen("transposed product").transposed(x, w, key, options)
         self._check_rows(x.shape[:-1])
         gain = self._gain()
         x = x if gain is None else x * self._spread(gain, x.ndim).astype(x.dtype)
@@ -105,7 +105,7 @@ class Slots(Update):
     def lookup(self, base: jax.Array, w: jax.Array, take: Callable[[jax.Array], jax.Array], side: str) -> jax.Array:
         """Rows of each position's `v`, or columns."""
         if not self.leading:
-            return self.alone("lookup").lookup(base, w, take, side)
+            return self.chosen("lookup").lookup(base, w, take, side)
         self._check_rows(base.shape[:-1])
         table, other = (self.a, self.b) if side == "in" else (jnp.swapaxes(self.b, 1, 2), jnp.swapaxes(self.a, 1, 2))
         slots, size, rank = table.shape
@@ -129,11 +129,11 @@ class Slots(Update):
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """A convolution of `x` with the `v` of one choice for all rows."""
-        return self.alone("convolution").convolve(x, w, key, linear)
+        return self.chosen("convolution").convolve(x, w, key, linear)
 
     def experts(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """The rows of `x` in groups, each with its expert's `v`, of one choice for all."""
-        return jax.vmap(lambda update: update.alone("product of experts"))(self).experts(x, w, key, linear)
+        return jax.vmap(lambda update: update.chosen("product of experts"))(self).experts(x, w, key, linear)
 
     def _by_row(self, x: jax.Array, w: jax.Array, options: Options) -> jax.Array:
         accumulate = accumulation_dtype(options.out_dtype)

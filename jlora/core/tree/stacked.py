@@ -13,7 +13,6 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import paths
-from jlora.core.products.low_rank import Factors
 from jlora.core.protocol.method import Method, Site
 from jlora.core.protocol.scaled import GAIN, Scaled
 from jlora.core.protocol.wrapping import innermost, parts, with_innermost
@@ -262,7 +261,6 @@ def _method(site: Site, methods: list[Method]) -> tuple[Method, list[float]]:
     common, numbers = found
     if any(number != 1 for number in numbers):
         common = Scaled(common)
-        assert common.form is Factors, "only the update of factors has a gain"
     method = with_innermost(first, common)
     own = replace(site, method=method)
     for each in methods:
