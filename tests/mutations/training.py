@@ -58,8 +58,8 @@ STEP = (
     Mutation(
         "the accuracy counts rows without weight",
         "jlora/training/model/losses.py",
-        "jnp.sum(right * weights), confusion)",
-        "jnp.sum(right), confusion)",
+        "jnp.sum(right * weights), confusion=confusion)",
+        "jnp.sum(right), confusion=confusion)",
         (STEPS + "the_accuracy_is_that_of_the_rows_that_count",),
     ),
     Mutation(
