@@ -125,11 +125,11 @@ def test_a_missing_rope_setting_is_named(tmp_path):
     [
         (
             {"model_type": "gpt_neox"},
-            "model_type 'gpt_neox' is not supported; supported: llama, mistral, qwen2, qwen3, bert, rob",
+            "model_type 'gpt_neox' is not supported; supported: llama, mistral, qwen2, qwen3, gemma, gem",
         ),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope type 'longrope' is not supported; supported: default, linear",
+            {"rope_parameters": {"rope_type": "ntk"}},
+            "rope type 'ntk' is not supported; supported: default, linear",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor other than 1.0 is not supported"),
         ({"hidden_act": "swish7"}, "hidden_act 'swish7' is not supported; supported: gelu, gelu_new"),

@@ -77,7 +77,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for_and_the_latest(keep, folder, 
         shutil.copytree(folder / "4", folder / str(step))
         (folder / str(step) / MANIFEST).unlink()
     checkpoints = SimpleNamespace(directory=folder, keep=keep, fingerprint="0" * 32)
-    Checkpoints._finish(checkpoints)  # pyright: ignore[reportArgumentType] (what orbax holds is not needed)
+    Checkpoints._finish(checkpoints, None)  # pyright: ignore[reportArgumentType] (what orbax holds is not needed)
     assert sorted(int(path.name) for path in folder.iterdir()) == [2, 4, 6, 8][-keep:]
     assert checkpoint.complaint(folder / "8") is None
 

@@ -40,7 +40,7 @@ def test_a_job_reads_the_file_and_its_chat_template(run):
 
 
 def test_generate_eval_and_merge_take_the_run(run, tmp_path, capsys):
-    text = ["--prompt", "the", "--tokens", "4", "--temperature", "0"]
+    text = ["--prompt", "the", "--tokens", "4", "--temperature", "0", "--no-chat"]
     assert main(["generate", str(run / "run"), *text]) == 0
     assert capsys.readouterr().out.startswith("the")
     assert main(["eval", str(run / "run"), str(run / "chats.jsonl")]) == 0

@@ -18,7 +18,7 @@ from jlora import models
 from jlora.models.chat_files import write_chat_templates
 from jlora.models.merged import lazily_merged
 from jlora.training.data import chat
-from jlora.training.data.dataset import arranged, encode, notes_on, subset
+from jlora.training.data.dataset import arranged, encode, most_texts, notes_on, subset
 from jlora.training.data.pipeline import validation_batches
 from jlora.training.data.rows import read_rows
 from jlora.training.errors import CheckpointError
@@ -111,8 +111,9 @@ def evaluate_file(
     batches = [to_devices(batch, mesh) for batch in validation_batches(examples, settings.batch, longest, fixed)]
     assert run.adapted is not None
     plain = run.adapted.replace(params={}, frozen={}, plan=dataclasses.replace(run.adapted.plan, sites=()))
-    texts = max(int(example.segments.max(initial=1)) for example in examples)
-    evaluate = make_evaluation(subject.forward, texts=texts, objective=objective_of(settings, subject.forward))
+    evaluate = make_evaluation(
+        subject.forward, texts=most_texts(examples), objective=objective_of(settings, subject.forward)
+    )
     found = evaluate(plain if base else run.adapted, batches)
     return summarize(found, bool(subject.labels))
 

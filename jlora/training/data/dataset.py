@@ -54,7 +54,7 @@ class Data:
     @property
     def texts(self) -> int:
         """The most texts that are packed into one row."""
-        return max(int(example.segments.max(initial=1)) for example in (*self.train, *self.validation))
+        return most_texts((*self.train, *self.validation))
 
     def amounts(self) -> str:
         """How many rows there are, in words."""
@@ -87,6 +87,12 @@ def _digest(head: str, examples: Sequence[Any]) -> str:
             sha.update(np.int64(array.size).tobytes() + np.ascontiguousarray(array).tobytes())
         sha.update(np.int64(example.label).tobytes())
     return sha.hexdigest()
+
+
+def most_texts(examples: Sequence[Any]) -> int:
+    """The most texts that are packed into one row; pairs are never packed."""
+    rows = (row for row in examples if isinstance(row, Example))
+    return max((int(row.segments.max(initial=1)) for row in rows), default=1)
 
 
 def _rows_of(examples: Sequence[Any]) -> Iterator[Example]:

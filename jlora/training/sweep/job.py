@@ -36,6 +36,7 @@ from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import write_report
 from jlora.training.reporting.shown import Shown
 from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.run.best import best_of
 from jlora.training.settings.defaults import count_steps, resolve
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.sweeps import points
@@ -177,11 +178,13 @@ def _results(
     """The content of a run's results.json; `seconds` are those of the sweep."""
     about = ("step", "kind", "weight")
     values = [{name: v for name, v in record.items() if name not in about} for record in metrics.of("validation")]
-    train = metrics.of("train")
+    train, best = metrics.of("train"), best_of(metrics.of("validation"), "loss")
     return {
         "before": values[0],
         "after": values[-1],
         "steps": len(train),
+        "step": metrics.of("validation")[-1]["step"],
+        "best_step": None if best is None else best["step"],
         "train_loss": train[-1]["loss"] if train else None,
         "trained_values": count(adapted.params),
         "base_values": count(adapted.base),
