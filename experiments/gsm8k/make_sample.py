@@ -1,6 +1,6 @@
 """Makes train.jsonl: the first problems of GSM8K as chats, without the calls to a calculator.
 
-python examples/gsm8k/make_sample.py        (from JLORA_DATA, by default ../shared/data beside the repository)
+python experiments/gsm8k/make_sample.py        (from JLORA_DATA, by default ../shared/data beside the repository)
 """
 
 import json
