@@ -61,14 +61,16 @@ DATA = (normal(30, STEPS, 2, ROWS, WIDTH), jnp.tanh(normal(31, STEPS, 2, ROWS, W
 
 
 def together(runs, axes=(0, 0, 0, 0, 0, 0), stopped=((False, False),) * STEPS):
-    """All steps of a stack; the stacks after each, and how often the step was compiled."""
-    stacked, after = jlora.stack(runs), []
+    """All steps of a stack; the stacks after each, and how often the step was traced."""
+    stacked, after, traces = jlora.stack(runs), [], []
     state = jax.jit(jlora.each_run(first))(stacked, RATES, DECAYS)
-    go = jax.jit(jlora.each_run(step, in_axes=axes))
+    for_all = jlora.each_run(step, in_axes=axes)
+    # What jit knows of its own programs may be pushed out by those of other tests.
+    go = jax.jit(lambda *given: (traces.append(1), for_all(*given))[1])
     for n in range(STEPS):
         stacked, state, _ = go(stacked, state, tuple(d[n] for d in DATA), RATES, DECAYS, jnp.array(stopped[n]))
         after.append((stacked, state))
-    return after, go._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    return after, len(traces)
 
 
 def alone(adapted, number):
@@ -99,8 +101,8 @@ MIXED = [
 )
 def test_runs_of_other_ranks_scales_starts_rates_decays_and_data_are_each_what_they_are_alone(methods):
     runs = adapters(methods, keys=methods is MIXED)
-    after, compiled = together(runs)
-    assert compiled == 1
+    after, traces = together(runs)
+    assert traces == 1
     for number, (adapted, found) in enumerate(zip(runs, jlora.unstack(after[-1][0]), strict=True)):
         assert found.plan == adapted.plan
         wanted = alone(adapted, number)
@@ -132,11 +134,11 @@ def test_ranks_given_out_by_masks_inside_of_the_step_are_given_out_for_each_run(
 
 def test_a_held_run_and_its_optimizer_stay_as_they_are_to_the_bit_while_others_go_on():
     held = ((False, False), (False, True), (False, True), (False, True), (False, False))
-    after, compiled = together(adapters(MIXED), stopped=held)
+    after, traces = together(adapters(MIXED), stopped=held)
     free, _ = together(adapters(MIXED))
     part = lambda n, number: jax.tree.map(lambda x: np.asarray(x[number]), (after[n][0].params, after[n][1]))
     same = lambda one, other: all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
-    assert compiled == 1
+    assert traces == 1
     assert same(part(0, 1), part(3, 1)) and not same(part(3, 1), part(4, 1))
     assert all(not same(part(n, 0), part(n + 1, 0)) for n in range(4))
     for one, other in zip(jax.tree.leaves(after[-1][0].params), jax.tree.leaves(free[-1][0].params)):
