@@ -64,7 +64,7 @@ def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, opened.subject.params, wanted)
     data = sentences(tmp_path)
     trained, base = (evaluate_file(opened, data, 8, base=base)["loss"] for base in (False, True))
-    apply, params = opened.runnable()
+    apply, params = runnable(opened.subject.model.apply, opened.adapted)
     assert params is opened.adapted  # no decoded base is formed to write text
     assert len(models.generate(apply, params, [[1, 2]], max_new_tokens=4)) == 1
     write_merged(opened, tmp_path / "merged")

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -28,7 +27,6 @@ from jlora.training.hosts.placement import make_mesh
 from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.model.loop import make_evaluation, to_devices
 from jlora.training.model.preferences import objective_of
-from jlora.training.model.samples import runnable
 from jlora.training.model.scores import summarize
 from jlora.training.model.subject import Subject, load_subject, open_codec
 from jlora.training.settings.fields import Settings
@@ -51,11 +49,6 @@ class Run:
     adapted: jlora.Adapted | None
     directory: Path
     template: chat.Template | None = None
-
-    def runnable(self) -> tuple[Callable[..., Any], Any]:
-        """The model's function and its params, with the adapters if there are any."""
-        apply, params = self.subject.model.apply, self.subject.params
-        return (apply, params) if self.adapted is None else runnable(apply, self.adapted)
 
 
 def open_run(out: str | Path, model: str | None = None) -> Run:

@@ -17,6 +17,7 @@ from jlora.training.data import chat
 from jlora.training.data.layouts import normal
 from jlora.training.data.rows import Row, read_rows
 from jlora.training.errors import SettingError
+from jlora.training.model.losses import with_prompts
 
 # Where neither the user nor the model's files say anything: small models repeat themselves where nothing is drawn.
 _TEMPERATURE = 0.7
@@ -102,7 +103,7 @@ class Writer:
     def __post_init__(self):
         apply = self.run.subject.model.apply
         # One function for all adapters: those of equal form share their programs, and none is merged into a copy of the base.
-        self._plain, self._lifted = apply, jlora.lift(apply)
+        self._plain, self._lifted = apply, with_prompts(jlora.lift(apply))
 
     def _runnable(self) -> tuple[Callable[..., Any], Any]:
         adapted = self.adapters[self.current]

@@ -13,6 +13,7 @@ from jlora import models
 from jlora.training.data.dataset import Data
 from jlora.training.data.encode import Example
 from jlora.training.errors import SettingError
+from jlora.training.model.losses import with_prompts
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.scored import METRICS
@@ -77,7 +78,7 @@ def make_written(
         raise SettingError(
             "metric", f"{settings.metric} compares answers, but no row of the validation has a prompt and an answer"
         )
-    codec, apply = subject.codec, jlora.lift(subject.model.apply)
+    codec, apply = subject.codec, with_prompts(jlora.lift(subject.model.apply))
     wanted = [codec.decode(each.answer).strip() for each in asked]
     longest = max(len(each.answer) for each in asked)
 

@@ -97,12 +97,12 @@ def lifted_forward(forward: Forward, texts: int = 1, **lifting: Any) -> Forward:
     return Halves(with_prompts(hidden, texts), head)
 
 
-def with_prompts(lifted: Forward, texts: int = 1) -> Forward:
+def with_prompts(lifted: Callable[..., Any], texts: int = 1) -> Callable[..., Any]:
     """The lifted function, with the virtual tokens of the adapters in front of every text where they have any."""
     prompted = jlora.prompted(lifted, texts=texts, pooled=True)
 
-    def forward(params: Any, batch: dict[str, jax.Array]) -> Any:
-        return (prompted if virtual_of(params) else lifted)(params, batch)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (prompted if virtual_of((args, kwargs)) else lifted)(*args, **kwargs)
 
     return forward
 

@@ -10,9 +10,9 @@ import jax
 
 import jlora
 from jlora import models, paths
-from jlora.prompts.prompted import virtual_of
 from jlora.training.data.dataset import Data
 from jlora.training.model.answers import questions
+from jlora.training.model.losses import with_prompts
 from jlora.training.model.subject import Subject
 from jlora.training.settings.fields import Settings
 
@@ -53,8 +53,7 @@ def runnable(apply: Callable[..., Any], adapted: jlora.Adapted) -> tuple[Callabl
     coded = any(isinstance(leaf, jlora.Stored) for leaf in paths.leaves(adapted.base))
     if not coded and all(site.method.mergeable for site in adapted.plan.sites):
         return apply, jlora.merge(adapted)
-    lifted = jlora.lift(apply)
-    return jlora.prompted(lifted) if virtual_of(adapted) else lifted, adapted
+    return with_prompts(jlora.lift(apply)), adapted
 
 
 def samples(
