@@ -73,7 +73,7 @@ def _write_prompt(out: Written, adapted: Adapted, asked: dict[Any, Any], slots: 
         raise ValueError(
             f"{site.path}: PEFT's prompts are rows of an embedding, and names says that it is a {slot.kind}"
         )
-    rows = np.asarray(paths.lookup(adapted.params, site.keys)["prompt"])
+    rows = np.asarray(paths.lookup(adapted.params, site.keys)["prompt"]) * slot.entry.factor
     encoder = isinstance(method, PTuning)
     out.add(TENSOR, rows, [origin(slot, ("prompt",))])
     out.config |= {"peft_type": P_TUNING if encoder else PROMPT_TUNING, "token_dim": rows.shape[1]}
@@ -182,7 +182,7 @@ def read(folder: AdapterFolder, index: Index, prefix: PrefixLayout | None) -> li
         )
     (slot,) = named
     folder.check(TENSOR, (tokens, slot.torch_columns()[2]), "the virtual tokens")
-    rows = folder.read_as(TENSOR, trained_dtype(index.leaves[slot.keys].dtype))
+    rows = folder.read_as(TENSOR, trained_dtype(index.leaves[slot.keys].dtype)) / slot.entry.factor
     return [Read(index.site(slot.keys, PromptTuning(tokens)), {"prompt": rows})]
 
 

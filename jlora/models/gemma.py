@@ -38,6 +38,11 @@ class GemmaConfig(LlamaConfig):
     outer_norms: bool = False
     local_rope: RopeConfig | None = None
 
+    @property
+    def embedding_factor(self) -> float:
+        """By what embeddings are multiplied."""
+        return self.hidden_size**0.5
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **options: Any) -> "GemmaConfig":
         """Reads a config of model type `gemma`, `gemma2` or `gemma3_text`.
@@ -177,7 +182,7 @@ class Gemma(Llama):
 
     def embed(self, table: nn.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         # Rounded as the authors' code does it, which computes in the embedding's dtype.
-        return table(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.config.dtype)
+        return table(tokens) * jnp.asarray(self.config.embedding_factor, self.config.dtype)
 
     def last_norm(self, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config, name="norm")(x)

@@ -52,8 +52,9 @@ def _table(config: Any, before: str, prefix: str) -> dict[str, TorchParameter]:
     table[rf"{before}lm_head/kernel"] = TorchParameter("lm_head.weight", "in out")
     also = ("lm_head.weight",) if tied else ()
     embedding = f"{prefix}{{module}}.weight"
-    tokens = "/".join(family.embedding[:-1])
-    table[rf"{before}(?P<module>{tokens})/embedding"] = TorchParameter(embedding, "in out", "embedding", also=also)
+    tokens, factor = "/".join(family.embedding[:-1]), getattr(config, "embedding_factor", 1.0)
+    of_tokens = TorchParameter(embedding, "in out", "embedding", also=also, factor=factor)
+    table[rf"{before}(?P<module>{tokens})/embedding"] = of_tokens
     table[rf"{before}(?P<module>.+)/embedding"] = TorchParameter(embedding, "in out", "embedding")
     for end in _WEIGHT_ENDS:
         table[rf"{before}(?P<module>.+)/{end}"] = _entry(f"{prefix}{{module}}.{_torch(end)}", end, "", linear)

@@ -14,7 +14,7 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
     """The model for texts of `length` tokens, on the same params; it wants some training on such texts.
 
     Args:
-        model: a Llama whose rotary positions are not stretched yet.
+        model: a Llama, or one of the families built on it, whose rotary positions are not stretched yet.
         length: the longest text, in tokens; more than `max_position_embeddings`.
         rope_type: "linear": positions are divided by `ceil(length / max_position_embeddings)` (position interpolation, as in
             LongLoRA). "yarn": planes that turn often keep their speed, those that turn slowly are divided so, and scores get a
@@ -22,7 +22,9 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
         attention: "full", or "s2" for `s2_attention` in training; by default as in the model.
 
     Raises:
-        ValueError: for a length that needs no stretching, another type, or positions that are stretched already.
+        TypeError: for a model that is none.
+        ValueError: for a length that needs no stretching, another type, positions that are stretched already, or layers that
+            turn by different ones, as Gemma 3's do.
 
     Example:
         >>> model, params = jlora.models.load(jlora.models.STORIES260K)
@@ -31,11 +33,15 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
     Reference:
         Chen et al. 2023, arXiv:2306.15595 (linear); Peng et al. 2023, arXiv:2309.00071 (YaRN).
     """
+    if not isinstance(model, Llama):
+        raise TypeError(f"model: wanted a Llama or a family built on it, got a {type(model).__name__}")
     config = model.config
     if rope_type not in TYPES:
         raise ValueError(f"rope_type must be one of {TYPES}, got {rope_type!r}")
     if config.rope.rope_type != "default":
         raise ValueError(f"the model's positions are stretched already, by {config.rope.rope_type!r}")
+    if getattr(config, "local_rope", None) is not None:
+        raise ValueError("the model's local layers turn by other positions than the rest, which can't be stretched yet")
     original = config.max_position_embeddings
     if length <= original:
         raise ValueError(f"the model reads {original} tokens as it is; a length of {length} needs no stretching")
@@ -46,7 +52,9 @@ def stretched(model: Llama, length: int, rope_type: str = "linear", attention: s
         told = {"original_length": original, "attention_factor": 0.1 * math.log(factor) + 1.0}
     rope = dataclasses.replace(config.rope, rope_type=rope_type, factor=factor, **told)
     attention = config.attention if attention is None else attention
-    return Llama(dataclasses.replace(config, rope=rope, max_position_embeddings=length, attention=attention))
+    return model.clone(
+        config=dataclasses.replace(config, rope=rope, max_position_embeddings=length, attention=attention)
+    )
 
 
 def stretched_settings(hf: dict[str, Any], model: Any) -> dict[str, Any]:

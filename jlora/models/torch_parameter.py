@@ -28,6 +28,8 @@ class TorchParameter:
         columns: `(start, stop, width)`, where the leaf is only these columns of a parameter that has `width` of them (q
             of a fused q, k and v).
         also: names of parameters that are the same array (tied weights), as in a head that is the embedding.
+        factor: by what the model multiplies the rows that it looks up in an "embedding", as Gemma does. Virtual tokens in
+            PEFT's folders stand behind that, those of jlora before it.
         position: place among the parameters of its module as the module defines them; needed where a module has several
             3-D parameters, whose tensors PEFT nests in that order.
 
@@ -45,6 +47,7 @@ class TorchParameter:
     sizes: tuple[int, ...] | None = None
     columns: tuple[int, int, int] | None = None
     also: tuple[str, ...] = ()
+    factor: float = 1.0
     position: int | None = None
 
     def __post_init__(self) -> None:

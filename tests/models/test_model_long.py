@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models_data import GOLDEN
 
 import jlora
 from jlora import models
@@ -192,10 +193,27 @@ def test_stretched_positions():
         models.stretched(model, 1024, "llama3")
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
-def test_a_stretched_model_is_saved_with_its_positions(rope_type, tmp_path):
-    model, params = loaded()
-    longer = models.stretched(model, 2048, rope_type, attention="s2")
-    models.save(tmp_path / "longer", longer, params, models.STORIES260K)
+@pytest.mark.parametrize(
+    ("source", "rope_type"),
+    [
+        (models.STORIES260K, "linear"),
+        (models.STORIES260K, "yarn"),
+        (GOLDEN / "gemma2", "linear"),
+        (GOLDEN / "mixtral", "yarn"),
+    ],
+)
+def test_a_stretched_model_is_saved_with_its_positions(source, rope_type, tmp_path):
+    model, params = models.load(source)
+    longer = models.stretched(model, 4 * model.config.max_position_embeddings, rope_type, attention="full")
+    models.save(tmp_path / "longer", longer, params, source)
     again, _ = models.load(tmp_path / "longer")
-    assert again.config == dataclasses.replace(longer.config, attention="full")
+    assert type(again) is type(longer) is type(model) and again.config == longer.config
+
+
+def test_what_has_no_rotary_positions_or_several_is_not_stretched():
+    with pytest.raises(TypeError, match="wanted a Llama or a family built on it, got a GPT2"):
+        models.stretched(models.load(GOLDEN / "gpt2")[0], 4096)
+    model, _ = models.load(GOLDEN / "gemma3")
+    model = model.clone(config=dataclasses.replace(model.config, rope=RopeConfig()))
+    with pytest.raises(ValueError, match="local layers turn by other positions"):
+        models.stretched(model, 4096)

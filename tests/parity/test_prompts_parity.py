@@ -51,8 +51,9 @@ def logits(base, adapted):
     return jlora.prompted(jlora.lift(loaded(base)[0].apply))({"params": adapted}, IDS)
 
 
-# llama_yarn has rotary positions with a factor, qwen2 biases of keys and values, and groups of queries.
-@pytest.mark.parametrize("base", ["llama_yarn", "qwen2"])
+# llama_yarn has rotary positions with a factor, qwen2 biases of keys and values, and groups of queries; gemma2 multiplies its
+# embeddings, behind which PEFT puts prompts.
+@pytest.mark.parametrize("base", ["llama_yarn", "qwen2", "gemma2"])
 @pytest.mark.parametrize("peft_type", SPECS)
 def test_peft_computes_what_jlora_wrote(base, peft_type, tmp_path):
     from peft import PeftModel
