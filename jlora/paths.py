@@ -104,6 +104,14 @@ def insert(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     tree[keys[-1]] = value
 
 
+def nested(flat: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """A nested dict of leaves by their keys."""
+    tree: dict[str, Any] = {}
+    for keys, leaf in flat:
+        insert(tree, keys, leaf)
+    return tree
+
+
 def lookup(tree: dict[str, Any], keys: tuple[str, ...]) -> Any:
     """The value at `keys` in a nested dict; an empty dict where the tree has nothing there."""
     for key in keys:

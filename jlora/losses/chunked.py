@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora._chunks import cut, joined
-from jlora.core.tree.adapted import Adapted
+from jlora.core.tree.adapted import DROPOUT, Adapted
 
 _ENTRIES = 2**24
 """Logits of a chunk by default: 64 MiB in float32, little beside a model whose vocabulary is worth chunks."""
@@ -165,9 +165,8 @@ def _split(params: Any) -> tuple[list[Any], Callable[[list[Any], jax.Array], Any
 def _for_chunk(former: Any, new: Any, number: jax.Array) -> Any:
     if not isinstance(former, Adapted):
         return new
-    key = former.context.get("dropout")
-    context = former.context if key is None else former.context | {"dropout": jax.random.fold_in(key, number)}
-    return former.replace(params=new, context=context)
+    adapted, key = former.replace(params=new), former.context.get(DROPOUT)
+    return adapted if key is None else adapted.on(dropout=jax.random.fold_in(key, number))
 
 
 def _wide(dtype: Any) -> Any:

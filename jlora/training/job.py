@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -16,17 +13,13 @@ from jax.sharding import Mesh
 
 import jlora
 from jlora.core.tree.adapted import count
-from jlora.disk.json_files import ILL_FORMED, read_object, shown
-from jlora.interchange.folder import CONFIG
-from jlora.models.chat_files import write_chat_templates
 from jlora.training import folder
 from jlora.training.data.dataset import Data, load_data
 from jlora.training.data.tokens import Codec
-from jlora.training.errors import CheckpointError, DivergenceError, SettingError
+from jlora.training.errors import DivergenceError, SettingError
 from jlora.training.files import is_full_disk, write_json
 from jlora.training.hosts import agreement, processes
 from jlora.training.hosts.placement import base_shardings, check_batch, make_mesh, place_adapters, place_base, row_parts
-from jlora.training.hosts.versions import versions
 from jlora.training.model.answers import check_metric, make_written
 from jlora.training.model.measured import measured_of
 from jlora.training.model.samples import Prompt, prompts, samples
@@ -37,15 +30,24 @@ from jlora.training.reporting.report import REPORT, write_report
 from jlora.training.reporting.shown import Shown, Worst, of_rows
 from jlora.training.reporting.trackers import check_trackers, reported
 from jlora.training.reporting.verdict import complaint, overfitting, unsteady
-from jlora.training.run.best import best_of
 from jlora.training.run.checkpoint import last_whole
+from jlora.training.run.record import (
+    RESULTS,
+    SAMPLES,
+    about_run,
+    begin,
+    full_disk,
+    measured_before,
+    read_complaint,
+    results,
+    resumable,
+    save_adapters,
+)
 from jlora.training.run.trainer import Trainer
 from jlora.training.settings.axes import Rules, mesh_axes, shard_rules
 from jlora.training.settings.defaults import count_steps, resolve
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.sweeps import is_sweep
-
-SETTINGS, RESULTS, SAMPLES, ADAPTERS = "settings.json", "results.json", "samples.json", "adapters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _finetune(
     rules = shard_rules(settings.shard)
     if mesh.size > 1 or rules:
         _check_cuts(settings, codec, config, mesh, rules)
-    stored = _resumable(settings.out) if settings.resume else {}
+    stored = resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with, and all processes see the same.
     started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
     data = load_data(settings, codec, datetime.fromisoformat(started), given)
@@ -144,12 +146,12 @@ def _finetune(
     processes.beat()
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
     written = make_written(subject, data, settings)
-    adapted = place_adapters(adapt(subject, settings, data, mesh, _measured(stored)), mesh)
-    about = _about(asked, settings, subject, data, fingerprint)
+    adapted = place_adapters(adapt(subject, settings, data, mesh, measured_before(stored)), mesh)
+    about = about_run(asked, settings, subject, data, fingerprint)
     about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
     with processes.claim(settings.out, settings.resume) as out:
         try:
-            _begin(out, about, data, settings)
+            begin(out, about, data, settings)
             _describe(adapted, subject, data, settings, say)
             for note in [*notes, *_past(out)]:
                 say(f"note  {note}")
@@ -159,7 +161,7 @@ def _finetune(
                 return _run(trainer, subject, about, say, start)
         except Exception as error:
             if is_full_disk(error):
-                raise _full(out) from error
+                raise full_disk(out) from error
             raise
 
 
@@ -170,98 +172,6 @@ def _check_cuts(settings: Settings, codec: Codec, config: dict[str, Any], mesh: 
 
 def _silent(text: str) -> None:
     """Takes the place of `say` in processes that do not print."""
-
-
-def _full(out: Path) -> OSError:
-    """One sentence for a full disk."""
-    step = last_whole(out / "checkpoints")
-    kept = "there is no whole checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
-    return OSError(errno.ENOSPC, f"the disk of {out} is full; {kept}: free some space and go on with --resume")
-
-
-def _about(asked: Settings, settings: Settings, subject: Subject, data: Data, fingerprint: str) -> dict[str, Any]:
-    """The content of settings.json."""
-    return {
-        "asked": dataclasses.asdict(asked),
-        "settings": dataclasses.asdict(settings),
-        "model": str(subject.directory),
-        "base": fingerprint,
-        "data": data.source,
-        "data_sha256": data.digest(),
-        "labels": data.labels,
-        "versions": versions(),
-    }
-
-
-def read_settings(out: str | Path) -> dict[str, Any]:
-    """The content of a run's settings.json.
-
-    Raises:
-        CheckpointError: if the folder holds no run, or the file is damaged.
-    """
-    path = Path(out) / SETTINGS
-    try:
-        found = read_object(path)
-        for part in ("asked", "settings"):
-            Settings(**found[part])
-        if not isinstance(found["labels"], list):
-            raise ValueError(f"labels must be a list, got {shown(found['labels'])}")
-        return found
-    except FileNotFoundError as error:
-        hint = f"; make one of this adapter by jlora import {out} --to RUN" if Path(out, CONFIG).exists() else ""
-        raise CheckpointError(f"{out} holds no run (no {SETTINGS}){hint}") from error
-    except ILL_FORMED as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
-
-
-def _resumable(out: str) -> dict[str, Any]:
-    """The settings.json of a run that can go on."""
-    stored = read_settings(out)
-    if "sweep" in stored:
-        raise CheckpointError(f"{out} is one run of the sweep in {stored['sweep']}; go on with that by --resume")
-    for source in ("imported", "combined"):
-        if source in stored:
-            raise CheckpointError(
-                f"{out} holds an adapter {source} from {stored[source]}, and no training to go on with"
-            )
-    return stored
-
-
-def _measured(stored: dict[str, Any]) -> dict[str, Any]:
-    """What was measured when a run began; earlier releases measured only ranks, and wrote them as `ranks`."""
-    return stored.get("measured", stored.get("ranks", {}))
-
-
-def _begin(out: Path, about: dict[str, Any], data: Data, settings: Settings) -> None:
-    """Write settings.json, or check a resumed run against it; and the chat template."""
-    if settings.resume:
-        # In process 0, whose paths are stored; what lies at those of the others has been compared with it.
-        processes.by_first(lambda: _check_resumed(out, about, settings))
-    else:
-        write_json(out / SETTINGS, about)
-    if data.template is not None:
-        write_chat_templates(out, data.template.texts())
-
-
-def _check_resumed(out: Path, about: dict[str, Any], settings: Settings) -> None:
-    """A resumed run stands on what it was started with."""
-    stored = read_settings(out)
-    # A run of an earlier release has no value for what came later.
-    old_settings = dataclasses.asdict(Settings(**stored["settings"]))
-    for field in dataclasses.fields(Settings):
-        new, old = about["settings"][field.name], old_settings[field.name]
-        if new != old and not field.metadata["resumable"]:
-            raise SettingError(
-                field.name, f"is {new!r}, but the run in {out} was started with {old!r}, which must stay"
-            )
-    if stored.get("data_sha256") != about["data_sha256"]:
-        raise CheckpointError(f"the training data ({about['data']}) is not what the run in {out} was started with")
-    if stored.get("base") != about["base"]:
-        raise CheckpointError(
-            f"the model in {about['model']} is not the one that the run in {out} was started with: fingerprint "
-            f"{about['base']}, wanted {stored.get('base')}"
-        )
 
 
 def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Settings, say: Callable) -> None:
@@ -276,12 +186,6 @@ def _past(out: Path) -> list[str]:
     """What went wrong with this run before, if it is resumed after that."""
     found = read_complaint(out)
     return [] if found is None else [f"this run ended before: {found}; going on repeats its steps"]
-
-
-def read_complaint(out: str | Path) -> str | None:
-    """What `results.json` of a run finds wrong with it, if there is one already."""
-    path = Path(out) / RESULTS
-    return read_object(path).get("complaint") if path.exists() else None
 
 
 def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callable, start: float) -> Result:
@@ -304,7 +208,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         for text, after in zip(texts, samples(subject, asked, settings, adapted)):
             text["after"] = after
         write_json(out / SAMPLES, texts)
-    _save_adapters(out, adapted)
+    save_adapters(out, adapted)
     found = complaint(metrics, settings, trainer.chosen())
     record = _results(trainer, metrics, start, found, shown)
     for note in (unsteady(metrics, settings), overfitting(metrics, settings)) if found is None else ():
@@ -351,42 +255,12 @@ def _gave_up(
     return DivergenceError(f"{error}; {kept}, and {out / REPORT} shows the run")
 
 
-def _save_adapters(out: Path, adapted: jlora.Adapted) -> None:
-    """Write the adapters beside those of an earlier end of the same run, then put them in their place."""
-    if not processes.first():
-        jlora.save(out / ADAPTERS, adapted)  # writes nothing here, but process 0 waits for it
-        return
-    new, old = out / f".{ADAPTERS}.new", out / f".{ADAPTERS}.old"
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
-    jlora.save(new, adapted)
-    if (out / ADAPTERS).exists():
-        os.replace(out / ADAPTERS, old)
-    os.replace(new, out / ADAPTERS)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _results(trainer: Trainer, metrics: Metrics, start: float, complaint: str | None, shown: Shown) -> dict[str, Any]:
-    """The content of results.json; `seconds` are those since the run was started or resumed."""
-    chosen, about = trainer.chosen(), ("step", "kind", "weight")
-    before, after = (
-        {name: value for name, value in record.items() if name not in about}
-        for record in (metrics.of("validation")[0], chosen)
-    )
-    train, best = metrics.of("train"), best_of(metrics.of("validation"), trainer.settings.metric)
-    return {
-        "before": before,
-        "after": after,
-        "steps": len(train),
-        "step": chosen["step"],
-        "best_step": None if best is None else best["step"],
-        "train_loss": train[-1]["loss"] if train else None,
-        "trained_values": count(trainer.adapted.params),
-        "base_values": count(trainer.adapted.base),
-        "seconds": round(time.time() - start, 1),
-        "resumed_at": trainer.resumed_at,
-        "complaint": complaint,
-    } | ({} if shown.confusion is None else {"labels": list(shown.labels), "confusion": shown.confusion.tolist()})
+    """The content of results.json, a classifier's confusion matrix included."""
+    metric = trainer.settings.metric
+    found = results(trainer.adapted, metrics, trainer.chosen(), metric, start, trainer.resumed_at, complaint)
+    more = {} if shown.confusion is None else {"labels": list(shown.labels), "confusion": shown.confusion.tolist()}
+    return found | more
 
 
 def _conclude(result: Result, texts: list[dict[str, str]], say: Callable[[str], None]) -> None:

@@ -245,14 +245,14 @@ RUN = (
     ),
     Mutation(
         "a run is resumed with other settings",
-        "jlora/training/job.py",
+        "jlora/training/run/record.py",
         'if new != old and not field.metadata["resumable"]:',
         "if False:",
         (JOB + "resuming_with_other_settings_names_the_setting",),
     ),
     Mutation(
         "a run is resumed with other data",
-        "jlora/training/job.py",
+        "jlora/training/run/record.py",
         'if stored.get("data_sha256") != about["data_sha256"]:',
         "if False:",
         (JOB + "resuming_with_other_data_is_an_error",),

@@ -23,10 +23,11 @@ from jlora import models
 from jlora.training.errors import CheckpointError, DivergenceError, FolderError, SettingError, Stopped
 from jlora.training.folder import claim
 from jlora.training.hosts.stopping import watched
-from jlora.training.job import finetune, read_settings
+from jlora.training.job import finetune
 from jlora.training.reporting.metrics import Metrics, read_metrics
 from jlora.training.run import trainer
 from jlora.training.run.checkpoint import MANIFEST, last_whole
+from jlora.training.run.record import read_settings
 from jlora.training.run.schedule import make_optimizer
 from jlora.training.settings.fields import Settings
 

@@ -14,11 +14,12 @@ from jlora.stored import NF4
 from jlora.training.commands.actions import _inspected
 from jlora.training.commands.runs import evaluate_file, open_run, write_merged
 from jlora.training.errors import SettingError
-from jlora.training.job import finetune, read_settings
+from jlora.training.job import finetune
 from jlora.training.model.prepared import prepared
 from jlora.training.model.samples import runnable
 from jlora.training.model.selection import make_spec, trace_sites
 from jlora.training.model.subject import load_subject, memory, open_codec
+from jlora.training.run.record import read_settings
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 

@@ -132,14 +132,7 @@ def _drawers(frozen: Any, alike: Any) -> tuple[dict[tuple[str, ...], Any], dict[
 def _put(stacked: Stacked, own: Any, alike: Any) -> Adapted:
     """One run of a stack as an `Adapted`."""
     params, mine, context = own
-    return Adapted(stacked.base, params, _nested(mine | alike), context, stacked.joint)
-
-
-def _nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for keys, leaf in flat.items():
-        paths.insert(nested, keys, leaf)
-    return nested
+    return Adapted(stacked.base, params, paths.nested((mine | alike).items()), context, stacked.joint)
 
 
 def _apart(result: Any, stacks: list[Stacked]) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
@@ -158,7 +151,7 @@ def _apart(result: Any, stacks: list[Stacked]) -> tuple[Any, Any, Callable[[Any,
 
     def together(own: Any, once: Any) -> Stacked:
         params, mine, context = own
-        whole = _nested(mine | {keys: kept[keys] for keys in alike})
+        whole = paths.nested((mine | {keys: kept[keys] for keys in alike}).items())
         return Stacked(stacked.base if same else once, params, whole, context, stacked.joint, stacked.runs, alike)
 
     return (result.params, mine, result.context), None if same else result.base, together

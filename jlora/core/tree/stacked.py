@@ -314,12 +314,10 @@ def _alike(trees: list[Flat]) -> frozenset[Keys]:
 
 def _nested(trees: list[Flat], drawer: str, alike: frozenset[Keys]) -> dict[str, Any]:
     """The arrays of a drawer with an axis of runs in front, but for those that are alike."""
-    nested: dict[str, Any] = {}
-    for keys, leaf in trees[0].items():
-        if keys[0] == drawer:
-            once = keys[1:] in alike
-            paths.insert(nested, keys[1:], leaf if once else jnp.stack([tree[keys] for tree in trees]))
-    return nested
+    own = ((keys, leaf) for keys, leaf in trees[0].items() if keys[0] == drawer)
+    return paths.nested(
+        (keys[1:], leaf if keys[1:] in alike else jnp.stack([tree[keys] for tree in trees])) for keys, leaf in own
+    )
 
 
 def _flat(tree: Any) -> Flat:

@@ -23,10 +23,11 @@ from jlora.training.errors import SettingError, Stopped
 from jlora.training.files import write_whole
 from jlora.training.folder import check_new
 from jlora.training.hosts import processes
-from jlora.training.job import SETTINGS, finetune, read_settings
+from jlora.training.job import finetune
 from jlora.training.model.selection import make_spec, trace_sites
 from jlora.training.model.subject import abstract_subject, model_directory, open_codec
 from jlora.training.reporting.compare import comparison_page, comparison_text
+from jlora.training.run.record import SETTINGS, read_settings
 from jlora.training.settings.configuration import Given
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings

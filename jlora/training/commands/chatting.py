@@ -10,7 +10,7 @@ import jlora
 from jlora.training.commands.runs import Run
 from jlora.training.commands.writing import Writer, needed_template
 from jlora.training.errors import CheckpointError, nearest
-from jlora.training.job import ADAPTERS, read_settings
+from jlora.training.run.record import ADAPTERS, read_settings
 
 BASE = "base"
 HELP = """/adapter NAME  answer with these adapters from now on (/adapter alone lists them; base is none)

@@ -11,7 +11,7 @@ from jlora.training.commands.exchange import write_run
 from jlora.training.commands.runs import open_run
 from jlora.training.errors import SettingError
 from jlora.training.folder import check_new
-from jlora.training.job import ADAPTERS, read_settings
+from jlora.training.run.record import ADAPTERS, read_settings
 
 
 def combine_runs(

@@ -17,8 +17,8 @@ from jlora.models.files import hub_name
 from jlora.training.commands.runs import Run, open_run
 from jlora.training.files import write_json
 from jlora.training.folder import check_new
-from jlora.training.job import ADAPTERS, SETTINGS
 from jlora.training.model.subject import load_subject, open_codec
+from jlora.training.run.record import ADAPTERS, SETTINGS
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 

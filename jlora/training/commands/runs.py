@@ -24,11 +24,11 @@ from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
 from jlora.training.folder import check_new
 from jlora.training.hosts.placement import make_mesh
-from jlora.training.job import ADAPTERS, read_complaint, read_settings
 from jlora.training.model.loop import make_evaluation, to_devices
 from jlora.training.model.preferences import objective_of
 from jlora.training.model.scores import summarize
 from jlora.training.model.subject import Subject, load_subject, open_codec
+from jlora.training.run.record import ADAPTERS, read_complaint, read_settings
 from jlora.training.settings.fields import Settings
 
 

@@ -92,7 +92,7 @@ def training_step(
         key, asked = jax.random.fold_in(state.key, state.step), asked_by(adapted)
 
         def mean_loss(params, part, part_key):
-            whole = adapted.replace(params=params, context=adapted.context | {"dropout": part_key})
+            whole = adapted.replace(params=params).on(dropout=part_key)
             if asked is None:
                 found, seen = objective(lifted, whole, part), {}
             else:

@@ -11,7 +11,7 @@ import numpy as np
 from jlora.training.reporting.metrics import Record
 
 _TRAIN, _VALIDATION, _GRID = "#3b6ea5", "#c8553d", "#d9d9d9"
-_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
 
 
 def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
@@ -27,7 +27,7 @@ def loss_plot(train: Sequence[Record], validation: Sequence[Record]) -> bytes:
     from matplotlib.figure import Figure
 
     classify = "accuracy" in validation[0]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11 if classify else 8, 4.2), dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2 if classify else 1, squeeze=False)[0]
@@ -51,7 +51,7 @@ def curves_plot(runs: Sequence[tuple[str, Sequence[Record]]], metric: str) -> by
     from matplotlib.figure import Figure
 
     shown = dict.fromkeys(("loss", metric))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2 * len(shown)), dpi=110, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots(len(shown), 2, squeeze=False)
@@ -75,12 +75,12 @@ def course_plot(train: Sequence[Record]) -> bytes:
     from matplotlib.figure import Figure
 
     names = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "per_second": "predictions/s"}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 2.6), dpi=110, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         for axes, (name, words) in zip(figure.subplots(1, 3), names.items()):
             axes.plot([r["step"] for r in train], [r[name] for r in train], color=_TRAIN, linewidth=1.2)
-            _finish(axes, words)
+            finish_axes(axes, words)
         content = io.BytesIO()
         canvas.print_png(content)
     return content.getvalue()
@@ -98,7 +98,7 @@ def _curves(axes, runs: Sequence[tuple[str, Sequence[Record]]], kind: str, metri
             axes.plot(steps[window - 1 :], smooth, marker=marker, markersize=3, label=name, color=f"C{number % 10}")
             drawn = True
     if drawn:
-        _finish(axes, f"{'training' if kind == 'train' else 'validation'} {metric}")
+        finish_axes(axes, f"{'training' if kind == 'train' else 'validation'} {metric}")
     else:
         axes.set_visible(False)
 
@@ -114,7 +114,7 @@ def _loss(axes, train: Sequence[Record], validation: Sequence[Record]) -> None:
     axes.plot(*points, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5, label="validation")
     _label(axes, points[0][0], points[1][0])
     _label(axes, points[0][-1], points[1][-1])
-    _finish(axes, "loss (nats)")
+    finish_axes(axes, "loss (nats)")
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -123,7 +123,7 @@ def _accuracy(axes, validation: Sequence[Record]) -> None:
     axes.plot(steps, values, color=_VALIDATION, marker="o", markersize=5, linewidth=1.5)
     _label(axes, steps[0], values[0])
     _label(axes, steps[-1], values[-1])
-    _finish(axes, "validation accuracy")
+    finish_axes(axes, "validation accuracy")
 
 
 def _label(axes, step: int, value: float) -> None:
@@ -139,7 +139,8 @@ def _label(axes, step: int, value: float) -> None:
     )
 
 
-def _finish(axes, label: str) -> None:
+def finish_axes(axes, label: str) -> None:
+    """Names and grid of axes over steps."""
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.margins(x=0.07, y=0.08)

@@ -60,13 +60,13 @@ def write_report(
         "<h2>Where everything lies</h2>",
         f"<p><code>{html.escape(str(out.resolve()))}</code></p>",
         table(("name", "content"), folder.content(out, REPORT).items()),
-        folded("Settings", table(("setting", "value"), _given(about["settings"]))),
-        folded("What it stands on", table(("name", "value"), _grounds(about))),
+        folded("Settings", table(("setting", "value"), given_settings(about["settings"]))),
+        folded("What it stands on", table(("name", "value"), grounds(about))),
     ]
-    write_whole(out / REPORT, page(f"{_names(about)[0]}, fine-tuned by jlora", body))
+    write_whole(out / REPORT, page(f"{names_of(about)[0]}, fine-tuned by jlora", body))
 
 
-def _names(about: Mapping[str, Any]) -> tuple[str, str]:
+def names_of(about: Mapping[str, Any]) -> tuple[str, str]:
     """Model and data without the folders they lie in: those are the reader's own business."""
     data = about["settings"]["data"]
     files = ", ".join(Path(file).name for file in data.split(",")) if data else about["data"]
@@ -74,7 +74,7 @@ def _names(about: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:
-    settings, (model, data) = about["settings"], _names(about)
+    settings, (model, data) = about["settings"], names_of(about)
     method = "the spec's methods" if settings["spec"] else settings["method"]
     text = f"{model}, trained by {method} on {data}: {count(adapted.params):,} trained values"
     return f"<h1>Fine-tuning report</h1><p class=about>{html.escape(text)}</p>"
@@ -175,11 +175,13 @@ def _sites(adapted: jlora.Adapted) -> str:
     return table(("weight", "shape", "method", "trained values"), rows, numbers=(3,))
 
 
-def _given(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def given_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that say something, by name."""
     return [(name, value) for name, value in settings.items() if value is not None and value != {}]
 
 
-def _grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run stands on, by name."""
     places = [("model", about["model"]), ("data", about["data"])]
     sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
     return [*places, *sums, *about["versions"].items()]

@@ -18,25 +18,24 @@ from jlora.training.errors import SettingError
 from jlora.training.files import is_full_disk, write_json
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import make_mesh, place_base
-from jlora.training.job import (
-    RESULTS,
-    SETTINGS,
-    _about,
-    _begin,
-    _full,
-    _measured,
-    _resumable,
-    _save_adapters,
-    read_settings,
-)
 from jlora.training.model.measured import measured_of
 from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, check_model, load_subject, memory, open_codec
-from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import write_report
 from jlora.training.reporting.shown import Shown
 from jlora.training.reporting.verdict import complaint, unsteady
-from jlora.training.run.best import best_of
+from jlora.training.run.record import (
+    RESULTS,
+    SETTINGS,
+    about_run,
+    begin,
+    full_disk,
+    measured_before,
+    read_settings,
+    results,
+    resumable,
+    save_adapters,
+)
 from jlora.training.settings.defaults import count_steps, resolve
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.sweeps import points
@@ -94,7 +93,7 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     settings, mesh = resolve(asked), make_mesh({})
     codec, config = open_codec(settings)
     check_model(settings, config)
-    stored = _resumable(settings.out) if settings.resume else {}
+    stored = resumable(settings.out) if settings.resume else {}
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
     data = load_data(settings, codec, datetime.fromisoformat(started))
     settings = count_steps(settings, len(data.train))
@@ -107,27 +106,27 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     runs = [dataclasses.replace(each, out=str(place), resume=False) for each, place in zip(resolved, folders)]
     adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _known(folders, settings))]
     stacked = _stacked(adapters, asked)
-    about = _about(asked, settings, subject, data, fingerprint)
+    about = about_run(asked, settings, subject, data, fingerprint)
     about |= {"measured": {}, "started": started, "notes": [*data.notes, *subject.notes], "runs": at}
     abouts = []
     for wanted, each, adapted in zip(alone, runs, adapters):
-        own = _about(wanted, each, subject, data, fingerprint)
+        own = about_run(wanted, each, subject, data, fingerprint)
         notes = [*about["notes"], f"one of {len(at)} runs of a sweep; rows were drawn by its seed, {asked.seed}"]
         own |= {"measured": measured_of(adapted), "started": started, "notes": notes, "sweep": str(settings.out)}
         abouts.append(own)
     with processes.claim(settings.out, settings.resume) as out:
         try:
-            _begin(out, about, data, settings)
+            begin(out, about, data, settings)
             for place, own, each in zip(folders, abouts, runs):
                 place.mkdir(parents=True, exist_ok=True)
-                _begin(place, own, data, dataclasses.replace(each, resume=False))
+                begin(place, own, data, dataclasses.replace(each, resume=False))
             _describe(stacked, subject, data, settings, at, say)
             trainer = SweepTrainer(stacked, subject.forward, data, settings, runs, out, folders, fingerprint)
             trained = trainer.run()
             return _conclude(trainer, trained, at, abouts, about, say, start)
         except Exception as error:
             if is_full_disk(error):
-                raise _full(out) from error
+                raise full_disk(out) from error
             raise
 
 
@@ -139,7 +138,7 @@ def name_of(point: dict[str, Any]) -> str:
 def _known(folders: list[Path], settings: Settings) -> list[dict[str, Any]]:
     """What was measured when each run began."""
     known = settings.resume and all((place / SETTINGS).exists() for place in folders)
-    return [_measured(read_settings(place)) if known else {} for place in folders]
+    return [measured_before(read_settings(place)) if known else {} for place in folders]
 
 
 def _stacked(adapters: list[jlora.Adapted], asked: Settings) -> jlora.Stacked:
@@ -172,28 +171,6 @@ def _describe(
     say(f"{settings.steps} steps of {settings.batch} rows for each, results in {settings.out}")
 
 
-def _results(
-    adapted: jlora.Adapted, metrics: Metrics, start: float, resumed_at: int, wrong: str | None
-) -> dict[str, Any]:
-    """The content of a run's results.json; `seconds` are those of the sweep."""
-    about = ("step", "kind", "weight")
-    values = [{name: v for name, v in record.items() if name not in about} for record in metrics.of("validation")]
-    train, best = metrics.of("train"), best_of(metrics.of("validation"), "loss")
-    return {
-        "before": values[0],
-        "after": values[-1],
-        "steps": len(train),
-        "step": metrics.of("validation")[-1]["step"],
-        "best_step": None if best is None else best["step"],
-        "train_loss": train[-1]["loss"] if train else None,
-        "trained_values": count(adapted.params),
-        "base_values": count(adapted.base),
-        "seconds": round(time.time() - start, 1),
-        "resumed_at": resumed_at,
-        "complaint": wrong,
-    }
-
-
 def _conclude(
     trainer: SweepTrainer,
     trained: jlora.Stacked,
@@ -211,11 +188,12 @@ def _conclude(
         adapted = trained.run(number)
         wrong = trainer.complaints.get(number)
         if wrong is None:
-            _save_adapters(place, adapted)
+            save_adapters(place, adapted)
             wrong = complaint(metrics, each)
             if wrong is None and (note := unsteady(metrics, each)):
                 own["notes"].append(note)
-        record = _results(adapted, metrics, start, trainer.resumed_at, wrong)
+        last = metrics.of("validation")[-1]
+        record = results(adapted, metrics, last, "loss", start, trainer.resumed_at, wrong)
         write_json(place / RESULTS, record)
         write_report(place, own, record, metrics, adapted, Shown())
         found.append(RunOfSweep(place.name, at[number], record, metrics.records))

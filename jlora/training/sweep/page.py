@@ -14,8 +14,8 @@ from typing import Any
 from jlora.training.files import write_whole
 from jlora.training.reporting.metrics import Record
 from jlora.training.reporting.page import folded, image, page, table
-from jlora.training.reporting.plot import _STYLE, _finish
-from jlora.training.reporting.report import _given, _grounds, _names
+from jlora.training.reporting.plot import STYLE, finish_axes
+from jlora.training.reporting.report import given_settings, grounds, names_of
 
 PAGE, PLOT = "sweep.html", "sweep.png"
 
@@ -62,7 +62,7 @@ def write_page(out: Path, about: Mapping[str, Any], runs: Sequence[RunOfSweep], 
     """
     picture = curves(runs)
     write_whole(out / PLOT, picture)
-    model, data = _names(about)
+    model, data = names_of(about)
     title = f"{model} on {data}: {len(runs)} {'run' if len(runs) == 1 else 'runs'} at once"
     wrong = [html.escape(f"{run.name}: {told}") for run in runs if (told := run.record["complaint"])]
     body = [
@@ -73,8 +73,8 @@ def write_page(out: Path, about: Mapping[str, Any], runs: Sequence[RunOfSweep], 
         "<h2>Runs, the best first</h2>",
         _runs(runs),
         f"<h2>What went wrong</h2><ul><li>{'</li><li>'.join(wrong)}</li></ul>" if wrong else "",
-        folded("Settings in common", table(("setting", "value"), _given(about["settings"]))),
-        folded("What it stands on", table(("name", "value"), _grounds(about))),
+        folded("Settings in common", table(("setting", "value"), given_settings(about["settings"]))),
+        folded("What it stands on", table(("name", "value"), grounds(about))),
     ]
     write_whole(out / PAGE, page(title, body))
 
@@ -132,7 +132,7 @@ def curves(runs: Sequence[RunOfSweep]) -> bytes:
 
     groups = _groups(runs)
     colours = matplotlib.colormaps["viridis"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
@@ -146,8 +146,8 @@ def curves(runs: Sequence[RunOfSweep]) -> bytes:
                     steps, losses = [r["step"] for r in of_kind], [r["loss"] for r in of_kind]
                     mark: dict[str, Any] = {"marker": "o", "markersize": 3} if kind == "validation" else {"alpha": 0.6}
                     axes.plot(steps, losses, color=colour, linewidth=1.1, label=first, **mark)
-        _finish(left, "validation loss (nats)")
-        _finish(right, "training loss (nats)")
+        finish_axes(left, "validation loss (nats)")
+        finish_axes(right, "training loss (nats)")
         if len(groups) > 1:
             left.legend(frameon=False, fontsize=8)
         content = io.BytesIO()

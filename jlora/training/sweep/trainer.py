@@ -24,12 +24,13 @@ from jlora.training.hosts.stopping import watched
 from jlora.training.model.loop import State, StepResult, to_devices, training_step
 from jlora.training.model.losses import Forward, lifted_forward
 from jlora.training.model.preferences import objective_of, told
+from jlora.training.model.scores import summarize
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.verdict import STUCK, advice, is_stuck
+from jlora.training.run.best import waited
 from jlora.training.run.checkpoint import Checkpoints, find_whole
 from jlora.training.run.schedule import NUMBERS, learning_rate, make_optimizer
-from jlora.training.run.trainer import summarize
 from jlora.training.settings.fields import Settings
 
 # Steps whose results are fetched together, as in a run alone.
@@ -44,22 +45,16 @@ class Course:
         steps: int32, steps done.
         stopped: bool, whether it takes part no more.
         failed: bool, whether it was stopped because it can't go on.
-        best: float32, its best validation loss.
-        waiting: int32, validations since then.
     """
 
     steps: np.ndarray
     stopped: np.ndarray
     failed: np.ndarray
-    best: np.ndarray
-    waiting: np.ndarray
 
     @classmethod
     def of(cls, runs: int) -> Course:
         """That of runs which have not begun."""
-        stopped, failed = (np.zeros(runs, np.bool_) for _ in range(2))
-        best = np.full(runs, np.inf, np.float32)
-        return cls(np.zeros(runs, np.int32), stopped, failed, best, np.zeros(runs, np.int32))
+        return cls(np.zeros(runs, np.int32), np.zeros(runs, np.bool_), np.zeros(runs, np.bool_))
 
 
 @dataclasses.dataclass
@@ -291,23 +286,20 @@ class SweepTrainer:
                 continue
             self.metrics[number].write(step, "validation", **values, weight=float(found.weight))
             losses.append(values["loss"])
-            self._judge(int(number), step, values["loss"], progress)
+            self._judge(int(number), step, progress)
         if losses:
             progress.say(
                 f"validation at step {step}: loss {min(losses):.4f} to {max(losses):.4f} in {len(losses)} "
                 f"{'run' if len(losses) == 1 else 'runs'}"
             )
 
-    def _judge(self, number: int, step: int, loss: float, progress: Progress) -> None:
+    def _judge(self, number: int, step: int, progress: Progress) -> None:
         """Stops a run whose validation got no better for too long."""
-        course = self._course
-        better = np.float32(loss) < course.best[number]
-        course.waiting[number] = 0 if better else course.waiting[number] + 1
-        course.best[number] = np.minimum(np.float32(loss), course.best[number])
-        patience = self.settings.patience
-        if patience is not None and course.waiting[number] >= patience and step < (self.settings.steps or 0):
-            course.stopped[number] = True
-            progress.say(f"{self.folders[number].name}: stopped at step {step}, {patience} validations after its best")
+        patience, whole = self.settings.patience, step == self.settings.steps
+        if patience is None or whole or waited(self.metrics[number].of("validation"), "loss") < patience:
+            return
+        self._course.stopped[number] = True
+        progress.say(f"{self.folders[number].name}: stopped at step {step}, {patience} validations after its best")
 
 
 _FAILURE = "failure.txt"
