@@ -105,7 +105,9 @@ def test_what_is_said_comes_out_of_the_product_with_a_coded_weight():
     coded = jlora.quantize(params, spec)
     adapted = adapt(coded, ROUTED).on(strength=0.3)
     dense = adapted.replace(base=jlora.dequantize(coded))
-    close(*jit(lambda a, b: [jlora.lift(layers, aux=True)(each, x) for each in (a, b)])(adapted, dense))
+    of_coded, of_dense = jit(lambda a, b: [jlora.lift(layers, aux=True)(each, x) for each in (a, b)])(adapted, dense)
+    assert of_dense[1]["w_0"]["scores"].shape[0] == 2
+    close(of_coded, of_dense)
 
 
 def test_a_method_that_says_nothing_is_not_in_what_is_said_and_an_observed_one_says_nothing():

@@ -90,7 +90,6 @@ class LlamaConfig:
             raise ValueError(
                 f"windows has {len(self.windows)} entries, wanted one for each of {self.num_hidden_layers} layers."
             )
-
         if self.attention not in ("full", "s2"):
             raise ValueError(f'attention must be "full" or "s2", got {self.attention!r}.')
         if self.attention == "s2" and self.windows:
