@@ -23,9 +23,9 @@ import jlora
 from jlora import models
 from jlora.disk.checksums import checksums
 from jlora.training.errors import CheckpointError
-from jlora.training.job import read_settings
 from jlora.training.model.subject import open_codec
 from jlora.training.run.checkpoint import MANIFEST, find_whole
+from jlora.training.run.record import read_settings
 from jlora.training.settings.fields import Settings
 
 OUTCOMES = ("refused", "equal", "other values", "wrong")

@@ -13,13 +13,13 @@ import pytest
 import jlora
 from jlora.core.protocol.wrapping import parts
 from jlora.disk import catalog
-from jlora.training import job
 from jlora.training.cli import main
 from jlora.training.errors import SettingError
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.model.losses import sums
 from jlora.training.model.prepared import prepared
 from jlora.training.model.selection import make_spec
+from jlora.training.run import record
 from jlora.training.settings import told
 from jlora.training.settings.configuration import gather
 from jlora.training.settings.defaults import resolve
@@ -192,11 +192,11 @@ def test_a_run_from_before_goes_on_and_its_hyperparameters_must_stay(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(old))
     again, about = begun(tmp_path, resume=True)
     no_chats = SimpleNamespace(template=None)
-    job._begin(tmp_path, about, no_chats, again)
-    assert job._measured(job.read_settings(tmp_path)) == {"layers/q": [2, 3]}
+    record.begin(tmp_path, about, no_chats, again)
+    assert record.measured_before(record.read_settings(tmp_path)) == {"layers/q": [2, 3]}
     other, about = begun(tmp_path, resume=True, set={"ranks": "2"})
     with pytest.raises(SettingError, match=r"set is {'ranks': 2}, but the run in .* was started with {}, which must"):
-        job._begin(tmp_path, about, no_chats, other)
+        record.begin(tmp_path, about, no_chats, other)
 
 
 def test_inspect_lists_hyperparameters_and_finds_the_embedding(capsys):
