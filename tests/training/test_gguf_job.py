@@ -86,7 +86,7 @@ def test_a_named_model_that_is_not_installed_is_one_sentence(monkeypatch, capsys
 
 
 def test_the_sample_of_gsm8k_is_chats_whose_answers_end_with_a_number():
-    rows = read_rows(REPOSITORY / "examples" / "gsm8k" / "train.jsonl", None)
+    rows = read_rows(REPOSITORY / "experiments" / "gsm8k" / "train.jsonl", None)
     assert len(rows) == 400
     for row in rows:
         asked, answered = row.values["messages"]
