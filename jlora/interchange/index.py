@@ -48,9 +48,7 @@ class Index:
         valued: whether the leaves have the base's values; where they stand for shapes alone, nothing is compared with them.
     """
 
-    def __init__(
-        self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any, valued: bool = True
-    ):
+    def __init__(self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any, valued: bool = True):
         self.slots, self.leaves, self.where, self.valued = slots, leaves, where, valued
         self.by_name: dict[str, list[Slot]] = {}
         self.tied: dict[str, str] = {}
