@@ -11,8 +11,10 @@ from jlora.core.products.acting import Acting
 from jlora.core.products.update import Update
 
 CHECKS = discovery.checks(checks)
-# What another release of JAX could change for one method alone: its use in a program, on a mesh, and its files.
-RELEASES = {"check_lift", "check_mesh", "check_io"}
+# What another release of JAX could change for one method alone: its operations in a training step, and its files; and what
+# it could change for all methods of a form of update at once.
+RELEASES, RELEASES_BY_FORM = {"check_learn", "check_io"}, {"check_lift", "check_mesh"}
+FIRST_OF_FORM = {case.form: case for case in reversed(discovery.cases()) if case == type(case).CASES[0]}
 
 
 # The walk sees a method's form of update alone: a later case of a form that was tried is tried on single leaves and a stack.
@@ -30,7 +32,9 @@ def marks(case, check):
     """Plain `pytest` tries the first case of a method: the others cost as much each. The oldest JAX tries LoRA whole."""
     if case != type(case).CASES[0]:
         return pytest.mark.long
-    return () if check in RELEASES or type(case) is jlora.LoRA else pytest.mark.newest
+    stands_for_its_form = case == FIRST_OF_FORM[case.form]
+    tried = check in RELEASES or (check in RELEASES_BY_FORM and stands_for_its_form) or type(case) is jlora.LoRA
+    return () if tried else pytest.mark.newest
 
 
 EACH = [
