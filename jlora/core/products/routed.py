@@ -51,15 +51,15 @@ class Routed(Update):
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [rows, ..., in] @ v`, for each row with its own."""
-        return self.mixed(key).dense(x, w, None, options)
+        return self._mixed_for(x.shape, key).dense(x, w, None, options)
 
     def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [rows, ..., out] @ v.T`."""
-        return self.mixed(key).transposed(x, w, None, options)
+        return self._mixed_for(x.shape, key).transposed(x, w, None, options)
 
     def lookup(self, base: jax.Array, w: jax.Array, take: Callable[[jax.Array], jax.Array], side: str) -> jax.Array:
         """Rows of each position's `v`, or columns."""
-        return self.mixed(None).lookup(base, w, take, side)
+        return self._mixed_for(base.shape, None).lookup(base, w, take, side)
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """A convolution of `x` with the `v` of one task for all rows."""
@@ -83,6 +83,16 @@ class Routed(Update):
         if a.ndim == 2:
             return Factors(a, b)
         return Slots(a, b, slot=jnp.arange(a.shape[0]), leading=1, name=self.name)
+
+    def _mixed_for(self, shape: tuple[int, ...], key: jax.Array | None) -> Factors | Slots:
+        """`mixed`, for an activation of that shape; refuses one whose rows are not those that the tasks are of."""
+        found = self.mixed(key)
+        if isinstance(found, Slots) and shape[:1] != found.a.shape[:1]:
+            raise Unfit(
+                f"{self.name}: tasks for {len(found.a)} rows, but what it is used on has the leading axes {shape[:-1]}: the "
+                "function must keep the batch axis in front of every product"
+            )
+        return found
 
 
 def routing(logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
