@@ -166,9 +166,9 @@ def test_hidden_states_for_a_model_without_its_head_are_refused(shipped):
 @pytest.mark.newest
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_with_one(chunk):
-    head = lambda w, hidden: hidden @ w  # noqa: E731
+    head = lambda w, hidden: hidden @ w
     w, hidden = jnp.ones((3, 200)) * jnp.arange(200), jnp.ones((1, 2, 3))
-    of = lambda targets, weights: chunked_cross_entropy(  # noqa: E731
+    of = lambda targets, weights: chunked_cross_entropy(
         head, w, hidden, jnp.array([targets]), jnp.array([weights]), chunk=chunk
     )
     assert of([7, -100], [1.0, 0.0]).loss == of([7, 3], [1.0, 0.0]).loss
