@@ -55,6 +55,7 @@ def in_chunks(model, chunk):
     return loss
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("chunk", [3, 7])
 def test_the_loss_and_the_gradients_of_adapters_and_weights_are_those_of_the_plain_one(shipped, chunk):
     model, adapted, *batch = shipped

@@ -16,6 +16,8 @@ import jlora
 from jlora.compose.combine import COMBINATIONS
 from jlora.compose.election import Rule
 
+pytestmark = pytest.mark.newest
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "combine.npz")
 BASE = {layer: jnp.asarray(GOLDEN[f"w/{layer}"]) for layer in LAYERS}
 OURS = {"svd_rank": "rank", "svd_clamp": "clamp", "density": "density", "majority_sign_method": "majority"}

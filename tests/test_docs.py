@@ -122,6 +122,7 @@ def test_the_readme_shows_the_two_commands_as_one_line_each():
     assert commands[1].startswith("python3 -m venv") and commands[1].endswith("python -m pytest")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("page", generated.PAGES, ids=name)
 def test_what_a_page_shows_of_the_code_is_up_to_date(page):
     text = page.read_text(encoding="utf-8")

@@ -10,6 +10,8 @@ import jlora
 from jlora import Dropout, HiRA
 from jlora.core.products.contraction import drop
 
+pytestmark = pytest.mark.newest
+
 PRODUCT = lambda params, x: x @ params["w"]
 RATE = 0.25
 

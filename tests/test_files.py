@@ -16,6 +16,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.newest
+
 PARAMS = {
     "layer": {"kernel": jnp.arange(48.0).reshape(8, 6), "bias": jnp.ones(6)},
     "half": jnp.ones((6, 6), jnp.bfloat16),

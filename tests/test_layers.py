@@ -69,6 +69,7 @@ METHODS = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_the_other_layers_are_the_base_bit_for_bit_and_have_no_gradient(name, dtype):

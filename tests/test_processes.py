@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from little_data import sentences
@@ -100,10 +99,10 @@ def losses(out):
 
 
 @pytest.mark.long
+@pytest.mark.newest  # the run's own code: that processes find each other on an older release is seen by the next ones
 def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_alone(tmp_path):
-    # Four hosts cost twice as much as two: older releases try two, where the axis "model" stays within a host.
-    processes, logs = 4 if jax.__version_info__ >= (0, 12) else 2, tmp_path
-    given = {"mesh": "data=2,model=2", "data": sentences(tmp_path), "devices": 4 // processes}
+    processes, logs = 4, tmp_path
+    given = {"mesh": "data=2,model=2", "data": sentences(tmp_path)}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert end(start(processes, logs, **given, out=str(whole))) == [0] * processes, words(logs, 0)
     assert "validation loss" in words(logs, 0) and "validation" not in words(logs, 1)

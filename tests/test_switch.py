@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.compose.switch import _read, _write
 
+pytestmark = pytest.mark.newest
+
 SHAPES = {
     "embedding_0": (9, 8),
     "heads_0": (8, 2, 4),

@@ -38,6 +38,7 @@ from jlora.methods.mora import MoRA as MoRA
 from jlora.methods.mpo import MPO as MPO
 from jlora.methods.multilora import MultiLoRA as MultiLoRA
 from jlora.methods.oft import OFT as OFT
+from jlora.methods.poly import Poly as Poly
 from jlora.methods.prilora import PRILoRA as PRILoRA
 from jlora.methods.raclora import RACLoRA as RACLoRA
 from jlora.methods.randlora import RandLoRA as RandLoRA

@@ -11,6 +11,8 @@ import jlora
 from jlora.methods.alora import rule
 from jlora.methods.alora.rule import chosen
 
+pytestmark = pytest.mark.newest
+
 PHASES = {"steps": 12, "start_steps": 4, "final_steps": 2, "interval": 3}
 BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 6), "stack": weight(2, 2, 8, 8), "rest": weight(3, 6, 4)}
 METHOD = jlora.ALoRA(rank=2, max_rank=6, pruned=3, **PHASES)

@@ -13,6 +13,8 @@ import jlora
 from jlora import paths
 from jlora.methods.beamlora import rule
 
+pytestmark = pytest.mark.newest
+
 RATE, MOMENTUM, RANK, STEPS, FINAL, INTERVAL, TOP_P, TEMPERATURE = 0.1, 0.5, 5, 24, 4, 4, 0.55, 0.8
 METHOD = jlora.BeamLoRA(RANK, 10, TEMPERATURE, TOP_P, STEPS, FINAL, INTERVAL)
 NARROW = jlora.BeamLoRA(4, 7, TEMPERATURE, TOP_P, STEPS, FINAL, INTERVAL)

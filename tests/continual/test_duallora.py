@@ -10,6 +10,8 @@ from continual.streams import BASE, KEY, data, fn, started, stepper
 import jlora
 from jlora.methods.duallora import new_directions
 
+pytestmark = pytest.mark.newest
+
 MATRICES = {"stack 0": BASE["stack"][0], "stack 1": BASE["stack"][1], "plain": BASE["plain"]}
 
 

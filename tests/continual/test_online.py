@@ -13,6 +13,8 @@ import jlora
 from jlora.continual.online import own_label_losses
 from jlora.continual.plateau import Plateau
 
+pytestmark = pytest.mark.newest
+
 KEY = jax.random.key(1)
 RNG = np.random.default_rng(3)
 W = RNG.standard_normal((6, 4)).astype(np.float32)

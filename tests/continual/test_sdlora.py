@@ -10,6 +10,8 @@ from continual.streams import BASE, KEY, data, fn, jit, matrices, started, stepp
 import jlora
 from jlora.methods.sdlora import made_up
 
+pytestmark = pytest.mark.newest
+
 TASKS, STEPS, EPS = 3, 4, 1e-2
 MATRICES = [*BASE["stack"].astype(np.float64), BASE["plain"].astype(np.float64)]
 

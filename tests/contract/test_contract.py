@@ -11,26 +11,35 @@ from jlora.core.products.acting import Acting
 from jlora.core.products.update import Update
 
 CHECKS = discovery.checks(checks)
-# What another release of JAX could change for one method alone: its use in a program, on a mesh, and its files.
-RELEASES = {"check_lift", "check_mesh", "check_io"}
+# What another release of JAX could change for one method alone: its operations in a training step, and its files; and what
+# it could change for all methods of a form of update at once.
+RELEASES, RELEASES_BY_FORM = {"check_learn", "check_io"}, {"check_lift", "check_mesh"}
+FIRST_OF_FORM = {case.form: case for case in reversed(discovery.cases()) if case == type(case).CASES[0]}
 
 
-# The walk sees a method's form of update alone: a later case of a form that was tried is tried on single leaves and a stack.
+# What sees a method's form of update alone, and what sees its fields too. A later case of a form, or of a form and fields,
+# that were tried is tried on single leaves and a stack, where its formula and its start are seen.
 BY_FORM = {"check_lift", "check_trace_once"}
+BY_FIELDS = {"check_mesh", "check_vmap", "check_labels"}
 
 
 def adds(case, check):
     """Whether this case can fail a check that the method's first passes. LoRA's starts differ by the use of a leaf."""
     first = type(case).CASES[0]
-    whole = case == first or isinstance(case, jlora.LoRA) or issubclass(case.form or Update, Acting)
-    return whole or check not in BY_FORM or case.form is not first.form
+    if case == first or isinstance(case, jlora.LoRA) or issubclass(case.form or Update, Acting):
+        return True
+    if check in BY_FORM:
+        return case.form is not first.form
+    return check not in BY_FIELDS or (case.form, case.axes) != (first.form, first.axes)
 
 
 def marks(case, check):
     """Plain `pytest` tries the first case of a method: the others cost as much each. The oldest JAX tries LoRA whole."""
     if case != type(case).CASES[0]:
         return pytest.mark.long
-    return () if check in RELEASES or type(case) is jlora.LoRA else pytest.mark.newest
+    stands_for_its_form = case == FIRST_OF_FORM[case.form]
+    tried = check in RELEASES or (check in RELEASES_BY_FORM and stands_for_its_form) or type(case) is jlora.LoRA
+    return () if tried else pytest.mark.newest
 
 
 EACH = [

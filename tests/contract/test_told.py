@@ -8,6 +8,7 @@ import pytest
 from contract import checks, discovery
 from contract.acting import Network
 from jlora.compose.slotted import Slotted
+from jlora.methods import Poly
 
 CHECKS = discovery.checks(checks)
 # What the core does with what is told and said.
@@ -34,6 +35,16 @@ class Mixed(Slotted):
 
 
 @dataclass(frozen=True)
+class OneTask(Poly):
+    """The second of three tasks. Trains `skills * rank * (in + out) + tasks * splits * skills` values."""
+
+    rank: int = 2
+    tasks: int = 3
+    skills: int = 2
+    told: ClassVar[dict] = {"task": 1}
+
+
+@dataclass(frozen=True)
 class Louder(Network):
     """A network beside the product that a call scales, and that says its output.
 
@@ -51,7 +62,13 @@ class Louder(Network):
 
 CASES = [
     pytest.param(method, check, id=f"{method}-{check}", marks=() if quick and check in FIRST else pytest.mark.long)
-    for method, quick in ((Chosen(), True), (Chosen(gains=True), False), (Mixed(), False), (Louder(), True))
+    for method, quick in (
+        (Chosen(), True),
+        (Chosen(gains=True), False),
+        (Mixed(), False),
+        (OneTask(), False),
+        (Louder(), True),
+    )
     for check in (CHECKS if method == Chosen() else OTHERS)
 ]
 

@@ -160,6 +160,7 @@ CASES = {
     "road_4": (Text, peft.RoadConfig(target_modules=LINEAR, variant="road_4", group_size=8)),
     "gralora": (Text, peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=6, gralora_k=2, hybrid_r=1)),
     "glora": (Text, peft.GloraConfig(target_modules=LINEAR, r=3, config_D_E="vector")),
+    "poly": (Text, peft.PolyConfig(target_modules=LINEAR, r=2, n_skills=3, n_splits=2)),
     "hira": (Text, peft.HiraConfig(target_modules=[*LINEAR, "head"], r=3, rank_pattern={"mix": 2})),
     "loha": (
         Text,
@@ -213,8 +214,11 @@ def write(name, build, config):
     model.eval().save_pretrained(folder)
     (folder / "README.md").unlink()
     sorted_targets(folder / "adapter_config.json")
+    # PEFT's outermost model doesn't pass the tasks of rows on.
+    tasks = {"task_ids": torch.zeros(len(x), dtype=torch.long)} if config.peft_type == "POLY" else {}
+    run = model.base_model if tasks else model
     with torch.no_grad():
-        arrays |= {"x": x.numpy(), "y": model(x).numpy()}
+        arrays |= {"x": x.numpy(), "y": run(x, **tasks).numpy()}
     np.savez(folder / "case.npz", **arrays)
 
 

@@ -15,6 +15,8 @@ from jlora.models.merged import MergedLeaf, lazily_merged
 from jlora.training.cli import main
 from jlora.training.commands.runs import open_run
 
+pytestmark = pytest.mark.newest
+
 LORA = jlora.LoRA(rank=4, alpha=6, init="random")
 
 

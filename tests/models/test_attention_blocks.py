@@ -9,6 +9,8 @@ import pytest
 
 from jlora.models import attention
 
+pytestmark = pytest.mark.newest
+
 BATCH, LENGTH, HEADS, WIDTH = 2, 11, 4, 8
 SEGMENTS = jnp.array([[1] * 6 + [2] * 5, [0] * 2 + [1] * 7 + [0] * 2], jnp.int32)
 

@@ -15,6 +15,8 @@ import jlora.models as models
 from jlora.models.load import stored_dtypes
 from jlora.stored import FP4, NF3, NF4, Int8
 
+pytestmark = pytest.mark.newest
+
 FOLDER = GOLDEN.parent / "checkpoints_of_bitsandbytes"
 CODES = {
     "nf4_double": NF4(double=True),

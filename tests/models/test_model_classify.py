@@ -8,6 +8,8 @@ from models_data import GOLDEN, golden, quick_jit
 
 import jlora.models as models
 
+pytestmark = pytest.mark.newest
+
 
 def made(name: str):
     model, params = models.load(GOLDEN / name, drop_heads=True)

@@ -21,6 +21,8 @@ from jlora.models.gguf.architectures import ARCHITECTURES
 from jlora.models.gguf.header import Header, Place, read_header
 from jlora.models.gguf.tokenizer import tokenizer_files
 
+pytestmark = pytest.mark.newest
+
 NAMES = sorted(CASES)
 
 

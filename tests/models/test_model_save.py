@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 import jlora.models as models
 
+pytestmark = pytest.mark.newest
+
 # The name jlora.models.save is the function.
 save_module = importlib.import_module("jlora.models.save")
 

@@ -35,7 +35,7 @@ def contract(method: str, check: str) -> tuple[str, ...]:
 
 
 PEFT_STEPS = "outputs_gradients_ten_steps_and_merged_weights_are_those_of_peft"
-ADAMIX = "tests/methods/test_adamix.py::test_"
+ADAMIX, POLY = "tests/methods/test_adamix.py::test_", "tests/methods/test_poly.py::test_"
 MIXTURES = (
     Mutation(
         "AdaMix draws one number for both sides",
@@ -50,6 +50,27 @@ MIXTURES = (
         "return replace(self.mean, a=self.a[i], b=self.b[j])",
         "return self.mean",
         (ADAMIX + "with_a_key_one_copy_acts_and_each_in_its_turn",),
+    ),
+    Mutation(
+        "Poly's skills don't share one sum",
+        "jlora/core/products/routed.py",
+        "return amounts / (amounts.sum(-1, keepdims=True) + _TINY)",
+        "return amounts",
+        (POLY + "rows_of_several_tasks_are_those_of_peft_over_ten_steps",),
+    ),
+    Mutation(
+        "Poly never draws",
+        "jlora/core/products/routed.py",
+        "0.0 if key is None else jax.random.logistic(key, logits.shape, logits.dtype)",
+        "0.0",
+        (POLY + "a_mixture_is_drawn_for_each_row_as_a_relaxed_bernoulli",),
+    ),
+    Mutation(
+        "a task that there is none of is another one",
+        "jlora/methods/poly.py",
+        "if wrong.size:",
+        "if False:",
+        (POLY + "what_has_no_answer_is_refused",),
     ),
     Mutation(
         "both draws are pulled by both divergences",

@@ -10,6 +10,8 @@ from coded import COLUMNS, ROWS, decode, encode, equal, named, normal
 
 from jlora.stored import FP4, NF2, NF3, NF4, Float8, Int4, Int8, Uniform
 
+pytestmark = pytest.mark.newest
+
 AGAIN = [NF4(32), NF3(32), NF2(32), Int4(32), Int8(), Float8(), Float8("e5m2")]
 
 

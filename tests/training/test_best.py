@@ -27,6 +27,8 @@ from jlora.training.run.best import best_of, waited
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
+pytestmark = pytest.mark.newest
+
 
 def validations(*losses):
     return [{"step": 5 * n, "loss": loss, "f1": -loss} for n, loss in enumerate(losses)]

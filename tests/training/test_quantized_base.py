@@ -23,6 +23,8 @@ from jlora.training.run.record import read_settings
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
+pytestmark = pytest.mark.newest
+
 NARROW = {r".*/down_proj/kernel": None, jlora.ALL_LINEAR: NF4(double=True)}
 REFUSED = "--quantize nf4 leaves layers/mlp/down_proj/kernel as it is: block 64 must divide the 172 rows of the 172 x 64 matrix"
 

@@ -14,6 +14,8 @@ from jlora.training.model.scores import summarize
 from jlora.training.run.schedule import learning_rate, make_optimizer
 from jlora.training.settings.fields import Settings
 
+pytestmark = pytest.mark.newest
+
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 12, 10
 
 

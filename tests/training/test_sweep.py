@@ -82,6 +82,7 @@ def test_each_run_of_a_sweep_is_what_it_is_alone(finished, tmp_path):
         np.testing.assert_allclose(found, wanted[path], rtol=0, atol=1e-4 * np.abs(wanted[path]).max())
 
 
+@pytest.mark.newest
 def test_a_sweep_leaves_runs_that_other_commands_take_and_a_page_that_compares_them(finished):
     result, said = finished
     names = [run.name for run in result.runs]
@@ -104,6 +105,7 @@ def test_a_sweep_leaves_runs_that_other_commands_take_and_a_page_that_compares_t
         open_run(result.out)
 
 
+@pytest.mark.newest
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, unplugged):
     result, _ = finished
     settings = dataclasses.replace(SWEPT, out=str(tmp_path / "out"))
