@@ -49,6 +49,13 @@ def content(out: Path, *soon: str) -> dict[str, str]:
     return {name: what for name, what in CONTENT.items() if name in soon or (out / name).exists()}
 
 
+def listing(out: Path) -> list[str]:
+    """The lines in which a run tells at its end what lies in its folder."""
+    found = content(out)
+    width = max(map(len, found), default=0)
+    return [f"  {name:<{width}} {what}" for name, what in found.items()]
+
+
 def check_free(out: str | Path, resume: bool) -> None:
     """Fail early where `claim` would fail; creates nothing.
 

@@ -26,7 +26,7 @@ from jlora.training.model.samples import Prompt, prompts, samples
 from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
-from jlora.training.reporting.shown import Shown, Worst, of_rows
+from jlora.training.reporting.shown import Shown, Worst, of_rows, sample_lines
 from jlora.training.reporting.trackers import check_trackers, reported
 from jlora.training.reporting.verdict import complaint, overfitting, unsteady
 from jlora.training.run.checkpoint import last_whole
@@ -199,7 +199,7 @@ def _run(trainer: Trainer, subject: Subject, about: dict[str, Any], say: Callabl
         asked = prompts(subject, trainer.data, settings)
         say("texts before the training, whose program is compiled first …")
         texts = _texts(subject, asked, samples(subject, asked, settings))
-        say(f"before: {texts[0]['prompt']} | {texts[0]['before']!r}")
+        say("\n".join(sample_lines(texts[0])))
     try:
         adapted, metrics = trainer.run()
     except DivergenceError as error:
@@ -272,7 +272,7 @@ def _conclude(result: Result, texts: list[dict[str, str]], say: Callable[[str], 
     for name, before in result.before.items():
         say(f"validation {name}: {before:.4f} before, {result.after[name]:.4f} after")
     if texts:
-        say(f"after:  {texts[0]['prompt']} | {texts[0]['after']!r}")
+        say("\n".join(sample_lines(texts[0])))
     say(f"{result.record['seconds']} seconds; in {result.out}:")
-    for name, what in folder.content(result.out).items():
-        say(f"  {name:<14} {what}")
+    for line in folder.listing(result.out):
+        say(line)

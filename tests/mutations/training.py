@@ -10,6 +10,7 @@ FORMATS = "tests/training/test_formats.py::test_"
 JOB = "tests/training/test_job.py::test_"
 PAIRS = "tests/training/test_preferences.py::test_"
 OPTIMIZERS = "tests/training/test_optimizers.py::test_"
+PROGRESS = "tests/training/test_progress.py::test_"
 PEERS = "tests/training/test_peers.py::test_"
 QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
@@ -524,6 +525,20 @@ PREFERENCES = (
 
 
 WATCHED = (
+    Mutation(
+        "slow steps are fetched at a time of each process's own",
+        "jlora/training/run/trainer.py",
+        " and not processes.several())",
+        ")",
+        (PROGRESS + "slow_steps_are_told_one_by_one_and_quick_ones_ten_together",),
+    ),
+    Mutation(
+        "what a model writes moves the terminal's cursor",
+        "jlora/training/reporting/shown.py",
+        "line if line.isprintable() else repr(line)[1:-1]",
+        "line",
+        (PROGRESS + "a_sample_is_shown_line_by_line_and_does_nothing_to_the_terminal",),
+    ),
     Mutation(
         "the checkpoint of the best validation goes with the others",
         "jlora/training/run/checkpoint.py",

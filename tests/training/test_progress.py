@@ -1,11 +1,16 @@
 """What a run says while it goes, on terminals of any width and in files."""
 
 import io
+import time
 
 import pytest
 
+from jlora.training import folder
+from jlora.training.hosts import processes
 from jlora.training.reporting import progress
 from jlora.training.reporting.progress import Progress
+from jlora.training.reporting.shown import sample_lines
+from jlora.training.run import trainer
 
 pytestmark = pytest.mark.newest
 
@@ -56,3 +61,33 @@ def test_a_file_gets_lines_also_where_a_bar_is_asked_for(monkeypatch, capsys):
         "step 2/20: loss 1.5000, 350 tokens/s",
         "step 4/20: loss 1.2500, 10 rows/s, 350 tokens/s",
     ]
+
+
+def test_slow_steps_are_told_one_by_one_and_quick_ones_ten_together(monkeypatch):
+    now, long_ago = time.perf_counter(), time.perf_counter() - 60
+    assert trainer._to_fetch([1], long_ago) and trainer._to_fetch([1] * 10, now)
+    assert not trainer._to_fetch([1] * 9, time.perf_counter())
+    monkeypatch.setattr(processes, "several", lambda: True)
+    assert not trainer._to_fetch([1], long_ago) and trainer._to_fetch([1] * 10, now)
+
+
+def test_a_sample_is_shown_line_by_line_and_does_nothing_to_the_terminal():
+    text = {"prompt": "user\nTwo and two?\n", "wanted": "4", "before": "Let's\x1b[2J see\n\nnow", "after": ""}
+    assert sample_lines(text) == [
+        "prompt: user",
+        "        Two and two?",
+        "before: Let's\\x1b[2J see",
+        "",
+        "        now",
+        "after:",
+        "wanted: 4",
+    ]
+
+
+def test_what_lies_in_a_folder_is_told_in_a_column(tmp_path):
+    for name in ("adapters", "chat_template.jinja"):
+        (tmp_path / name).touch()
+    first, second = folder.listing(tmp_path)
+    assert (
+        first.index("the trained adapters") == second.index("the template that chats") == len("  chat_template.jinja ")
+    )

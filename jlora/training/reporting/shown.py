@@ -69,6 +69,20 @@ def of_rows(
     return confusion, worst
 
 
+def sample_lines(text: dict[str, str]) -> list[str]:
+    """A sample as the terminal shows it, what there is of it so far; what a terminal would obey is written out.
+
+    Args:
+        text: `prompt`, `before` and, where there are, `after` and `wanted`.
+    """
+    lines = []
+    for name in ("prompt", "before", "after", "wanted"):
+        for number, line in enumerate(text[name].strip().splitlines() or [""] if name in text else ()):
+            start = "" if number else f"{name}:"
+            lines.append(f"{start:<7} {line if line.isprintable() else repr(line)[1:-1]}".rstrip())
+    return lines
+
+
 def peak_memory() -> tuple[int, str]:
     """The most bytes that the run has had, with whose they are: a device's where it tells, or this process's."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -45,6 +45,9 @@ from jlora.training.settings.fields import Settings
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
 _FETCH = 10
+# Seconds after which they are fetched anyway, so that who watches slow steps sees them: their devices wait for the host a
+# thousandth of that.
+_SILENCE = 2.0
 # The key of events is folded with this: a number that no step and no part of a batch has.
 _EVENTS = 0x65766E74
 
@@ -225,7 +228,7 @@ class Trainer:
                 state = self._between(step, state, progress)
             stop = self._asked()
             validate, save = last or step % settings.evaluate_every == 0, last or step % settings.checkpoint_every == 0
-            if first or validate or save or stop or len(waiting) == _FETCH:
+            if first or validate or save or stop or _to_fetch(waiting, since):
                 self._record(waiting, since, metrics, progress)
                 if validate:
                     self._validate(step, state, metrics, progress)
@@ -335,3 +338,8 @@ class Trainer:
 
 def _is_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _to_fetch(waiting: list[Any], since: float) -> bool:
+    """Whether the results of steps should be fetched, the oldest begun at `since`; several processes do it at one step."""
+    return len(waiting) == _FETCH or (time.perf_counter() - since > _SILENCE and not processes.several())

@@ -223,6 +223,6 @@ def _conclude(
     write_page(trainer.out, about, found, seconds)
     best = found[0]
     say(f"best  {best.name}: {best.words()}; {len(found)} runs in {seconds} seconds; in {trainer.out}:")
-    for name, what in folder.content(trainer.out).items():
-        say(f"  {name:<14} {what}")
+    for line in folder.listing(trainer.out):
+        say(line)
     return SweepResult(trainer.out, found, record, wrong)
