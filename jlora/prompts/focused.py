@@ -71,7 +71,8 @@ def focus(
         raise ValueError(
             f"focus wants a general adapter for each of the {count} specific ones, or one for all, got {len(general)}"
         )
-    alphas = [alpha] * count if jnp.ndim(alpha) == 0 else list(alpha)
+    given: Any = alpha
+    alphas = [given] * count if jnp.ndim(given) == 0 else list(given)
     weights = [1 / count] * count if weight is None else list(weight)
     if len(alphas) != count or len(weights) != count or not 0 < top_p <= 1:
         raise ValueError(
