@@ -71,7 +71,8 @@ def focus(
         raise ValueError(
             f"focus wants a general adapter for each of the {count} specific ones, or one for all, got {len(general)}"
         )
-    alphas = [alpha] * count if isinstance(alpha, int | float) else list(alpha)
+    given: Any = alpha
+    alphas = [given] * count if jnp.ndim(given) == 0 else list(given)
     weights = [1 / count] * count if weight is None else list(weight)
     if len(alphas) != count or len(weights) != count or not 0 < top_p <= 1:
         raise ValueError(
@@ -93,8 +94,8 @@ def _check_alike(one: Adapted, other: Adapted) -> None:
     Raises:
         ValueError: saying which.
     """
-    if one.plan != other.plan:
-        raise ValueError("the adapters of a focus must have the same leaves with the same methods")
+    if one.plan != other.plan or jax.tree.structure(one.base) != jax.tree.structure(other.base):
+        raise ValueError("the adapters of a focus must have the same leaves with the same methods, on the same base")
     pairs = zip(jax.tree.leaves(one.base), jax.tree.leaves(other.base), strict=True)
     if not all(a is b or (a.shape == b.shape and bool(jnp.all(a == b))) for a, b in pairs):
         raise ValueError("the adapters of a focus must be on the same base")

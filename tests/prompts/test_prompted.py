@@ -227,6 +227,9 @@ def test_a_focus_is_prefix_tuning_with_what_is_common_taken_away():
         jlora.focus([cheerful], [prefix()])
     with pytest.raises(ValueError, match="a general adapter for each of the 1 specific ones"):
         jlora.focus([cheerful], [])
+    with pytest.raises(ValueError, match="on the same base"):
+        jlora.focus([cheerful], [common.replace(base={**common.base, "more": np.ones(2)})])
+    assert jlora.focus([cheerful], [common], alpha=np.float32(2)).alpha.tolist() == [2]
 
 
 # Attention by hand in each framework, with the past filled in as an argument.

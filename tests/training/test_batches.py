@@ -129,3 +129,12 @@ def test_packed_rows_are_told_from_the_rows_they_hold():
     data = Data(classified([3, 4]), classified([3]), [], "file", True, 8, [], unpacked=(5, 1))
     assert data.amounts() == "5 rows to train on, 1 to validate, packed into 2 and 1 of 8 tokens"
     assert dataclasses.replace(data, unpacked=None).amounts() == "2 rows to train on, 1 to validate"
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_batch_may_be_of_one_row(fixed):
+    found = take(training_batches(examples([4] * 3), 1, 8, seed=0, fixed=fixed), 3)
+    assert all(batch["tokens"].shape[0] == 1 for batch in found)
+    if fixed:
+        assert sorted(int(batch["tokens"][0, 0]) for batch in found) == [1, 2, 3]

@@ -131,7 +131,8 @@ def training_batches(
         length = longest if fixed else padded_length(max(map(len, chosen)), longest)
         return collate(chosen, length)
 
-    dataset = order.batch(batch, batch_fn=assemble)
+    # An endless order has no remainder, and one more batch than grain's largest length can't be counted.
+    dataset = order.batch(batch, drop_remainder=True, batch_fn=assemble)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
