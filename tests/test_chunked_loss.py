@@ -162,3 +162,32 @@ def test_hidden_states_for_a_model_without_its_head_are_refused(shipped):
     headless = model.clone(config=dataclasses.replace(model.config, language_head=False))
     with pytest.raises(ValueError, match="from_hidden wants a model with a head"):
         headless.apply({"params": adapted.base}, from_hidden=jnp.zeros((1, 2, 64)))
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_with_one(chunk):
+    head = lambda w, hidden: hidden @ w
+    w, hidden = jnp.ones((3, 200)) * jnp.arange(200), jnp.ones((1, 2, 3))
+    of = lambda targets, weights: chunked_cross_entropy(
+        head, w, hidden, jnp.array([targets]), jnp.array([weights]), chunk=chunk
+    )
+    assert of([7, -100], [1.0, 0.0]).loss == of([7, 3], [1.0, 0.0]).loss
+    assert jnp.isnan(of([7, -100], [1.0, 1.0]).loss) and not jnp.isnan(of([7, 100], [1.0, 1.0]).loss)
+    few = chunked_cross_entropy(
+        lambda w, hidden: hidden @ w, w[:, :5], hidden, jnp.array([[1, -100]]), jnp.array([[1, 0]])
+    )
+    assert jnp.isfinite(few.loss)
+
+
+@pytest.mark.newest
+def test_a_head_in_a_bank_takes_a_slot_for_each_token():
+    params = {"head": jnp.arange(28.0).reshape(4, 7) / 28}
+    adapted = jlora.adapterize(params, {"head": jlora.LoRA(rank=2)})
+    one = adapted.replace(params=jax.tree.map(lambda x: x + 0.1, adapted.params))
+    bank = jlora.Bank.of(params, {"one": one})
+    head = jlora.lift(lambda params, hidden: hidden @ params["head"])
+    hidden, targets = jnp.ones((1, 2, 4)), jnp.zeros((1, 2), int)
+    alone = [chunked_cross_entropy(head, each, hidden[:, :1], targets[:, :1]).loss for each in (adapted, one)]
+    found = chunked_cross_entropy(head, bank.on(slot=np.array([[0, 1]])), hidden, targets).loss
+    np.testing.assert_allclose(found, sum(alone), rtol=1e-6)

@@ -244,10 +244,13 @@ def test_a_stack_is_not_taken_for_one_adapted_and_each_run_needs_one(tmp_path):
         lambda: jlora.save(tmp_path / "both", stacked),
         lambda: jlora.merge(stacked),
         lambda: jlora.lift(model)(stacked, x),
+        lambda: jlora.lift(lambda variables, x: jax.tree.leaves(variables)[0])({"params": stacked}, x),
+        lambda: jlora.combine([stacked], [1.0]),
+        lambda: jlora.without_encoder(stacked),
         lambda: jlora.optimizer(stacked, optax.adam, 1e-3),
         lambda: jlora.summary(stacked),
     ):
-        with pytest.raises((TypeError, AttributeError), match="2 runs|Stacked"):
+        with pytest.raises(TypeError, match="holds the adapters of 2 runs, and one run's are wanted here"):
             wrong()
     with pytest.raises(TypeError, match="needs a jlora.Stacked"):
         jlora.each_run(model)(BASE, x)

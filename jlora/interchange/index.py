@@ -45,10 +45,11 @@ class Index:
         slots: the slots of every leaf.
         leaves: the leaves of the base.
         where: the file of tensors, for messages.
+        valued: whether the leaves have the base's values; where they stand for shapes alone, nothing is compared with them.
     """
 
-    def __init__(self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any):
-        self.slots, self.leaves, self.where = slots, leaves, where
+    def __init__(self, slots: Mapping[Keys, list[Slot]], leaves: Mapping[Keys, Any], where: Any, valued: bool = True):
+        self.slots, self.leaves, self.where, self.valued = slots, leaves, where, valued
         self.by_name: dict[str, list[Slot]] = {}
         self.tied: dict[str, str] = {}
         for slot in (slot for each in slots.values() for slot in each):

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import paths
 from jlora.core.protocol.method import Start
@@ -35,7 +37,8 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names, prefix: P
 
     Args:
         path: the folder.
-        params: the base.
+        params: the base. Where a leaf is a `jax.ShapeDtypeStruct` there are no values to compare with, and the adapters are
+            shapes too, as those of `jlora.load`.
         names: which torch parameter a leaf is; see `save_peft`.
         prefix: for a folder of prefix-tuning; see `save_peft`.
 
@@ -54,13 +57,16 @@ def load_peft(path: str | os.PathLike[str], params: Any, names: Names, prefix: P
     """
     folder = AdapterFolder(path)
     leaves = dict(paths.flatten_with_keys(params)[0])
-    index = Index(resolve(names, leaves.items()), leaves, folder.file)
+    valued = not any(map(placement.is_shape, leaves.values()))
+    given = leaves if valued else {keys: _of_zeros(leaf) for keys, leaf in leaves.items()}
+    index = Index(resolve(names, leaves.items()), given, folder.file, valued)
     with _named(folder.path):
-        return _adapted(params, leaves, _read(folder, index, prefix))
+        adapted = _adapted(params, given, _read(folder, index, prefix))
+        return adapted if valued else _as_shapes(adapted, leaves)
 
 
 @reads(CONFIG)
-def _with_names(path: Path, params: Any, names: Names | None) -> Adapted:
+def _with_names(path: Path, params: Any, names: Names | None, prefix: PrefixLayout | None) -> Adapted:
     """`load_peft`, for a folder whose format was not known before.
 
     Raises:
@@ -70,7 +76,7 @@ def _with_names(path: Path, params: Any, names: Names | None) -> Adapted:
         raise ValueError(
             f"{path} is in PEFT's format: give names=, such as jlora.models.peft_names(model), which tell the leaf of a tensor"
         )
-    return load_peft(path, params, names)
+    return load_peft(path, params, names, prefix)
 
 
 def _read(folder: AdapterFolder, index: Index, prefix: PrefixLayout | None) -> list[Read]:
@@ -120,6 +126,19 @@ def _adapted(params: Any, leaves: dict[tuple[str, ...], Any], found: list[Read])
                 drawer = tree.setdefault(SHARED, {})
                 drawer.setdefault(names[read.site.method], placement.replicate(_on_device(arrays), [leaf]))
     return Adapted(params, trained, frozen, {}, plan)
+
+
+def _of_zeros(leaf: Any) -> Any:
+    """A leaf of shapes as one of zeros, which take no memory."""
+    return jax.tree.map(lambda shape: np.broadcast_to(np.zeros((), shape.dtype), shape.shape), leaf)
+
+
+def _as_shapes(adapted: Adapted, leaves: dict[tuple[str, ...], Any]) -> Adapted:
+    """The adapters as shapes, with the shardings that their arrays get beside those of the base."""
+    drawers = {"params": adapted.params, "frozen": adapted.frozen}
+    found, treedef = paths.flatten_with_keys(drawers)
+    shapes = placement.shapes_beside(dict(found), adapted.plan.sites, leaves, placement.alone(leaves.values()))
+    return adapted.replace(**jax.tree.unflatten(treedef, list(shapes.values())))
 
 
 def _on_device(arrays: dict[str, Any]) -> dict[str, Any]:

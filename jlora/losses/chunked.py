@@ -53,7 +53,8 @@ def chunked_cross_entropy(
         params: what it takes, such as an `Adapted` or `{"params": adapted}`. Of an `Adapted` the trained arrays get
             gradients, of other leaves those that are floating-point numbers.
         hidden: `[rows, positions, width]`, what the model has before its head.
-        targets: integers `[rows, positions]`.
+        targets: integers `[rows, positions]`. One below 0, such as -100, is none: with a weight of 0 it does not count, with
+            another the loss is NaN.
         weights: `[rows, positions]`, 0 for what does not count; by default all ones.
         chunk: positions of each row in a chunk; by default as many as make 2^24 logits.
 
@@ -98,7 +99,9 @@ def chunked_cross_entropy(
 
 def _scored(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The weighted sum of the losses; every loss, and the weight of what is right."""
-    logits = logits.astype(jnp.float32)
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.int32)
+    # Indexing would count a target below 0 from the end of the vocabulary.
+    targets = jnp.where(targets < 0, jnp.where(weights == 0, 0, logits.shape[-1]), targets)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return jnp.sum(losses * weights), (losses, jnp.sum(right * weights))
@@ -175,9 +178,9 @@ def _wide(dtype: Any) -> Any:
 
 def _positions(head: Head, params: Any, hidden: jax.Array) -> int:
     """How many positions of each row make `_ENTRIES` logits; at least one."""
-    one = jax.ShapeDtypeStruct((hidden.shape[0], 1, hidden.shape[2]), hidden.dtype)
-    logits = jax.eval_shape(head, params, one)
-    return max(_ENTRIES // max(logits.size, 1), 1)
+    # Of all positions, since a call may tell methods something of each token, such as a bank's slots.
+    logits = jax.eval_shape(head, params, hidden)
+    return max(_ENTRIES * max(hidden.shape[1], 1) // max(logits.size, 1), 1)
 
 
 def _check(hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int | None) -> None:

@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   jlora finetune --sweep learning-rate=1e-3,3e-3 --seeds 5   ten runs at once, and a page that compares them
   jlora finetune --model DIR --data pairs.jsonl --task preference --beta 0.1
   jlora finetune --out run --resume                 go on after a stop, with the run's own settings
+  jlora finetune --model DIR --adapter run --data more.jsonl --out run2   a new run that starts with trained adapters
   jlora data chat.jsonl --model DIR                 how rows are read, what is learned, and a proposal for --max-length
   jlora inspect --method adalora --steps 2000       what a method is, and its hyperparameters
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'

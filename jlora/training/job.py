@@ -23,7 +23,6 @@ from jlora.training.hosts.placement import base_shardings, check_batch, make_mes
 from jlora.training.model.answers import check_metric, make_written
 from jlora.training.model.measured import measured_of
 from jlora.training.model.samples import Prompt, prompts, samples
-from jlora.training.model.selection import adapt
 from jlora.training.model.subject import Subject, abstract_subject, check_model, load_subject, memory, open_codec
 from jlora.training.reporting.metrics import Metrics
 from jlora.training.reporting.report import REPORT, write_report
@@ -31,6 +30,7 @@ from jlora.training.reporting.shown import Shown, Worst, of_rows, sample_lines
 from jlora.training.reporting.trackers import check_trackers, reported
 from jlora.training.reporting.verdict import complaint, overfitting, unsteady
 from jlora.training.run.checkpoint import last_whole
+from jlora.training.run.continued import check_labels, continued, first_adapters, notes_on, source_of
 from jlora.training.run.record import (
     RESULTS,
     SAMPLES,
@@ -123,6 +123,7 @@ def _finetune(
     mesh = make_mesh(mesh_axes(settings.mesh))
     codec, config = open_codec(settings)
     check_model(settings, config)
+    source = source_of(settings)
     rules = shard_rules(settings.shard)
     if mesh.size > 1 or rules:
         _check_cuts(settings, codec, config, mesh, rules)
@@ -131,7 +132,8 @@ def _finetune(
     started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
     data = load_data(settings, codec, datetime.fromisoformat(started), given)
     agreement.check_data(data, codec, config)
-    notes, wanted = list(data.notes), settings.batch
+    check_labels(source, data.labels)
+    notes, wanted = [*data.notes, *notes_on(source, settings, data)], settings.batch
     settings = count_steps(settings, len(data.train), row_parts(mesh))
     assert settings.batch is not None
     if settings.batch != wanted:
@@ -146,9 +148,10 @@ def _finetune(
     processes.beat()
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh, rules))
     written = make_written(subject, data, settings)
-    adapted = place_adapters(adapt(subject, settings, data, mesh, measured_before(stored)), mesh)
+    adapted = place_adapters(first_adapters(subject, settings, data, mesh, measured_before(stored)), mesh)
     about = about_run(asked, settings, subject, data, fingerprint)
-    about |= {"measured": measured_of(adapted), "started": started, "notes": notes}
+    about |= {"measured": measured_of(adapted), "started": started, "notes": notes} | continued(settings, adapted)
+    agreement.check_adapter(settings.adapter, about.get("continued", {}).get("sha256"))
     with processes.claim(settings.out, settings.resume) as out:
         try:
             begin(out, about, data, settings)
@@ -178,6 +181,8 @@ def _describe(adapted: jlora.Adapted, subject: Subject, data: Data, settings: Se
     """What is about to be trained, on what."""
     say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
     say(f"data  {data.source}: {data.amounts()}")
+    if settings.adapter is not None:
+        say(f"goes on from the adapters in {settings.adapter}")
     say(jlora.summary(adapted))
     say(f"{settings.steps} steps of {settings.batch} rows, results in {settings.out}")
 

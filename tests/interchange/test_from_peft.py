@@ -62,3 +62,17 @@ def test_an_imported_adapter_trains_and_only_its_arrays_get_gradients(case):
     gradients = jax.grad(lambda p: (lifted(adapted.replace(params=p), x) ** 2).sum())(adapted.params)
     assert jax.tree.structure(gradients) == jax.tree.structure(adapted.params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("case", peft_cases.cases())
+def test_on_shapes_an_adapter_is_the_shapes_of_what_it_is_on_values(case):
+    _, params, names, _, _ = peft_cases.load_case(case)
+    adapted = jlora.load_peft(peft_cases.FOLDER / case, params, names)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    found = jlora.load_peft(peft_cases.FOLDER / case, shapes, names)
+    assert found.plan == adapted.plan and found.base is shapes
+    told = [
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (each.params, each.frozen)) for each in (found, adapted)
+    ]
+    assert told[0] == told[1]
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((found.params, found.frozen)))

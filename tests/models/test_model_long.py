@@ -209,6 +209,8 @@ def test_stretched_positions():
         (models.STORIES260K, "yarn"),
         (GOLDEN / "gemma2", "linear"),
         (GOLDEN / "mixtral", "yarn"),
+        (GOLDEN / "phi3", "linear"),
+        (GOLDEN / "phi3", "yarn"),
     ],
 )
 def test_a_stretched_model_is_saved_with_its_positions(source, rope_type, tmp_path):
@@ -217,6 +219,21 @@ def test_a_stretched_model_is_saved_with_its_positions(source, rope_type, tmp_pa
     models.save(tmp_path / "longer", longer, params, source)
     again, _ = models.load(tmp_path / "longer")
     assert type(again) is type(longer) is type(model) and again.config == longer.config
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_a_stretched_phi3_turns_as_others_do_in_the_form_that_its_files_have(rope_type):
+    model, llama = (models.load(source)[0] for source in (GOLDEN / "phi3", GOLDEN / "mistral_full"))
+    plain = dataclasses.replace(llama.config, rope=model.config.rope, max_position_embeddings=64)
+    wanted = models.stretched(llama.clone(config=plain), 200, rope_type).config.rope
+    found = models.stretched(model, 200, rope_type).config.rope
+    width = model.config.head_dim
+    assert found.rope_type == "longrope" and found.attention_factor == wanted.attention_factor
+    for length in (1, 200):
+        np.testing.assert_allclose(
+            found.inverse_frequencies(width, length), wanted.inverse_frequencies(width), rtol=1e-6
+        )
 
 
 @pytest.mark.newest

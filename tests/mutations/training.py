@@ -576,4 +576,43 @@ WATCHED = (
     ),
 )
 
-MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS, *PREFERENCES, *WATCHED)
+ADAPTER = "tests/training/test_adapter.py::test_"
+CONTINUED = (
+    Mutation(
+        "a run that goes on from adapters takes new ones",
+        "jlora/training/run/continued.py",
+        "return adapt(subject, settings, data, mesh, known) if settings.adapter is None else read_adapters(subject, settings)",
+        "return adapt(subject, settings, data, mesh, known)",
+        (ADAPTER + "a_run_goes_on_with_the_values_of_the_folder",),
+    ),
+    Mutation(
+        "a resumed run does not look whether the adapters that it went on from are the same",
+        "jlora/training/run/record.py",
+        'if stored.get("continued") != about.get("continued"):',
+        "if False:",
+        (ADAPTER + "a_run_is_not_resumed_from_a_changed_folder",),
+    ),
+    Mutation(
+        "what says how adapters are is passed over beside --adapter",
+        "jlora/training/settings/fields.py",
+        "        _check_adapter(settings)\n",
+        "        pass\n",
+        (ADAPTER + "what_says_how_adapters_are_is_refused_beside_them",),
+    ),
+    Mutation(
+        "a method whose schedule has ended goes on",
+        "jlora/training/run/continued.py",
+        'if any("steps" in hyperparameters(type(part)) for part in parts(site.method)):',
+        "if False:",
+        (ADAPTER + "methods_that_follow_the_steps_of_their_run_are_refused",),
+    ),
+    Mutation(
+        "on shapes PEFT's copies of the base are compared",
+        "jlora/interchange/read_wholes.py",
+        "if index.valued and not np.array_equal(",
+        "if not np.array_equal(",
+        ("tests/interchange/test_hostile_files.py::test_a_copy_of_another_base_is_refused",),
+    ),
+)
+
+MUTATIONS = (*STEP, *DATA, *RUN, *MESH, *HOSTS, *PREFERENCES, *WATCHED, *CONTINUED)

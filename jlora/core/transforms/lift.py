@@ -15,6 +15,7 @@ from jlora.core.protocol.method import Site
 from jlora.core.protocol.stored import Stored
 from jlora.core.tree.adapted import Adapted, kept_weight
 from jlora.core.tree.merge import leaves_beside
+from jlora.core.tree.stacked import Stacked
 from jlora.core.walk import (
     collectives,  # noqa: F401  (registers its rules)
     convolution,  # noqa: F401  (registers its rules)
@@ -143,7 +144,9 @@ def call(
     change: Callable[[Weight], Weight] = _unchanged,
 ) -> Any:
     """Walks `fn` with the weights of every `Adapted` among its arguments, each changed first, and those kept as a code."""
-    found, treedef = paths.flatten_with_keys((args, kwargs), lambda node: isinstance(node, Adapted))
+    found, treedef = paths.flatten_with_keys((args, kwargs), lambda node: isinstance(node, Adapted | Stacked))
+    if stacks := [leaf for _, leaf in found if isinstance(leaf, Stacked)]:
+        return stacks[0].plan  # refuses
     if not any(isinstance(leaf, Adapted | Stored) for _, leaf in found):
         return fn(*args, **kwargs)
     taken = [_weights(keys[2:] or keys, leaf) for keys, leaf in found]

@@ -75,6 +75,7 @@ class Stacked:
         return self.plan
 
     __contains__ = __getitem__ = _refuse
+    weights = with_replaced = plan
 
     def __len__(self) -> int:
         """The number of runs."""

@@ -7,6 +7,7 @@ that is not known is refused: another cut gives other tokens, in silence.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -93,7 +94,7 @@ def _vocabulary(header: Header) -> _Vocabulary:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{header.path}: tokenizer.ggml.tokens is {shown(tokens)}, wanted the vocabulary.")
     if len(set(tokens)) != len(tokens):
-        twin = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        twin = collections.Counter(tokens).most_common(1)[0][0]
         raise ValueError(f"{header.path}: tokenizer.ggml.tokens holds {twin!r} twice.")
     kinds, scores = found["token_type"] or [1] * len(tokens), found["scores"] or []
     merges = [merge.split(" ") for merge in found["merges"] or []]

@@ -24,9 +24,10 @@ from jlora.training.files import write_whole
 from jlora.training.folder import check_new
 from jlora.training.hosts import processes
 from jlora.training.job import finetune
-from jlora.training.model.selection import make_spec, trace_sites
-from jlora.training.model.subject import abstract_subject, model_directory, open_codec
+from jlora.training.model.selection import trace_sites
+from jlora.training.model.subject import abstract_subject, known_formats, model_directory, open_codec
 from jlora.training.reporting.compare import comparison_page, comparison_text
+from jlora.training.run.continued import check_labels, shown_adapters, source_of
 from jlora.training.run.record import SETTINGS, read_settings
 from jlora.training.settings.configuration import Given
 from jlora.training.settings.defaults import resolve
@@ -85,15 +86,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _inspected(settings: Settings) -> str:
     """How the model reads its weights, what would be trained, what the methods are, and what can be set."""
     codec, config = open_codec(settings)
-    labels = ["0", "1"]
+    source = source_of(settings)
+    labels = (source and source.about.get("labels")) or ["0", "1"]
     if settings.task == "classify" and settings.data is not None:
         from jlora.training.data.encode import label_names
 
         labels = label_names(read_files(settings.data, settings.format), settings.label_column)
-    subject = abstract_subject(settings, codec, config, labels)
+        check_labels(source, labels)
+    # Saved adapters are of a base in one format; of new ones no format is shown.
+    formats = None if source is None else known_formats(settings, config)[0]
+    subject = abstract_subject(settings, codec, config, labels, formats)
     sites = trace_sites(subject, settings)
-    spec = make_spec(subject, settings)
-    adapted = jlora.adapterize(subject.params, spec, sites=sites)
+    adapted = shown_adapters(subject, settings, sites)
     parts = {
         "how the model reads its weights": sites,
         "what would be trained": jlora.summary(adapted),

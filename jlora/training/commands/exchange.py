@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,17 +16,15 @@ from jlora.models.files import hub_name
 from jlora.training.commands.runs import Run, open_run
 from jlora.training.files import write_json
 from jlora.training.folder import check_new
-from jlora.training.model.subject import load_subject, open_codec
-from jlora.training.run.record import ADAPTERS, SETTINGS
+from jlora.training.model.subject import load_subject, open_codec, prefix_of
+from jlora.training.run.record import ADAPTERS, SETTINGS, run_of
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
 
 def open_run_or_adapters(path: str | Path, model: str | None) -> Run:
     """A run by its folder, or by the folder of its adapters; see `open_run`."""
-    path = Path(path)
-    inside = path.name == ADAPTERS and not (path / SETTINGS).exists() and (path.parent / SETTINGS).exists()
-    return open_run(path.parent if inside else path, model)
+    return open_run(run_of(path), model)
 
 
 def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dtype: str | None) -> jlora.PeftReport:
@@ -52,13 +49,6 @@ def export_run(run: Run, out: str | Path, profile: str, svd_rank: int | None, dt
     if run.template is not None:
         write_chat_templates(out, run.template.texts())
     return report
-
-
-def prefix_of(model: Any) -> jlora.PrefixLayout | None:
-    """The layout of a prefix in PEFT, which is asked for where there is one; None for a model that can't have one there."""
-    with contextlib.suppress(ValueError):
-        return models.peft_prefix(model)
-    return None
 
 
 def import_adapter(

@@ -22,8 +22,9 @@ from jlora.models.gguf.header import is_gguf
 from jlora.training.commands.chips import Chip, NoCompilerError, described
 from jlora.training.hosts.placement import base_shardings, check_batch, check_slices, mesh_of, row_parts, rows_of_batch
 from jlora.training.model.loop import State, make_step
-from jlora.training.model.selection import make_spec, trace_sites
-from jlora.training.model.subject import Subject, abstract_subject, model_directory, number_formats
+from jlora.training.model.selection import trace_sites
+from jlora.training.model.subject import Subject, abstract_subject, known_formats, model_directory
+from jlora.training.run.continued import shown_adapters, source_of
 from jlora.training.run.schedule import make_optimizer
 from jlora.training.settings.axes import ROWS, mesh_axes, shard_rules
 from jlora.training.settings.defaults import count_steps
@@ -89,18 +90,18 @@ def make_plan(settings: Settings, chip: Chip, slices: int) -> Plan:
     settings, config = _found(settings)
     if config.get("model_type") in ("bert", "roberta"):
         raise ValueError(f"{model_directory(settings)} is an encoder; a plan is for language models")
+    source_of(settings)
     axes = mesh_axes(settings.mesh) or {"data": 1}
     mesh, missing = _mesh(axes, chip, slices)
     assert settings.batch is not None
     settings = count_steps(settings, _BATCHES * settings.batch, row_parts(mesh))
     assert settings.batch is not None
     check_batch(mesh, settings.batch, settings.accumulate)
-    formats, source = _formats(settings, config)
+    formats, source = known_formats(settings, config)
     subject = abstract_subject(settings, cast(Any, None), config, (), formats)
     places = base_shardings(subject.params, mesh, shard_rules(settings.shard))
     subject = dataclasses.replace(subject, params=jax.tree.map(_shape, subject.params, places))
-    spec, sites = make_spec(subject, settings), trace_sites(subject, settings)
-    adapted = jlora.adapterize(subject.params, spec, sites=sites)
+    adapted = shown_adapters(subject, settings, trace_sites(subject, settings))
     whole = NamedSharding(mesh, PartitionSpec())
     adapted = adapted.replace(
         **{drawer: jax.tree.map(lambda leaf: _shape(leaf, leaf.sharding or whole), getattr(adapted, drawer))
@@ -125,20 +126,6 @@ def _mesh(axes: dict[str, int], chip: Chip, slices: int) -> tuple[Any, str | Non
         return mesh_of(axes, described(chip, chips, slices)), None
     except NoCompilerError as error:
         return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes)), str(error)
-
-
-def _formats(settings: Settings, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The number formats of base and computation, and where they are known from."""
-    if settings.dtype is not None:
-        return number_formats(settings), "by --dtype"
-    try:
-        return number_formats(settings), "as in its files"
-    except FileNotFoundError:
-        said = config.get("dtype", config.get("torch_dtype"))
-        kept = jnp.dtype(said if said in ("bfloat16", "float16") else "float32")
-        dtype = kept if kept == jnp.bfloat16 else jnp.dtype(jnp.float32)
-        source = "as its config says" if said else "its config names none"
-        return {"dtype": dtype, "param_dtype": kept}, source
 
 
 def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

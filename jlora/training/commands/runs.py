@@ -20,7 +20,6 @@ from jlora.training.data import chat
 from jlora.training.data.dataset import arranged, encode, most_texts, notes_on, subset
 from jlora.training.data.pipeline import validation_batches
 from jlora.training.data.rows import read_rows
-from jlora.training.errors import CheckpointError
 from jlora.training.files import write_json
 from jlora.training.folder import check_new
 from jlora.training.hosts.placement import make_mesh
@@ -28,7 +27,7 @@ from jlora.training.model.loop import make_evaluation, to_devices
 from jlora.training.model.preferences import objective_of
 from jlora.training.model.scores import summarize
 from jlora.training.model.subject import Subject, load_subject, open_codec
-from jlora.training.run.record import ADAPTERS, read_complaint, read_settings
+from jlora.training.run.record import ADAPTERS, check_finished, read_settings
 from jlora.training.settings.fields import Settings
 
 
@@ -63,11 +62,7 @@ def open_run(out: str | Path, model: str | None = None) -> Run:
         ValueError: if the base is not the one that the run was trained on.
     """
     about = read_settings(out)
-    if about["settings"].get("sweep") or about["settings"].get("seeds"):
-        raise CheckpointError(f"{out} holds a sweep: name one of its runs, {out}/runs/...")
-    if not (Path(out) / ADAPTERS).is_dir():
-        why = read_complaint(out) or f"the run is not finished; go on with jlora finetune --out {out} --resume"
-        raise CheckpointError(f"{out} has no adapters: {why}")
+    check_finished(out, about)
     settings = Settings(**about["settings"])
     settings = dataclasses.replace(settings, model=model or settings.model)
     subject = load_subject(settings, *open_codec(settings))

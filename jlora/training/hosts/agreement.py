@@ -24,7 +24,7 @@ from jlora.training.hosts.versions import environment
 from jlora.training.settings.fields import Settings
 
 # Settings that may differ: paths, since what lies there is compared, and what a process prints.
-_OWN = ("model", "data", "validation", "out", "progress")
+_OWN = ("model", "data", "validation", "adapter", "out", "progress")
 # Seconds in which a file that process 0 writes must be seen by all. File systems of networks show a new name at once, or after
 # the few seconds that they keep the listing of a folder.
 _SEEN_WITHIN = 10.0
@@ -80,6 +80,15 @@ def check_base(directory: Path, fingerprint: str) -> None:
         DisagreementError: if not.
     """
     check_parts([Part(f"reads other weights from {directory}", f"fingerprint {fingerprint}")])
+
+
+def check_adapter(adapter: str | None, digest: str | None) -> None:
+    """All go on from the same adapters.
+
+    Raises:
+        DisagreementError: if not.
+    """
+    check_parts([Part(f"reads other adapters from {adapter}", f"sha256 {digest}")])
 
 
 def _parts(data: Data, codec: Codec, config: dict[str, Any]) -> list[Part]:

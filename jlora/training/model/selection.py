@@ -45,17 +45,17 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
                 "jlora.loftq or jlora.residuals",
             )
         if isinstance(inside := innermost(method) if method is not None else None, Virtual):
-            _check_prompts(inside, subject, settings)
+            check_prompts(inside, subject, settings, "spec" if settings.spec else "method")
     return spec
 
 
-def _check_prompts(method: Virtual, subject: Subject, settings: Settings) -> None:
+def check_prompts(method: Virtual, subject: Subject, settings: Settings, field: str) -> None:
     """Whether the model can have virtual tokens in front of its texts.
 
     Raises:
-        SettingError: for an encoder, and rows that are too long then.
+        SettingError: for an encoder, under the name of the setting that the method is from, and rows that are too long then.
     """
-    field, longest = "spec" if settings.spec else "method", subject.config.get("max_position_embeddings")
+    longest = subject.config.get("max_position_embeddings")
     if subject.config.get("model_type") in ("bert", "roberta"):
         raise SettingError(
             field,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -172,6 +173,20 @@ def number_formats(settings: Settings) -> dict[str, Any]:
     return {"dtype": kept if kept == jnp.bfloat16 else jnp.dtype(jnp.float32), "param_dtype": kept}
 
 
+def known_formats(settings: Settings, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The `number_formats` of base and computation, and where they are known from; the model's weights need not be there."""
+    if settings.dtype is not None:
+        return number_formats(settings), "by --dtype"
+    try:
+        return number_formats(settings), "as in its files"
+    except FileNotFoundError:
+        said = config.get("dtype", config.get("torch_dtype"))
+        kept = jnp.dtype(said if said in ("bfloat16", "float16") else "float32")
+        dtype = kept if kept == jnp.bfloat16 else jnp.dtype(jnp.float32)
+        source = "as its config says" if said else "its config names none"
+        return {"dtype": dtype, "param_dtype": kept}, source
+
+
 def memory(subject: Subject, settings: Settings) -> str:
     """The number format of the base and the memory it takes, beside that of its files, in words."""
     leaves = paths.leaves(subject.params["backbone"] if subject.labels else subject.params)
@@ -205,6 +220,13 @@ def _abstract(settings: Settings, config: dict[str, Any], formats: dict[str, Any
     model = family_of(config, directory).module(describe(directory, config, **options))
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     return model, jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def prefix_of(model: Any) -> jlora.PrefixLayout | None:
+    """The layout of a prefix in PEFT, which is asked for where there is one; None for a model that can't have one there."""
+    with contextlib.suppress(ValueError):
+        return models.peft_prefix(model)
+    return None
 
 
 def example_batch(settings: Settings) -> dict[str, Any]:

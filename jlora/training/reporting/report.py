@@ -76,6 +76,8 @@ def names_of(about: Mapping[str, Any]) -> tuple[str, str]:
 def _title(about: Mapping[str, Any], adapted: jlora.Adapted) -> str:
     settings, (model, data) = about["settings"], names_of(about)
     method = "the spec's methods" if settings["spec"] else settings["method"]
+    if settings["adapter"] is not None:
+        method = f"going on from the adapters in {Path(settings['adapter']).name}"
     text = f"{model}, trained by {method} on {data}: {count(adapted.params):,} trained values"
     return f"<h1>Fine-tuning report</h1><p class=about>{html.escape(text)}</p>"
 
@@ -184,4 +186,7 @@ def grounds(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a run stands on, by name."""
     places = [("model", about["model"]), ("data", about["data"])]
     sums = [("base fingerprint", about["base"]), ("data SHA-256", about["data_sha256"])]
+    if found := about.get("continued"):
+        places.append(("adapters it goes on from", found["adapter"]))
+        sums.append(("their SHA-256", found["sha256"]))
     return [*places, *sums, *about["versions"].items()]

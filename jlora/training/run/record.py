@@ -65,6 +65,26 @@ def read_settings(out: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or from another version: {reason}") from error
 
 
+def run_of(path: str | Path) -> Path:
+    """The folder of a run, which may be named by that of its adapters."""
+    path = Path(path)
+    inside = path.name == ADAPTERS and not (path / SETTINGS).exists() and (path.parent / SETTINGS).exists()
+    return path.parent if inside else path
+
+
+def check_finished(out: str | Path, about: dict[str, Any]) -> None:
+    """Refuses a run that has no adapters, by its folder and its settings.json.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    if about["settings"].get("sweep") or about["settings"].get("seeds"):
+        raise CheckpointError(f"{out} holds a sweep: name one of its runs, {out}/runs/...")
+    if not (Path(out) / ADAPTERS).is_dir():
+        why = read_complaint(out) or f"the run is not finished; go on with jlora finetune --out {out} --resume"
+        raise CheckpointError(f"{out} has no adapters: {why}")
+
+
 def resumable(out: str) -> dict[str, Any]:
     """The settings.json of a run that can go on."""
     stored = read_settings(out)
@@ -107,6 +127,11 @@ def _check_resumed(out: Path, about: dict[str, Any], settings: Settings) -> None
             )
     if stored.get("data_sha256") != about["data_sha256"]:
         raise CheckpointError(f"the training data ({about['data']}) is not what the run in {out} was started with")
+    if stored.get("continued") != about.get("continued"):
+        raise CheckpointError(
+            f"the adapters in {settings.adapter} are not those that the run in {out} was started with: sha256 "
+            f"{about['continued']['sha256']}, wanted {stored['continued']['sha256']}"
+        )
     if stored.get("base") != about["base"]:
         raise CheckpointError(
             f"the model in {about['model']} is not the one that the run in {out} was started with: fingerprint "

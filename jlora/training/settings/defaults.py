@@ -8,10 +8,11 @@ from typing import Any
 
 from jlora.core.protocol.job import Recipe
 from jlora.training.errors import SettingError
-from jlora.training.settings.fields import Settings, trains_adapters
+from jlora.training.settings.fields import Settings, has_method, trains_adapters
 from jlora.training.settings.hyperparameters import checked
 from jlora.training.settings.named import chosen, named, recipe_of
 from jlora.training.settings.sweeps import is_sweep
+from jlora.training.settings.told import DEFAULT
 
 # Measured with 150 steps of 16 x 128 tokens: validation loss 6.12 before; after, with rank 16, 2.67 at a learning rate of 3e-3,
 # 2.51 at 1e-2, 2.63 at 2e-2; with rank 32, 2.49 at 1e-2. Rows of 256 tokens cost 1.8 times as much a token, in attention.
@@ -43,7 +44,9 @@ def resolve(settings: Settings) -> Settings:
     values["learning_rate"] = _RATE_OF_PROBE if recipe is None else recipe.learning_rate
     if settings.validation is None:
         values["validation_fraction"] = 0.1
-    if recipe is not None and not settings.spec:
+    if settings.adapter is None:
+        values["method"] = DEFAULT
+    if recipe is not None and has_method(settings):
         values |= _of_method(recipe, settings)
     if settings.model is None and trains_adapters(settings):
         # A model this small wants larger steps than the usual ones, but for methods that want still larger ones anyway.
@@ -59,7 +62,7 @@ def resolve(settings: Settings) -> Settings:
         values.pop("steps", None)
     left_open = {name: value for name, value in values.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **left_open)
-    if recipe is None or settings.spec:
+    if recipe is None or not has_method(settings):
         return settings
     if settings.alpha is None and settings.rank is not None and recipe.has("alpha"):
         settings = dataclasses.replace(settings, alpha=recipe.alpha * settings.rank)

@@ -128,7 +128,7 @@ class Settings:
     )
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
-    method: str = _setting(told.DEFAULT, told.method_help, group="method", choices=told.method_names)
+    method: str | None = _setting(None, told.method_help, group="method", choices=told.method_names)
     rank: int | None = _setting(None, told.rank_help, group="method")
     alpha: float | None = _setting(
         None,
@@ -146,6 +146,12 @@ class Settings:
         group="method",
     )
     lora_plus_ratio: float | None = _setting(None, "LoRA+: learning rate of b over that of a", group="method")
+    adapter: str | None = _setting(
+        None,
+        "go on from these adapters, with their own methods, ranks and places: a run's folder, one that jlora.save wrote, or "
+        "one in PEFT's format",
+        group="method",
+    )
     spec: dict[str, Any] = _setting({}, "TOML only: table of regex to method table", group="method")  # noqa: RUF009  (a field)
 
     preference_loss: str | None = _setting(
@@ -379,17 +385,20 @@ def trackers_of(settings: Settings) -> list[str]:
 
 def _check_method(settings: Settings) -> None:
     """The method's options belong to the method."""
-    if settings.spec:
+    method = settings.method or told.DEFAULT
+    if settings.adapter is not None:
+        _check_adapter(settings)
+    elif settings.spec:
         for name in (*_OF_METHOD, "links"):
             if getattr(settings, name) not in (None, {}):
                 raise SettingError(name, "and a [spec] table both say what is adapted: give one of them")
         if not trains_adapters(settings):
-            raise SettingError("spec", f"and method {settings.method} both say what is trained: give one of them")
-    elif settings.method == PROBE:
+            raise SettingError("spec", f"and method {method} both say what is trained: give one of them")
+    elif method == PROBE:
         _check_probe(settings)
     else:
-        _check_recipe(settings, catalog.recipes()[settings.method])
-    if settings.method == PROBE and settings.task != "classify":
+        _check_recipe(settings, method, catalog.recipes()[method])
+    if method == PROBE and settings.task != "classify":
         raise SettingError("method", f"{PROBE} trains the classification head: it needs task classify")
     if settings.targets is not None and settings.targets not in WORDS_FOR_TARGETS:
         try:
@@ -405,7 +414,24 @@ _OF_METHOD = ("rank", "alpha", "dropout", "init", "targets", "set")
 
 def trains_adapters(settings: Settings) -> bool:
     """Whether `--method` is none of those that train weights as they are, all or the head alone."""
-    return settings.method != PROBE and catalog.recipes()[settings.method].targets != "all"
+    method = settings.method or told.DEFAULT
+    return method != PROBE and catalog.recipes()[method].targets != "all"
+
+
+def has_method(settings: Settings) -> bool:
+    """Whether `--method` and its options say what is adapted, and no `[spec]` table or `--adapter`."""
+    return settings.adapter is None and not settings.spec
+
+
+def _check_adapter(settings: Settings) -> None:
+    """Nothing else says what is adapted, and how."""
+    for name in ("method", *_OF_METHOD, "links", "spec"):
+        if (value := getattr(settings, name)) not in (None, {}):
+            raise SettingError(
+                name,
+                f"can't be given with adapter {settings.adapter}, whose adapters keep their own methods, ranks and places; "
+                f"got {value!r}",
+            )
 
 
 def _check_probe(settings: Settings) -> None:
@@ -414,9 +440,8 @@ def _check_probe(settings: Settings) -> None:
             raise SettingError(name, f"has no meaning with method {PROBE}, which has no adapters")
 
 
-def _check_recipe(settings: Settings, recipe: Recipe) -> None:
+def _check_recipe(settings: Settings, method: str, recipe: Recipe) -> None:
     """The method takes what is given, and is given what it asks for."""
-    method = settings.method
     for name in ("rank", "alpha", "dropout", "links"):
         if getattr(settings, name) is not None and not recipe.has(name):
             own = told.names(lambda other, name=name: other.has(name))

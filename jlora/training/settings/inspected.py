@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora.core.protocol import docstrings
 from jlora.core.protocol.wrapping import parts
-from jlora.training.settings.fields import Settings
+from jlora.training.settings.fields import Settings, has_method
 from jlora.training.settings.hyperparameters import OWN_FLAGS, owners
 from jlora.training.settings.named import named, recipe_of
 
@@ -19,9 +19,9 @@ _WIDTH = 120
 def settings_table(settings: Settings) -> str:
     """A line for each hyperparameter of `--method`: name, value in this run, default of the class, and what it is.
 
-    Empty for what has none, and for a `[spec]` table, which says all itself.
+    Empty for what has none, and for a `[spec]` table and `--adapter`, which say all themselves.
     """
-    if settings.spec or recipe_of(settings) is None or not (known := owners(method := named(settings))):
+    if not has_method(settings) or recipe_of(settings) is None or not (known := owners(method := named(settings))):
         return ""
     steps = "a run of unknown length (see --steps)" if settings.steps is None else f"a run of {settings.steps} steps"
     rows = [("name", "value", "default", f"what; values for {steps}")]

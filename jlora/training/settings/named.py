@@ -11,12 +11,12 @@ from jlora.methods.lora import INITS
 from jlora.training.errors import SettingError, nearest
 from jlora.training.settings.fields import Settings
 from jlora.training.settings.hyperparameters import checked, replaced
-from jlora.training.settings.told import PROBE
+from jlora.training.settings.told import DEFAULT, PROBE
 
 
 def recipe_of(settings: Settings) -> Recipe | None:
     """What the job knows of the method of `--method`; None for the probe, which has none."""
-    return None if settings.method == PROBE else catalog.recipes()[settings.method]
+    return None if settings.method == PROBE else catalog.recipes()[settings.method or DEFAULT]
 
 
 def named(settings: Settings) -> jlora.Method:

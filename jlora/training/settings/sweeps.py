@@ -39,6 +39,12 @@ def check_sweep(settings: Any) -> None:
     ):
         if getattr(settings, name):
             raise SettingError(name, f"can't be given with --sweep or --seeds: {why}")
+    if settings.adapter is not None:
+        for name in ("rank", "alpha", "init"):
+            if name in settings.sweep:
+                raise SettingError(
+                    "sweep", f"{name} can't be given with adapter {settings.adapter}, whose adapters have their own"
+                )
     if settings.metric != "loss":
         raise SettingError("metric", "of a sweep is the loss")
     if "rank" in settings.sweep and settings.optimizer in ("adafactor", "muon"):

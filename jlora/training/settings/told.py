@@ -30,7 +30,7 @@ def method_help() -> str:
     """What `--method` may be."""
     whole = ", ".join(names(lambda recipe: recipe.targets == "all"))
     told = f"{', '.join(names())} ({whole}: every weight) or {PROBE} (the head alone)"
-    return f"{told}; `jlora inspect --method NAME` tells more"
+    return f"{told} ({DEFAULT}); `jlora inspect --method NAME` tells more"
 
 
 def quantize_help() -> str:

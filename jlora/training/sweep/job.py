@@ -24,6 +24,7 @@ from jlora.training.model.subject import Subject, check_model, load_subject, mem
 from jlora.training.reporting.report import write_report
 from jlora.training.reporting.shown import Shown
 from jlora.training.reporting.verdict import complaint, unsteady
+from jlora.training.run.continued import check_labels, continued, notes_on, read_adapters, source_of
 from jlora.training.run.record import (
     RESULTS,
     SETTINGS,
@@ -93,9 +94,11 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     settings, mesh = resolve(asked), make_mesh({})
     codec, config = open_codec(settings)
     check_model(settings, config)
+    source = source_of(settings)
     stored = resumable(settings.out) if settings.resume else {}
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
     data = load_data(settings, codec, datetime.fromisoformat(started))
+    check_labels(source, data.labels)
     settings = count_steps(settings, len(data.train))
     resolved = [count_steps(each, len(data.train)) for each in resolved]
     subject = load_subject(settings, codec, config)
@@ -104,15 +107,24 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     subject = dataclasses.replace(subject, params=place_base(subject.params, mesh))
     folders = [Path(settings.out) / RUNS / name_of(point) for point in at]
     runs = [dataclasses.replace(each, out=str(place), resume=False) for each, place in zip(resolved, folders)]
-    adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _known(folders, settings))]
+    if settings.adapter is not None:
+        adapters = [read_adapters(subject, settings)] * len(runs)
+    else:
+        adapters = [adapt(subject, each, data, mesh, known) for each, known in zip(runs, _known(folders, settings))]
     stacked = _stacked(adapters, asked)
     about = about_run(asked, settings, subject, data, fingerprint)
-    about |= {"measured": {}, "started": started, "notes": [*data.notes, *subject.notes], "runs": at}
+    origin, notes = continued(settings, adapters[0]), [*data.notes, *notes_on(source, settings, data), *subject.notes]
+    about |= {"measured": {}, "started": started, "notes": notes, "runs": at} | origin
     abouts = []
     for wanted, each, adapted in zip(alone, runs, adapters):
         own = about_run(wanted, each, subject, data, fingerprint)
         notes = [*about["notes"], f"one of {len(at)} runs of a sweep; rows were drawn by its seed, {asked.seed}"]
-        own |= {"measured": measured_of(adapted), "started": started, "notes": notes, "sweep": str(settings.out)}
+        own |= {
+            "measured": measured_of(adapted),
+            "started": started,
+            "notes": notes,
+            "sweep": str(settings.out),
+        } | origin
         abouts.append(own)
     with processes.claim(settings.out, settings.resume) as out:
         try:
@@ -148,9 +160,11 @@ def _stacked(adapters: list[jlora.Adapted], asked: Settings) -> jlora.Stacked:
         SettingError: where they can't be one program.
     """
     name = "sweep" if asked.sweep else "seeds"
-    if events_of(adapters[0]):
+    if events := events_of(adapters[0]):
+        ((site, *_), *_) = events.values()
         raise SettingError(
-            name, f"can't train {asked.method}: what it does between steps, it does for each run by itself"
+            name,
+            f"can't train {asked.method or site.method}: what it does between steps, it does for each run by itself",
         )
     try:
         return jlora.stack(adapters)
@@ -163,6 +177,8 @@ def _describe(
 ) -> None:
     say(f"model {subject.directory}, {count(subject.params):,} parameters in {memory(subject, settings)}")
     say(f"data  {data.source}: {data.amounts()}")
+    if settings.adapter is not None:
+        say(f"all go on from the adapters in {settings.adapter}")
     say(jlora.summary(stacked.run(0)))
     swept = ", ".join(
         f"{name.replace('_', '-')} {', '.join(map(str, dict.fromkeys(point[name] for point in at)))}" for name in at[0]
