@@ -127,6 +127,8 @@ def test_what_has_no_two_weights_is_refused():
     with pytest.raises(ValueError, match="top must be a positive whole number"):
         jlora.intruder_dimensions(adapted, top=0)
     found = jlora.intruder_dimensions(adapted)
+    with pytest.raises(ValueError, match="keep must be a finite number, such as 0.75, got nan"):
+        jlora.without_intruders(adapted, found, keep=float("nan"))
     with pytest.raises(ValueError, match="known is of the out side, and 'in' is asked for"):
         jlora.intruder_dimensions(adapted, side="in", known=found)
     with pytest.raises(ValueError, match="stack: the weight is another than the one"):

@@ -247,6 +247,7 @@ def test_a_stack_is_not_taken_for_one_adapted_and_each_run_needs_one(tmp_path):
         lambda: jlora.lift(lambda variables, x: jax.tree.leaves(variables)[0])({"params": stacked}, x),
         lambda: jlora.combine([stacked], [1.0]),
         lambda: jlora.without_encoder(stacked),
+        lambda: jlora.Bank.of(BASE, {"both": stacked}),
         lambda: jlora.optimizer(stacked, optax.adam, 1e-3),
         lambda: jlora.summary(stacked),
     ):

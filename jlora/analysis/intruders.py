@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,6 +176,8 @@ def without_intruders(
     Reference:
         Shuttleworth et al. 2024, arXiv:2410.21228.
     """
+    if not math.isfinite(keep):
+        raise ValueError(f"keep must be a finite number, such as 0.75, got {keep}")
     tuned, new = merge(before) if isinstance(before, Adapted) else after, {}
     leaves = dict(paths.flatten_with_keys(tuned)[0])
     for site, _, w1 in _pairs(before, after, patterns, sites):

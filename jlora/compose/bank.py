@@ -23,6 +23,7 @@ from jlora.core.protocol.wrapping import parts
 from jlora.core.transforms.lift import lift
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted, Plan
+from jlora.core.tree.stacked import Stacked
 from jlora.core.walk import weight as weights_of
 from jlora.core.walk.weight import Weight
 from jlora.disk import folders
@@ -338,8 +339,8 @@ def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
     Raises:
         ValueError: for a leaf that has no such form, or is not finite, with the adapter, the path and the method.
     """
-    if isinstance(source, Adapted):
-        adapted = source
+    if isinstance(source, Adapted | Stacked):
+        adapted = source if isinstance(source, Adapted) else source.plan  # which refuses
         check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapted])
     else:
         adapted = folders.read(source, params, names)

@@ -93,6 +93,10 @@ class Poly(Method):
     def uses_key(self) -> bool:
         return True
 
+    @property
+    def must_be_told(self) -> str:
+        return "the task of each row" if self.tasks > 1 else ""
+
     def check(self, site: Site) -> None:
         """Refuses a rank above the matrix's sides, and sides that the splits don't divide."""
         check_rank(self, site)

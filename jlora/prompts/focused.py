@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora.core.tree.adapted import Adapted
 
@@ -79,6 +80,9 @@ def focus(
             f"focus wants an alpha and a weight for each of {count} attributes and a top_p above 0 and at most 1, got "
             f"{alphas}, {weights} and {top_p}"
         )
+    for name, number in [*(("alpha", each) for each in alphas), *(("weight", each) for each in weights)]:
+        if not isinstance(number, Tracer) and not jnp.isfinite(number):
+            raise ValueError(f"focus wants finite numbers, got {name} {number}")
     every = [*specific, *general]
     for each in every[1:]:
         _check_alike(every[0], each)

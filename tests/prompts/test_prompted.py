@@ -229,6 +229,8 @@ def test_a_focus_is_prefix_tuning_with_what_is_common_taken_away():
         jlora.focus([cheerful], [])
     with pytest.raises(ValueError, match="on the same base"):
         jlora.focus([cheerful], [common.replace(base={**common.base, "more": np.ones(2)})])
+    with pytest.raises(ValueError, match="focus wants finite numbers, got alpha nan"):
+        jlora.focus([cheerful], [common], alpha=float("nan"))
     assert jlora.focus([cheerful], [common], alpha=np.float32(2)).alpha.tolist() == [2]
 
 

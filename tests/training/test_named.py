@@ -18,7 +18,7 @@ from jlora.training.errors import SettingError
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.model.losses import sums
 from jlora.training.model.prepared import prepared
-from jlora.training.model.selection import make_spec
+from jlora.training.model.selection import check_method, make_spec
 from jlora.training.run import record
 from jlora.training.settings import told
 from jlora.training.settings.configuration import gather
@@ -243,3 +243,11 @@ def test_starts_from_gradients_are_those_of_the_first_batches_whatever_their_par
 def test_a_chain_s_spec_is_of_what_is_named():
     (method,) = make_spec(None, resolve(Settings(method="relora", rank=4, steps=40, set={"by": "random"}))).values()
     assert method == jlora.Chain(jlora.LoRA(4, 8.0), 4, 40, prune=0.99, by="random")
+
+
+def test_what_a_job_can_t_tell_a_method_is_said_before_a_run():
+    tasks, one = (method_of("poly", set={"tasks": tasks}) for tasks in ("3", "1"))
+    subject, settings = SimpleNamespace(config={}), resolve(Settings())
+    with pytest.raises(SettingError, match="must be told the task of each row, which a job can't"):
+        check_method(tasks, subject, settings, "method")
+    check_method(one, subject, settings, "method")

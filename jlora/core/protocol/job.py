@@ -91,6 +91,11 @@ class KnownToTheJob:
         own, given = hyperparameters(cls), {"rank": rank or None, "steps": steps}
         return cls(**{name: value for name, value in given.items() if value is not None and name in own}, **options)
 
+    @property
+    def must_be_told(self) -> str:
+        """What every call has to tell the method (`Method.context`), in a few words: a job, which tells nothing, refuses it."""
+        return ""
+
     def found(self, data: Calibration) -> Any:
         """The method with its `measured` hyperparameter, which the job asks for before a run."""
         raise NotImplementedError(f"{type(self).__name__} finds nothing in data")

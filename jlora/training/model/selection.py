@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import jlora
 from jlora.core.protocol.statistics import RESIDUAL
-from jlora.core.protocol.wrapping import innermost
+from jlora.core.protocol.wrapping import innermost, parts
 from jlora.prompts.virtual import Virtual
 from jlora.training.data.dataset import Data
 from jlora.training.errors import SettingError
@@ -44,9 +44,25 @@ def make_spec(subject: Subject, settings: Settings) -> dict[Any, Any]:
                 + f"{method} starts from what a quantized base lost: say --quantize, or quantize it in Python, by "
                 "jlora.loftq or jlora.residuals",
             )
-        if isinstance(inside := innermost(method) if method is not None else None, Virtual):
-            check_prompts(inside, subject, settings, "spec" if settings.spec else "method")
+        if method is not None:
+            check_method(method, subject, settings, "spec" if settings.spec else "method")
     return spec
+
+
+def check_method(method: jlora.Method, subject: Subject, settings: Settings, field: str) -> None:
+    """Whether a job can train the method on this model.
+
+    Raises:
+        SettingError: for a method that calls have to tell something, under the name of the setting that it is from; and as
+            `check_prompts`.
+    """
+    for part in parts(method):
+        if part.must_be_told:
+            raise SettingError(
+                field, f"{method} must be told {part.must_be_told}, which a job can't: train it in a loop of your own"
+            )
+    if isinstance(inside := innermost(method), Virtual):
+        check_prompts(inside, subject, settings, field)
 
 
 def check_prompts(method: Virtual, subject: Subject, settings: Settings, field: str) -> None:

@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 import jlora
 from jlora import models, paths
 from jlora.core.protocol.job import hyperparameters
-from jlora.core.protocol.wrapping import innermost, parts
+from jlora.core.protocol.wrapping import parts
 from jlora.disk import folders
 from jlora.models.chat_files import read_chat_templates
-from jlora.prompts.virtual import Virtual
 from jlora.training.data.dataset import Data
 from jlora.training.errors import SettingError
-from jlora.training.model.selection import HEAD, adapt, check_prompts, make_spec
+from jlora.training.model.selection import HEAD, adapt, check_method, make_spec
 from jlora.training.model.subject import Subject, prefix_of
 from jlora.training.run.record import SETTINGS, check_finished, read_settings, run_of
 from jlora.training.settings.fields import Settings
@@ -115,8 +114,8 @@ def read_adapters(subject: Subject, settings: Settings) -> jlora.Adapted:
     """The adapters of `--adapter` on the subject's params, or as shapes where these are shapes.
 
     Raises:
-        SettingError: for a method that follows the steps of its own run, a classifier without its head, and virtual tokens
-            that the model has no room for.
+        SettingError: for a method that follows the steps of its own run, a classifier without its head, and as
+            `check_method`.
         ValueError: for adapters of another base, and as `jlora.load` and `jlora.load_peft`.
     """
     assert settings.adapter is not None
@@ -130,8 +129,7 @@ def read_adapters(subject: Subject, settings: Settings) -> jlora.Adapted:
                 "for and has come to their end: make plain LoRA of it, by jlora merge-adapters RUN --weights 1 --to NEW "
                 "or jlora.combine([adapted], [1.0]), and go on from that",
             )
-        if isinstance(inside := innermost(site.method), Virtual):
-            check_prompts(inside, subject, settings, "adapter")
+        check_method(site.method, subject, settings, "adapter")
     if settings.task == "classify":
         adapts = {site.path for site in adapted.plan.sites}
         heads = ["/".join(keys) for keys, _ in paths.flatten_with_keys(subject.params)[0]]
