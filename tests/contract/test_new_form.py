@@ -208,4 +208,4 @@ def test_the_core_and_what_counts_costs_know_no_form_by_name():
     package = Path(jlora.__file__).parent
     files = [*package.glob("core/*/*.py"), *package.glob("analysis/*.py"), package / "methods" / "dora.py"]
     knowing = {f.stem for f in files if re.search(r"\b(Factors|Sparse)\b", f.read_text(encoding="utf-8"))}
-    assert knowing == {"low_rank", "one_of", "slots", "sparse", "method", "gated", "kept", "scaled"}
+    assert knowing == {"low_rank", "one_of", "routed", "slots", "sparse", "method", "gated", "kept", "scaled"}
