@@ -100,7 +100,8 @@ def llama(name, scan_layers=True):
 QWEN = GOLDEN / "qwen2_window_tied"
 
 
-@pytest.mark.parametrize("form", ["scan", pytest.param("unrolled", marks=pytest.mark.newest), "nf4"])
+@pytest.mark.newest
+@pytest.mark.parametrize("form", ["scan", "unrolled", "nf4"])
 def test_rows_of_a_llama_get_what_they_would_get_alone(form):
     model, fn, params, tokens, sites = llama(models.STORIES260K if form == "nf4" else QWEN, form != "unrolled")
     if form == "nf4":
@@ -274,6 +275,10 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
     make = lambda method, names="w_0": noisy(params, {names: method}, 0)
     with pytest.raises(ValueError, match=r"w_0: SHiRA.* of 'c' is no \(w \+ a @ b\) \* gain"):
         jlora.Bank.of(params, {"c": make(jlora.SHiRA())})
+    with pytest.raises(
+        ValueError, match="w_0: PrefixTuning.* of 'c' stands in front of a text, where no bank has slots"
+    ):
+        jlora.Bank.of(params, {"c": make(jlora.PrefixTuning(2))})
     with pytest.raises(ValueError, match="2 adapters don't fit into a bank with capacity=1"):
         jlora.Bank.of(params, {"a": make(LoRA(2)), "b": make(LoRA(2))}, capacity=1)
     spoilt = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), make(LoRA(2)).params)

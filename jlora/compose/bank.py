@@ -19,7 +19,7 @@ from jlora.compose.combine import check_one_base
 from jlora.compose.slotted import Slotted
 from jlora.core.products.low_rank import Factors
 from jlora.core.protocol.method import Arrays, Site
-from jlora.core.protocol.wrapping import parts
+from jlora.core.protocol.wrapping import innermost, parts
 from jlora.core.transforms.lift import lift
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted, Plan
@@ -29,6 +29,7 @@ from jlora.core.walk.weight import Weight
 from jlora.disk import folders
 from jlora.disk.serialize import is_own
 from jlora.methods.lora import trained_dtype
+from jlora.prompts.virtual import Virtual
 
 Source = Adapted | str | os.PathLike[str]
 Fields = dict[tuple[str, ...], Arrays]
@@ -347,6 +348,10 @@ def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
     sites, arrays = {}, {}
     for weight, site in zip(adapted.replace(context={}).weights(), adapted.plan.sites, strict=True):
         found = _factors(weight, site)
+        if isinstance(innermost(site.method), Virtual):
+            raise ValueError(
+                f"{site.path}: {site.method} of {name!r} stands in front of a text, where no bank has slots: use it by itself"
+            )
         if found is None:
             raise ValueError(
                 f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to "
