@@ -69,6 +69,13 @@ MUTATIONS = (
         (BLOCKS + "blocks_give_the_numbers_and_gradients_of_all_queries_at_once",),
     ),
     Mutation(
+        "a target below 0 is a word from the vocabulary's end",
+        "jlora/losses/chunked.py",
+        "    targets = jnp.where(targets < 0, jnp.where(weights == 0, 0, logits.shape[-1]), targets)\n",
+        "",
+        (CHUNKED + "a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_with_one",),
+    ),
+    Mutation(
         "what fills up the last chunk of a loss weighs something",
         "jlora/_chunks.py",
         "*[(0, 0)] * (x.ndim - 2)])",

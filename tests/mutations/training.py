@@ -109,6 +109,13 @@ STEP = (
 
 DATA = (
     Mutation(
+        "a batch of one row can't be counted",
+        "jlora/training/data/pipeline.py",
+        "order.batch(batch, drop_remainder=True, batch_fn=assemble)",
+        "order.batch(batch, batch_fn=assemble)",
+        (BATCHES + "a_batch_may_be_of_one_row",),
+    ),
+    Mutation(
         "packed rows overflow",
         "jlora/training/data/packing.py",
         "fitting = rooms >> length\n",
