@@ -88,8 +88,12 @@ def torch_base(name):
 def in_torch(model):
     import torch
 
+    tokens, kind = torch.as_tensor(TOKENS), getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    # PEFT's outermost model doesn't pass the tasks of rows on.
+    run, told = (model.base_model, {"task_ids": tokens[:, 0] * 0}) if kind == "POLY" else (model, {})
+    model.eval()
     with torch.no_grad():
-        out = model.eval()(torch.as_tensor(TOKENS))
+        out = run(tokens, **told)
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
 
 
