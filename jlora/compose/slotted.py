@@ -7,10 +7,8 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
-from jlora.core.products.slots import Slots
+from jlora.core.products.slots import Slots, check_choice
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, factor_labels
 from jlora.methods.lora import kaiming, trained_dtype
@@ -54,15 +52,8 @@ class Slotted(Method):
         slot, weights = context.get("slot"), context.get("weights")
         if slot is not None and weights is not None:
             raise ValueError("a call chooses by slot= or by weights=, not by both; None takes one away")
-        if slot is not None and (slot.ndim > 2 or not jnp.issubdtype(slot.dtype, jnp.integer)):
-            raise ValueError(
-                f"slot= takes whole numbers, one for all, [rows] or [rows, tokens]; got {slot.dtype} of shape {slot.shape}"
-            )
-        if slot is not None and not isinstance(slot, Tracer):
-            wrong = np.unique(np.asarray(slot))
-            wrong = wrong[(wrong < 0) | (wrong >= self.slots)]
-            if wrong.size:
-                raise ValueError(f"there are slots 0 to {self.slots - 1}, got {int(wrong[0])}")
+        if slot is not None:
+            check_choice("slot", slot, self.slots)
         if weights is None:
             return
         if weights.ndim not in (1, 2, 3) or weights.shape[-1] != self.slots:

@@ -107,8 +107,8 @@ class MELoRA(Method):
         return factor_labels(site, {"a": "a", "b": "b"})
 
 
-def check_blocks(blocks: int, site: Site) -> None:
-    """Refuses a matrix whose sides are no multiples of the number of blocks.
+def check_blocks(blocks: int, site: Site, name: str = "blocks") -> None:
+    """Refuses a matrix whose sides are no multiples of the number of blocks, the hyperparameter of that name.
 
     Raises:
         ValueError: naming the sides, and the largest number of blocks below that would do.
@@ -117,7 +117,7 @@ def check_blocks(blocks: int, site: Site) -> None:
     if common % blocks:
         most = max(number for number in range(1, blocks) if common % number == 0)
         raise ValueError(
-            f"blocks {blocks} must divide both sides of the {site.in_size} x {site.out_size} matrix; use {most}, or another "
+            f"{name} {blocks} must divide both sides of the {site.in_size} x {site.out_size} matrix; use {most}, or another "
             f"divisor of {common}"
         )
 

@@ -8,18 +8,16 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jlora.core.products.low_rank import Factors
 from jlora.core.products.routed import Routed
-from jlora.core.products.slots import taken
-from jlora.core.products.update import Unfit
-from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank, instead
+from jlora.core.products.slots import check_choice, taken
+from jlora.core.protocol.hyperparameters import check_hyperparameters, check_rank
 from jlora.core.protocol.job import Recipe
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, factor_labels
 from jlora.core.protocol.peft import PeftKind, PeftSetting, PeftTensor
 from jlora.core.protocol.plain import PlainLoRA
 from jlora.methods.lora import kaiming, trained_dtype
+from jlora.methods.melora import check_blocks
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Poly(Method):
 
     The call names the task, `adapted.on(task=3)`, or one for each row of a batch, `adapted.on(task=ids)` with whole numbers
     `[rows]`; with one task it need not. Where it gives a dropout key, as training does, each row's `m` is a relaxed
-    Bernoulli draw of temperature 1. `merge` and `compact` give the model of one task. Trains
+    Bernoulli draw of temperature 1, but where the matrix is looked up. `merge` and `compact` give the model of one task. Trains
     `skills * rank * (in + out) + tasks * splits * skills` values a matrix.
 
     Worth trying for many tasks at once, and for a new one with few examples: its router alone is then to be learned. Costs in a
@@ -100,29 +98,12 @@ class Poly(Method):
     def check(self, site: Site) -> None:
         """Refuses a rank above the matrix's sides, and sides that the splits don't divide."""
         check_rank(self, site)
-        sides = (site.in_size, site.out_size)
-        if any(side % self.splits for side in sides):
-            fitting = [n for n in range(1, min(sides) + 1) if not any(side % n for side in sides)]
-            raise ValueError(
-                f"splits {self.splits} must divide both sides of the {site.in_size} x {site.out_size} matrix; "
-                f"{instead(self.splits, fitting)}"
-            )
+        check_blocks(self.splits, site, "splits")
 
     def check_context(self, context: Arrays) -> None:
         """Refuses tasks that are no whole numbers below `tasks`."""
-        task = context.get("task")
-        if task is None:
-            return
-        if task.ndim > 1 or not jnp.issubdtype(task.dtype, jnp.integer):
-            raise ValueError(
-                f"task= takes whole numbers, one for all or [rows]; got {task.dtype} of shape {task.shape}"
-            )
-        if isinstance(task, Tracer):
-            return
-        wrong = np.unique(np.asarray(task))
-        wrong = wrong[(wrong < 0) | (wrong >= self.tasks)]
-        if wrong.size:
-            raise ValueError(f"there are tasks 0 to {self.tasks - 1}, got {int(wrong[0])}")
+        if (task := context.get("task")) is not None:
+            check_choice("task", task, self.tasks, most=1)
 
     def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
         """Every skill's `a` as LoRA's, uniform in ±1/sqrt(rows of a split), `b` zero; the router uniform in ±0.001."""
@@ -135,7 +116,7 @@ class Poly(Method):
 
     def weight(self, view: View) -> jax.Array:
         """`w + a_t @ b_t / rank` of the one task of all rows."""
-        return self._of_one_task(view).weight(view.w)
+        return self.update(view).chosen("weight").weight(view.w)
 
     def update(self, view: View) -> Routed:
         """The skills, and what the call's tasks make of them."""
@@ -148,7 +129,7 @@ class Poly(Method):
 
     def plain(self, view: View) -> PlainLoRA:
         """LoRA by the factors of one task."""
-        factors = self._of_one_task(view)
+        factors = self.update(view).chosen("weight")
         return PlainLoRA(factors.a, jnp.ones(self.rank, factors.a.dtype), factors.b, 1.0)
 
     def labels(self, site: Site) -> dict[str, str]:
@@ -166,12 +147,6 @@ class Poly(Method):
     def by_split(self, router: np.ndarray) -> np.ndarray:
         """The router from PEFT's, `[tasks, splits * skills]`."""
         return router.reshape(self.tasks, self.splits, self.skills)
-
-    def _of_one_task(self, view: View) -> Factors:
-        found = self.update(view).mixed(None)
-        if isinstance(found, Factors):
-            return found
-        raise Unfit(f"{view.site.path}: rows of several tasks have no weight in common; name one for all: on(task=1)")
 
 
 def _whole_rows(parts: np.ndarray) -> np.ndarray:

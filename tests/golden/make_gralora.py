@@ -39,18 +39,23 @@ def adapters(model):
     return {"/".join(name.removeprefix("base_model.model.").split(".")[:2]): tensor for name, tensor in named.items()}
 
 
-def case(out, name, config):
-    torch.manual_seed(0)
-    model = get_peft_model(Layers(), config)
-    inner, fields = model.base_model.model, adapters(model)
+def begin(out, name, model, fields):
+    """Moves the trained arrays away from their start; writes both, and the layers' own arrays."""
     for field, tensor in fields.items():
         out[f"{name}/start/{field}"] = array(tensor)
         with torch.no_grad():
             tensor.add_(torch.randn_like(tensor) / 3)
         out[f"{name}/before/{field}"] = array(tensor)
     for layer in SIZES:
-        base = getattr(inner, layer).base_layer
+        base = getattr(model.base_model.model, layer).base_layer
         out[f"{name}/base/{layer}"], out[f"{name}/bias/{layer}"] = array(base.weight.T), array(base.bias)
+
+
+def case(out, name, config):
+    torch.manual_seed(0)
+    model = get_peft_model(Layers(), config)
+    fields = adapters(model)
+    begin(out, name, model, fields)
     x = torch.randn(5, SIZES["up"][0])
     y = model(x)
     torch.sin(y).sum().backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_gralora import SIZES, Layers, array
+from make_gralora import SIZES, Layers, array, begin
 from peft import PolyConfig, get_peft_model
 
 CASES = {
@@ -26,14 +26,7 @@ def case(out, name, config):
     fields = {
         f"{layer}/{NAMES[field]}": getattr(inner, layer).get_parameter(field) for layer in SIZES for field in NAMES
     }
-    for field, tensor in fields.items():
-        out[f"{name}/start/{field}"] = array(tensor)
-        with torch.no_grad():
-            tensor.add_(torch.randn_like(tensor) / 3)
-        out[f"{name}/before/{field}"] = array(tensor)
-    for layer in SIZES:
-        base = getattr(inner, layer).base_layer
-        out[f"{name}/base/{layer}"], out[f"{name}/bias/{layer}"] = array(base.weight.T), array(base.bias)
+    begin(out, name, model, fields)
     x = torch.randn(len(TASKS), 3, SIZES["up"][0])
     y = model.base_model(x, task_ids=TASKS)
     torch.sin(y).sum().backward()

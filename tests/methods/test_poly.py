@@ -98,6 +98,22 @@ def test_a_mixture_is_drawn_for_each_row_as_a_relaxed_bernoulli():
     assert np.unique(np.asarray(rows)[:, 0, 0]).size == 6, "rows draw for themselves"
 
 
+@pytest.mark.parametrize("method", [METHODS["splits"], jlora.AdaMix(rank=2)], ids=str)
+def test_experts_of_a_grouped_product_draw_each_for_itself(method):
+    w, x = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(3, 8, 6), (9, 8)]))
+    fn = lambda params, x: jax.lax.ragged_dot(x, params["w"], jnp.array([3, 3, 3]))
+    # All experts have one adapter, and all rows one input: what differs is what is drawn.
+    params, x = {"w": jnp.broadcast_to(w[:1], w.shape)}, jnp.broadcast_to(x[:1], x.shape)
+    adapted = jlora.adapterize(params, {"w": method}, jax.random.key(2), jlora.sites(fn, params, x))
+    noise = lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape[1:]) + jnp.zeros_like(leaf)
+    adapted = adapted.replace(params=jax.tree.map(noise, adapted.params))
+    adapted = adapted.on(task=1) if method.context else adapted
+    lifted = jax.jit(jlora.lift(fn, strict=True))
+    close(lifted(adapted, x), fn(jlora.merge(adapted), x))
+    drawn = [np.asarray(lifted(adapted.on(dropout=jax.random.key(n)), x))[::3, 0] for n in range(4)]
+    assert any(np.unique(each).size > 1 for each in drawn), "one draw serves all experts"
+
+
 @pytest.mark.parametrize(
     ("use", "words"),
     [

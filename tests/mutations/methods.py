@@ -66,8 +66,22 @@ MIXTURES = (
         (POLY + "a_mixture_is_drawn_for_each_row_as_a_relaxed_bernoulli",),
     ),
     Mutation(
+        "all experts have one draw of Poly",
+        "jlora/core/products/routed.py",
+        "jax.random.split(key, len(self.a))",
+        "jax.numpy.broadcast_to(key, (len(self.a),))",
+        (POLY + "experts_of_a_grouped_product_draw_each_for_itself",),
+    ),
+    Mutation(
+        "all experts have one draw of AdaMix",
+        "jlora/core/products/one_of.py",
+        "jax.random.split(key, len(self.a))",
+        "jax.numpy.broadcast_to(key, (len(self.a),))",
+        (POLY + "experts_of_a_grouped_product_draw_each_for_itself",),
+    ),
+    Mutation(
         "a task that there is none of is another one",
-        "jlora/methods/poly.py",
+        "jlora/core/products/slots.py",
         "if wrong.size:",
         "if False:",
         (POLY + "what_has_no_answer_is_refused",),

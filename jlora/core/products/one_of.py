@@ -63,8 +63,8 @@ class OneOf(Update):
         return self._drawn(key).convolve(x, w, None, linear)
 
     def experts(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
-        """Each row with its expert's `v`; every expert draws on its own, by one of `key [experts]`."""
-        drawn = self.mean if key is None else jax.vmap(OneOf._drawn)(self, key)
+        """Each row with its expert's `v`; every expert draws on its own."""
+        drawn = self.mean if key is None else jax.vmap(OneOf._drawn)(self, jax.random.split(key, len(self.a)))
         return drawn.experts(x, w, None, linear)
 
     def norms(self, w: jax.Array) -> jax.Array:

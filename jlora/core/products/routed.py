@@ -46,7 +46,7 @@ class Routed(Update):
         return replace(self, b=self.b * number.astype(self.b.dtype))
 
     def cost(self, rows: int, columns: int, lookup: bool) -> int:
-        """That of one mixture's factors; mixing them costs as much once, whatever the rows."""
+        """That of one mixture's factors, without the mixing, which is done once for a task and not for each row of input."""
         return self.a.shape[-1] * (columns if lookup else rows + columns)
 
     def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
@@ -63,12 +63,24 @@ class Routed(Update):
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """A convolution of `x` with the `v` of one task for all rows."""
-        return self.mixed(key).convolve(x, w, None, linear)
+        return self.chosen("convolution", key).convolve(x, w, None, linear)
 
     def experts(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
-        """Each row with its expert's `v`, of one task for all; every expert draws on its own, by one of `key [experts]`."""
-        mixed = jax.vmap(Routed.mixed, (0, None if key is None else 0))(self, key)
-        return mixed.experts(x, w, None, linear)
+        """Each row with its expert's `v`, of one task for all; every expert draws on its own."""
+        keys = None if key is None else jax.random.split(key, len(self.a))
+        chosen = jax.vmap(lambda update, key: update.chosen("product of experts", key))(self, keys)
+        return chosen.experts(x, w, None, linear)
+
+    def chosen(self, use: str, key: jax.Array | None = None) -> Factors:
+        """The factors of a task that is one for all rows.
+
+        Raises:
+            Unfit: where rows are of tasks of their own, or the call names none.
+        """
+        found = self.mixed(key)
+        if isinstance(found, Slots):
+            raise Unfit(f"{self.name}: rows of several tasks have no {use} in common; name one for all: on(task=1)")
+        return found
 
     def mixed(self, key: jax.Array | None) -> Factors | Slots:
         """One pair of factors, or where rows choose a pair for each.

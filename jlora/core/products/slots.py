@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jlora.core.products.contraction import Options, accumulation_dtype, at_most, matmul
 from jlora.core.products.low_rank import Factors
@@ -184,6 +186,27 @@ class Slots(Update):
                 f"{self.name}: {what} for {chosen} rows (and tokens), but what it is used on has the leading axes {shape}: the "
                 "function must keep the batch axis in front of every product"
             )
+
+
+#: What a call may choose for, by the number of axes.
+_CHOICES = ("one for all", "[rows]", "[rows, tokens]")
+
+
+def check_choice(name: str, chosen: jax.Array, count: int, most: int = 2) -> None:
+    """Refuses what a call chooses by `on(name=chosen)`, where that is no whole numbers below `count`, of at most `most` axes.
+
+    Raises:
+        ValueError: with what is wanted.
+    """
+    if chosen.ndim > most or not jnp.issubdtype(chosen.dtype, jnp.integer):
+        wanted = f"{', '.join(_CHOICES[:most])} or {_CHOICES[most]}"
+        raise ValueError(f"{name}= takes whole numbers, {wanted}; got {chosen.dtype} of shape {chosen.shape}")
+    if isinstance(chosen, Tracer):
+        return
+    numbers = np.unique(np.asarray(chosen))
+    wrong = numbers[(numbers < 0) | (numbers >= count)]
+    if wrong.size:
+        raise ValueError(f"there are {name}s 0 to {count - 1}, got {int(wrong[0])}")
 
 
 def taken(bank: jax.Array, slot: jax.Array) -> jax.Array:

@@ -45,8 +45,8 @@ from jlora.training.settings.fields import Settings
 
 # Steps whose results are fetched together: the devices need not wait for the host at each.
 _FETCH = 10
-# Seconds after which they are fetched anyway, so that who watches slow steps sees them: their devices wait for the host a
-# thousandth of that.
+# Seconds after which they are fetched anyway, so that who watches slow steps sees them; beside such steps the devices' wait
+# for the host is short.
 _SILENCE = 2.0
 # The key of events is folded with this: a number that no step and no part of a batch has.
 _EVENTS = 0x65766E74
