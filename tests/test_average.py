@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 KEYS = jax.random.split(jax.random.key(0), 9)
 PARAMS = {"stack": jax.random.normal(KEYS[0], (2, 6, 4)), "w": jax.random.normal(KEYS[1], (6, 6)), "bias": jnp.ones(6)}

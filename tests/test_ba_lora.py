@@ -8,7 +8,7 @@ import pytest
 import jlora
 from jlora.losses import consistency, diversity, spectrum
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RNG = np.random.default_rng(0)
 Z, T = RNG.standard_normal((2, 5, 4, 6)).astype(np.float32)  # rows, tokens, classes

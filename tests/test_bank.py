@@ -100,7 +100,7 @@ def llama(name, scan_layers=True):
 QWEN = GOLDEN / "qwen2_window_tied"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("form", ["scan", "unrolled", "nf4"])
 def test_rows_of_a_llama_get_what_they_would_get_alone(form):
     model, fn, params, tokens, sites = llama(models.STORIES260K if form == "nf4" else QWEN, form != "unrolled")
@@ -122,7 +122,7 @@ def test_rows_of_a_llama_get_what_they_would_get_alone(form):
             assert row == one[0]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_weights_mix_the_changes_of_all_adapters():
     params, x = {"w_0": weight(0, 3, 8, 8)}, normal(1, 4, 5, 8)
     adapters = {name: noisy(params, {"w_0": Axes("batch in out", LoRA(2))}, n) for n, name in enumerate("ab")}
@@ -146,7 +146,7 @@ def test_weights_mix_the_changes_of_all_adapters():
     close(gradient(mix), jit(jax.grad(merged))(mix))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_adapters_come_and_go_without_compilation_and_growth_alone_compiles():
     params, x = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}, normal(2, 3, 8)
     fn = lambda p, x: jnp.tanh(x @ p["w_0"]) @ p["u_0"]
@@ -186,7 +186,7 @@ def test_adapters_come_and_go_without_compilation_and_growth_alone_compiles():
     assert len(traces) == 2 and bank.capacity == 5 and not before.is_deleted()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_slots_are_written_in_place():
     params = {"w_0": weight(0, 8, 8)}
     one = noisy(params, {"w_0": LoRA(2)}, 0)
@@ -198,7 +198,7 @@ def test_slots_are_written_in_place():
         jlora.lift(lambda p, x: x @ p["w_0"])(stale, normal(1, 3, 8))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_adapters_come_from_directories_of_jlora_of_a_run_and_of_peft(tmp_path):
     model, fn, params, tokens, sites = llama(QWEN)
     adapters = {
@@ -222,7 +222,7 @@ def test_adapters_come_from_directories_of_jlora_of_a_run_and_of_peft(tmp_path):
         bank.replace("run", tmp_path)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
     params, x = {"w_0": weight(0, 8, 8)}, normal(1, 5, 5, 8)
     bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})
@@ -244,7 +244,7 @@ def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
         bank.check(lambda p, x: x @ p["w_0"], x[:1])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
     params = {"w_0": weight(0, 3, 8, 8)}
     x, adapter = normal(1, 4, 6, 8), noisy(params, {"w_0": Axes("in in out", LoRA(2))}, 0)
@@ -269,7 +269,7 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
         jlora.lift(convolved)(bank.adapted, x)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
     params = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}
     make = lambda method, names="w_0": noisy(params, {names: method}, 0)
@@ -322,7 +322,7 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
         bank.on(weights=[0.0, 0.0, 1.0])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_traced_slot_that_is_none_of_the_banks_gives_nan():
     params, x = {"w_0": weight(0, 8, 8)}, normal(1, 3, 8)
     bank = jlora.Bank.of(params, {"a": noisy(params, {"w_0": LoRA(2)}, 0)})

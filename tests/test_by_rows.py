@@ -8,7 +8,7 @@ from contract import problems
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 SPEC = {
     "up": jlora.SHiRA(density=0.3),

@@ -55,7 +55,7 @@ def in_chunks(model, chunk):
     return loss
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("chunk", [3, 7])
 def test_the_loss_and_the_gradients_of_adapters_and_weights_are_those_of_the_plain_one(shipped, chunk):
     model, adapted, *batch = shipped
@@ -164,7 +164,7 @@ def test_hidden_states_for_a_model_without_its_head_are_refused(shipped):
         headless.apply({"params": adapted.base}, from_hidden=jnp.zeros((1, 2, 64)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_with_one(chunk):
     head = lambda w, hidden: hidden @ w
@@ -180,7 +180,7 @@ def test_a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_wi
     assert jnp.isfinite(few.loss)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_head_in_a_bank_takes_a_slot_for_each_token():
     params = {"head": jnp.arange(28.0).reshape(4, 7) / 28}
     adapted = jlora.adapterize(params, {"head": jlora.LoRA(rank=2)})

@@ -16,7 +16,7 @@ import jlora
 from jlora.compose.combine import COMBINATIONS
 from jlora.compose.election import Rule
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "combine.npz")
 BASE = {layer: jnp.asarray(GOLDEN[f"w/{layer}"]) for layer in LAYERS}
@@ -34,7 +34,7 @@ def peft_adapters():
     return found
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("case", [case for case in CASES if case != "svd clipped"])
 def test_what_peft_makes_of_three_adapters(case):
     options = {OURS[name]: value for name, value in CASES[case].items()}
@@ -49,7 +49,7 @@ def test_what_peft_makes_of_three_adapters(case):
             np.testing.assert_allclose(a, wanted_a[:, : a.shape[1]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_clipping_is_that_of_peft():
     """Which depends on the signs of singular vectors, that no two libraries share: so the formula is compared."""
 
@@ -133,7 +133,7 @@ def test_what_has_no_factors_is_combined_by_its_change():
     close(changes(jlora.combine([one, two], [0.7, -1.5], "svd", rank=8)), summed([0.7, -1.5], one, two))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_one_adapter_may_be_combined_by_itself_in_each_way(combination):
     options = {"density": 1.0} if re.search("ties|dare|prune", combination) else {}
@@ -141,7 +141,7 @@ def test_one_adapter_may_be_combined_by_itself_in_each_way(combination):
     close(changes(found), summed([2.0], stacked(1)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_nearest_of_a_rank_is_not_formed_from_the_matrix():
     one, two = stacked(1), stacked(2)
     small = changes(jlora.combine([one, two], [0.7, -1.5], "svd", rank=3))["stack"]
@@ -151,7 +151,7 @@ def test_the_nearest_of_a_rank_is_not_formed_from_the_matrix():
     assert sizes == {(2, 6, 2), (2, 2, 8)}  # by default of the larger rank
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_another_split_into_factors_changes_what_adds_up_factors_alone():
     one, two = stacked(1), stacked(2)
     turn = jnp.array([[2.0, 1.0], [0.5, -1.0]])
@@ -164,7 +164,7 @@ def test_another_split_into_factors_changes_what_adds_up_factors_alone():
         assert np.allclose(*found, rtol=1e-4, atol=1e-5) == same, combination
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_pruning_keeps_so_many_and_random_pruning_keeps_the_mean():
     arrays = normal(1, 3, 40, 50)
     keep = lambda rule, seed=0: rule(arrays, jnp.array([1.0, 0, 0]), jax.random.key(seed))
@@ -182,7 +182,7 @@ def test_pruning_keeps_so_many_and_random_pruning_keeps_the_mean():
     np.testing.assert_allclose(elected("frequency"), [1.0, (-10 + 1) / 2, (-20 + 4) / 2])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_leaf_that_some_leave_alone_is_combined_from_the_others():
     one = stacked(1)
     spec = {"heads": jlora.Axes("in out out", jlora.LoRA(3))}

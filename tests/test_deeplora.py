@@ -12,7 +12,7 @@ import pytest
 import jlora
 from jlora.methods.deeplora import bases
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "deeplora.npz"))
 KERNELS = ("square", "wide", "tall")

@@ -60,7 +60,7 @@ def run_page(page):
 def pages_with_python():
     """The README's code runs on the oldest JAX too."""
     found = [page for page in PAGES if any(kind == "python" for kind, *_ in blocks(page))]
-    return [pytest.param(page, id=name(page), marks=() if page == README else pytest.mark.newest) for page in found]
+    return [pytest.param(page, id=name(page), marks=() if page == README else pytest.mark.once) for page in found]
 
 
 @pytest.mark.parametrize("page", pages_with_python())
@@ -122,7 +122,7 @@ def test_the_readme_shows_the_two_commands_as_one_line_each():
     assert commands[1].startswith("python3 -m venv") and commands[1].endswith("python -m pytest")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("page", generated.PAGES, ids=name)
 def test_what_a_page_shows_of_the_code_is_up_to_date(page):
     text = page.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def normal(seed, *shape):

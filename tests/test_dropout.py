@@ -27,12 +27,12 @@ def adapted(request):
     return jlora.adapterize({"w": W}, {"w": request.param})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_without_a_key_nothing_is_dropped(adapted):
     np.testing.assert_allclose(jlora.lift(product)(adapted), product(jlora.merge(adapted)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_key_drops_and_the_same_key_drops_the_same(adapted):
     lifted = jax.jit(jlora.lift(product))
     one, again, two, none = (
@@ -46,19 +46,19 @@ def test_a_key_drops_and_the_same_key_drops_the_same(adapted):
     assert not np.allclose(one, none, atol=1e-3)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_an_old_style_key_does_as_well(adapted):
     old = adapted.replace(context={"dropout": jax.random.PRNGKey(1)})
     assert np.array_equal(jlora.lift(product)(old), jlora.lift(product)(with_key(adapted, 1)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_without_dropout_a_key_changes_nothing():
     adapted = jlora.adapterize({"w": W}, {"w": jlora.LoRA(rank=2, init="random")})
     assert np.array_equal(jlora.lift(product)(with_key(adapted, 1)), jlora.lift(product)(adapted))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_mean_over_keys_is_the_output_without_dropout(adapted):
     lifted = jlora.lift(product)
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -68,7 +68,7 @@ def test_the_mean_over_keys_is_the_output_without_dropout(adapted):
     assert float(outputs.std(0).min()) > 1e-3
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_about_the_stated_share_of_inputs_is_dropped_and_the_base_is_untouched():
     lora = jlora.LoRA(rank=1, alpha=1, dropout=0.25)
     adapted = jlora.adapterize({"w": jnp.zeros((4096, 1))}, {"w": lora})
@@ -94,14 +94,14 @@ def all_differ(masks):
     return len(set(masks)) == len(masks)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_two_sites_and_two_uses_of_one_site_drop_differently():
     params = {name: jnp.zeros((64, 1)) for name in "uv"}
     masks = dropped_inputs(lambda p: jnp.stack([EYE @ p["u"], EYE @ p["v"], EYE @ p["u"]]), params, {".": SEEN})
     assert all_differ(masks)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_layer_of_a_scanned_stack_drops_differently():
     spec = {"w": jlora.Axes("batch in out", SEEN)}
     masks = dropped_inputs(
@@ -110,14 +110,14 @@ def test_every_layer_of_a_scanned_stack_drops_differently():
     assert all_differ(masks)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_layer_of_an_unrolled_stack_drops_differently():
     spec = {"w": jlora.Axes("batch in out", SEEN)}
     masks = dropped_inputs(lambda p: jnp.stack([EYE @ p["w"][n] for n in range(3)]), {"w": jnp.zeros((3, 64, 1))}, spec)
     assert all_differ(masks)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_step_of_a_loop_over_one_weight_drops_differently():
     scanned = dropped_inputs(
         lambda p: lax.scan(lambda c, _: (c, EYE @ p["w"]), 0, length=3)[1], {"w": jnp.zeros((64, 1))}, {"w": SEEN}
@@ -130,7 +130,7 @@ def test_every_step_of_a_loop_over_one_weight_drops_differently():
     assert all_differ(dropped_inputs(looped, {"w": jnp.zeros((64, 1))}, {"w": SEEN}))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_step_of_a_while_loop_over_one_weight_drops_differently():
     def looped(p):
         step = lambda s: (s[0] + 1, s[1].at[s[0]].set(EYE @ p["w"]))
@@ -139,7 +139,7 @@ def test_every_step_of_a_while_loop_over_one_weight_drops_differently():
     assert all_differ(dropped_inputs(looped, {"w": jnp.zeros((64, 1))}, {"w": SEEN}))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_matrices_that_a_mapped_index_takes_out_of_a_stack_drop_differently():
     spec = {"w": jlora.Axes("batch in out", SEEN)}
     adapted = with_key(jlora.adapterize({"w": jnp.zeros((3, 64, 1))}, spec), 0)
@@ -149,7 +149,7 @@ def test_matrices_that_a_mapped_index_takes_out_of_a_stack_drop_differently():
         assert all_differ(np.asarray(jit(jax.vmap(lifted, in_axes=(None, 0)))(ones, jnp.arange(3))))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_transposed_use_drops_entries_of_its_own_input():
     masks = dropped_inputs(
         lambda p: jnp.stack([EYE @ p["w"].T, EYE @ p["w"].T]), {"w": jnp.zeros((1, 64))}, {"w": SEEN}
@@ -157,7 +157,7 @@ def test_a_transposed_use_drops_entries_of_its_own_input():
     assert set(np.unique(masks)) == {0.0, 2.0} and all_differ(masks)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_experts_of_a_batched_product_drop_differently():
     spec = {"w": jlora.Axes("batch in out", SEEN)}
     masks = dropped_inputs(lambda p: jnp.einsum("xi,eio->exo", EYE, p["w"]), {"w": jnp.zeros((3, 64, 1))}, spec)
@@ -183,7 +183,7 @@ def test_the_recomputed_forward_of_a_checkpoint_drops_the_same():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), checkpointed, plain)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("method", [LORA, jlora.DoRA(LORA)])
 def test_a_number_times_the_weight_multiplies_all_of_a_dropped_product(method):
     adapted = with_key(jlora.adapterize({"w": W}, {"w": method}), 0)
@@ -192,7 +192,7 @@ def test_a_number_times_the_weight_multiplies_all_of_a_dropped_product(method):
     np.testing.assert_allclose(jlora.lift(lambda p: X @ (3 * p["w"]))(adapted), 3 * once, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_dropout_where_the_weight_has_to_be_formed_is_refused_with_path_and_line():
     adapted = jlora.adapterize({"layer": {"w": W}}, {"layer/w": LORA})
     lifted = jlora.lift(lambda p: X @ jnp.tanh(p["layer"]["w"]))
@@ -204,7 +204,7 @@ def test_dropout_where_the_weight_has_to_be_formed_is_refused_with_path_and_line
     assert lifted(adapted).shape == X.shape
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_changing_keys_do_not_retrace():
     traces = []
 

@@ -10,7 +10,7 @@ import jlora
 from jlora import Dropout, HiRA
 from jlora.core.products.contraction import drop
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PRODUCT = lambda params, x: x @ params["w"]
 RATE = 0.25

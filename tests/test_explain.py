@@ -12,7 +12,7 @@ import jlora.methods
 from jlora.core.protocol import docstrings
 from jlora.core.tree.starts import blank
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 FIRST = [
     cls.CASES[0]

@@ -16,7 +16,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {
     "layer": {"kernel": jnp.arange(48.0).reshape(8, 6), "bias": jnp.ones(6)},

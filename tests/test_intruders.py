@@ -49,7 +49,7 @@ def by_loops(w0, w1, top, threshold, side):
     return np.array(cosines), s[: len(cosines)], scaled.T if side == "in" else scaled
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_intruders_are_those_of_loops_over_all_pairs_in_float64(side):
     before, after = as_float32(TREE), as_float32(TUNED)
@@ -67,7 +67,7 @@ def test_intruders_are_those_of_loops_over_all_pairs_in_float64(side):
     assert f"{total} intruder dimensions among the first 4 of each matrix (12 in all)" == str(found)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_no_change_and_a_larger_weight_have_none_and_a_planted_direction_is_one_once_it_is_strong():
     w = {"w": jnp.asarray(decaying(80, 64), jnp.float32)}
     for after, count in ((w["w"], 0), (3 * w["w"], 0), (planted(w["w"], 0.1), 0), (planted(w["w"], 20.0), 1)):
@@ -135,7 +135,7 @@ def test_what_has_no_two_weights_is_refused():
         jlora.without_intruders(adapted_with_an_intruder(), found)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_pictures_are_drawn_of_one_finding_and_of_a_training():
     found = jlora.intruder_dimensions(adapted_with_an_intruder(), threshold=0.8)
     for picture in (

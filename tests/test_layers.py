@@ -69,7 +69,7 @@ METHODS = {
 }
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_the_other_layers_are_the_base_bit_for_bit_and_have_no_gradient(name, dtype):
@@ -143,7 +143,7 @@ def test_a_restart_keeps_the_layers():
     assert adapted.frozen["w"]["active"].tolist() == [True, False, False, True]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_a_folder_of_peft_holds_the_layers_in_use_and_no_others(scan, tmp_path):
     model, params = jlora.models.load(GOLDEN / "llama_yarn", scan_layers=scan)
@@ -160,7 +160,7 @@ def test_a_folder_of_peft_holds_the_layers_in_use_and_no_others(scan, tmp_path):
     close(jlora.lift(fn)(jlora.load_peft(tmp_path / "out", params, names), tokens), jlora.lift(fn)(adapted, tokens))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_layers_are_numbered_as_stacks_and_paths_say():
     def numbers(**shapes):
         roles = {name: " ".join([*["batch"] * (len(shape) - 2), "in", "out"]) for name, shape in shapes.items()}
@@ -177,7 +177,7 @@ def test_layers_are_numbered_as_stacks_and_paths_say():
     assert experts.tolist() == [5, 5] and q == 5
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_can_not_be_confined_is_refused_by_name():
     for layers in ((), (1, 1), (-1,), (True,), [0]):
         with pytest.raises(ValueError, match="Layers' layers must be different whole numbers from 0 on, got"):
@@ -197,7 +197,7 @@ def test_what_can_not_be_confined_is_refused_by_name():
             Layers(inner, (0,))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_leaves_without_such_a_layer_are_refused_with_their_path():
     method, w = Layers(LoRA(2), (0, 4)), jnp.zeros((4, 8, 8))
     for params, spec, problem in (

@@ -73,7 +73,7 @@ def test_only_the_adapters_get_gradients_and_state_and_merged_params_give_the_sa
     assert [site.path for site in adapted.plan.sites] == ["head/bias", "up/kernel"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_other_collections_and_random_streams_are_the_models_own(made):
     lifted, variables = made
     options = {"train": True, "mutable": ["batch_stats", "intermediates"]}
@@ -85,7 +85,7 @@ def test_other_collections_and_random_streams_are_the_models_own(made):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), below("base", changed), wanted)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_adapters_start_from_given_params_and_a_stream_switches_their_dropout_on(made):
     variables = below("base", made[1])
     lifted = jlora.linen.Lifted(Model(), {"up/kernel": jlora.LoRA(rank=2, init="random", dropout=0.5)})
@@ -99,7 +99,7 @@ def test_adapters_start_from_given_params_and_a_stream_switches_their_dropout_on
     assert not np.array_equal(one, other)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_constants_are_a_collection_that_a_call_asks_for():
     lifted = jlora.linen.Lifted(nn.Dense(3), {"kernel": jlora.VeRA(rank=2)})
     variables = jax.jit(lifted.init)(KEY, X)
@@ -111,7 +111,7 @@ def test_constants_are_a_collection_that_a_call_asks_for():
         lifted.apply({"params": variables["params"]}, X)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_can_not_be_adapted_is_refused(made):
     lifted, variables = made
     with pytest.raises(TypeError, match="Lifted takes a Linen module, got function"):

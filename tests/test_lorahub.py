@@ -12,7 +12,7 @@ import jlora
 from jlora.compose import lorahub
 from jlora.compose.lorahub import search
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lorahub.npz")
 PARAMS = {"stack": weight(1, 2, 6, 8), "plain": weight(2, 6, 4)}

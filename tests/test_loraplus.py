@@ -10,7 +10,7 @@ import jlora
 from jlora.core.protocol.method import Start
 from jlora.optimize.optimizer import labels
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def model(params, tokens):

@@ -12,7 +12,7 @@ from contract.problems import normal, perturbed, weight
 import jlora
 from jlora.compose.mera import _sinkhorn
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {"stack": weight(1, 2, 6, 8), "plain": weight(2, 6, 4)}
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)

@@ -42,7 +42,7 @@ def test_a_start_on_explicit_axes_is_that_of_one_device(method):
         assert field.sharding.is_equivalent_to(NamedSharding(mesh, wanted), field.ndim), f"{name}: {field.sharding}"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_starts_from_data_on_a_mesh_are_those_of_one_device(kind):
     mesh = jax.make_mesh((2, 2), ("rows", "columns"), (kind,) * 2)

@@ -120,7 +120,7 @@ def test_nnx_trains_the_adapters_alone_and_allocates_ranks(network, tmp_path):
     assert all(map(np.array_equal, jax.tree.leaves(restored.adapted().params), jax.tree.leaves(model.adapted().params)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_adapters_dropout_follows_train_and_eval_and_constants_get_no_gradient(network):
     method = {"up/kernel": jlora.LoRA(rank=2, init="random", dropout=0.5), "head/kernel": jlora.VeRA(rank=2)}
     adapted = jlora.adapterize(nnx.state(network, nnx.Param), method)
@@ -138,7 +138,7 @@ def test_the_adapters_dropout_follows_train_and_eval_and_constants_get_no_gradie
     assert any(leaf.any() for leaf in jax.tree.leaves(nnx.state(grads, nnx.LoRAParam)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_updates_go_where_their_gradients_are():
     grads = nnx.State({"lora": {"layers": {"10": {"b": np.ones(1)}, "9": {"a": np.full(1, 2.0), "B": np.zeros(1)}}}})
     tx = jlora.nnx.on_state(optax.scale(3.0))
@@ -148,7 +148,7 @@ def test_updates_go_where_their_gradients_are():
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_quantized_base_is_attached(network):
     spec = {"up/kernel": jlora.LoRA(rank=2, init="random")}
     params = jlora.quantize(nnx.state(network, nnx.Param), {"up/kernel": jlora.Int8()})
@@ -189,7 +189,7 @@ def test_calls_whose_effects_would_be_lost_are_refused():
         model(X, "attribute")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_can_not_be_adapted_is_refused(network):
     lora = {"up/kernel": jlora.LoRA(rank=2)}
     with pytest.raises(TypeError, match="takes an nnx.Module, got function; for a Linen module there is jlora.linen"):
@@ -213,7 +213,7 @@ def test_what_can_not_be_adapted_is_refused(network):
         nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_an_unread_leaf_is_an_error_of_the_call_unless_allowed_and_none_of_other_methods(network):
     adapted = jlora.adapterize(nnx.state(network, nnx.Param), {"head/kernel": jlora.LoRA(rank=2)})
     model = jlora.nnx.attach(network, adapted)

@@ -100,7 +100,7 @@ def observed():
     return jax.device_get(jit(both)(adapted.params)), adapted
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_norms_are_those_of_the_inputs_in_every_form_of_use(observed):
     (_, seen, *_), adapted = observed
     assert set(seen) == set(SHAPES)

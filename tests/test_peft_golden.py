@@ -11,7 +11,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "peft.npz"))
 LORA = jlora.LoRA(rank=2, alpha=3)

@@ -68,7 +68,7 @@ def prepared(**options):
     return jlora.prepare(PARAMS, SPEC, loss_fn, BATCHES, **options)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_starts_are_made_of_the_mean_gradients(memory):
     adapted = jlora.adapterize(PARAMS, SPEC, prepared=prepared(memory=memory))
@@ -80,7 +80,7 @@ def test_starts_are_made_of_the_mean_gradients(memory):
     np.testing.assert_allclose(adapted.params["v"]["g"], wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_shared_constants_reach_every_leaf():
     adapted = jlora.adapterize(PARAMS, SPEC, prepared=prepared())
     assert {name: d["c"].tolist() for name, d in adapted.frozen["~shared"].items()} == {
@@ -94,7 +94,7 @@ def test_shared_constants_reach_every_leaf():
     assert np.all(gradient["v"]["g"] != 0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_rate_of_its_own_scales_the_fields_updates():
     adapted = jlora.adapterize(PARAMS, SPEC, prepared=prepared())
     tx = jlora.optimizer(adapted, optax.sgd, learning_rate=0.5)
@@ -102,13 +102,13 @@ def test_a_rate_of_its_own_scales_the_fields_updates():
     np.testing.assert_array_equal(updates["u"]["g"], -0.25 * adapted.params["u"]["g"])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_method_that_needs_data_says_so_when_it_gets_none():
     with pytest.raises(ValueError, match=r"u: Gradient\(absolute=False\) starts from data \(gradient\).*jlora.prepare"):
         jlora.adapterize(PARAMS, SPEC)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_was_prepared_otherwise_is_refused():
     other = {**SPEC, "u": Gradient(absolute=True)}
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_what_was_prepared_otherwise_is_refused():
         jlora.adapterize(PARAMS, other, prepared=prepared())
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_spec_without_need_no_batches_and_infinite_gradients_are_refused():
     with pytest.raises(ValueError, match="no method of the spec starts from data"):
         jlora.prepare(PARAMS, {"u": jlora.LoRA(2)}, loss_fn, BATCHES)
@@ -214,7 +214,7 @@ def test_means_of_inputs_are_over_all_tokens_that_the_mask_lets_count_in_every_f
         np.testing.assert_allclose(adapted.params[name]["normalised_covariance"], normalised, **close)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_methods_that_need_gradients_inputs_or_nothing_share_a_spec_and_one_reading_of_the_batches():
     spec = {
         "stack": jlora.Axes("batch in out", Inputs(("normalised_covariance", "gradient"))),
@@ -233,7 +233,7 @@ def test_methods_that_need_gradients_inputs_or_nothing_share_a_spec_and_one_read
     np.testing.assert_allclose(pool["mean"], by_hand("pool", EVERYTHING, lambda x: x.mean(0)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_tied_matrix_counts_the_inputs_of_all_its_uses():
     def loss(params, x):
         return jnp.sum(jnp.tanh(x @ params["w"]) @ params["w"])
@@ -249,7 +249,7 @@ def refused(message, spec=None, fn=attention_loss, batches=SENTENCES, error=Valu
         jlora.prepare(LAYERS, spec or {"pool": Inputs()}, fn, batches, **options)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_inputs_can_t_tell_is_refused_with_path_and_reason():
     refused(
         r"pool: Inputs.* needs 'moment', which prepare can't take; it takes gradient, .*, mean",

@@ -99,15 +99,15 @@ def losses(out):
 
 
 @pytest.mark.long
-@pytest.mark.newest  # the run's own code: that processes find each other on an older release is seen by the next ones
+@pytest.mark.once  # the run's own code: that processes find each other on an older release is seen by the next ones
 def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_alone(tmp_path):
-    processes, logs = 4, tmp_path
+    processes, devices, logs = 2, 2, tmp_path
     given = {"mesh": "data=2,model=2", "data": sentences(tmp_path)}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert end(start(processes, logs, **given, out=str(whole))) == [0] * processes, words(logs, 0)
+    assert end(start(processes, logs, devices, **given, out=str(whole))) == [0] * processes, words(logs, 0)
     assert "validation loss" in words(logs, 0) and "validation" not in words(logs, 1)
 
-    started = start(processes, logs, **given, out=str(broken))
+    started = start(processes, logs, devices, **given, out=str(broken))
     until = time.monotonic() + 400
     while not (broken / "checkpoints" / "6" / "manifest.json").exists():
         assert time.monotonic() < until and started[1].poll() is None, words(logs, 1)
@@ -118,7 +118,7 @@ def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_al
         assert words(logs, process).count("process 1 died; start all processes again with --resume") == 1
         assert "stack trace" not in words(logs, process)
     assert not (broken / "results.json").exists()
-    assert end(start(processes, logs, **given, out=str(broken), resume=True)) == [0] * processes, words(logs, 0)
+    assert end(start(processes, logs, devices, **given, out=str(broken), resume=True)) == [0] * processes, words(logs, 0)
     assert "resumed from the checkpoint of step" in words(logs, 0)
 
     assert losses(broken) == losses(whole)

@@ -17,7 +17,7 @@ from jlora.core.protocol.code import Code
 from jlora.disk import registered
 from jlora.disk.serialize import imported
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 W, X = jax.random.normal(jax.random.key(0), (64, 8)), jnp.ones((2, 64))
 PARAMS = {"w": W}

@@ -40,7 +40,7 @@ def mlp(params, x):
     return jnp.tanh(x @ params["u"]) @ params["v"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_they_lie_once_among_what_is_trained_and_reach_every_leaf_by_name():
     adapted = two()
     assert jax.tree.map(jnp.shape, adapted.params) == {
@@ -54,7 +54,7 @@ def test_they_lie_once_among_what_is_trained_and_reach_every_leaf_by_name():
     close(jlora.lift(mlp, strict=True)(adapted, x), mlp(by_hand(adapted), x))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_their_gradient_is_the_sum_over_leaves_that_have_copies_of_their_own():
     adapted, x = two(), normal(3, 5, 8)
 
@@ -143,7 +143,7 @@ def test_on_a_mesh_they_lie_whole_and_give_what_one_device_gives(kind, tmp_path)
     assert set(jax.tree.leaves(specs.params, is_leaf=lambda x: isinstance(x, P))) == {P()}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_two_methods_of_one_class_have_drawers_of_their_own_also_in_an_adapted_base():
     adapted = two(Common(2), Common(3))
     assert jax.tree.map(jnp.shape, adapted.params[SHARED]) == {
@@ -159,7 +159,7 @@ def test_two_methods_of_one_class_have_drawers_of_their_own_also_in_an_adapted_b
     close(jlora.merge(outer), by_hand(again))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_they_are_saved_loaded_and_counted_once(tmp_path):
     for name, adapted, own in (
         ("common", two(), 4),
@@ -178,7 +178,7 @@ def test_they_are_saved_loaded_and_counted_once(tmp_path):
     assert "52 values, rank a matrix, 48 of them shared by all leaves (rank * (in + out))" in told
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_files_that_name_a_drawer_of_no_method_are_refused(tmp_path):
     jlora.save(tmp_path / "x", two())
     file = tmp_path / "x" / "jlora.json"
@@ -187,7 +187,7 @@ def test_files_that_name_a_drawer_of_no_method_are_refused(tmp_path):
         jlora.load(tmp_path / "x", two().base)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_optimizer_gives_them_their_groups_and_rates():
     adapted = two()
     assert labels(adapted)[SHARED] == {"Common": {"a": "a", "b": "b"}}
@@ -198,7 +198,7 @@ def test_the_optimizer_gives_them_their_groups_and_rates():
     assert found == pytest.approx({"a": 0.05, "b": 0.8}) and float(-updates["u"]["d"][0]) == pytest.approx(0.8)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_contract_rejects_another_number_of_shared_values_than_the_docstring_s():
     @dataclass(frozen=True)
     class Miscounted(Alone):
@@ -213,7 +213,7 @@ def test_the_contract_rejects_another_number_of_shared_values_than_the_docstring
             checks.check_count(method)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_shared_array_without_a_group_is_an_error():
     class Unlabelled(Common):
         def shared_labels(self, trained):
@@ -223,7 +223,7 @@ def test_a_shared_array_without_a_group_is_an_error():
         jlora.optimizer(two(Unlabelled()), optax.sgd, 0.1)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_rules_for_some_sites_leave_them_to_the_optimizer():
     adapted = two(Common(), jlora.AdaLoRA(2, 1, steps=4, start_steps=1, final_steps=1))
     tx = jlora.optimizer(adapted, optax.adam, 0.1)
@@ -232,7 +232,7 @@ def test_rules_for_some_sites_leave_them_to_the_optimizer():
     close(updates[SHARED]["Common"]["b"], jnp.full((2, 12), -0.1))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_arrays_that_are_not_those_it_names_are_refused():
     class Misnamed(Common):
         shared_fields = ("a", "b")
@@ -241,7 +241,7 @@ def test_arrays_that_are_not_those_it_names_are_refused():
         jlora.adapterize({"w": weight(0, 8, 8)}, {"w": Misnamed()})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_restart_refuses_them_and_so_does_a_chain():
     adapted = two(Common(), jlora.LoRA(2))
     tx = jlora.optimizer(adapted, optax.adam, 0.1)
@@ -262,7 +262,7 @@ def test_a_restart_refuses_them_and_so_does_a_chain():
     close([updates[SHARED], updates["u"]], [wanted[SHARED], wanted["u"]], 1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_compact_keeps_them_and_an_export_is_the_same_function(tmp_path):
     adapted = two(Common(), jlora.AdaLoRA(2, 1, steps=4))
     small = jlora.compact(adapted)
@@ -273,7 +273,7 @@ def test_compact_keeps_them_and_an_export_is_the_same_function(tmp_path):
     close(jlora.merge(jlora.load_peft(tmp_path / "peft", two().base, names)), by_hand(two()))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_observed_and_mapped_over_adapters_they_are_as_ever():
     adapted, x = two(Alone()), normal(3, 5, 8)
     output, seen = jlora.observe(mlp, jlora.input_norms)(adapted, x)

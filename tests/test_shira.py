@@ -18,7 +18,7 @@ from jlora.core.products import entries
 from jlora.methods.shira import struct_index
 from jlora.optimize.optimizer import labels
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "shira.npz")
 W, X = normal(0, 12, 8), normal(1, 5, 12)

@@ -207,7 +207,7 @@ def other_base():
     return {**BASE, "q": {**BASE["q"], "kernel": BASE["q"]["kernel"].at[3, 4].add(1e-7)}}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("second", "words"),
     [
@@ -230,14 +230,14 @@ def test_what_is_no_run_of_the_same_program_is_refused(second, words):
         jlora.stack([one, second()])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_methods_whose_rules_count_ranks_are_not_padded():
     one, other = (jlora.adapterize(BASE, {SPEC: jlora.AdaLoRA(rank=r, target=2, steps=9)}) for r in (3, 4))
     with pytest.raises(ValueError, match="can't be one program"):
         jlora.stack([one, other])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_stack_is_not_taken_for_one_adapted_and_each_run_needs_one(tmp_path):
     stacked, x = jlora.stack(adapters([jlora.LoRA(2)] * 2, keys=False)), normal(1, ROWS, WIDTH)
     for wrong in (

@@ -14,7 +14,7 @@ import step_time
 import variants
 from problems import problem, settings_for
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 TINY = {"layers": 2, "width": 32, "hidden": 48, "heads": 2, "vocab": 64, "batch": 2, "length": 16, "rank": 2}
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.compose.switch import _read, _write
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 SHAPES = {
     "embedding_0": (9, 8),
@@ -177,7 +177,7 @@ def test_methods_that_change_every_entry_and_adapters_that_differ_are_refused():
         jlora.fuse([other], [1.0, 2.0])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_benchmark_writes_its_table_its_numbers_and_its_plot(tmp_path):
     path = Path(__file__).parents[1] / "experiments" / "benchmarks" / "switch_time.py"
     runpy.run_path(str(path))["main"](["--sizes", "32,64", "--rank", "4", "--repeats", "1", "--out", str(tmp_path)])

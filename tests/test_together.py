@@ -14,7 +14,7 @@ from flax.core import freeze
 import jlora
 from jlora.optimize.together import coupled
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 PARAMS = {

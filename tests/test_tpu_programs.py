@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "be
 import hlo
 import tpu_programs
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 SMALL = LlamaConfig(
     vocab_size=64,

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "vera.npz"))
 CHECKS = discovery.checks(checks)

@@ -11,7 +11,7 @@ from contract.problems import normal, perturbed, weight
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {"stack": weight(1, 2, 6, 8), "up": weight(2, 8, 4)}
 UP, STACK = jlora.LoRA(2), jlora.LoRA(2, alpha=3)

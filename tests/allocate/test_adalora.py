@@ -61,7 +61,7 @@ def case(request):
     return label, setting, *run(method, golden(f"{label}/before"), golden(f"{label}/gradients"))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_step_of_a_schedule_leaves_the_parameters_that_peft_leaves(case):
     label, _, _, (params, _) = case
     wanted = golden(f"{label}/after")
@@ -72,7 +72,7 @@ def test_every_step_of_a_schedule_leaves_the_parameters_that_peft_leaves(case):
     assert any(np.any(fields["e"] == 0) for fields in wanted.values())
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_budgets_are_those_of_peft_and_are_met_exactly(case):
     label, (_, target, steps, start, final, interval), _, (params, state) = case
     for step in range(start + 1, steps + 1):
@@ -86,7 +86,7 @@ def test_budgets_are_those_of_peft_and_are_met_exactly(case):
     assert held == target * len(SHAPES)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_averages_are_those_of_peft(case):
     label, (_, _, steps, _, final, _), _, (_, state) = case
     for name, tree in (("sensitivity", state.memory.sensitivity), ("uncertainty", state.memory.uncertainty)):
@@ -95,7 +95,7 @@ def test_averages_are_those_of_peft(case):
                 close(tree[module][field][steps - final - 2], value)  # the step before the last allocation
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_masks_are_constant_after_the_last_allocation(case):
     _, (_, _, steps, _, final, _), _, (params, _) = case
     for name in SHAPES:
@@ -103,7 +103,7 @@ def test_masks_are_constant_after_the_last_allocation(case):
         assert np.array_equal(masks, np.broadcast_to(masks[0], masks.shape))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_history_follows_the_run(case):
     _, (rank, _, steps, _, _, _), start, (_, states) = case
     state = jax.tree.map(lambda x: x[-1], states)
@@ -127,7 +127,7 @@ def test_long_budgets_are_those_of_peft_to_the_last_rank(number):
     assert mine[start - 1 if start else 0] >= mine[-1] == last and np.all(np.diff(mine) <= 0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ties_never_break_the_budget():
     method = jlora.AdaLoRA(4, 1, 6, 12, 2, 3, 2, orthogonality=0.0)
     params = adapted(method).params
@@ -139,7 +139,7 @@ def test_ties_never_break_the_budget():
     assert [int(state.active[name][-1].sum()) for name in SHAPES] == [3, 0, 0], "of equal scores the first are kept"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_averages_that_are_not_finite_do_not_break_the_budget():
     method = jlora.AdaLoRA(4, 1, 6, 6, orthogonality=0.0)
     params = adapted(method).params
@@ -148,7 +148,7 @@ def test_averages_that_are_not_finite_do_not_break_the_budget():
     assert sum(int(state.active[name][-1].sum()) for name in SHAPES) == 3
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_penalty_and_its_gradient_are_those_of_peft():
     params = golden("penalty/params")
     method = jlora.AdaLoRA(4, 2, 6, 12, orthogonality=0.3)
@@ -167,7 +167,7 @@ def test_the_penalty_and_its_gradient_are_those_of_peft():
             close(updates[site.path][field], -wanted[site.path][field])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_penalty_of_orthonormal_factors_is_zero_and_its_gradient_finite():
     q = jnp.eye(6)[:, :3]
     factors, active = [triplets.Triplet(q, jnp.ones(3), q.T)], [jnp.ones(3, bool)]
@@ -184,7 +184,7 @@ def test_merged_weights_are_those_of_peft():
         close(merged[name], GOLDEN[f"penalty/merged/{name}"])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_training_run_follows_peft_also_after_the_last_allocation():
     base = golden("training/w")
     base = {name: base[name][""] for name in base}
@@ -213,7 +213,7 @@ def test_a_training_run_follows_peft_also_after_the_last_allocation():
             assert np.max(np.abs(merged[module] - base[module] - change)) < 1e-4 * np.max(np.abs(change))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_moments_are_the_optimizers_own_also_of_what_is_gone_for_good():
     method = jlora.AdaLoRA(4, 1, 6, 10, final_steps=3, orthogonality=0.0)
     params = adapted(method).params

@@ -74,7 +74,7 @@ def trained(request):
     return adapted, step, course
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_one_compilation_serves_the_whole_schedule(trained):
     assert trained[1]._cache_size() == 1
 
@@ -83,7 +83,7 @@ def in_use(params, name):
     return int(np.sum(np.asarray(params[name]["e"]) != 0))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_sites_with_equal_rules_share_a_budget_and_methods_mix(trained):
     adapted, _, course = trained
     params, state = course[-1]
@@ -101,7 +101,7 @@ def test_sites_with_equal_rules_share_a_budget_and_methods_mix(trained):
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(params["bias"]))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(trained, tmp_path):
     adapted, step, course = trained
     fresh, tx = start(tuple(adapted.base))
@@ -118,7 +118,7 @@ def test_a_run_resumed_in_the_middle_of_a_schedule_ends_with_the_same_bits(train
     assert before != after, "nothing is left to decide after the stop"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_gradients_accumulated_outside_count_as_one_step():
     adapted = jlora.adapterize({"p": BASE["p"]}, {"p": ADA})
     inner = jlora.optimizer(adapted, optax.adamw, 0.05)
@@ -139,7 +139,7 @@ def test_gradients_accumulated_outside_count_as_one_step():
     assert jlora.rank_history(adapted, many).steps.tolist() == [0, 1]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.long
 @pytest.mark.parametrize("names", [getattr(each, "values", [each])[0] for each in GROUPS], ids=str)
 def test_a_base_in_16_bits_keeps_its_budget(names):
@@ -210,7 +210,7 @@ def test_on_a_mesh_it_is_the_same_and_the_state_lies_as_the_params(alone, kind):
     assert list(jlora.ranks(adapted, state_there).values()) != start, "no rank moved"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_no_rule_is_about_gets_what_the_optimizer_gives():
     adapted, _ = start()
     gradient = jax.tree.map(lambda x: normal(7, *x.shape), adapted.params)
@@ -221,7 +221,7 @@ def test_what_no_rule_is_about_gets_what_the_optimizer_gives():
     jax.tree.map(np.testing.assert_array_equal, got["bias"], wanted["bias"])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_state_without_allocation_is_refused():
     adapted = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": jlora.LoRA(2)})
     tx = jlora.optimizer(adapted, optax.adam, 1e-3)
@@ -230,7 +230,7 @@ def test_a_state_without_allocation_is_refused():
             read(adapted, tx.init(adapted.params))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_histories_of_different_lengths_are_refused():
     base = {"u": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
     adapted = jlora.adapterize(base, {"u": jlora.AdaLoRA(2, 1, steps=9), "w": jlora.AdaLoRA(2, 1, steps=300)})
@@ -250,7 +250,7 @@ def _at_step(state, step):
     return state._replace(step=jnp.asarray(step), inner=_at_step(state.inner, step))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_history_has_at_most_128_rows_from_the_first_step_to_the_last():
     adapted = jlora.adapterize({"w": jnp.ones((4, 4))}, {"w": jlora.AdaLoRA(2, 1, steps=100_000)})
     rows = jlora.optimizer(adapted, optax.adam, 1e-3).init(adapted.params).history.steps
@@ -261,7 +261,7 @@ def test_a_history_has_at_most_128_rows_from_the_first_step_to_the_last():
 HISTORY = RankHistory(np.array([0, 5, 9]), ("u", "w[1]"), np.array([[2, 2], [1, 3], [0, 4]]))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_history_is_plotted_as_modules_by_time(tmp_path):
     HISTORY.plot(tmp_path / "ranks.png")
     HISTORY.plot(str(tmp_path / "ranks.svg"))
@@ -270,7 +270,7 @@ def test_a_history_is_plotted_as_modules_by_time(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.png", "ranks.svg"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_without_matplotlib_the_plot_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
@@ -294,7 +294,7 @@ def guarded():
     return adapted, p, states
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_score(guarded):
     _, _, states = guarded
     for number in (5, 6):
@@ -305,7 +305,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_score(guarded):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves([s.memory for s in _states(states[-1])]))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_skipped_steps_are_counted_and_the_ranks_that_learn_stay(guarded):
     adapted, params, states = guarded
     assert [jlora.skipped_steps(states[number]) for number in (5, 6, 7, 12)] == [0, 1, 2, 2]
@@ -315,7 +315,7 @@ def test_skipped_steps_are_counted_and_the_ranks_that_learn_stay(guarded):
         jlora.skipped_steps(optax.adam(1e-3).init(params))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["p", "gated", pytest.param("stack", marks=pytest.mark.long)])
 def test_updates_that_are_changed_after_the_rule_are_noticed(name):
     adapted = jlora.adapterize({name: BASE[name]}, {name: SPEC[name]})
@@ -334,7 +334,7 @@ def test_updates_that_are_changed_after_the_rule_are_noticed(name):
             read(adapted, state)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["p", "masked"])
 @pytest.mark.parametrize(
     ("inside", "message"),
@@ -355,7 +355,7 @@ def test_what_a_rule_would_count_wrongly_is_refused(name, inside, message):
         jlora.optimizer(adapted, lambda rate: optax.MultiSteps(optax.sgd(rate), 2).gradient_transformation(), 0.1)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_an_optimizer_that_leaves_arrays_their_raw_gradients_is_refused():
     adapted = jlora.adapterize({"p": BASE["p"], "bias": BASE["bias"]}, {"p": ADA, "bias": jlora.Full()})
     tx = jlora.with_rules(adapted, optax.masked(optax.adam(0.1), {"p": True, "bias": False}))

@@ -11,7 +11,7 @@ import jlora
 from jlora.methods.alora import rule
 from jlora.methods.alora.rule import chosen
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PHASES = {"steps": 12, "start_steps": 4, "final_steps": 2, "interval": 3}
 BASE = {"p": weight(0, 8, 8), "q": weight(1, 8, 6), "stack": weight(2, 2, 8, 8), "rest": weight(3, 6, 4)}
@@ -68,7 +68,7 @@ def test_the_choice_is_that_of_a_loop_over_lists_with_ties_and_full_modules():
     assert choose._cache_size() == 1
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_eight_ranks_over_three_modules_are_three_three_and_two():
     active = np.arange(12) < np.array([[4], [4], [4], [8]])
     scores = np.where(active, np.float32([[5], [7], [6], [1]]), 0)
@@ -76,7 +76,7 @@ def test_eight_ranks_over_three_modules_are_three_three_and_two():
     assert grown.sum(1).tolist() == [2, 3, 3, 0] and kept.sum(1).tolist() == [4, 4, 4, 0]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_where_every_module_would_lose_a_rank_fewer_are_pruned():
     choose = jit(chosen)
     active = np.arange(3) < np.array([[2], [2]])
@@ -110,7 +110,7 @@ def test_a_rank_whose_score_is_no_number_is_the_worst():
     assert np.isfinite(found).all() and int(jnp.argmin(found)) == 2 and int(jnp.sum(found < 0)) == 1
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_where_no_score_is_a_number_nothing_moves():
     active = jnp.ones((2, 4), bool).at[:, 2:].set(False)
     params = {"u": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
@@ -181,7 +181,7 @@ def loss_of(adapted, on):
     return float(np.mean((np.tanh(x @ weights["q"]) @ weights["rest"] - Y) ** 2))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_scores_are_losses_with_weights_written_out_and_decide_the_round(rounds):
     _, course = rounds
     for before, after in ((course[1][0], course[2][0]), (course[3][0], course[4][0])):
@@ -214,7 +214,7 @@ def sites(adapted):
     return tuple(site for site in adapted.plan.sites if site.path != "rest")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_rank_without_output_is_missed_by_nobody(rounds):
     adapted = rounds[1][0][0]
     on = table(adapted)
@@ -223,7 +223,7 @@ def test_a_rank_without_output_is_missed_by_nobody(rounds):
     assert loss_of(adapted, on) == loss_of(adapted, without)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_pruned_ranks_are_zero_new_ones_change_nothing_and_neither_has_moments(rounds):
     _, course = rounds
     (before, _), (after, state) = course[1:3]
@@ -261,7 +261,7 @@ def _trees(state):
     return found
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_is_out_of_use_stays_zero_in_later_steps(rounds):
     adapted = rounds[1][-1][0]
     off = table(adapted) == 0
@@ -271,7 +271,7 @@ def test_what_is_out_of_use_stays_zero_in_later_steps(rounds):
         assert not np.asarray(adapted.params[name]["b"])[at][off[row]].any()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ranks_their_history_and_compact_know_of_the_rounds(rounds):
     _, course = rounds
     for step, (adapted, state) in zip((0, 1, 1, 2, 2, 3), course):
@@ -287,7 +287,7 @@ def test_ranks_their_history_and_compact_know_of_the_rounds(rounds):
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_rounds_come_by_the_method_s_schedule_on_the_middle_batch(rounds):
     tx, course = rounds
     adapted, state = jax.tree.map(jnp.copy, course[1])

@@ -13,7 +13,7 @@ import jlora
 from jlora import paths
 from jlora.methods.beamlora import rule
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RATE, MOMENTUM, RANK, STEPS, FINAL, INTERVAL, TOP_P, TEMPERATURE = 0.1, 0.5, 5, 24, 4, 4, 0.55, 0.8
 METHOD = jlora.BeamLoRA(RANK, 10, TEMPERATURE, TOP_P, STEPS, FINAL, INTERVAL)
@@ -105,7 +105,7 @@ class Loop:
         return len(dropped)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_values_and_moments_of_every_step_are_those_of_a_loop_over_the_ranks(run):
     _, params, gradients, after, states = run
     loop, dropped = Loop(params), []
@@ -128,7 +128,7 @@ def test_values_and_moments_of_every_step_are_those_of_a_loop_over_the_ranks(run
     assert sum(dropped) >= 8 and len(set(dropped)) > 2
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_number_of_ranks_never_changes(run):
     adapted, _, _, _, states = run
     assert np.all(states.history.ranks[-1] == [5, 5, 5, 4])
@@ -156,7 +156,7 @@ def test_top_p_is_that_of_a_sorted_list_and_ties_go_to_the_first():
         assert wanted.any()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_where_all_weight_is_kept_nothing_is_dropped_however_sums_round():
     weights = rule.gates(normal(0, 64, 64), 0.05)
     total = np.cumsum(np.sort(np.asarray(weights).ravel())[::-1], dtype=np.float32)[-1]
@@ -171,7 +171,7 @@ def test_gates_sum_to_the_rank_also_where_they_are_nearly_one_hot():
         np.testing.assert_allclose(jnp.sum(gates, axis=-1), 8, rtol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_at_most_half_of_a_matrix_gives_way_to_as_many_of_its_best_in_a_shuffled_order():
     weights = jnp.asarray([[5.0, 1, 4, 2, 3], [1, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
     drop = jnp.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], bool)

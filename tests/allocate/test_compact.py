@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.core.tree.starts import blank
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 BASE = {"p": weight(0, 8, 6), "q": weight(1, 6, 8), "stack": weight(2, 3, 8, 8), "rest": weight(3, 8, 8)}
 BASE |= {"gated": weight(4, 8, 8), "beams": weight(5, 8, 8)}

@@ -132,7 +132,7 @@ class Loop:
         held.append(rank)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_values_masks_averages_and_moments_are_those_of_a_loop_over_lists_of_ranks(run):
     _, params, gradients, after, states = run
     loop, moved, full = Loop(params), 0, 0
@@ -162,7 +162,7 @@ def test_values_masks_averages_and_moments_are_those_of_a_loop_over_lists_of_ran
     assert moved >= 8 and full > 0, "the test moves too few ranks to show anything, or no module fills up"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_total_never_changes_and_no_module_loses_its_last_rank(run):
     adapted, _, _, _, states = run
     ranks = states.history.ranks[-1]
@@ -173,7 +173,7 @@ def test_the_total_never_changes_and_no_module_loses_its_last_rank(run):
     assert jlora.ranks(adapted, last) == dict(zip(MODULES, ranks[-1].tolist()))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ranks_out_of_use_are_zero_in_all_factors_averages_and_moments(run):
     _, _, _, after, states = run
     for tree in (after, states.memory.sensitivity, states.memory.uncertainty, states.inner[0].trace):
@@ -183,7 +183,7 @@ def test_ranks_out_of_use_are_zero_in_all_factors_averages_and_moments(run):
             assert np.all(tree[name]["e"][gone] == 0) and np.all(tree[name]["b"][gone] == 0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_masks_are_constant_in_the_first_and_the_final_steps(run):
     for name in BASE:
         masks = run[4].active[name]
@@ -241,7 +241,7 @@ def test_new_columns_are_orthogonal_also_to_nearly_dependent_ones():
         assert np.all(np.abs(one[:, fresh].T @ (one[:, keep] / lengths)) < 1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_growing_changes_the_weight_by_next_to_nothing(run):
     after, states = run[3:]
     grew = [t for t in range(1, STEPS) if np.any(states.active["layers"][t] & ~states.active["layers"][t - 1])]

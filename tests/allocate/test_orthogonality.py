@@ -20,7 +20,7 @@ def adapted(method):
     return jlora.adapterize(BASE, spec)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_value_and_gradient_are_those_of_the_penalty_inside_the_transformation(method):
     start = adapted(method)

@@ -55,7 +55,7 @@ def test_ranks_are_linear_and_add_up_exactly():
         )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_layers_are_counted_by_stacked_axes_and_by_numbers_of_paths():
     shapes = {"layer_2": (4, 4), "layer_10": (4, 4), "pooler": (4, 4), "embed": (4, 4), "layer_1": (4, 4)}
     params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
@@ -81,7 +81,7 @@ def test_an_axis_of_experts_inside_numbered_layers_counts_no_layers():
     }  # fmt: skip
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["zero", "freeze"])
 def test_pruning_is_the_same_on_a_mesh_with_explicit_axes(mode):
     mesh = jax.make_mesh((2,), ("model",), (AxisType.Explicit,))
@@ -105,7 +105,7 @@ def test_pruning_is_the_same_on_a_mesh_with_explicit_axes(mode):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *jax.device_get((there, alone)))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_layer_has_its_rank_and_scale_and_padding_never_moves():
     adapted = start(pruned=0)
     for name, ranks in RANKS.items():
@@ -170,7 +170,7 @@ def run(request):
     return request.param, adapted, gradients, norms, jax.device_get(course), (scan, first)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_values_averages_and_moments_are_those_of_a_loop(run):
     mode, adapted, gradients, norms, (course, states), _ = run
     for name in BASE:
@@ -205,7 +205,7 @@ def test_values_averages_and_moments_are_those_of_a_loop(run):
             np.testing.assert_allclose(states.inner[1][0].trace[name]["a"][t - 1], trace_a, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_each_group_keeps_exactly_what_it_should_and_mode_decides_what_comes_after(run):
     mode, _, _, _, (course, _), _ = run
     for name in BASE:
@@ -217,7 +217,7 @@ def test_each_group_keeps_exactly_what_it_should_and_mode_decides_what_comes_aft
         assert np.all(zeros[7].sum() == pruned.sum())
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(run):
     _, _, gradients, norms, (course, states), (scan, first) = run
     cut = lambda part: jax.tree.map(lambda x: x[part], (gradients, norms))
@@ -260,7 +260,7 @@ def test_in_a_loop_the_norms_come_from_observe_and_nothing_is_compiled_twice():
     np.testing.assert_allclose(state[1].norms["stack"][0], first * (1 - 0.8**3), rtol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_errors_say_what_is_missing():
     adapted = start()
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.01)
@@ -292,7 +292,7 @@ def test_hyperparameters_out_of_range_are_refused(changes, message):
         jlora.PRILoRA(**{**OPTIONS, **changes})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_gelora_takes_ranks_for_its_layers():
     method = jlora.GeLoRA((1, 3, 2, 4), alpha=5)
     adapted = jlora.adapterize(BASE, {".*": method}, sites=SITES)

@@ -67,7 +67,7 @@ def by_hand(params, gradients, masks, freeze):
     return found
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(("independent", "freeze"), [(False, False), (True, True)])
 def test_every_step_is_that_of_a_loop_over_the_ranks(start, independent, freeze):
     each = method(independent=independent, freeze=freeze)
@@ -86,7 +86,7 @@ def test_every_step_is_that_of_a_loop_over_the_ranks(start, independent, freeze)
     np.testing.assert_allclose(after["head"]["w"][-1], start[0]["head"]["w"] + plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_masks_have_exactly_k_ranks_after_the_first_step_each_rank_as_often():
     for independent in (False, True):
         rule = method(independent=independent).optimizer_rule
@@ -100,7 +100,7 @@ def test_masks_have_exactly_k_ranks_after_the_first_step_each_rank_as_often():
         assert not np.array_equal(drawn[1][0][:, 0], drawn[1][0][:, 1]), "the matrices of a stack share masks"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ranks_that_are_not_updated_stay_to_the_bit_where_they_are_frozen(start):
     for freeze in (False, True):
         each = method(freeze=freeze, orthogonality=0.0)
@@ -110,7 +110,7 @@ def test_ranks_that_are_not_updated_stay_to_the_bit_where_they_are_frozen(start)
         assert all(same) if freeze else not any(same)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_with_all_ranks_and_no_penalty_every_bit_is_that_of_lora(start):
     whole = method(updated=RANK, orthogonality=0.0)
     lora = jlora.LoRA(RANK, 8.0)

@@ -86,7 +86,7 @@ def by_hand(params, gradients):
     return np.stack(found), kept
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_gates_of_every_step_are_those_of_a_loop_of_adamw_and_the_threshold(course):
     params, gradients, _, (after, states) = course
     wanted, kept = by_hand(params, gradients)
@@ -102,7 +102,7 @@ def test_gates_of_every_step_are_those_of_a_loop_of_adamw_and_the_threshold(cour
     assert np.all(active[STEPS - FINAL - 1 :] == kept) and kept.sum() == TARGET * 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_factors_take_the_steps_of_adamw(course):
     params, gradients, _, (after, _) = course
     for field in "ab":
@@ -114,7 +114,7 @@ def test_the_factors_take_the_steps_of_adamw(course):
             value = stepper.send(value)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_history_and_ranks_count_open_gates_and_in_the_end_the_target(course):
     _, _, start, (_, states) = course
     last = jax.tree.map(lambda x: x[-1], states)
@@ -126,7 +126,7 @@ def test_history_and_ranks_count_open_gates_and_in_the_end_the_target(course):
     assert sum(jlora.ranks(start, last).values()) == TARGET * 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ranks_given_up_for_good_lose_their_moments(course):
     states = course[3][1]
     adam = lambda x: isinstance(x, optax.ScaleByAdamState)
@@ -145,7 +145,7 @@ def test_ranks_given_up_for_good_lose_their_moments(course):
                         assert np.all(np.moveaxis(fields[field][t], axis, -1 if field == "g" else -2)[gone] == 0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_ties_never_break_the_target():
     method = jlora.SoRA(RANK, 6, threshold=0.01, l1=0.0, target=1, steps=4, final_steps=2)
     params = {n: {**fields, "g": jnp.ones_like(fields["g"])} for n, fields in adapted(method).params.items()}
@@ -163,7 +163,7 @@ def test_ties_never_break_the_target():
     assert sum(int(states.active[n][-1].sum()) for n in BASE) == 4, "closed gates are places too"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_without_a_threshold_every_bit_is_that_of_adamw():
     method = jlora.SoRA(RANK, 6, threshold=0.0, l1=0.0, steps=5)
     start, params = adapted(method), adapted(method).params

@@ -24,7 +24,7 @@ def unstacked(layers=6):
     return {f"layers_{n}": {"query": jnp.eye(4), "value": jnp.eye(4)} for n in range(layers)} | {"head": jnp.eye(4)}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_layers_of_stacks_and_of_numbered_paths_are_drawn_as_one():
     stack = {"query|value": jlora.Axes("batch in out", jlora.XGBLoRA(layers=2))}
     seen = set()
@@ -40,7 +40,7 @@ def test_the_layers_of_stacks_and_of_numbered_paths_are_drawn_as_one():
     assert sum(masks(unstacked(), {".*": jlora.XGBLoRA(layers=1)}, seed=4).values()) in (1, 2)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_layers_that_are_not_drawn_do_not_move_by_a_bit():
     params = stacked()
     method = jlora.Chain(jlora.XGBLoRA(rank=1, alpha=2, layers=2), links=3, prune=0.5)

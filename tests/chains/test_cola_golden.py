@@ -22,7 +22,7 @@ def factors(link):
     return {layer: {name: jnp.asarray(GOLDEN[f"{link}/{layer}/{name}"]) for name in "ab"} for layer in LAYERS}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("wrap", [lambda lora: lora, lambda lora: jlora.Chain(lora, links=2)], ids=["folded", "kept"])
 def test_two_links_end_where_peft_ends(wrap):
     params = {layer: jnp.asarray(GOLDEN[f"{layer}/w"]) for layer in LAYERS}

@@ -59,7 +59,7 @@ def test_moments_of_restarted_leaves_begin_anew_with_their_counts(tx, begin, go_
         np.testing.assert_array_equal(leaf, fresh[path] if restarted else state[path], err_msg=path)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("by", ["random", "magnitude"])
 def test_pruned_moments_keep_a_share_and_the_counts_go_on(by):
     state, new = map(by_path, anew(lambda a: optax.adam(0.1), 0.75, by))

@@ -87,7 +87,7 @@ def same(one, other):
     assert all(map(np.array_equal, jax.tree.leaves(jax.device_get(one)), jax.tree.leaves(jax.device_get(other))))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     "method", [jlora.LoRA(2, alpha=4), pytest.param(jlora.DoRA(jlora.LoRA(2)), marks=pytest.mark.long)], ids=str
 )
@@ -156,7 +156,7 @@ def test_a_chain_keeps_the_base_and_its_links_are_one_program():
         jax.jit(lambda a, s: jlora.restart(a, s, tx, KEY))(adapted, state)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("plan", ["factored", "merged"])
 def test_no_step_computes_the_gradient_of_finished_links(plan):
     def products(method):
@@ -170,7 +170,7 @@ def test_no_step_computes_the_gradient_of_finished_links(plan):
     assert {2, 8} in chain and {12, 8} not in chain
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     ranks = (3, 1, 2)
     params, adapted, tx, state, step, traces = trained(jlora.Chain(jlora.LoRA(3, alpha=6), links=3, ranks=ranks))
@@ -195,7 +195,7 @@ def test_a_link_of_smaller_rank_trains_and_keeps_that_rank_alone():
     assert len(traces) == 1 and np.linalg.matrix_rank(change, tol=1e-9) == 6
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_restart_prunes_as_the_chain_says_unless_asked_otherwise():
     chain = jlora.Chain(jlora.LoRA(4), links=3, prune=0.5, by="magnitude")
     _, adapted, tx, state, _, _ = trained(chain, steps=2)
@@ -213,7 +213,7 @@ def test_a_restart_prunes_as_the_chain_says_unless_asked_otherwise():
         jlora.restart(adapted, state, tx, KEY, sites=[adapted.plan.sites[-1], plain])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_each_chain_of_several_has_a_step_count_of_its_own():
     params = {name: jnp.eye(8) for name in "qv"}
     spec = {"q": jlora.Chain(jlora.LoRA(2), links=2, steps=4), "v": jlora.Chain(jlora.LoRA(2), links=4, steps=4)}
@@ -229,7 +229,7 @@ def test_each_chain_of_several_has_a_step_count_of_its_own():
         assert after == {f"a, {link}": count for link, count in wanted.items()}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_is_shared_or_of_numpy_survives_a_restart():
     w = jax.random.normal(KEY, (8, 8))
     adapted = jlora.adapterize({"w": w, "tied": w}, {"w": jlora.LoRA(2)}, KEY)
@@ -241,7 +241,7 @@ def test_what_is_shared_or_of_numpy_survives_a_restart():
     assert jlora.compact(chain).params["w"]["a"].shape == (8, 2) and int(after.frozen["w"]["link"]) == 1
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_restart_in_the_middle_of_a_step_is_refused():
     adapted = start(base(), jlora.LoRA(2))
     for tx, message in (
@@ -253,7 +253,7 @@ def test_a_restart_in_the_middle_of_a_step_is_refused():
             jlora.restart(adapted, state, tx, KEY, prune=0.5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_fifty_small_links_on_a_16_bit_base_add_up_and_would_be_lost_in_it():
     links, size = 50, 1e-4
     params = {"w": base()["out"].astype(jnp.bfloat16)}
@@ -278,7 +278,7 @@ def test_fifty_small_links_on_a_16_bit_base_add_up_and_would_be_lost_in_it():
     assert np.median(lost) > 0.5 * np.median(wanted), "the base would have kept them too: nothing was tried"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("method", "kinds"),
     [
@@ -303,7 +303,7 @@ def test_a_restart_leaves_every_array_where_it_lay(method, kinds):
             np.testing.assert_allclose(leaf, merged[name], atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_cannot_begin_anew_is_refused():
     def refused(method, dtype=jnp.float32):
         params = {"w": jnp.ones((8, 8), dtype)}
@@ -327,7 +327,7 @@ def test_what_cannot_begin_anew_is_refused():
         refused(jlora.LoRA(2))(by="size")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_chain_refuses_what_it_cannot_hold():
     with pytest.raises(TypeError, match=r"Chain goes around a method whose weight is w \+ a @ b .* got SHiRA"):
         jlora.Chain(jlora.SHiRA())
@@ -355,7 +355,7 @@ def test_a_chain_refuses_what_it_cannot_hold():
             jlora.Chain(inner, links=2, ranks=(2, 1))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_chain_of_one_link_is_its_inner_method():
     adapted = start(base(), jlora.Chain(jlora.LoRA(2), links=1))
     plain = start(base(), jlora.LoRA(2))
@@ -364,7 +364,7 @@ def test_a_chain_of_one_link_is_its_inner_method():
     assert jlora.Chain(jlora.LoRA(2), links=1, steps=8).event is None
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_run_stopped_between_links_goes_on_with_the_same_bits(tmp_path):
     method = jlora.Chain(jlora.LoRA(2), links=3, steps=6)
     params, adapted, tx, state, step, _ = trained(method, steps=0)

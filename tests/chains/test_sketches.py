@@ -22,7 +22,7 @@ def link(method, w, gradient, rate, key):
     return np.asarray(jlora.merge(adapted.replace(params=fields))["w"], np.float64), other
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(("frozen", "rank"), [("in", 2), ("out", 3), ("out", 4)])
 def test_one_step_of_an_orthonormal_link_is_the_projected_gradient_step(frozen, rank):
     w, gradient = RNG.standard_normal((2, 6, 4))
@@ -41,7 +41,7 @@ def test_one_step_of_an_orthonormal_link_is_the_projected_gradient_step(frozen, 
         np.testing.assert_allclose(found, w - 0.1 * gradient, atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_gaussian_columns_have_about_unit_length_and_come_from_the_key():
     params, key = {"w": jnp.zeros((400, 300))}, jax.random.key(1)
     for frozen, field, axis in (("in", "a", 0), ("out", "b", 1)):
@@ -59,7 +59,7 @@ def test_the_random_factor_is_not_in_the_optimizers_state():
     assert {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim} == {(4, 16)}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_chain_of_sketches_converges_on_a_quadratic_where_one_sketch_stalls():
     """f(w) = wᵀ D w / 2 with D = diag(10, 1, .., 1): rank 1 of 9, one step of 1 / L a link, against a loop in numpy."""
     curvature, links = np.array([10.0, *[1.0] * 8])[:, None], 700

@@ -10,7 +10,7 @@ from continual.streams import BASE, KEY, data, fn, started, stepper
 import jlora
 from jlora.methods.duallora import new_directions
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 MATRICES = {"stack 0": BASE["stack"][0], "stack 1": BASE["stack"][1], "plain": BASE["plain"]}
 
@@ -46,7 +46,7 @@ def directions_by_numpy(x, known, count, energy):
     return found
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
 def test_directions_are_those_of_the_singular_vectors_of_the_rows(energy):
     x = np.random.default_rng(1).standard_normal((12, 6)) * [4, 3, 2, 1, 0.5, 0.1]
@@ -90,7 +90,7 @@ class Oracle:
         self.f.append(directions_by_numpy(x, known, self.method.directions, self.method.energy))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     "gate", ["energy", *(pytest.param(gate, marks=pytest.mark.long) for gate in ("relative", "open"))]
 )
@@ -127,7 +127,7 @@ def test_a_stream_is_that_of_numpy_compiled_once(gate):
         np.testing.assert_allclose(fn(jlora.merge(adapted), x), jlora.lift(fn)(adapted, x), atol=1e-4)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_inputs_of_an_earlier_task_give_does_not_move_while_the_next_is_learned():
     method = jlora.DualLoRA(rank=2, directions=2, tasks=3, energy=1.0)
     (x, y), (x2, y2) = task_rows(0, 2), task_rows(1, 2)

@@ -13,7 +13,7 @@ import jlora
 from jlora.continual.online import own_label_losses
 from jlora.continual.plateau import Plateau
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 KEY = jax.random.key(1)
 RNG = np.random.default_rng(3)
@@ -142,7 +142,7 @@ def trained(links, steps=40):
     return found, adapted, memory, oracle, step
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_stream_is_that_of_the_authors_loop_in_one_compiled_program():
     found, adapted, memory, oracle, step = trained(None)
     ours, wanted, restarts = zip(*found)
@@ -156,7 +156,7 @@ def test_a_stream_is_that_of_the_authors_loop_in_one_compiled_program():
     assert step._cache_size() == 1
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_chain_keeps_the_base_and_goes_on_with_its_last_link():
     found, adapted, memory, _, _ = trained(2)
     assert int(memory.restarts) == 1 and sum(restarted for _, _, restarted in found) == 1

@@ -10,7 +10,7 @@ from continual.streams import BASE, KEY, data, fn, jit, matrices, started, stepp
 import jlora
 from jlora.methods.sdlora import made_up
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 TASKS, STEPS, EPS = 3, 4, 1e-2
 MATRICES = [*BASE["stack"].astype(np.float64), BASE["plain"].astype(np.float64)]
@@ -97,7 +97,7 @@ METHODS = {
 }
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["paper", *(pytest.param(name, marks=pytest.mark.long) for name in ("RR", "code"))])
 def test_a_whole_stream_is_that_of_numpy_compiled_once_and_continuous(name):
     method, traces = METHODS[name], []
@@ -161,7 +161,7 @@ def planted(share):
     return adapted.replace(params={**adapted.params, "~shared": shared}), state, tx
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("share", [True, False])
 def test_a_direction_that_earlier_ones_make_up_goes_into_their_magnitudes(share):
     adapted, state, tx = planted(share)
@@ -179,7 +179,7 @@ def test_a_direction_that_earlier_ones_make_up_goes_into_their_magnitudes(share)
             np.testing.assert_allclose(norms, 1, atol=1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_least_squares_are_those_of_dense_vectors_also_where_directions_repeat():
     rng = np.random.default_rng(2)
     d = rng.standard_normal((4, 30))
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused_with_the_leaf():
         jlora.SDLoRA(rank=2, tasks=3, ranks=(2, 3, 1))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_run_that_stopped_within_a_task_ends_with_the_same_bits(tmp_path):
     method = jlora.SDLoRA(rank=2, tasks=3)
     adapted, state, tx = started(method)

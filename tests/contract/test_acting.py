@@ -47,7 +47,7 @@ def biased_params():
     }
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
     params, x = biased_params(), normal(9, 2, 5, 8)
     adapted = perturbed(adapt(params, {".*/kernel": Gain()}, sites=jlora.sites(biased, params, x)))
@@ -60,7 +60,7 @@ def test_a_bias_beside_is_changed_in_the_lift_as_it_is_in_the_merged_params():
     close(merged["heads"]["bias"], params["heads"]["bias"] * gain)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_bias_beside_keeps_the_order_of_its_axes_where_those_of_a_stack_come_last():
     params, x = {"kernel": normal(0, 8, 2, 3, 4), "bias": normal(1, 2, 3, 4)}, normal(2, 5, 8)
     fn = lambda p, x: jnp.einsum("ti,ihkb->thkb", x, p["kernel"]) + p["bias"]
@@ -71,7 +71,7 @@ def test_a_bias_beside_keeps_the_order_of_its_axes_where_those_of_a_stack_come_l
     close(jlora.lift(fn)(adapted, x), fn(wanted, x))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_leaf_beside_that_is_adapted_too_or_has_another_shape_is_refused_by_its_path():
     params = biased_params()
     roles = jlora.sites(biased, params, normal(9, 2, 5, 8))
@@ -97,7 +97,7 @@ ODD_USES = {
 }
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("method", [Gain(), jlora.Hadamard(), jlora.Hadamard("input")], ids=str)
 def test_however_the_function_uses_kernel_and_bias_it_is_lifted_to_what_it_is_on_merged_params(method):
     params, x = {"kernel": weight(0, 8, 6), "bias": normal(1, 6)}, normal(2, 3, 8)
@@ -110,7 +110,7 @@ def test_however_the_function_uses_kernel_and_bias_it_is_lifted_to_what_it_is_on
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_two_kernels_that_would_change_one_bias_are_refused():
     params = {"w_in": weight(0, 8, 6), "w_state": weight(1, 8, 6), "bias": normal(1, 6)}
     with pytest.raises(ValueError, match=r"bias: Gain\(\) of w_state and Gain\(\) of w_in would both change it"):
@@ -119,7 +119,7 @@ def test_two_kernels_that_would_change_one_bias_are_refused():
         jlora.adapterize({"w": params["w_in"], "bias": 1.0}, {"w": Gain()})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_dropout_around_a_gain_drops_and_merges_with_its_bias():
     params, x = {"kernel": weight(0, 8, 6), "bias": normal(1, 6)}, normal(2, 3, 8)
     adapted = perturbed(adapt(params, {"kernel": jlora.Dropout(jlora.IA3(), 0.5)}))
@@ -132,7 +132,7 @@ def test_dropout_around_a_gain_drops_and_merges_with_its_bias():
     close(jnp.mean(jax.vmap(keyed)(jnp.arange(4000)), axis=0), jlora.lift(fn)(adapted, x), 0.1)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_dropout_that_could_not_act_is_refused():
     with pytest.raises(TypeError, match=r"DoRA forms the weight of Dropout.* put it outside: Dropout\(DoRA"):
         jlora.DoRA(jlora.Dropout(jlora.HiRA(2), 0.5))
@@ -144,7 +144,7 @@ def test_dropout_that_could_not_act_is_refused():
         jlora.lift(lambda p, x: x @ p["w"].T)(keyed, normal(1, 3, 8))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("side", ["parallel", "output"])
 def test_a_network_acts_on_every_position_of_a_convolution(side):
     def fn(params, x):
@@ -163,7 +163,7 @@ def test_a_network_acts_on_every_position_of_a_convolution(side):
     close(jlora.lift(fn)(adapted, x), y + jnp.einsum("nrhw,ro->nohw", jnp.tanh(thin), u))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line():
     params, x = {"w": weight(0, 8, 8)}, normal(1, 3, 8)
     uses = {
@@ -181,7 +181,7 @@ def test_a_use_for_which_there_is_no_weight_is_refused_with_leaf_and_line():
         jlora.restart(adapted, tx.init(adapted.params), tx, jax.random.key(0))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_linear_method_that_acts_is_transposed_by_what_it_does():
     fn = lambda p, x: (2 * (x @ p["w"])) @ p["w"].T
     x = normal(1, 4, 8)
@@ -189,7 +189,7 @@ def test_a_linear_method_that_acts_is_transposed_by_what_it_does():
     close(*jit(lambda a: (jlora.lift(fn)(a, x), fn(by_hand(a), x)))(adapted))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_number_on_the_weight_multiplies_what_a_method_makes_of_the_input():
     x = normal(1, 4, 8)
     adapted = perturbed(adapt({"w": weight(0, 8, 8)}, {"w": Network()}))
@@ -217,7 +217,7 @@ def temporary_bytes(method, unroll):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("unroll", [1, 6])
 def test_no_formed_weight_is_kept_for_the_backward_pass(unroll):
     one_matrix = 128 * 128 * 4
@@ -225,7 +225,7 @@ def test_no_formed_weight_is_kept_for_the_backward_pass(unroll):
     assert formed - factored < 4 * one_matrix, f"{(formed - factored) / one_matrix:.1f} matrices more"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_small_update_of_a_16_bit_weight_reaches_the_output():
     w = jnp.ones((64, 64), jnp.bfloat16)
     x = jnp.asarray(normal(1, 16, 64), jnp.bfloat16)
@@ -260,7 +260,7 @@ class Turned(jlora.Method):
         return product(jnp.concatenate([first - angle * second, second + angle * first], axis=-1))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_small_change_of_the_input_of_a_16_bit_product_arrives():
     fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
     w, x = (jnp.asarray(normal(n, 64, 64), jnp.bfloat16) for n in range(2))
@@ -271,7 +271,7 @@ def test_a_small_change_of_the_input_of_a_16_bit_product_arrives():
     assert jnp.sum(arrived * wanted) / jnp.sum(wanted * wanted) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_gradients_through_a_16_bit_formed_weight_are_those_of_the_merged_one():
     w, x = jnp.asarray(weight(0, 32, 32), jnp.bfloat16), jnp.asarray(normal(1, 16, 32), jnp.bfloat16)
     adapted = perturbed(adapt({"w": w}, {"w": OnlyWeight(4)}), size=1.0)
@@ -284,7 +284,7 @@ def test_gradients_through_a_16_bit_formed_weight_are_those_of_the_merged_one():
     close(got, wanted, 0.05)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_explain_counts_what_a_method_that_acts_multiplies():
     adapted = adapt({"w": weight(0, 24, 40)}, {"w": Network(3)})
     assert f"{3 * (24 + 40)} multiply-adds more" in jlora.explain(adapted)

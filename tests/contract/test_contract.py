@@ -18,28 +18,32 @@ FIRST_OF_FORM = {case.form: case for case in reversed(discovery.cases()) if case
 
 
 # What sees a method's form of update alone, and what sees its fields too. A later case of a form, or of a form and fields,
-# that were tried is tried on single leaves and a stack, where its formula and its start are seen.
+# that were tried is tried on single leaves and a stack, where its formula and its start are seen; so is a later method of a
+# form, where neither other leaves nor data have a say in its start.
 BY_FORM = {"check_lift", "check_trace_once"}
 BY_FIELDS = {"check_mesh", "check_vmap", "check_labels"}
 
 
 def adds(case, check):
-    """Whether this case can fail a check that the method's first passes. LoRA's starts differ by the use of a leaf."""
+    """Whether this case can fail a check that those before it pass. LoRA's starts differ by the use of a leaf."""
     first = type(case).CASES[0]
-    if case == first or isinstance(case, jlora.LoRA) or issubclass(case.form or Update, Acting):
+    if isinstance(case, jlora.LoRA) or issubclass(case.form or Update, Acting):
         return True
+    if case == first:
+        alone = not (case.shared_fields or case.needs)
+        return not (check == "check_lift" and alone and case.form and case != FIRST_OF_FORM[case.form])
     if check in BY_FORM:
         return case.form is not first.form
     return check not in BY_FIELDS or (case.form, case.axes) != (first.form, first.axes)
 
 
 def marks(case, check):
-    """Plain `pytest` tries the first case of a method: the others cost as much each. The oldest JAX tries LoRA whole."""
+    """Plain `pytest` tries the first case of a method: the others cost as much each. CI tries LoRA whole on both releases."""
     if case != type(case).CASES[0]:
-        return pytest.mark.long
+        return (pytest.mark.long, pytest.mark.once)
     stands_for_its_form = case == FIRST_OF_FORM[case.form]
     tried = check in RELEASES or (check in RELEASES_BY_FORM and stands_for_its_form) or type(case) is jlora.LoRA
-    return () if tried else pytest.mark.newest
+    return () if tried else pytest.mark.once
 
 
 EACH = [

@@ -4,7 +4,7 @@ import pytest
 
 from contract import broken, checks, discovery
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 CHECKS = discovery.checks(checks)
 

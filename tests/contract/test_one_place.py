@@ -26,7 +26,7 @@ from jlora.training.settings.flags import Parser, add_flags, given
 from jlora.training.settings.inspected import settings_table
 from jlora.training.settings.named import named
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {name: {"kernel": jnp.cos(jnp.arange(80.0) + n).reshape(10, 8)} for n, name in enumerate(("up", "down"))}
 

@@ -17,7 +17,7 @@ def run():
     return module
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_block_of_a_client_belongs_to_one_that_the_script_runs_and_is_python(run):
     page = run.PAGE.read_text()
     named = [block["client"] for block in run.BLOCK.finditer(page) if block["client"]]

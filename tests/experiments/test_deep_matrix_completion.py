@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "deep_matrix_completion" / "run.py"
 SMALL = ["--size", "12", "--rank", "1", "--width", "4", "--steps", "20", "--seeds", "2"]

@@ -9,7 +9,7 @@ import pytest
 import jlora
 
 RUN = Path(__file__).parents[2] / "experiments" / "quantization" / "run.py"
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 
 from jlora.models import Bert, BertConfig
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--seeds", "2", "--steps", "12", "--batch", "4", "--judged", "16"]

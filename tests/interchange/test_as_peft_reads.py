@@ -20,7 +20,7 @@ from jlora import TorchParameter
 from jlora.interchange.patterns import matches
 from jlora.interchange.targets import left_out
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
 PARAMS = {name: {"kernel": jnp.cos(jnp.arange(36.0) + n).reshape(6, 6)} for n, name in enumerate(LAYERS)}

@@ -15,7 +15,7 @@ from jlora.models.merged import MergedLeaf, lazily_merged
 from jlora.training.cli import main
 from jlora.training.commands.runs import open_run
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 LORA = jlora.LoRA(rank=4, alpha=6, init="random")
 
@@ -57,7 +57,7 @@ def test_an_imported_adapter_is_a_run_that_goes_out_again_with_the_same_bytes(ru
     assert config["base_model_name_or_path"] == str(models.STORIES260K)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_an_adapter_is_imported_onto_the_quantized_base_that_it_was_trained_on(peft, adapted, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["import", str(peft), "--to", str(folder), "--quantize", "nf4"]) == 0

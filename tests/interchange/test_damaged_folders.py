@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "damaged_files"))
 import peft_folders
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("count, seed", [(80, 0), pytest.param(3000, 10_000, marks=pytest.mark.long)])

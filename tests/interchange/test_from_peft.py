@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 # What PEFT stores in a form that jlora holds otherwise, so that it goes out as another, equal adapter.
 REWRITTEN = {"lora_bias", "olora", "pissa", "gpt2", "experts", "experts_transposed", "adalora_pruned"}

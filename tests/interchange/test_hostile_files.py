@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.interchange.folder import AdapterFolder
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {"up": {"kernel": jnp.ones((6, 5)), "bias": jnp.ones(5)}, "head": {"kernel": jnp.ones((5, 3))}}
 NAMES = {"(?P<module>.*)/(kernel|bias)": "{module}"}

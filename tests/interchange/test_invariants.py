@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import TorchParameter
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 WIDTH, LAYERS = 16, 2
 MODES = ("eager", "jit", "scan", "mesh")

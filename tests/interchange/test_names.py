@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import TorchParameter
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def filled(tree):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(DOCS))
 import generated  # noqa: E402
 import peft_table  # noqa: E402
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def test_the_tables_are_up_to_date_and_have_every_method_and_setting():

@@ -14,7 +14,7 @@ import jlora
 from jlora import TorchParameter
 from jlora.core.protocol.peft import Peft
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {
     "up": {"kernel": jnp.cos(jnp.arange(80.0)).reshape(10, 8), "bias": jnp.ones(8)},

@@ -14,7 +14,7 @@ from jlora.core.protocol.method import stated_kind
 from jlora.disk import catalog
 from jlora.interchange.config import OFF
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 # Those that train whole leaves have tests of their own (test_made_up_kinds.py, test_from_peft.py).
 KINDS = {name.lower(): cls for name, cls in catalog.methods().items() if stated_kind(cls) is not None and cls.matrix}

@@ -4,7 +4,7 @@ import numpy as np
 import peft_training_steps as training
 import pytest
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("name", training.names())

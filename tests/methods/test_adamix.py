@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RNG = np.random.default_rng(0)
 BASE = {"w": jnp.asarray(RNG.standard_normal((6, 5)), jnp.float32)}

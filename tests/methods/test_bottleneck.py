@@ -17,7 +17,7 @@ from jlora import Bottleneck
 from jlora.methods.bottleneck import ACTIVATIONS
 from jlora.models.merged import lazily_merged
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bottleneck.npz"))
 METHODS = {

@@ -12,7 +12,7 @@ from descent import descend
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "deeplinear.npz"))
 TARGET, MASK = (jnp.asarray(GOLDEN[name], jnp.float32) for name in ("target", "mask"))

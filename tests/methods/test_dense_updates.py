@@ -17,7 +17,7 @@ from jlora.methods.c3a import circulant
 from jlora.methods.fourierft import positions
 from jlora.methods.sinelora import sine
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "dense_updates.npz"))
 LAYERS = ("wide", "square", "tall")

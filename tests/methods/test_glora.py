@@ -17,7 +17,7 @@ import jlora
 from jlora import GLoRA
 from jlora.methods.glora.method import CHOICES, KINDS
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "glora.npz"))
 BASE = {"kernel": jnp.asarray(GOLDEN["w"]), "bias": jnp.asarray(GOLDEN["bias"])}

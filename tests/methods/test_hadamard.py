@@ -7,7 +7,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(5, 4)).astype("f4")

@@ -17,7 +17,7 @@ import jlora
 from jlora import Hadamard
 from jlora.models.merged import lazily_merged
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 X, W, BIAS, TARGET = (

@@ -10,7 +10,7 @@ from jlora.training.errors import SettingError
 from jlora.training.model.selection import make_spec
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RNG = np.random.default_rng(0)
 # NF4's levels, from the quantiles of a normal distribution (QLoRA, appendix E).

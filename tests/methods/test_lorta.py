@@ -13,7 +13,7 @@ from descent import descend
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "lorta.npz"))
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -66,7 +66,7 @@ def test_outputs_gradients_and_steps_are_those_of_the_reference(layout):
 
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
     y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
-    close(y[0], GOLDEN["y"])
+    close(y[0], GOLDEN["y"], atol=1e-4)  # sums of terms that are a hundred times larger
     for name in FACTORS:
         close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name])
         close(after["~shared"]["LoRTA"][name], factors("after")[name], atol=1e-4)

@@ -13,7 +13,7 @@ from descent import descend
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "mpo.npz"))
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

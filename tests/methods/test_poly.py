@@ -12,7 +12,7 @@ import pytest
 import jlora
 from jlora.core.products.routed import routing
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "poly.npz")
 METHODS = {"whole": jlora.Poly(rank=2, tasks=3, skills=2), "splits": jlora.Poly(2, tasks=3, skills=3, splits=2)}

@@ -12,7 +12,7 @@ from descent import descend
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RNG = np.random.default_rng(0)

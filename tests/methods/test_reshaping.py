@@ -14,7 +14,7 @@ from jlora import LoKr, MiSS, MoRA
 from jlora.methods.lokr import divided
 from jlora.optimize.optimizer import labels
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PRODUCT = lambda params, x: x @ params["w"]
 SHAPES = [(10, 7), (7, 10), (12, 9)]

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS = 12, 8

@@ -40,7 +40,7 @@ def map_of(seed, dimension, size):
     return whole[:size, :dimension] / (np.sqrt(n * np.sum(gaussian**2)) * np.sqrt(size / n))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("n", [1, 2, 128, 1024, 2048])
 def test_the_transform_is_a_product_with_sylvester_s_matrix_and_its_own_inverse(n):
     x, some = normal(0, 3, n), -(-2 * n // 3)
@@ -50,7 +50,7 @@ def test_the_transform_is_a_product_with_sylvester_s_matrix_and_its_own_inverse(
     close(again / n, x)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(("dimension", "size"), [(5, 24), (16, 16), (40, 60)])
 def test_the_map_is_linear_with_the_matrix_and_the_adjoint_of_numpy(dimension, size):
     v, y = (jnp.asarray(normal(n, length), jnp.float32) for n, length in enumerate((dimension, size)))
@@ -64,7 +64,7 @@ def test_the_map_is_linear_with_the_matrix_and_the_adjoint_of_numpy(dimension, s
     close(back, matrix.T @ y)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_map_keeps_norms_on_average_and_differs_from_seed_to_seed():
     v = jnp.asarray(normal(0, 30), jnp.float32)
     for size in (64, 900):
@@ -96,7 +96,7 @@ def test_what_a_seed_stands_for_is_random_and_the_same_forever():
     np.testing.assert_allclose(jnp.stack(places), 0, atol=0.1, err_msg="a place is alike from seed to seed")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("aware", [True, False])
 def test_ten_steps_of_all_matrices_are_those_of_numpy(aware):
     shapes = {"u": (6, 5), "v": (5, 7)}
@@ -132,7 +132,7 @@ def test_ten_steps_of_all_matrices_are_those_of_numpy(aware):
             close(p[name]["scale"], scale[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_matrix_of_a_stack_has_its_map_and_takes_its_scale_from_the_budget():
     spec = {"stack": jlora.Axes("batch in out", jlora.SAID(10)), "w": jlora.SAID(10)}
     adapted = jlora.adapterize({"stack": jnp.zeros((3, 4, 6)), "w": jnp.zeros((5, 5))}, spec)
@@ -144,7 +144,7 @@ def test_every_matrix_of_a_stack_has_its_map_and_takes_its_scale_from_the_budget
     assert len(set(adapted.frozen["stack"]["seed"].tolist())) == 3
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_can_t_be_is_refused_by_name():
     with pytest.raises(
         ValueError, match="^w, shape .*dimension 40 is above 32, to which the entries of the 5 x 6 matrix"

@@ -11,7 +11,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "data_inits.npz"))
 X = jnp.asarray(GOLDEN["x"])

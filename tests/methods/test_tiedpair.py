@@ -12,7 +12,7 @@ from descent import descend
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 
 from jlora.models import attention
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 11, 4, 8
 SEGMENTS = jnp.array([[1] * 6 + [2] * 5, [0] * 2 + [1] * 7 + [0] * 2], jnp.int32)

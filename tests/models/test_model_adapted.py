@@ -41,7 +41,7 @@ def test_all_linear_is_every_projection_but_no_head_and_no_embedding(name, scan_
     assert {"/".join(path[:-1]) for path in flatten_dict(adapted.params)} == wanted
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["qwen2_window_tied", "mixtral", "bert"])
 def test_the_lifted_model_equals_the_merged_model_under_remat(name):
     model, adapted = adapt(name, remat=True)

@@ -17,7 +17,7 @@ def loaded(name: str, scan_layers: bool = True):
     return quick_jit(model.apply), {"params": params}, golden(name)["tokens"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, scan_layers",
     [
@@ -38,7 +38,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(name, scan_layers
     assert int(cache.index) == 24
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["mistral_window", "gemma2", "bert"])
 def test_packed_segments_equal_separate_texts(name):
     apply, variables, tokens = loaded(name)
@@ -48,7 +48,7 @@ def test_packed_segments_equal_separate_texts(name):
         np.testing.assert_allclose(packed[:, start:stop], apply(variables, tokens[:, start:stop]), atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_segment_after_padding_starts_at_position_0():
     apply, variables, tokens = loaded("bert")
     segments = np.array([[0] * 2 + [1] * 10 + [0] * 2 + [2] * 10] * 2)
@@ -57,7 +57,7 @@ def test_a_segment_after_padding_starts_at_position_0():
     np.testing.assert_allclose(packed[:, 14:], apply(variables, tokens[:, 14:]), atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_padding_on_the_left_equals_no_padding():
     apply, variables, tokens = loaded("mistral_window")
     mask = np.ones_like(tokens)
@@ -66,14 +66,14 @@ def test_padding_on_the_left_equals_no_padding():
     np.testing.assert_allclose(padded[:, 14:], apply(variables, tokens[:, 14:]), atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_given_positions_are_used():
     apply, variables, tokens = loaded("bert")
     shifted = apply(variables, tokens[:, :10], positions=jnp.arange(10) + 3)
     assert np.abs(shifted - apply(variables, tokens[:, :10])).max() > 0.01
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_hidden_states_give_the_logits_through_the_head():
     model, params = models.load(GOLDEN / "qwen3")
     tokens = golden("qwen3")["tokens"]
@@ -82,7 +82,7 @@ def test_hidden_states_give_the_logits_through_the_head():
     np.testing.assert_allclose(hidden @ params["lm_head"]["kernel"], logits, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_full_cache_says_so():
     apply, variables, tokens = loaded("qwen3")
     with pytest.raises(ValueError, match="KV cache: 8 slots, 0 used, 24 more tokens given"):

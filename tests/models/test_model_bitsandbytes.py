@@ -15,7 +15,7 @@ import jlora.models as models
 from jlora.models.load import stored_dtypes
 from jlora.stored import FP4, NF3, NF4, Int8
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 FOLDER = GOLDEN.parent / "checkpoints_of_bitsandbytes"
 CODES = {

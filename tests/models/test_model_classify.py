@@ -8,7 +8,7 @@ from models_data import GOLDEN, golden, quick_jit
 
 import jlora.models as models
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def made(name: str):

@@ -44,7 +44,7 @@ def test_greedy_rows_of_different_lengths_equal_the_model_without_a_cache():
     assert write() == [greedy_without_cache(prompt, 12) for prompt in PROMPTS]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_row_ends_before_its_end_token():
     free = write()
     end = free[1][4]
@@ -53,7 +53,7 @@ def test_a_row_ends_before_its_end_token():
     assert len(wanted[1]) <= 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_same_key_draws_the_same_and_another_key_another_text():
     draw = functools.partial(write, temperature=1.5)
     first = draw(key=jax.random.key(0))
@@ -61,7 +61,7 @@ def test_the_same_key_draws_the_same_and_another_key_another_text():
     assert draw(key=jax.random.key(1)) != first
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_token_is_drawn_by_a_key_of_its_own():
     def apply(variables, tokens, attention_mask=None, cache=None):
         return jnp.zeros((*tokens.shape, 1000)), cache
@@ -73,7 +73,7 @@ def test_every_token_is_drawn_by_a_key_of_its_own():
     assert len(set(written[0] + written[1])) > 12
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_top_k_of_one_is_greedy():
     assert write(temperature=1.0, top_k=1, key=jax.random.key(0)) == write()
 
@@ -90,7 +90,7 @@ def test_a_lifted_function_on_adapted_params_writes_what_the_merged_model_writes
     assert written != models.generate(model.apply, params, PROMPTS, **settings)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_temperature_divides_the_logits():
     key, logits = jax.random.key(0), np.random.default_rng(1).standard_normal((64, 9)).astype(np.float32)
     drawn = Sampling(temperature=0.25, top_k=None, top_p=None).choose(logits, key)
@@ -98,7 +98,7 @@ def test_the_temperature_divides_the_logits():
     assert drawn.tolist() != jax.random.categorical(key, logits).tolist()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_draws_stay_in_the_top_k_and_the_nucleus():
     logits = np.log(np.float32([[0.1, 0.4, 0.05, 0.3, 0.15]]))
     keys = jax.random.split(jax.random.key(0), 200)
@@ -115,7 +115,7 @@ def test_draws_stay_in_the_top_k_and_the_nucleus():
     assert drawn(temperature=0.0) == {1}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -133,7 +133,7 @@ def test_a_setting_out_of_range_is_named(settings, message):
         write(**settings)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_stream_yields_what_is_generated_whatever_its_chunks():
     model, params = loaded()
     prompt, given = PROMPTS[1], {"temperature": 1.5, "top_k": 30, "key": jax.random.key(4)}
@@ -148,7 +148,7 @@ def test_a_stream_yields_what_is_generated_whatever_its_chunks():
         assert list(found) == wanted[:cut]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_stream_refuses_what_can_not_be_before_it_begins():
     with pytest.raises(ValueError, match="chunk: wanted 1 or more, got 0"):
         models.stream(None, None, [1], max_new_tokens=1, chunk=0)
@@ -156,7 +156,7 @@ def test_a_stream_refuses_what_can_not_be_before_it_begins():
         models.stream(None, None, [1], max_new_tokens=1, temperature=1.0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
@@ -175,7 +175,7 @@ def test_how_a_model_is_sampled_is_read_as_transformers_understands_it(content, 
     assert models.read_generation_config(tmp_path) == models.GenerationConfig(**wanted)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -21,7 +21,7 @@ from jlora.models.gguf.architectures import ARCHITECTURES
 from jlora.models.gguf.header import Header, Place, read_header
 from jlora.models.gguf.tokenizer import tokenizer_files
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 NAMES = sorted(CASES)
 
@@ -39,7 +39,7 @@ def test_every_architecture_has_a_golden_file():
     assert {case[0][0] for case in CASES.values()} == set(ARCHITECTURES)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_agree_with_transformers_reading_of_the_file(name):
     model, params = models.load(file(name))

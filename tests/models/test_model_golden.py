@@ -27,7 +27,7 @@ def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return np.asarray(output) * expected["mask"][..., None], expected
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_architecture_has_a_golden_model():
     kinds = {name.split("_")[0] for name in CASES}
     named = {name.removesuffix("_text").replace("_", "") for name in FAMILIES}
@@ -40,7 +40,7 @@ def test_output_agrees_with_transformers(name):
     np.testing.assert_allclose(output, expected["output"] * expected["mask"][..., None], atol=1e-4, rtol=0)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["qwen2_window_tied", "roberta"])
 def test_unrolled_layers_and_remat_give_the_same_output(name):
     output, _ = run(name)
@@ -48,7 +48,7 @@ def test_unrolled_layers_and_remat_give_the_same_output(name):
     np.testing.assert_allclose(run(name, remat=True)[0], output, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["qwen3", "bert"])
 def test_bfloat16_computes_near_the_float32_output(name):
     output, expected = run(name, dtype=jnp.bfloat16)
@@ -57,7 +57,7 @@ def test_bfloat16_computes_near_the_float32_output(name):
     assert 1e-4 * scale < error < 0.1 * scale
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_the_pooler_agrees_with_transformers(name):
     expected = golden(name)
@@ -68,21 +68,21 @@ def test_the_pooler_agrees_with_transformers(name):
     np.testing.assert_allclose(pooled, expected["pooled"], atol=1e-4)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_asking_for_a_pooler_that_is_not_there_says_so():
     model, params = models.load(GOLDEN / "bert_masked_lm", drop_heads=True)
     with pytest.raises(ValueError, match="return_pooled: this checkpoint has no pooler"):
         model.apply({"params": params}, jnp.ones((1, 4), int), return_pooled=True)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_text_longer_than_the_positions_says_so():
     model, params = models.load(GOLDEN / "roberta")
     with pytest.raises(ValueError, match="tokens: length 39 is more than the 38 positions of the model"):
         model.apply({"params": params}, jnp.ones((1, 39), int))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -109,7 +109,7 @@ def test_what_a_config_asks_for_and_is_not_built_is_refused_by_name(name, change
         FAMILIES[hf["model_type"]].config.from_hf(hf)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_the_head_alone_makes_logits_of_hidden_states(name):
     expected = golden(name)
@@ -123,7 +123,7 @@ def test_the_head_alone_makes_logits_of_hidden_states(name):
         model.apply({"params": params})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_text_longer_than_the_positions_of_gpt2_says_so():
     model, params = models.load(GOLDEN / "gpt2")
     with pytest.raises(ValueError, match="tokens: length 65 is more than the 64 positions of the model"):

@@ -15,7 +15,7 @@ import jlora.models as models
 from jlora.models import finite
 from jlora.models.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 HEADER = GOLDEN / "qwen3" / "model.safetensors"

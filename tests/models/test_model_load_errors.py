@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora.models as models
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

@@ -52,14 +52,14 @@ def by_rolling(query, key, value):
     return roll(mixed.reshape(2, LENGTH, 4, 3), GROUP // 2)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_both_formulations_are_the_formula():
     found = models.s2_attention(*drawn(), group=GROUP)
     np.testing.assert_allclose(found, by_formula(*drawn(), groups()), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found, by_rolling(*drawn()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_no_token_sees_one_behind_it():
     query, key, value = drawn()
     for at in (1, 7, 14):
@@ -69,7 +69,7 @@ def test_no_token_sees_one_behind_it():
         np.testing.assert_array_equal(*both)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(("kv_heads", "length", "group"), [(1, 16, 4), (4, 13, 6), (2, 10, None)])
 def test_heads_of_keys_and_lengths_that_groups_do_not_divide(kv_heads, length, group):
     arrays = drawn(kv_heads=kv_heads, length=length)
@@ -79,7 +79,7 @@ def test_heads_of_keys_and_lengths_that_groups_do_not_divide(kv_heads, length, g
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_segments_and_masks():
     segments = np.array([[1] * 7 + [2] * 6 + [0] * 3, [1] * 16])
     same = (segments[:, None, :, None] == segments[:, None, None, :]) & (segments != 0)[:, None, None, :]
@@ -101,7 +101,7 @@ def test_flax_takes_it_as_its_attention():
     assert not np.allclose(found, plain.apply(params, x, mask=nn.make_causal_mask(x[..., 0])), atol=1e-3)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_it_is_not_for_is_refused():
     query, key, value = drawn()
     for options, told in (
@@ -127,7 +127,7 @@ def with_attention(model, **changes):
     return models.Llama(dataclasses.replace(model.config, **changes))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_model_with_one_group_is_that_of_full_attention_for_unshifted_heads_and_its_gradients_reach_everything():
     model, params = loaded()
     ids = np.random.default_rng(0).integers(3, 500, (2, 12)).astype(np.int32)
@@ -161,7 +161,7 @@ def test_the_model_with_one_group_is_that_of_full_attention_for_unshifted_heads_
             with_attention(model, **changes)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_memory_grows_with_the_group_and_not_with_the_square_of_the_length():
     """Compiled: what a layer's forward and backward pass needs beside its arguments."""
 
@@ -176,7 +176,7 @@ def test_memory_grows_with_the_group_and_not_with_the_square_of_the_length():
     assert temporary(s2, 8192) < 2.2 * temporary(s2, 4096)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_stretched_positions():
     model, params = loaded()
     longer = models.stretched(model, 3 * 512 - 1)
@@ -201,7 +201,7 @@ def test_stretched_positions():
         models.stretched(model, 1024, "llama3")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("source", "rope_type"),
     [
@@ -221,7 +221,7 @@ def test_a_stretched_model_is_saved_with_its_positions(source, rope_type, tmp_pa
     assert type(again) is type(longer) is type(model) and again.config == longer.config
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
 def test_a_stretched_phi3_turns_as_others_do_in_the_form_that_its_files_have(rope_type):
     model, llama = (models.load(source)[0] for source in (GOLDEN / "phi3", GOLDEN / "mistral_full"))
@@ -236,7 +236,7 @@ def test_a_stretched_phi3_turns_as_others_do_in_the_form_that_its_files_have(rop
         )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_has_no_rotary_positions_or_several_is_not_stretched():
     with pytest.raises(TypeError, match="wanted a Llama or a family built on it, got a GPT2"):
         models.stretched(models.load(GOLDEN / "gpt2")[0], 4096)

@@ -10,7 +10,7 @@ from models_data import shared_data
 
 import jlora.models as models
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 FOLDER = shared_data("minilm_l6_v2")
 REFERENCE = json.loads((FOLDER / "reference.json").read_text())

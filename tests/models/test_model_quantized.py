@@ -49,7 +49,7 @@ def test_a_model_is_encoded_while_it_is_read_as_it_would_be_afterwards(name, sca
     assert_same(found, jlora.quantize(params, spec, sites))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_name_means_all_linear_weights_but_the_head():
     _, params = models.load(GOLDEN / "qwen3", quantize="int8")
     kept = {path for path, leaf in flatten_dict(params).items() if isinstance(leaf, jlora.Stored)}
@@ -57,7 +57,7 @@ def test_a_name_means_all_linear_weights_but_the_head():
     assert not isinstance(params["lm_head"]["kernel"], jlora.Stored)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_no_code_can_be_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", None)
     with pytest.raises(ValueError, match="'nf5' is no name of a code; there are nf4, int8, int4, fp8, nf3, nf2"):
@@ -70,7 +70,7 @@ def test_what_no_code_can_be_is_refused_before_a_tensor_is_read(tmp_path, monkey
         models.load(models.STORIES260K, quantize="nf4")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_values_that_are_not_finite_are_never_encoded(tmp_path):
     broken = np.full((24, 16), np.nan, np.float32)
     folder = copy_of("qwen3", tmp_path, add={"model.layers.1.mlp.up_proj.weight": broken})
@@ -97,7 +97,7 @@ def deep_model(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_beside_what_is_stored_one_matrix_is_in_memory(tmp_path, monkeypatch):
     """Arrays of JAX are counted where some come and go; tracemalloc sees NumPy's, and those of safetensors."""
     deep_model(tmp_path)
@@ -146,7 +146,7 @@ def stories():
     return model, params, jlora.dequantize(params)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_model_that_is_not_lifted_says_what_to_do(stories):
     model, params, _ = stories
     for apply in (model.apply, jax.jit(model.apply)):
@@ -157,7 +157,7 @@ def test_a_model_that_is_not_lifted_says_what_to_do(stories):
         model.apply({"params": params}, TOKENS)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_text_is_written_from_codes_with_and_without_a_lift(stories):
     model, params, plain = stories
     wanted = models.generate(model.apply, plain, [[1, 2, 3]], max_new_tokens=8)
@@ -166,7 +166,7 @@ def test_text_is_written_from_codes_with_and_without_a_lift(stories):
     assert models.generate(jlora.lift(model.apply), adapted, [[1, 2, 3]], max_new_tokens=8) == wanted
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_classifier_keeps_its_backbone_as_codes_and_is_saved_plain(tmp_path):
     model, params = models.make_classifier(*models.load(GOLDEN / "bert", quantize="int8"), 3, jax.random.key(0))
     scores = jlora.lift(model.apply)({"params": params}, TOKENS)
@@ -177,7 +177,7 @@ def test_a_classifier_keeps_its_backbone_as_codes_and_is_saved_plain(tmp_path):
     assert_same(coded["backbone"], params["backbone"])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_saving_decodes_layer_by_layer(scan_layers, tmp_path):
     model, params = models.load(models.STORIES260K, quantize=NARROW, scan_layers=scan_layers)

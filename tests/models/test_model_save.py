@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import jlora.models as models
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 # The name jlora.models.save is the function.
 save_module = importlib.import_module("jlora.models.save")

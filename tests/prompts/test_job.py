@@ -22,7 +22,7 @@ from jlora.training.model.subject import abstract_subject, load_subject, open_co
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 KEYS = r".*/(k|v)_proj/kernel"
 WAY = Way(tokens=6, temperature=0.0, top_k=None, top_p=None, ends=(), stop=(), seed=0)
 

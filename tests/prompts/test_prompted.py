@@ -58,13 +58,13 @@ def close(x, y, tolerance=2e-4):
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_prompt_of_real_rows_is_the_text_in_front():
     hard = np.concatenate([np.tile(TEXT, (2, 1)), IDS], axis=1)
     np.testing.assert_array_equal(prompted()(text(), IDS), plain()(loaded()[1], hard)[:, 3:])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_padding_changes_nothing():
     mask = np.ones((2, 9), bool)
     mask[1, :4] = False
@@ -73,7 +73,7 @@ def test_padding_changes_nothing():
     close(padded[1:, 4:], alone)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_packed_text_has_its_prompt():
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
     positions = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0], range(9)], np.int32)
@@ -85,14 +85,14 @@ def test_every_packed_text_has_its_prompt():
         close(packed[:1, 3:7], prompted()(trained, IDS[:1, 3:7]))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_texts_for_which_there_is_no_room_are_nan():
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2]] * 2, np.int32)
     logits = prompted()(text(), IDS, segment_ids=segments)
     assert np.isfinite(logits[:, :3]).all() and np.isnan(logits[:, 3:]).all()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_places_of_packed_texts_are_those_by_hand():
     found = before_each(first_tokens(jnp.array([[0, 1, 1, 2, 0, 3]]), None), 2, 3)
     assert found.source.tolist() == [[0, 6, 6, 1, 2, 6, 6, 3, 4, 6, 6, 5]]
@@ -129,7 +129,7 @@ def test_a_prefix_is_past_keys_and_values_filled_by_hand(scan):
     close(prompted(scan=scan)(trained, IDS), filled_by_hand(trained, scan), 2e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_generating_writes_what_the_whole_text_gives():
     apply = jlora.prompted(jlora.lift(loaded()[0].apply))
     for trained in (text(), prefix()):
@@ -139,7 +139,7 @@ def test_generating_writes_what_the_whole_text_gives():
             assert found == np.argmax(logits[0, len(start) - 1 : -1], -1).tolist()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_networks_are_left_out_exactly():
     spec = {EMBEDDING: jlora.PTuning(3, hidden=4), KEYS: jlora.PrefixTuning(3, hidden=4, width=5), ".*mlp.*": LORA}
     trained = adapted(spec)
@@ -155,7 +155,7 @@ def test_networks_are_left_out_exactly():
         jlora.without_encoder(bare)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("spec", [{EMBEDDING: jlora.PTuning(3, "lstm", 4)}, {KEYS: jlora.PrefixTuning(3, 4, 5)}])
 def test_prompts_learn_and_nothing_of_them_is_dead(spec):
     start = adapted(spec)
@@ -190,7 +190,7 @@ def test_saved_prompts_come_back(tmp_path):
     close(trained.params["embed_tokens"]["embedding"]["prompt"], jnp.stack([(rows[5] + rows[7]) / 2, rows[9]]), 1e-6)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_drawn_rows_are_different_ones_of_the_vocabulary():
     drawn = adapted({EMBEDDING: jlora.PromptTuning(40)}).params["embed_tokens"]["embedding"]["prompt"]
     rows = np.asarray(loaded()[1]["embed_tokens"]["embedding"])
@@ -198,14 +198,14 @@ def test_drawn_rows_are_different_ones_of_the_vocabulary():
     assert len(set(numbers)) == 40
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_merging_is_refused_by_name():
     for trained, path in ((text(), "embed_tokens/embedding"), (prefix(), "layers/self_attn/k_proj/kernel")):
         with pytest.raises(ValueError, match=f"{path} can't be merged"):
             jlora.merge(trained)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_focus_is_prefix_tuning_with_what_is_common_taken_away():
     apply = jlora.prompted(jlora.lift(loaded()[0].apply))
     cheerful, common = (adapted({KEYS: jlora.PrefixTuning(2, deviation=1.0)}, seed=seed) for seed in (1, 2))
@@ -310,7 +310,7 @@ def equinox():
     return lambda model, ids, *past: model(ids, *past), model, "k/bias", "v/bias"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("framework", [linen, of_nnx, equinox])
 def test_every_framework(framework):
     fn, params, *biases = framework()
@@ -329,7 +329,7 @@ def test_every_framework(framework):
     close(apply(rows, SMALL), fn(params, SMALL, tuple(past)), 1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_columns_of_a_fused_product():
     def fn(params, ids):
         x = params["embed"][ids]
@@ -352,7 +352,7 @@ def test_columns_of_a_fused_product():
     close(jlora.prompted(jlora.lift(fn))(trained, SMALL), wanted, 1e-5)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_virtual_tokens_would_get_wrong_is_refused():
     table = {"embed": jnp.ones((VOCABULARY, WIDTH))}
     soft = jlora.adapterize(table, {"embed": jlora.PromptTuning(2)})
@@ -386,7 +386,7 @@ def test_what_virtual_tokens_would_get_wrong_is_refused():
         turned(jlora.adapterize({"k_proj": jnp.ones((4, 4))}, {"k_proj": jlora.PrefixTuning(2)}), SMALL)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_labels_as_many_as_tokens_are_not_cut():
     """A result `[batch, labels]` is not mistaken for one number a token."""
     table = {"embed": jnp.ones((VOCABULARY, 7))}

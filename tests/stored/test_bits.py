@@ -10,7 +10,7 @@ from coded import COLUMNS, ROWS, decode, encode, equal, named, normal
 
 from jlora.stored import FP4, NF2, NF3, NF4, Float8, Int4, Int8, Uniform
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 AGAIN = [NF4(32), NF3(32), NF2(32), Int4(32), Int8(), Float8(), Float8("e5m2")]
 
@@ -40,7 +40,7 @@ def test_without_jit_the_bits_are_the_same(code):
     equal(code.decode(fields, ROWS, COLUMNS), decode(fields, code, ROWS, COLUMNS))
 
 
-@pytest.mark.newest  # JAX 0.10 fuses what it is told to keep apart
+@pytest.mark.once  # JAX 0.10 fuses what it is told to keep apart
 @named([NF4(32, double=True), NF3(32), Int8(), Float8(), Uniform(2)])
 def test_with_all_optimizations_the_bits_are_the_same(code):
     optimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})

@@ -10,7 +10,7 @@ import pytest
 
 from jlora.stored import FP4, NF4, Int8, double
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "bitsandbytes.npz"))
 DTYPES = ("float32", "bfloat16", "float16")

@@ -16,7 +16,7 @@ from jlora.core.protocol.code import Code
 from jlora.stored import FP4, NF2, NF3, NF4, Float8, Int4, Int8, Uniform, packing
 from jlora.stored.float8 import _widened
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 CLASSES = [value for value in vars(stored).values() if isinstance(value, type) and issubclass(value, Code)]
 CASES = [case for cls in CLASSES for case in cls.CASES]

@@ -49,7 +49,7 @@ def leaf(tree, name):
     return tree["layers"][name]["kernel"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_a_group_has_in_common_is_one_array_of_a_layer_or_of_all():
     assert leaf(BASE, "q").fields["left"] is leaf(BASE, "k").fields["left"]
     assert leaf(BASE, "up").fields["matrix"] is leaf(BASE, "down").fields["matrix"]
@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_decoded_base():
     close(*found)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_leaves_of_numbered_layers_have_one_field_in_common_too():
     params = {f"layer_{n}": {"q": weight(n, 8, 8), "k": weight(n + 5, 8, 4)} for n in range(2)}
     over = jlora.quantize(params, {".*/(q|k)": jlora.JointLowRank(3, "layers")})
@@ -88,7 +88,7 @@ def test_leaves_of_numbered_layers_have_one_field_in_common_too():
     assert len({leaf.group for leaf in paths.leaves(apart)}) == 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_common_fields_count_once_in_reports():
     errors = jlora.coding_errors(PARAMS, BASE)
     kept = {each.path: each for each in errors.leaves}
@@ -102,7 +102,7 @@ def test_common_fields_count_once_in_reports():
     assert "2 leaves kept as JointLowRank(rank=3): 192 values of 20.000 bits" in text
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_errors_are_those_of_numpy_in_a_table_with_the_worst_first():
     errors, decoded = jlora.coding_errors(PARAMS, BASE), jlora.dequantize(BASE)
     lost = whole = 0.0
@@ -124,7 +124,7 @@ def test_errors_are_those_of_numpy_in_a_table_with_the_worst_first():
     assert jlora.coding_errors(zeros, jlora.quantize(zeros, {"w": jlora.Int8()})).total.relative == 0
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_errors_need_originals():
     with pytest.raises(ValueError, match="no leaf is kept in the form of a code: give the original params first"):
         jlora.coding_errors(BASE, PARAMS)
@@ -135,7 +135,7 @@ def test_errors_need_originals():
             jlora.coding_errors(params, BASE)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_group_is_encoded_again_together_where_one_of_it_was_adapted():
     adapted = perturbed(jlora.adapterize(BASE, {".*/q/kernel": jlora.LoRA(1)}, sites=SITES))
     again, merged = jlora.requantize(adapted), jlora.merge(adapted)
@@ -165,7 +165,7 @@ def test_on_a_mesh_common_fields_lie_whole_on_every_device():
         jlora.quantize(cut, {"w": LOW})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_shapes_can_be_quantized_and_saved_adapters_know_common_fields(tmp_path):
     shapes = jax.eval_shape(lambda params: jlora.quantize(params, SPEC, SITES), PARAMS)
     assert leaf(shapes, "o").common["left"].shape == (8, 3)
@@ -187,13 +187,13 @@ def test_shapes_can_be_quantized_and_saved_adapters_know_common_fields(tmp_path)
         ({"w": weight(0, 8, 8).at[2, 3].set(jnp.nan)}, {"w": LOW}, r"w: some hold values that are not finite"),
     ],
 )  # fmt: skip
-@pytest.mark.newest
+@pytest.mark.once
 def test_quantize_refuses_what_is_no_group(params, spec, words):
     with pytest.raises(ValueError, match=words):
         jlora.quantize(params, spec, SITES if params is PARAMS else None)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_where_leaves_are_encoded_one_after_the_other_groups_are_refused():
     spec = {"w": jlora.LoRA(2, init="residual")}
     with pytest.raises(

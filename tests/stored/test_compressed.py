@@ -14,7 +14,7 @@ from jlora.stored import compressed
 from jlora.stored.compressed import JointLowRank, LowRank, SpectralTrain, TensorTrain, TransposedPair
 from jlora.stored.compressed.spectral_train import turned
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 ROWS, COLUMNS = 20, 12
 CLASSES = [value for value in vars(compressed).values() if isinstance(value, type) and issubclass(value, Code)]

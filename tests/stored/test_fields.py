@@ -10,7 +10,7 @@ from jax import lax
 
 import jlora
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 PARAMS = {
     "deep": weight(0, 8, 8),

@@ -46,7 +46,7 @@ def taken(name, leaf=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.newest
+@pytest.mark.once
 def test_values_are_those_of_qwix_and_are_lifted(name):
     fn, params, x, sites = taken(name)
     base = jlora.from_qwix(params, sites)

@@ -88,7 +88,7 @@ def test_every_use_equals_that_of_the_decoded_base():
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_leaves_that_are_not_adapted_are_decoded_too_with_and_without_adapters():
     x, roles = normal(11, 6, 8), {"formed": jlora.Axes("in out", CODE), ".*": CODE}
     check_equal(uses, USES, x, {"(q|stack)": jlora.LoRA(2)}, roles)
@@ -113,12 +113,12 @@ def _fits(case):
 
 
 @pytest.mark.parametrize("method", by_form(), ids=str)
-@pytest.mark.newest
+@pytest.mark.once
 def test_every_form_of_update_equals_that_on_the_decoded_base(method):
     check_equal(product, {"w_0": weight(0, 8, 8)}, normal(1, 16, 8), {"w_0": method})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_stacks_under_scan_and_remat_and_casts_to_16_bits():
     check_equal(layers, {"w_0": weight(0, 3, 8, 8)}, normal(1, 16, 8), {".*": jlora.LoRA(2)})
     cast = lambda params, x: layers({"w_0": params["w_0"].astype(x.dtype)}, x)
@@ -127,7 +127,7 @@ def test_stacks_under_scan_and_remat_and_casts_to_16_bits():
     check_equal(vmapped, {"w_0": weight(0, 3, 8, 8)}, normal(1, 4, 8), {".*": jlora.LoRA(2)})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_step_takes_no_more_memory_than_on_a_float32_base(scanned, remat):
@@ -159,7 +159,7 @@ def on_mesh(kind):
     return mesh, place
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_on_a_mesh_fields_are_cut_as_the_leaf_in_whole_blocks():
     mesh, place = on_mesh(AxisType.Auto)
 
@@ -214,7 +214,7 @@ def test_on_a_mesh_with_explicit_axes():
         close(*(jlora.merge(perturbed(jlora.adapterize(base, spec))) for base in (kept, jlora.dequantize(kept))))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_shardings_by_logical_names_are_those_of_the_fields():
     mesh, _ = on_mesh(AxisType.Auto)
     adapted = jlora.adapterize(jlora.quantize({"w": weight(0, 8, 8)}, {"w": Rounded(whole=True)}), {"w": jlora.LoRA(2)})
@@ -228,7 +228,7 @@ def test_shardings_by_logical_names_are_those_of_the_fields():
         jlora.mesh.shardings(blocks, mesh, rules, names={"w": P("embed", "mlp")})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_quantize_keeps_shape_dtype_and_the_rest_and_says_so():
     params = {"w": weight(0, 2, 8, 8).astype(jnp.bfloat16), "bias": jnp.zeros(8), "n": np.float32(weight(1, 8, 8))}
     kept = jlora.quantize(params, {"w": jlora.Axes("batch in out", CODE), "n": CODE})
@@ -246,7 +246,7 @@ def test_quantize_keeps_shape_dtype_and_the_rest_and_says_so():
     assert text.endswith("trained 32 of 200 values in the base (16.00 %)")
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_requantize_encodes_what_merge_decodes():
     kept, _ = adapt_both(product, {"w_0": weight(0, 8, 8)}, normal(1, 4, 8), {"w_0": jlora.LoRA(2)})
     again = jlora.requantize(kept)["w_0"]
@@ -257,7 +257,7 @@ def test_requantize_encodes_what_merge_decodes():
     assert isinstance(twice["w_0"], jlora.Stored)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_saved_adapters_know_the_form_of_their_base(tmp_path):
     params = {"w": weight(0, 8, 8), "v": weight(1, 8, 8)}
     kept = jlora.quantize(params, {".*": CODE})
@@ -282,7 +282,7 @@ def test_saved_adapters_know_the_form_of_their_base(tmp_path):
         jlora.load(tmp_path / "plain", kept)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_observations_and_starts_from_data_see_the_decoded_base():
     params, x = {"w": weight(0, 8, 8), "v": weight(1, 8, 8)}, normal(2, 4, 8)
     fn = lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"]
@@ -297,7 +297,7 @@ def test_observations_and_starts_from_data_see_the_decoded_base():
         close(*[(each.params, each.frozen) for each in found])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_loftq_keeps_the_base_in_the_form_of_its_code():
     params, spec = (
         {"w": weight(0, 2, 8, 8), "v": weight(1, 8, 8)},
@@ -319,7 +319,7 @@ def test_loftq_keeps_the_base_in_the_form_of_its_code():
         jlora.loftq(params, spec, Rounded(block=3))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_merges_into_the_base_is_refused_and_chains_beside_it_go_on():
     params, key = {"w_0": weight(0, 8, 8)}, jax.random.key(1)
     kept = jlora.quantize(params, {"w_0": CODE})
@@ -351,7 +351,7 @@ def test_what_merges_into_the_base_is_refused_and_chains_beside_it_go_on():
         jlora.adapterize(kept, {"w_0": jlora.Full()})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_peft_files_of_a_base_kept_as_a_code_are_those_of_the_decoded_base(tmp_path):
     params = {"layers": {"0": {"q_proj": {"kernel": weight(0, 8, 8)}, "v_proj": {"kernel": weight(1, 8, 8)}}}}
     names = {
@@ -371,7 +371,7 @@ def test_peft_files_of_a_base_kept_as_a_code_are_those_of_the_decoded_base(tmp_p
     )
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("params", "spec", "words"),
     [
@@ -391,7 +391,7 @@ def test_quantize_refuses(params, spec, words):
         jlora.quantize(params, spec)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_leaves_kept_as_a_code_are_no_arrays():
     kept = jlora.quantize(
         {"w": weight(0, 2, 8, 8), "e": weight(1, 8, 8)}, {"w": jlora.Axes("batch in out", CODE), "e": CODE}

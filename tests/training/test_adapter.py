@@ -30,7 +30,7 @@ from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 from jlora.training.sweep.job import sweep
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 SMALL = Settings(
     steps=4,
     batch=8,

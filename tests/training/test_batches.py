@@ -131,7 +131,7 @@ def test_packed_rows_are_told_from_the_rows_they_hold():
     assert dataclasses.replace(data, unpacked=None).amounts() == "2 rows to train on, 1 to validate"
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("fixed", [True, False])
 def test_a_batch_may_be_of_one_row(fixed):
     found = take(training_batches(examples([4] * 3), 1, 8, seed=0, fixed=fixed), 3)

@@ -27,7 +27,7 @@ from jlora.training.run.best import best_of, waited
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 def validations(*losses):

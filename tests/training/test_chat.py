@@ -23,7 +23,7 @@ from jlora.training.model.subject import load_subject, open_codec
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 TWO_TURNS = [
     {"role": "user", "content": "Q1"},

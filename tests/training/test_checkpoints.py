@@ -108,7 +108,7 @@ def test_a_state_comes_back_with_its_key_its_constants_and_its_step(tmp_path):
     stranger.close()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_the_groups_of_a_former_release_are_joined_where_they_are_one_now(tmp_path):
     adapted = jlora.adapterize({"w": jnp.eye(4), "b": jnp.ones(4)}, {"w": jlora.LoRA(2), "b": jlora.Full()})
     grads = jax.tree.map(jnp.ones_like, adapted.params)

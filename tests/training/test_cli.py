@@ -11,7 +11,7 @@ import pytest
 from jlora import models
 from jlora.training.cli import main
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 WORDS = {"good": ["fine", "kind", "nice", "happy"], "bad": ["mean", "sad", "poor", "ugly"]}
 

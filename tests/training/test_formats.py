@@ -13,7 +13,7 @@ from jlora.training.data.rows import given_rows, read_rows
 from jlora.training.errors import DataError, SettingError
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
 

@@ -13,7 +13,7 @@ from jlora.training.data.rows import read_rows
 from jlora.training.model.subject import model_directory
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = REPOSITORY / "tests" / "models" / "golden_gguf" / "llama" / "model.gguf"
 QUICK = ["--steps", "2", "--batch", "2", "--max-length", "32", "--progress", "none", "--sample-tokens", "2"]

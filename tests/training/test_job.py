@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_checkpoints_whole(tm
     assert last_whole(tmp_path / "run" / "checkpoints") == 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_report(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
@@ -357,7 +357,7 @@ def altered(monkeypatch, alter):
     monkeypatch.setattr(trainer, "make_step", make_step)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_gradient_that_stays_0_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
     altered(monkeypatch, lambda state, result: (state, result._replace(gradient_norm=3.0 * (state.step <= 4))))
     with pytest.raises(
@@ -398,7 +398,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(finished, tmp_path, interruptible, number):
     out, before = tmp_path / "run", signal.getsignal(number)

@@ -64,7 +64,7 @@ def test_a_mesh_changes_nothing_but_where_things_lie(alone, tmp_path):
         np.testing.assert_allclose(one, other, atol=2e-3)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.long
 def test_a_run_resumes_onto_another_mesh(alone, tmp_path, unplugged):
     with unplugged(3):
@@ -78,7 +78,7 @@ def test_a_run_resumes_onto_another_mesh(alone, tmp_path, unplugged):
     assert json.loads((result.out / "results.json").read_text())["steps"] == 4
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
@@ -93,7 +93,7 @@ def test_a_mesh_that_does_not_divide_is_an_error_with_the_numbers(tmp_path, mesh
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -114,7 +114,7 @@ def test_a_rule_that_fits_no_weight_is_refused_before_any_is_read(tmp_path, monk
         finetune(settings(tmp_path / "run", mesh="fsdp=2", shard=rule), quiet)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_two_axes_cut_the_last_two_axes_of_a_matrix_and_vectors_and_layers_are_whole():
     mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
     assert weight_spec("layers/up/kernel", (6, 6, 8), mesh) == PartitionSpec(None, "fsdp", "model")
@@ -137,7 +137,7 @@ class Chip:
     process_index: int = 0
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_data_goes_across_slices_and_the_rest_within():
     chips = [Chip(number, number % 2) for number in range(8)]
     mesh = mesh_of({"fsdp": 2, "data": 4}, chips)
@@ -152,7 +152,7 @@ def test_data_goes_across_slices_and_the_rest_within():
         mesh_of({"data": 7}, chips[:7])
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_kernels_back_to_the_models_width_are_cut_the_other_way_round():
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     for path in (
@@ -164,7 +164,7 @@ def test_kernels_back_to_the_models_width_are_cut_the_other_way_round():
     assert weight_spec("o_proj/kernel", (16, 32), make_mesh({"tensor": 8})) == PartitionSpec("tensor", None)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_fsdp_cuts_the_rows_and_the_weights():
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     assert rows_of_batch(mesh, 1).spec == PartitionSpec(None, ("fsdp",))

@@ -27,7 +27,7 @@ from jlora.training.settings.fields import Settings
 from jlora.training.settings.inspected import settings_table
 from jlora.training.settings.named import named
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "job_methods.json").read_text())
 ASKED = {name: {key: [3, 7] for key in recipe.asks} for name, recipe in catalog.recipes().items()}

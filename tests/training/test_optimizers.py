@@ -12,7 +12,7 @@ from jlora.training.run.schedule import make_optimizer
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 RATE, DECAY = 0.1, 0.2
 

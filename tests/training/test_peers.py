@@ -12,7 +12,7 @@ from jlora.training.errors import DivergenceError, LostError, Stopped
 from jlora.training.hosts import agreement, peers, versions
 from jlora.training.hosts.agreement import Part
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 MET = []

@@ -22,7 +22,7 @@ from jlora.training.settings.axes import mesh_axes
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 SMALL = Settings(mesh="fsdp=2,tensor=2", batch=8, max_length=16, rank=2)
 ARGUMENTS = ["plan", "--device", "v5e", "--mesh", "fsdp=2,tensor=2", "--batch", "8", "--length", "16", "--rank", "2"]

@@ -65,7 +65,7 @@ def parts(example):
     return tokens[:start], tokens[start:]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["texts", "chats"])
 def test_rows_are_the_tokens_that_trl_makes_of_them(codec, template, kind):
     pairs = encode_preferences(rows(GOLDEN["rows"][kind]), codec, template, 128)
@@ -124,7 +124,7 @@ def keeping_gradients():
     return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p=None: (g, g))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "kto"])
 def test_losses_gradients_metrics_and_three_steps_are_those_of_trl(codec, subject, name):
     forward, settings, adapted = subject[0], settings_of(name), started(subject, name)
@@ -269,7 +269,7 @@ def test_a_job_learns_to_prefer_and_goes_on_after_a_stop(tmp_path, stopped_and_r
     assert evaluate_file(open_run(result.out), data, base=True)["margin"] == 0
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_prompts_may_be_given_in_several_ways(codec, template):
     said = [{"role": "user", "content": "Hi"}]
     answer = lambda text: [{"role": "assistant", "content": text}]
@@ -291,7 +291,7 @@ def test_prompts_may_be_given_in_several_ways(codec, template):
         np.testing.assert_array_equal(pair.second.weights, pairs[0].second.weights)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("values", "judged_by", "message"),
     [
@@ -308,7 +308,7 @@ def test_rows_that_are_no_preferences_are_named(codec, template, values, judged_
         encode_preferences(rows([values]), codec, template, 64, judged_by)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_what_teaches_nothing_is_left_out_and_counted(codec, template):
     values = [
         {"prompt": "One", "chosen": " two", "rejected": " two"},
@@ -323,7 +323,7 @@ def test_what_teaches_nothing_is_left_out_and_counted(codec, template):
         assert counts == {"same": 1, "empty": 1, **({"dropped": 2} if drop else {"answerless": 1})}
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_an_answer_by_itself_stands_beside_that_of_another_prompt(codec):
     settings = resolve(dataclasses.replace(DATA, preference_loss="kto"))
     given = [
@@ -337,7 +337,7 @@ def test_an_answer_by_itself_stands_beside_that_of_another_prompt(codec):
     assert read == [["Tom ran", "Tom ate"], ["Tom sat", "Tom ate"], ["Sue ate", "Sue sat"]]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -355,7 +355,7 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
         Settings(**{"task": "preference", "data": "pairs.jsonl", "beta": 0.2, **changes})
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -12,7 +12,7 @@ from jlora.training.reporting.progress import Progress
 from jlora.training.reporting.shown import sample_lines
 from jlora.training.run import trainer
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 
 class Terminal(io.StringIO):

@@ -23,7 +23,7 @@ from jlora.training.run.record import read_settings
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 NARROW = {r".*/down_proj/kernel": None, jlora.ALL_LINEAR: NF4(double=True)}
 REFUSED = "--quantize nf4 leaves layers/mlp/down_proj/kernel as it is: block 64 must divide the 172 rows of the 172 x 64 matrix"
@@ -77,7 +77,7 @@ def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     assert abs(evaluate_file(plain, data, 8)["loss"] - trained) < 1e-5 < abs(base - trained)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_start_from_a_residual_is_of_what_the_base_lost(tmp_path):
     settings = settings_of(tmp_path, method="lora", init="residual", task="classify")
     subject = load_subject(settings, *open_codec(settings)).with_head(["yes", "no"])
@@ -113,7 +113,7 @@ def test_the_subject_of_a_job_is_encoded_and_says_what_is_not():
     assert runnable(subject.model.apply, adapted)[1] is adapted  # no decoded base is formed to write text
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_method_that_trains_the_weight_itself_is_refused_by_the_leaf(tmp_path):
     asked = settings_of(tmp_path, method="full", rank=None, targets=None)
     with pytest.raises(ValueError, match=r"gate_proj/kernel is kept as NF4.*, and Full\(\) trains the leaf itself"):
@@ -133,7 +133,7 @@ def test_a_model_of_bitsandbytes_is_a_base_as_it_is(tmp_path):
     assert "6 leaves kept as NF4(double=True)" in _inspected(resolve(asked))
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_classifier_has_a_quantized_backbone_and_a_plain_head(tmp_path):
     asked = settings_of(tmp_path, quantize="int8", task="classify", dtype="bfloat16")
     subject = load_subject(asked, *open_codec(asked)).with_head(["a", "b"])
@@ -143,7 +143,7 @@ def test_a_classifier_has_a_quantized_backbone_and_a_plain_head(tmp_path):
     assert "linear weights as Int8(), 0.31 MB" in memory(subject, asked)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_inspect_tells_of_codes_and_reads_no_weights(monkeypatch):
     monkeypatch.setattr(models, "load", None)
     assert "6 leaves kept as NF4(double=True): 171,520 values of 4.136 bits" in _inspected(

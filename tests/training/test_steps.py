@@ -14,7 +14,7 @@ from jlora.training.model.scores import summarize
 from jlora.training.run.schedule import learning_rate, make_optimizer
 from jlora.training.settings.fields import Settings
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 6, 12, 10
 

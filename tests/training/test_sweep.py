@@ -82,7 +82,7 @@ def test_each_run_of_a_sweep_is_what_it_is_alone(finished, tmp_path):
         np.testing.assert_allclose(found, wanted[path], rtol=0, atol=1e-4 * np.abs(wanted[path]).max())
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_sweep_leaves_runs_that_other_commands_take_and_a_page_that_compares_them(finished):
     result, said = finished
     names = [run.name for run in result.runs]
@@ -105,7 +105,7 @@ def test_a_sweep_leaves_runs_that_other_commands_take_and_a_page_that_compares_t
         open_run(result.out)
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, unplugged):
     result, _ = finished
     settings = dataclasses.replace(SWEPT, out=str(tmp_path / "out"))
@@ -121,7 +121,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, u
         assert found[0] == found[1]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_a_run_that_diverges_or_gets_no_better_stops_alone(tmp_path):
     swept = {"learning-rate": [1e-2, 1e30, 1e-30]}
     settings = dataclasses.replace(
@@ -139,7 +139,7 @@ def test_a_run_that_diverges_or_gets_no_better_stops_alone(tmp_path):
     assert "What went wrong" in (result.out / "sweep.html").read_text() and result.complaint is None
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_runs_of_other_ranks_and_scales_are_saved_with_their_own(tmp_path):
     swept = {"rank": [1, 3], "alpha": [2.0, 8.0]}
     settings = dataclasses.replace(SWEPT, sweep=swept, seeds=None, steps=1, out=str(tmp_path / "out"))
@@ -150,7 +150,7 @@ def test_runs_of_other_ranks_and_scales_are_saved_with_their_own(tmp_path):
         assert adapted.params["layers"]["self_attn"]["q_proj"]["kernel"]["a"].shape[-1] == run.point["rank"]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_points_are_all_combinations_and_named_by_their_values():
     found = points(Settings(sweep={"learning-rate": ["1e-4", "3e-4"], "weight_decay": [0, 0.1]}, seeds=2, seed=5))
     assert len(found) == 8 and found[1] == {"learning_rate": 1e-4, "weight_decay": 0.0, "seed": 6}
@@ -158,7 +158,7 @@ def test_points_are_all_combinations_and_named_by_their_values():
     assert points(Settings(sweep={"seed": ["3", "1"], "alpha": ["4"]})) == [{"alpha": 4.0, "seed": s} for s in (3, 1)]
 
 
-@pytest.mark.newest
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -188,7 +188,7 @@ def test_what_can_not_be_swept_is_told_in_one_sentence(words, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.newest
+@pytest.mark.once
 def test_one_run_of_a_sweep_is_resumed_with_the_others(finished):
     result, _ = finished
     run = result.out / "runs" / result.runs[0].name

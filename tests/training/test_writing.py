@@ -17,7 +17,7 @@ from jlora.training.commands.writing import Writer, prompt_tokens, read_prompts,
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError
 
-pytestmark = pytest.mark.newest
+pytestmark = pytest.mark.once
 
 OPEN = dict.fromkeys(("temperature", "top_k", "top_p", "stop")) | {"tokens": 6, "seed": 0}
 
