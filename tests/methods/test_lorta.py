@@ -66,9 +66,9 @@ def test_outputs_gradients_and_steps_are_those_of_the_reference(layout):
 
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
     y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
-    close(y[0], GOLDEN["y"], atol=1e-4)  # sums of terms that are a hundred times larger
+    close(y[0], GOLDEN["y"])
     for name in FACTORS:
-        close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name])
+        close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name], atol=1e-4)  # values up to ten
         close(after["~shared"]["LoRTA"][name], factors("after")[name], atol=1e-4)
 
 
