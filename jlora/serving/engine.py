@@ -16,8 +16,8 @@ class Engine:
     row, writes its adapter there once, has its prompt read in chunks between the others' decoding steps, and leaves when it
     ends. Three programs are compiled, by `start`, and none after it.
 
-    A request's tokens are those that `jlora.models.generate` gives to its prompt alone, with `key=jax.random.key(seed)` where it
-    draws at random, up to the rounding of sums; they don't depend on what runs beside it.
+    A request's tokens are those that `jlora.models.generate` gives to its prompt alone, with `key=jax.random.key(seed)` where
+    it draws at random, up to the rounding of sums; they don't depend on what runs beside it.
 
     Args:
         model: a decoder of `jlora.models`.

@@ -112,7 +112,7 @@ class Request:
     finished: Finished | None = None
 
     def cancel(self) -> None:
-        """Ends the request: its row is free at the next step, and `Finished("cancelled")` is told, unless it has ended before."""
+        """Ends the request: its row is free at the next step, and `Finished("cancelled")` is told, unless it had ended."""
         self.cancelled = True
 
 

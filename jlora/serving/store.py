@@ -11,8 +11,8 @@ from jlora.core.tree.spec import ALL_LINEAR
 class AdapterStore:
     """Adapters of one base in host memory at their own rank, paged to the device by least recent use.
 
-    An engine's rows have room for the leaves, the rank and the gains that are said here, whatever adapters come later: so adding,
-    removing and changing adapters compiles nothing. Methods may be called from any thread, while the engine runs.
+    An engine's rows have room for the leaves, the rank and the gains that are said here, whatever adapters come later: so
+    adding, removing and changing adapters compiles nothing. Methods may be called from any thread, while the engine runs.
 
     Args:
         model: the decoder.
