@@ -68,7 +68,7 @@ def extend(cache: KVCache, positions: jax.Array, segments: jax.Array) -> KVCache
         ValueError: The cache has too few slots, as far as shapes (and a concrete index) tell.
     """
     length, slots = positions.shape[1], cache.positions.shape[1]
-    used = 0 if isinstance(cache.index, Tracer) else int(np.max(cache.index))
+    used = 0 if isinstance(cache.index, Tracer) else int(np.asarray(cache.index).max())
     if used + length > slots:
         raise ValueError(
             f"KV cache: {slots} slots, {used} used, {length} more tokens given; make a longer empty_cache."

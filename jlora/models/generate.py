@@ -44,13 +44,17 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = jnp.where(logits < jax.lax.top_k(logits, self.top_k)[0][:, -1:], -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(logits < _nucleus_border(logits, self.top_p), -jnp.inf, logits)
+            logits = jnp.where(logits < nucleus_border(-jnp.sort(-logits, axis=-1), self.top_p), -jnp.inf, logits)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def _nucleus_border(logits: jax.Array, top_p: float) -> jax.Array:
-    """The least logit `[batch, 1]` among the fewest likeliest tokens whose probabilities reach `top_p`."""
-    ordered = -jnp.sort(-logits, axis=-1)
+def nucleus_border(ordered: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """The least logit `[batch, 1]` among the fewest likeliest tokens whose probabilities reach `top_p`.
+
+    Args:
+        ordered: logits `[batch, vocab]`, largest first.
+        top_p: a number for all rows, or `[batch, 1]`.
+    """
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     # The first is always in, whatever rounding does.

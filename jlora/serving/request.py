@@ -98,6 +98,7 @@ class Request:
         adapter: the name of its adapter; None for the base.
         held: the adapter's arrays, as they were when it was taken.
         listen: what is told of its tokens and its end.
+        number: its place among all requests.
         cancelled: whether it is to end.
         told: how many tokens were told.
         finished: its end, where it has ended.
@@ -107,6 +108,7 @@ class Request:
     adapter: str | None
     held: Any
     listen: Listener = field(repr=False)
+    number: int
     cancelled: bool = False
     told: int = 0
     finished: Finished | None = None
