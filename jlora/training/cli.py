@@ -186,7 +186,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=_COUNT, help="tokens of a prompt and its answer together, at most (the model's positions, or 2048)"
     )
-    parser.add_argument("--rank", type=_COUNT, default=16, help="the largest rank of an adapter (16)")
+    parser.add_argument("--rank", type=_COUNT, help="the largest rank of an adapter (that of the given ones, 16 at least)")
     parser.add_argument("--slots", type=_COUNT, default=8, help="adapters that are kept on the device besides those in use (8)")
 
 

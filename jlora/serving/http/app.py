@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ class Service:
         engine: who answers.
         voice: the model's words.
         shelf: what `model` may name.
-        length: tokens of a prompt and its answer together, at most; the engine's.
         token: what calls must bring, or None.
         hosts: names by which this host may be called, or None for any.
         body: bytes of a call, at most.
@@ -49,7 +49,6 @@ class Service:
     engine: Engine
     voice: Voice
     shelf: Shelf
-    length: int
     token: str | None = None
     hosts: Collection[str] | None = None
     body: int = 2 * 2**20
@@ -109,7 +108,7 @@ class _Routes:
         self._check_open()
         entry = service.shelf.find(name)
         while True:
-            asked = await asyncio.to_thread(ask, body.copy(), entry, service.voice, service.length)
+            asked = await asyncio.to_thread(ask, body.copy(), entry, service.voice, service.engine.length)
             # Between the tokens of a chat and its submission the name must not have got another adapter.
             if service.shelf.holds(entry):
                 break
@@ -140,7 +139,7 @@ class _Routes:
             "created": entry.created,
             "owned_by": "jlora",
             "parent": None if entry.adapter is None else self._service.shelf.base,
-            "max_model_len": self._service.length,
+            "max_model_len": self._service.engine.length,
             "chat": entry.chat is not None,
         }
 
@@ -205,7 +204,8 @@ class _Call(Response):
             raise Refused(500, str(failed), "engine_failed") from failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._while_there(receive, self._stream(send))
+        with contextlib.suppress(ClientDisconnect):  # nobody is there who could be told
+            await self._while_there(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]

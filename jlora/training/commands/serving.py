@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from jlora import models
+from jlora.compose.entry import entry_of
+from jlora.compose.slotted import Slotted
 from jlora.disk import folders
 from jlora.models.chat_files import read_chat_templates
 from jlora.serving.engine import Engine
@@ -30,7 +34,7 @@ from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
 
 _NEEDED = ("starlette", "uvicorn", "prometheus_client")
-_LENGTH = 2048
+_RANK = 16
 #: The variable that holds the token, where no file does.
 TOKEN = "JLORA_TOKEN"
 
@@ -287,17 +291,28 @@ def read_token(file: str | None) -> str | None:
     return found
 
 
-def length_of(subject: Subject, wanted: int | None) -> int:
-    """The tokens of a prompt and its answer: what the model has positions for, at most.
+def largest_rank(found: Found, subject: Subject) -> int:
+    """The largest rank of the adapters, 16 at least, so that there is room for others to come.
 
     Raises:
-        SettingError: for more.
+        ValueError: for an adapter of another base, or of a method that no bank holds, with its folder.
+        OSError: for a file that can't be read.
     """
-    config = subject.model.config
-    positions = config.max_position_embeddings - getattr(config, "position_offset", 0)
-    if wanted is not None and wanted > positions:
-        raise SettingError("--length", f"is {wanted:,}, but the model has {positions:,} positions")
-    return wanted or min(_LENGTH, positions)
+    ranks = [_RANK]
+    for name, folder in found.adapters.items():
+        with told_of(folder):
+            entry = entry_of(name, folder, subject.params, models.peft_names(subject.model))
+        ranks += [site.method.rank for site in entry.sites.values() if isinstance(site.method, Slotted)]
+    return max(ranks)
+
+
+@contextlib.contextmanager
+def told_of(folder: Path) -> Iterator[None]:
+    """Errors about an adapter begin with its folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -320,22 +335,20 @@ def serve(arguments: argparse.Namespace) -> None:
         if base.settings.task == "classify":
             raise CheckpointError("a classifier cannot write")
         voice, subject = RunVoice(base, arguments.chat_template), base.subject
-        length = length_of(subject, arguments.length)
-        store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=arguments.rank)
-        sizes = {"rows": arguments.rows, "length": length, "queue": arguments.queue}
+        rank = arguments.rank or largest_rank(found, subject)
+        store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank)
+        sizes = {"rows": arguments.rows, "length": arguments.length, "queue": arguments.queue}
         engine = Engine(subject.model, subject.params, adapters=store, **sizes)
         name = arguments.served_name or _name_of(base, arguments.model)
         shelf = Shelf(name, store, voice, found.roots)
         for adapter, folder in found.adapters.items():
-            try:
+            with told_of(folder):
                 shelf.put(adapter, folder)
-            except ValueError as error:
-                raise ValueError(f"{folder}: {error}") from error
         for note in (*subject.notes, *voice.notes, *found.notes, *_warnings(local, token)):
             print(f"note  {note}", file=sys.stderr)
         engine.start()
         hosts = None if token is not None or not local else ("localhost", "127.0.0.1", "::1", arguments.host)
-        service = Service(engine, voice, shelf, length, token, hosts, arguments.max_body * 2**20)
+        service = Service(engine, voice, shelf, token, hosts, arguments.max_body * 2**20)
         host, port = place.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         names = ", ".join(found.adapters) or "no adapters yet"
