@@ -49,7 +49,9 @@ def asked(address, token, model, tokens):
 
 
 def set_value(driver, id, value):
-    script = "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
+    script = (
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
+    )
     driver.execute_script(script, id, value)
 
 

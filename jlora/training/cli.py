@@ -157,7 +157,10 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="output folders of jlora finetune on one base, called by their folders' names"
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="output folders of jlora finetune on one base, called by their folders' names",
     )
     parser.add_argument("--model", help="directory of the base (default: the first run's, or the shipped model)")
     parser.add_argument(
@@ -167,7 +170,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="folder whose subfolders are adapters, of jlora.save, jlora finetune or in PEFT's format, or NAME=DIR for one; may "
         "be given several times; calls may load others from there",
     )
-    parser.add_argument("--quantize", metavar="CODE", help="keep the base's linear weights as a code: nf4, .. (the run's)")
+    parser.add_argument(
+        "--quantize", metavar="CODE", help="keep the base's linear weights as a code: nf4, .. (the run's)"
+    )
     parser.add_argument("--served-name", metavar="NAME", help="what calls name the base (the name of its folder)")
     parser.add_argument(
         "--chat-template",
@@ -178,16 +183,24 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     port = number(int, lambda value: 0 <= value < 2**16, "from 0 to 65535")
     parser.add_argument("--port", type=port, default=8000, help="port to listen at; 0 is any that is free (8000)")
     parser.add_argument(
-        "--token-file", metavar="FILE", help="file with the token that calls must bring (default: the variable JLORA_TOKEN)"
+        "--token-file",
+        metavar="FILE",
+        help="file with the token that calls must bring (default: the variable JLORA_TOKEN)",
     )
     parser.add_argument("--max-body", type=_COUNT, default=2, metavar="MIB", help="size of a call, at most (2)")
     parser.add_argument("--queue", type=_COUNT, default=256, help="requests that may wait (256)")
     parser.add_argument("--rows", type=_COUNT, default=8, help="requests that run at once (8)")
     parser.add_argument(
-        "--length", type=_COUNT, help="tokens of a prompt and its answer together, at most (the model's positions, or 2048)"
+        "--length",
+        type=_COUNT,
+        help="tokens of a prompt and its answer together, at most (the model's positions, or 2048)",
     )
-    parser.add_argument("--rank", type=_COUNT, help="the largest rank of an adapter (that of the given ones, 16 at least)")
-    parser.add_argument("--slots", type=_COUNT, default=8, help="adapters that are kept on the device besides those in use (8)")
+    parser.add_argument(
+        "--rank", type=_COUNT, help="the largest rank of an adapter (that of the given ones, 16 at least)"
+    )
+    parser.add_argument(
+        "--slots", type=_COUNT, default=8, help="adapters that are kept on the device besides those in use (8)"
+    )
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

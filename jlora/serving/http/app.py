@@ -85,8 +85,13 @@ def application(service: Service) -> ASGIApp:
 
 
 def _no_route(request: Request, wrong: HTTPException) -> Response:
-    what = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.url.path[:200]} takes no {request.method}"}
-    return JSONResponse(error(wrong.status_code, what.get(wrong.status_code, wrong.detail)), wrong.status_code, wrong.headers)
+    what = {
+        404: f"there is nothing at {request.url.path[:200]}",
+        405: f"{request.url.path[:200]} takes no {request.method}",
+    }
+    return JSONResponse(
+        error(wrong.status_code, what.get(wrong.status_code, wrong.detail)), wrong.status_code, wrong.headers
+    )
 
 
 class _Routes:
@@ -122,7 +127,10 @@ class _Routes:
     def _check_open(self) -> None:
         if self._service.draining:
             raise Refused(
-                503, "the server ends: it answers what it has begun, and takes no more", "draining", headers={"Retry-After": "5"}
+                503,
+                "the server ends: it answers what it has begun, and takes no more",
+                "draining",
+                headers={"Retry-After": "5"},
             )
 
     async def models(self, request: Request) -> Response:

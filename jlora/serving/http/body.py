@@ -55,7 +55,11 @@ def parsed(text: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise Refused(400, "the body is no JSON that can be read: it is nested too deeply", "invalid_json") from error
     except ValueError as error:
-        why = str(error) if not isinstance(error, UnicodeError) else "it is not valid UTF-8, or holds half a surrogate pair"
+        why = (
+            str(error)
+            if not isinstance(error, UnicodeError)
+            else "it is not valid UTF-8, or holds half a surrogate pair"
+        )
         raise Refused(400, f"the body is no JSON that can be read: {why}", "invalid_json") from error
     if not isinstance(found, dict):
         raise Refused(400, "the body must be a JSON object", "invalid_json")

@@ -42,6 +42,22 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
+def configured(service: Service) -> uvicorn.Config:
+    """The service as uvicorn serves it."""
+    return uvicorn.Config(
+        application(service),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+
+
 class _Server(uvicorn.Server):
     """The first SIGTERM or Ctrl-C lets it finish what it has begun, the second ends it at once."""
 
@@ -78,18 +94,7 @@ def serve(service: Service, place: socket.socket, say: Callable[[str], None], wh
         say: takes what a user must know.
         what: what is served, and where, in words.
     """
-    config = uvicorn.Config(
-        application(service),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=_LAST_SECONDS,
-    )
+    config = configured(service)
     try:
         _Server(config, service, say, what).run(sockets=[place])
     finally:

@@ -142,5 +142,8 @@ class Shelf:
             pass
         where = ", ".join(map(str, self._roots)) or "none, since the server was started without --adapters"
         raise Refused(
-            403, f"lora_path must be a folder in one that the server was started with ({where})", "path_refused", "lora_path"
+            403,
+            f"lora_path must be a folder in one that the server was started with ({where})",
+            "path_refused",
+            "lora_path",
         )

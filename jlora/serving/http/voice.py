@@ -19,18 +19,12 @@ class Voice(Protocol):
         temperature, top_k, top_p: how tokens are drawn where a call doesn't say; None for all tokens.
     """
 
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def ends(self) -> tuple[int, ...]: ...
-    @property
-    def stop(self) -> tuple[str, ...]: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int | None: ...
-    @property
-    def top_p(self) -> float | None: ...
+    tokens: int
+    ends: tuple[int, ...]
+    stop: tuple[str, ...]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
 
     def prompt(self, text: str) -> list[int]:
         """The ids of a text to go on with."""

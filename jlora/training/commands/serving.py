@@ -9,13 +9,10 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from jlora import models
 from jlora.compose.entry import entry_of
@@ -23,6 +20,7 @@ from jlora.compose.slotted import Slotted
 from jlora.disk import folders
 from jlora.models.chat_files import read_chat_templates
 from jlora.serving.engine import Engine
+from jlora.serving.pieces import Pieces
 from jlora.serving.store import AdapterStore
 from jlora.training.commands.runs import Run
 from jlora.training.commands.writing import chat_tokens, way_of
@@ -32,6 +30,9 @@ from jlora.training.model.subject import Subject, load_subject, model_directory,
 from jlora.training.run.record import SETTINGS, read_settings, run_of
 from jlora.training.settings.defaults import resolve
 from jlora.training.settings.fields import Settings
+
+if TYPE_CHECKING:
+    from jlora.serving.http.app import Service
 
 _NEEDED = ("starlette", "uvicorn", "prometheus_client")
 _RANK = 16
@@ -83,7 +84,9 @@ def find_adapters(runs: Sequence[str], given: Sequence[str]) -> Found:
 
     def put(name: str, folder: Path, flag: str) -> None:
         if name in adapters:
-            raise SettingError(flag, f"{folder} and {adapters[name]} are both called {name}: say --adapters NAME={folder}")
+            raise SettingError(
+                flag, f"{folder} and {adapters[name]} are both called {name}: say --adapters NAME={folder}"
+            )
         adapters[name] = folder
 
     for run in map(Path, runs):
@@ -156,7 +159,7 @@ def open_base(found: Found, model: str | None, quantize: str | None) -> Run:
 
 
 class RunVoice:
-    """The words of a run's base, as training has them: `jlora.serving.http.voice.Voice`.
+    """The words of a run's base, as training has them: a `jlora.serving.http.voice.Voice`.
 
     Attributes:
         notes: what a user must know of them.
@@ -168,38 +171,17 @@ class RunVoice:
         Raises:
             ValueError: for a template that is damaged, or needs what the model lacks.
         """
-        given = dict.fromkeys(("tokens", "temperature", "top_k", "top_p", "stop", "seed"))
-        self._way, notes = way_of(run, given)
-        self._run, self._codec, self.notes = run, run.subject.codec, tuple(notes)
+        given: dict[str, Any] = dict.fromkeys(("tokens", "temperature", "top_k", "top_p", "stop", "seed"))
+        way, notes = way_of(run, given)
+        self.ends, self.stop, self.notes = way.ends, way.stop, tuple(notes)
+        self.temperature, self.top_k, self.top_p = way.temperature, way.top_k, way.top_p
+        self._run, self._codec = run, run.subject.codec
+        vocabulary = self._codec.tokenizer.get_vocab()
+        self.tokens, self._pieces = max(vocabulary.values()) + 1, Pieces(self._codec.tokenizer)
         # Templates keep what they write while they write it.
         self._lock = threading.Lock()
         own = template is not None or read_chat_templates(run.directory)
-        vocabulary = self._codec.tokenizer.get_vocab()
         self._template = chat.template(template or "model", run.directory, vocabulary) if own else None
-
-    @cached_property
-    def tokens(self) -> int:
-        return max(self._codec.tokenizer.get_vocab().values()) + 1
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return self._way.ends
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        return self._way.stop
-
-    @property
-    def temperature(self) -> float:
-        return self._way.temperature
-
-    @property
-    def top_k(self) -> int | None:
-        return self._way.top_k
-
-    @property
-    def top_p(self) -> float | None:
-        return self._way.top_p
 
     def prompt(self, text: str) -> list[int]:
         return self._codec.prompt(text)
@@ -209,10 +191,6 @@ class RunVoice:
 
     def token(self, id: int) -> tuple[str, bytes]:
         return self._pieces.of(id)
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self._codec.tokenizer)
 
     def chat(self, folder: str | None) -> Any:
         """How chats are written for an adapter: by the template that it was trained with, else by the base's."""
@@ -231,51 +209,6 @@ class RunVoice:
         return tokens
 
 
-class Pieces:
-    """The tokens of a tokenizer, one by one, as text and as bytes."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        # Decoders take the space of a text's first token away: so a token is decoded behind another.
-        self._before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        self._start = self._decode([])
-
-    def of(self, id: int) -> tuple[str, bytes]:
-        """A token as text and bytes; one that is a part of a character has � as its text."""
-        token = self._tokenizer.id_to_token(id)
-        if token is None or id in self._special:
-            text = token or ""
-            return text, text.encode()
-        text = self._decode([id]).removeprefix(self._start)
-        if "�" not in text:
-            return text, text.encode()
-        return text, _raw(token) or text.encode()
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([*self._before, *ids], skip_special_tokens=True)
-
-
-def _raw(token: str) -> bytes | None:
-    """The bytes of a token that is no whole character: `<0xE4>`, or GPT-2's letters for bytes."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes.fromhex(token[3:5])
-    try:
-        return bytes(_LETTERS[letter] for letter in token)
-    except KeyError:
-        return None
-
-
-def _letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others for those from 256 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [each for each in range(256) if each not in printable]
-    return {chr(each): each for each in printable} | {chr(256 + n): each for n, each in enumerate(others)}
-
-
-_LETTERS = _letters()
-
-
 def read_token(file: str | None) -> str | None:
     """The token that calls must bring: of a file, or of the environment; None for none.
 
@@ -287,7 +220,9 @@ def read_token(file: str | None) -> str | None:
     if found is None:
         return None
     if not found or not found.isascii() or not found.isprintable() or " " in found:
-        raise SettingError("--token-file" if file is not None else TOKEN, "must hold a token of visible ASCII characters")
+        raise SettingError(
+            "--token-file" if file is not None else TOKEN, "must hold a token of visible ASCII characters"
+        )
     return found
 
 
@@ -315,44 +250,60 @@ def told_of(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    """`jlora serve`.
+def service_of(arguments: argparse.Namespace, say: Callable[[str], None]) -> Service:
+    """What `jlora serve` serves, with an engine that is not started.
+
+    Args:
+        arguments: of the command line.
+        say: takes notes.
 
     Raises:
         SettingError: for flags that can't be, and what is not installed.
         ValueError: for a model or adapters that can't be served.
-        OSError: for files that can't be read, and an address that is taken.
+        OSError: for files that can't be read.
     """
-    check_installed()
-    from jlora.serving.http import run as http
     from jlora.serving.http.app import Service
+    from jlora.serving.http.run import is_local
     from jlora.serving.http.shelf import Shelf
 
-    found, token = find_adapters(arguments.runs, arguments.adapters or ()), read_token(arguments.token_file)
-    local = http.is_local(arguments.host)
-    with http.bound(arguments.host, arguments.port) as place:
-        base = open_base(found, arguments.model, arguments.quantize)
-        if base.settings.task == "classify":
-            raise CheckpointError("a classifier cannot write")
-        voice, subject = RunVoice(base, arguments.chat_template), base.subject
-        rank = arguments.rank or largest_rank(found, subject)
-        store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank)
-        sizes = {"rows": arguments.rows, "length": arguments.length, "queue": arguments.queue}
-        engine = Engine(subject.model, subject.params, adapters=store, **sizes)
-        name = arguments.served_name or _name_of(base, arguments.model)
-        shelf = Shelf(name, store, voice, found.roots)
-        for adapter, folder in found.adapters.items():
-            with told_of(folder):
-                shelf.put(adapter, folder)
-        for note in (*subject.notes, *voice.notes, *found.notes, *_warnings(local, token)):
-            print(f"note  {note}", file=sys.stderr)
-        engine.start()
-        hosts = None if token is not None or not local else ("localhost", "127.0.0.1", "::1", arguments.host)
-        service = Service(engine, voice, shelf, token, hosts, arguments.max_body * 2**20)
+    token, local = read_token(arguments.token_file), is_local(arguments.host)
+    found = find_adapters(arguments.runs, arguments.adapters or ())
+    base = open_base(found, arguments.model, arguments.quantize)
+    if base.settings.task == "classify":
+        raise CheckpointError("a classifier cannot write")
+    voice, subject = RunVoice(base, arguments.chat_template), base.subject
+    for note in (*subject.notes, *voice.notes, *found.notes, *_warnings(local, token)):
+        say(f"note  {note}")
+    rank = arguments.rank or largest_rank(found, subject)
+    store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank)
+    sizes = {"rows": arguments.rows, "length": arguments.length, "queue": arguments.queue}
+    engine = Engine(subject.model, subject.params, adapters=store, **sizes)
+    shelf = Shelf(arguments.served_name or _name_of(base, arguments.model), store, voice, found.roots)
+    for name, folder in found.adapters.items():
+        with told_of(folder):
+            shelf.put(name, folder)
+    hosts = ("localhost", "127.0.0.1", "::1", arguments.host) if local and token is None else None
+    return Service(engine, voice, shelf, token, hosts, arguments.max_body * 2**20)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """`jlora serve`, until it is told to end.
+
+    Raises:
+        SettingError: for flags that can't be, and what is not installed.
+        ValueError, OSError: as `service_of`, and for an address that is taken.
+    """
+    check_installed()
+    from jlora.serving.http import run
+
+    with run.bound(arguments.host, arguments.port) as place:
+        service = service_of(arguments, lambda note: print(note, file=sys.stderr))
+        service.engine.start()
         host, port = place.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        names = ", ".join(found.adapters) or "no adapters yet"
-        http.serve(service, place, lambda text: print(text, flush=True), f"{name} with {names}, at {where}")
+        base, *adapters = (entry.name for entry in service.shelf.entries)
+        what = f"{base} with {', '.join(adapters) or 'no adapters yet'}, at {where}"
+        run.serve(service, place, lambda text: print(text, flush=True), what)
 
 
 def _name_of(base: Run, model: str | None) -> str:
