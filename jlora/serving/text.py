@@ -14,9 +14,9 @@ _WINDOW = 64
 class Text:
     """The text of tokens that come one after the other, told in pieces that are never taken back.
 
-    A piece is told as soon as its characters are whole and no stop text can begin in it. The pieces together are the text up to the
-    first stop text, which is left out. Only the last tokens are decoded again for each that comes, from the border of a
-    character on, so that a long text costs no more for a token than a short one.
+    A piece is told as soon as its characters are whole and no stop text can begin in it. The pieces together are the text up
+    to the first stop text, which is left out. Only the last tokens are decoded again for each that comes, from the border of
+    a character on, so that a long text costs no more for a token than a short one.
 
     Attributes:
         whole: all of the text that is known, told or held back; without the stop text.

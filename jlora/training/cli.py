@@ -167,8 +167,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--adapters",
         action="append",
         metavar="DIR",
-        help="folder whose subfolders are adapters, of jlora.save, jlora finetune or in PEFT's format, or NAME=DIR for one; may "
-        "be given several times; calls may load others from there",
+        help="folder whose subfolders are adapters, of jlora.save, jlora finetune or in PEFT's format, or NAME=DIR for one; "
+        "may be given several times; calls may load others from there",
     )
     parser.add_argument(
         "--quantize", metavar="CODE", help="keep the base's linear weights as a code: nf4, .. (the run's)"
@@ -177,7 +177,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template",
         metavar="NAME",
-        help="how chats are written where the adapter has no template of its own: model, chatml, plain or a .jinja file (model)",
+        help="how chats are written where an adapter has no template of its own: model, chatml, plain, a .jinja file (model)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (127.0.0.1)")
     port = number(int, lambda value: 0 <= value < 2**16, "from 0 to 65535")

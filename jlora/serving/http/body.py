@@ -91,7 +91,10 @@ def _depth(value: Any) -> int:
 
 
 class Body:
-    """The fields of a call, of which each must be asked for: `done` refuses what is left. A field that is null is as good as none."""
+    """The fields of a call, of which each must be asked for: `done` refuses what is left.
+
+    A field that is null is as good as none.
+    """
 
     def __init__(self, fields: Mapping[str, Any], where: str = ""):
         """Args: the fields; what stands before their names in an error, where they are a part of a body."""
