@@ -98,7 +98,7 @@ def _context(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> t
     """The last tokens of a prompt, from the border of a character on, and where in them the last whole character ends."""
     size = len(prompt)
     for start in range(max(size - _CONTEXT, 0), max(size - _CONTEXT - 4, -1), -1):
-        for border in range(size, max(size - 4, start), -1):
+        for border in range(size, max(size - 4, start - 1), -1):
             if _PART_OF_CHARACTER not in decode(prompt[start:border]):
                 return list(prompt[start:]), border - start
     return list(prompt[-_CONTEXT:]), min(size, _CONTEXT)
