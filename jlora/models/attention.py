@@ -84,7 +84,9 @@ def written(kept: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     """`kept [batch, slots, ...]` with `new [batch, length, ...]` from slot `index` on, a number or `[batch]`."""
     new = new.astype(kept.dtype)
     if jnp.ndim(index):
-        return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, 0))(kept, new, index)
+        return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, 0))(
+            kept, new, index
+        )
     return jax.lax.dynamic_update_slice_in_dim(kept, new, index, 1)
 
 

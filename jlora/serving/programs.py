@@ -170,8 +170,8 @@ def _emptied(cache: KVCache, start: jax.Array) -> KVCache:
     What another text has left is masked, but zero times something that is no number would be none: so it is overwritten.
     """
     known = jnp.arange(cache.segments.shape[1]) < start
-    keys, values = (jnp.where(known[:, None, None], array, 0) for array in (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values, segments=jnp.where(known, cache.segments, 0), index=start)
+    kept = {name: jnp.where(known[:, None, None], getattr(cache, name), 0) for name in ("keys", "values")}
+    return cache.replace(**kept, segments=jnp.where(known, cache.segments, 0), index=start)
 
 
 def _with_row(whole: KVCache, part: KVCache, row: jax.Array) -> KVCache:

@@ -49,11 +49,11 @@ class Room:
         """Args: as for `AdapterStore`."""
         patterns = leaves if isinstance(leaves, tuple | list) else [leaves]
         spec = {pattern: Slotted(1, rank, gains) for pattern in patterns}
-        report = traced(model, params)
-        found = resolve(paths.flatten_with_keys(params)[0], spec, report)
+        named, report = paths.flatten_with_keys(params)[0], traced(model, params)
+        readings = {keys: leaf.readings for keys, leaf in report.aligned(dict(named)).items()}
         # A row can't choose in a product of experts, where tokens of several rows are mixed.
-        mixed = {leaf.keys for leaf in report.leaves if any(r.primitive == "ragged_dot_general" for r in leaf.readings)}
-        self.sites = [site for site in found if site.keys not in mixed]
+        mixed = {keys for keys, each in readings.items() if any(one.primitive == "ragged_dot_general" for one in each)}
+        self.sites = [site for site in resolve(named, spec, report) if site.keys not in mixed]
         self.params, self.rank, self.gains = params, rank, gains
         self.dtype = model.config.dtype if dtype is None else dtype
 
