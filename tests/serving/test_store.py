@@ -32,7 +32,7 @@ def test_adapters_are_kept_at_their_own_rank_and_filled_up_to_the_rooms():
     held.add("few", adapters()["few"])
     found = held.get("few")
     assert {keys[2] for keys in found.arrays} == {"q_proj", "v_proj"}
-    room = {site.keys: fields for site, fields in zip(held.room.sites, held.room.filled(found))}
+    room = {site.keys: fields for site, fields in zip(held.room.sites, held.room.unpacked(held.room.packed(found)))}
     for keys, fields in room.items():
         own = found.arrays.get(keys, {"a": np.zeros((1, 1, 0)), "b": np.zeros((1, 0, 1))})
         rank = own["a"].shape[-1]
@@ -100,7 +100,7 @@ def test_the_least_recently_used_gives_way():
     assert one in pages and two in pages and few not in pages and pages.loads == 4
     pages.prefetch([])
     assert len(pages) == 2
-    np.testing.assert_array_equal(pages.get(two)[0]["a"], held.room.filled(two)[0]["a"])
+    np.testing.assert_array_equal(pages.get(two)[""], held.room.packed(two)[""])
     assert pages.get(None) is pages.get(None) and pages.loads == 4
 
 
