@@ -79,10 +79,11 @@ class Engine:
         self.length = _length(model.config, length)
         self.adapters, self._vocabulary = adapters, model.config.vocab_size
         params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), params)
-        pages = None
+        room = pages = None
         if adapters is not None:
-            params, pages = adapters.room.rows(params, rows), Pages(adapters.room, adapters.slots)
-        self._programs = Programs(model, rows, self.length + chunk, steps)
+            room = adapters.room
+            params, pages = room.rows(params, rows), Pages(room, adapters.slots)
+        self._programs = Programs(model, room, rows, self.length + chunk, steps)
         self._loop = Loop(self._programs, params, pages, rows, chunk, steps)
         self._pages, self._rows, self._most = pages, rows, queue
         self._waiting: deque[Request] = deque()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import jax
 
-from jlora.serving.room import Arrays, Held, Room
+from jlora.serving.room import Held, Packed, Room
 
 
 class Pages:
@@ -20,8 +20,8 @@ class Pages:
     def __init__(self, room: Room, slots: int):
         """Args: what adapters are filled up to; how many are kept."""
         self._room, self._slots, self.loads = room, slots, 0
-        self._blank = jax.device_put(room.filled(None))
-        self._kept: OrderedDict[Held, Arrays] = OrderedDict()
+        self._blank = jax.device_put(room.packed(None))
+        self._kept: OrderedDict[Held, Packed] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -29,7 +29,7 @@ class Pages:
     def __contains__(self, held: Held) -> bool:
         return held in self._kept
 
-    def get(self, held: Held | None) -> Arrays:
+    def get(self, held: Held | None) -> Packed:
         """An adapter's arrays on the device, moved there if need be; it is now the most recently used."""
         return self._blank if held is None else self._bring(held, ())
 
@@ -43,12 +43,12 @@ class Pages:
         for held in soon:
             self._bring(held, soon)
 
-    def _bring(self, held: Held, pinned: Collection[Held]) -> Arrays:
+    def _bring(self, held: Held, pinned: Collection[Held]) -> Packed:
         if held not in self._kept:
             while len(self._kept) >= self._slots:
                 del self._kept[next(each for each in self._kept if each not in pinned)]
             # The transfer goes on while the host goes on.
-            self._kept[held] = jax.device_put(self._room.filled(held))
+            self._kept[held] = jax.device_put(self._room.packed(held))
             self.loads += 1
         self._kept.move_to_end(held)
         return self._kept[held]

@@ -13,7 +13,7 @@ from jlora.core.transforms.lift import lift
 from jlora.core.tree.adapted import Adapted
 from jlora.models.attention import KVCache, empty_cache
 from jlora.serving.drawing import Drawn, Ways, draw
-from jlora.serving.room import Arrays
+from jlora.serving.room import Packed, Room
 
 #: What a step tells of a row: nothing; a token; its last token; its end by an end token; that its logits are no numbers.
 NOTHING, TOKEN, LAST, STOP, UNSOUND = range(5)
@@ -49,14 +49,14 @@ class Programs:
         traced: how many programs were compiled.
     """
 
-    def __init__(self, model: Any, rows: int, slots: int, steps: int):
-        """Args: the decoder; rows; tokens of the cache in each; decoding steps of a call."""
+    def __init__(self, model: Any, room: Room | None, rows: int, slots: int, steps: int):
+        """Args: the decoder; what rows have room for; rows; tokens of the cache in each; decoding steps of a call."""
         self._apply = lift(model.apply, unread="allow")
-        self._rows, self._slots, self._steps = rows, slots, steps
+        self._room, self._rows, self._slots, self._steps = room, rows, slots, steps
         self.traced = 0
         self.read = jax.jit(self._read, donate_argnums=1)
         self.decode = jax.jit(self._decode, donate_argnums=1)
-        self._write = jax.jit(self._put, donate_argnums=0, static_argnums=3)
+        self._write = jax.jit(self._put, donate_argnums=0)
 
     def empty(self, params: Any) -> Rows:
         """Rows in which nothing is.
@@ -70,19 +70,19 @@ class Programs:
         blank = jnp.zeros(self._rows, jnp.int32)
         return Rows(cache.replace(index=blank), blank.copy(), blank.copy(), jnp.zeros(self._rows, bool))
 
-    def write(self, adapted: Adapted, row: int, arrays: Arrays) -> Adapted:
+    def write(self, adapted: Adapted, row: int, packed: Packed) -> Adapted:
         """The adapters of rows with one overwritten, in place."""
         sites = adapted.plan.sites
         banks = [paths.lookup(adapted.params, site.keys) for site in sites]
-        written = self._write(banks, arrays, jnp.int32(row), tuple(len(site.batch_axes) for site in sites))
         params: dict[str, Any] = {}
-        for site, fields in zip(sites, written, strict=True):
+        for site, fields in zip(sites, self._write(banks, packed, jnp.int32(row)), strict=True):
             paths.insert(params, site.keys, fields)
         return adapted.replace(params=params)
 
-    def _put(self, banks: Any, arrays: Any, row: jax.Array, depths: tuple[int, ...]) -> Any:
+    def _put(self, banks: Any, packed: Packed, row: jax.Array) -> Any:
         self.traced += 1
-        return put(banks, arrays, row, depths)
+        assert self._room is not None
+        return put(banks, self._room.unpacked(packed), row, tuple(len(site.batch_axes) for site in self._room.sites))
 
     def _read(
         self,
@@ -170,8 +170,8 @@ def _emptied(cache: KVCache, start: jax.Array) -> KVCache:
     What another text has left is masked, but zero times something that is no number would be none: so it is overwritten.
     """
     known = jnp.arange(cache.segments.shape[1]) < start
-    keys, values = (jnp.where(known[:, None, None], array, 0) for array in (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values, segments=jnp.where(known, cache.segments, 0), index=start)
+    kept = {name: jnp.where(known[:, None, None], getattr(cache, name), 0) for name in ("keys", "values")}
+    return cache.replace(**kept, segments=jnp.where(known, cache.segments, 0), index=start)
 
 
 def _with_row(whole: KVCache, part: KVCache, row: jax.Array) -> KVCache:

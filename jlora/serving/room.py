@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,8 @@ from jlora.core.tree.spec import resolve
 from jlora.models.quantized import traced
 
 Keys = tuple[str, ...]
-#: Arrays of one adapter, a dict for each leaf of the room.
-Arrays = list[dict[str, Any]]
+#: All arrays of one adapter, flat: its gains, and by "" its factors.
+Packed = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,14 @@ class Room:
         """Args: as for `AdapterStore`."""
         patterns = leaves if isinstance(leaves, tuple | list) else [leaves]
         spec = {pattern: Slotted(1, rank, gains) for pattern in patterns}
-        report = traced(model, params)
-        found = resolve(paths.flatten_with_keys(params)[0], spec, report)
+        named, report = paths.flatten_with_keys(params)[0], traced(model, params)
+        readings = {keys: leaf.readings for keys, leaf in report.aligned(dict(named)).items()}
         # A row can't choose in a product of experts, where tokens of several rows are mixed.
-        mixed = {leaf.keys for leaf in report.leaves if any(r.primitive == "ragged_dot_general" for r in leaf.readings)}
-        self.sites = [site for site in found if site.keys not in mixed]
+        mixed = {keys for keys, each in readings.items() if any(one.primitive == "ragged_dot_general" for one in each)}
+        self.sites = [site for site in resolve(named, spec, report) if site.keys not in mixed]
         self.params, self.rank, self.gains = params, rank, gains
         self.dtype = model.config.dtype if dtype is None else dtype
+        self._lay_out()
 
     def rows(self, params: Any, count: int) -> Adapted:
         """The base with the arrays of `count` rows, each of which is the base's.
@@ -69,7 +71,7 @@ class Room:
         for site in adapted.plan.sites:
             own = paths.lookup(adapted.params, site.keys)
             # A gain in 16 bits would be another one.
-            paths.insert(arrays, site.keys, {n: x.astype(self._kind(n)) if n == "gain" else x for n, x in own.items()})
+            paths.insert(arrays, site.keys, {n: x.astype(jnp.float32) if n == "gain" else x for n, x in own.items()})
         return adapted.replace(params=arrays)
 
     def check(self, name: str, entry: Entry) -> None:
@@ -95,26 +97,38 @@ class Room:
             if method.gains and not self.gains:
                 raise ValueError(f"{site.path}: {name!r} has a gain, and the store no room for gains: gains=True")
 
-    def filled(self, held: Held | None) -> Arrays:
-        """An adapter's arrays on the host, filled up to the room's rank; nothing's for None."""
-        found = []
-        for site in self.sites:
-            given = {} if held is None else held.arrays.get(site.keys, {})
-            shapes = {
-                name: (*site.batch_shape, *shape[len(site.batch_shape) + 1 :])
-                for name, shape in shapes_of(site).items()
-            }
-            found.append({name: self._filled(name, shape, given.get(name)) for name, shape in shapes.items()})
-        return found
+    def packed(self, held: Held | None) -> Packed:
+        """An adapter's arrays on the host, filled up to the room's rank; nothing's for None.
 
-    def _filled(self, name: str, shape: tuple[int, ...], given: np.ndarray | None) -> np.ndarray:
-        whole = np.full(shape, name == "gain", self._kind(name))
-        if given is not None:
-            whole[tuple(slice(size) for size in given.shape)] = given.astype(whole.dtype)
+        One after another in one buffer of each dtype, since moving many small arrays takes longer.
+        """
+        kinds = {"gain": np.dtype(np.float32), "": np.dtype(self.dtype)}
+        whole = {kind: np.zeros(self._sizes[kind], dtype) for kind, dtype in kinds.items()}
+        whole["gain"][:] = 1
+        if held is not None:
+            for keys, fields in held.arrays.items():
+                for name, given in fields.items():
+                    kind, start, shape = self._layout[keys, name]
+                    part = whole[kind][start : start + math.prod(shape)].reshape(shape)
+                    part[tuple(slice(size) for size in given.shape)] = given.astype(part.dtype)
         return whole
 
-    def _kind(self, name: str) -> Any:
-        return np.dtype(jnp.float32 if name == "gain" else self.dtype)
+    def unpacked(self, packed: Packed) -> list[dict[str, Any]]:
+        """The arrays of each leaf, in the order of `sites`."""
+        found: dict[Keys, dict[str, Any]] = {site.keys: {} for site in self.sites}
+        for (keys, name), (kind, start, shape) in self._layout.items():
+            found[keys][name] = packed[kind][start : start + math.prod(shape)].reshape(shape)
+        return list(found.values())
+
+    def _lay_out(self) -> None:
+        self._sizes: dict[str, int] = {"gain": 0, "": 0}
+        self._layout: dict[tuple[Keys, str], tuple[str, int, tuple[int, ...]]] = {}
+        for site in self.sites:
+            for name, shape in shapes_of(site).items():
+                depth, kind = len(site.batch_axes), name if name == "gain" else ""
+                shape = (*shape[:depth], *shape[depth + 1 :])
+                self._layout[site.keys, name] = kind, self._sizes[kind], shape
+                self._sizes[kind] += math.prod(shape)
 
 
 def held(name: str, entry: Entry) -> Held:
