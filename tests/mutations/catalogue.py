@@ -10,6 +10,7 @@ from mutations import (
     models,
     prompts,
     runs,
+    serving_http,
     states,
     stored,
     training,
@@ -28,6 +29,7 @@ MUTATIONS = tuple(
         interchange,
         models,
         prompts,
+        serving_http,
         runs,
         training,
     )
