@@ -1,4 +1,4 @@
-"""Faults of the server over HTTP: texts that end wrongly, requests that nobody waits for, names and folders that mean another."""
+"""Faults of the server over HTTP: texts that end wrongly, requests that nobody waits for, names that mean another."""
 
 from mutations.mutation import Mutation
 
