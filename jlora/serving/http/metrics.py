@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +56,8 @@ class Metrics:
     def forget(self, model: str) -> None:
         """Takes the counters of a model away that is no more."""
         for counter in self._models:
-            counter.remove_by_labels({"model": model})
+            with contextlib.suppress(KeyError):  # nobody called it
+                counter.remove(model)
 
     def text(self) -> bytes:
         """All numbers, in Prometheus' text format."""
