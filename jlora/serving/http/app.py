@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jlora.serving.engine import Engine
 from jlora.serving.http import asked as asking
 from jlora.serving.http.answers import Answers, Failed, joined
-from jlora.serving.http.asked import Asked
+from jlora.serving.http.asked import Asked, Limits
 from jlora.serving.http.body import Body, read
 from jlora.serving.http.guard import Guard
 from jlora.serving.http.metrics import Metrics
@@ -29,7 +29,7 @@ from jlora.serving.http.shapes import Shape, event
 from jlora.serving.http.shelf import Entry, Shelf
 from jlora.serving.http.voice import Voice
 
-Asking = Callable[[Body, Entry, Voice, int], Asked]
+Asking = Callable[[Body, Entry, Voice, Limits], Asked]
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Service:
         token: what calls must bring, or None.
         hosts: names by which this host may be called, or None for any.
         body: bytes of a call, at most.
+        choices: answers to one call, at most; as many as may wait, so that a call that is refused can be taken later.
         draining: whether the server is about to end, and takes no more calls.
     """
 
@@ -52,10 +53,11 @@ class Service:
     token: str | None = None
     hosts: Collection[str] | None = None
     body: int = 2 * 2**20
+    choices: int = 64
     draining: bool = False
 
     def __post_init__(self):
-        self.metrics = Metrics(self.engine)
+        self.metrics, self.limits = Metrics(self.engine), Limits(self.engine.length, self.choices)
 
 
 def application(service: Service) -> ASGIApp:
@@ -113,7 +115,7 @@ class _Routes:
         self._check_open()
         entry = service.shelf.find(name)
         while True:
-            asked = await asyncio.to_thread(ask, body.copy(), entry, service.voice, service.engine.length)
+            asked = await asyncio.to_thread(ask, body.copy(), entry, service.voice, service.limits)
             # Between the tokens of a chat and its submission the name must not have got another adapter.
             if service.shelf.holds(entry):
                 break

@@ -14,8 +14,6 @@ from jlora.serving.request import TOP
 
 _TOKENS = 16  # what OpenAI's completions write where nothing is said
 _STOPS, _LONGEST_STOP = 16, 1000
-# Of one call: prompts times `n`. More are more calls, between which others get their turn.
-_CHOICES = 64
 _IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 _ABSENT = {
     "presence_penalty": (0, 0.0),
@@ -38,6 +36,19 @@ _ABSENT_CHAT = {
     "web_search_options": (),
 }
 _ROLES = 40
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a call may ask for.
+
+    Attributes:
+        length: tokens of a prompt and its answer together.
+        choices: answers to one call, prompts times `n`; more are more calls, between which others get their turn.
+    """
+
+    length: int
+    choices: int = 64
 
 
 @dataclass(frozen=True)
@@ -73,26 +84,26 @@ class Asked:
     usage: bool
 
 
-def completion(body: Body, entry: Entry, voice: Voice, length: int) -> Asked:
+def completion(body: Body, entry: Entry, voice: Voice, limits: Limits) -> Asked:
     """A call that goes on with texts.
 
     Args:
         body: the call, without `model`.
         entry: what `model` names.
         voice: the model's words.
-        length: tokens of a prompt and its answer together, at most.
+        limits: what it may ask for.
 
     Raises:
         Refused: for a field that is wrong, unknown, or of something that isn't there.
     """
     body.without(_ABSENT | _ABSENT_COMPLETION)
-    prompts = tuple(_ids(each, voice) for each in _prompts(body.take("prompt")))
+    prompts = tuple(_ids(each, voice) for each in _prompts(body.take("prompt"), limits.choices))
     wanted = body.whole("max_tokens", _TOKENS, 1)
     logprobs = body.whole("logprobs", None, 0, TOP)
-    return _common(body, entry, voice, length, prompts, wanted, chat=False, logprobs=logprobs)
+    return _common(body, entry, voice, limits, prompts, wanted, chat=False, logprobs=logprobs)
 
 
-def chat(body: Body, entry: Entry, voice: Voice, length: int) -> Asked:
+def chat(body: Body, entry: Entry, voice: Voice, limits: Limits) -> Asked:
     """A call that answers a chat; arguments and errors as for `completion`."""
     body.without(_ABSENT | _ABSENT_CHAT)
     messages = _messages(body.take("messages"))
@@ -113,22 +124,22 @@ def chat(body: Body, entry: Entry, voice: Voice, length: int) -> Asked:
     asked, top = body.flag("logprobs"), body.whole("top_logprobs", None, 0, TOP)
     if top is not None and not asked:
         raise bad("top_logprobs", "needs logprobs to be true")
-    return _common(body, entry, voice, length, (prompt,), wanted, chat=True, logprobs=(top or 0) if asked else None)
+    return _common(body, entry, voice, limits, (prompt,), wanted, chat=True, logprobs=(top or 0) if asked else None)
 
 
 def _common(
     body: Body,
     entry: Entry,
     voice: Voice,
-    length: int,
+    limits: Limits,
     prompts: tuple[list[int], ...],
     wanted: int | None,
     chat: bool,
     logprobs: int | None,
 ) -> Asked:
-    n = body.whole("n", 1, 1, _CHOICES)
-    if n * len(prompts) > _CHOICES:
-        raise bad("n", f"and prompt ask for {n * len(prompts)} answers, at most {_CHOICES} are given at once")
+    n = body.whole("n", 1, 1, limits.choices)
+    if n * len(prompts) > limits.choices:
+        raise bad("n", f"and prompt ask for {n * len(prompts)} answers, at most {limits.choices} are given at once")
     seed = body.whole("seed", None, 0, 2**32 - n * len(prompts))
     stream = body.flag("stream")
     options = body.table("stream_options")
@@ -142,7 +153,7 @@ def _common(
         chat=chat,
         prompts=prompts,
         n=n,
-        max_new_tokens=tuple(_room(prompt, wanted, length, chat) for prompt in prompts),
+        max_new_tokens=tuple(_room(prompt, wanted, limits.length, chat) for prompt in prompts),
         temperature=body.number("temperature", voice.temperature, lambda value: value >= 0, "a number, 0 or more"),
         top_k=_top_k(body, voice),
         top_p=body.number("top_p", voice.top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
@@ -176,12 +187,12 @@ def _room(prompt: Sequence[int], wanted: int | None, length: int, chat: bool) ->
     return free if wanted is None else wanted
 
 
-def _prompts(value: Any) -> list[Any]:
+def _prompts(value: Any, most: int) -> list[Any]:
     """A text, ids, or lists of either, as a list of prompts."""
     several = isinstance(value, list) and value and not all(type(each) is int for each in value)
     found = value if several else [value]
-    if len(found) > _CHOICES:
-        raise bad("prompt", f"has {len(found):,} prompts, at most {_CHOICES} are answered at once")
+    if len(found) > most:
+        raise bad("prompt", f"has {len(found):,} prompts, at most {most} are answered at once")
     return found
 
 

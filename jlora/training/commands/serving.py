@@ -283,7 +283,8 @@ def service_of(arguments: argparse.Namespace, say: Callable[[str], None]) -> Ser
         with told_of(folder):
             shelf.put(name, folder)
     hosts = ("localhost", "127.0.0.1", "::1", arguments.host) if local and token is None else None
-    return Service(engine, voice, shelf, token, hosts, arguments.max_body * 2**20)
+    body, choices = arguments.max_body * 2**20, min(64, arguments.queue)
+    return Service(engine, voice, shelf, token, hosts, body, choices)
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -236,11 +236,11 @@ def test_a_name_that_changes_between_the_tokens_of_a_call_and_its_submission_is_
     assert call("/v1/load_lora_adapter", {"lora_name": "two", "lora_path": "sql"}).status == 200
     entry, ask_for, times = service.shelf.find("two"), http_app.asking.completion, []
 
-    def slow(body, found, voice, length):
+    def slow(body, found, voice, limits):
         times.append(found)
         if len(times) == 1:  # while the tokens of the call are made, another thread than the event loop's
             service.shelf._entries["two"] = dataclasses.replace(entry, adapter="peft")
-        return ask_for(body, found, voice, length)
+        return ask_for(body, found, voice, limits)
 
     monkeypatch.setattr(http_app.asking, "completion", slow)
     prompt = tuple(words.ids(PROMPT))
@@ -305,7 +305,7 @@ def test_a_call_whose_second_request_is_refused_leaves_no_first(service, monkeyp
 
     async def answers():
         asked = http_app.asking.completion(
-            http_app.Body({"prompt": "Hi", "n": 3}), service.shelf.find("tiny"), service.voice, 320
+            http_app.Body({"prompt": "Hi", "n": 3}), service.shelf.find("tiny"), service.voice, service.limits
         )
         Answers(service.engine, service.voice, asked, lambda count: None)
 
