@@ -10,6 +10,7 @@ from mutations import (
     models,
     prompts,
     runs,
+    serving,
     states,
     stored,
     training,
@@ -29,6 +30,7 @@ MUTATIONS = tuple(
         models,
         prompts,
         runs,
+        serving,
         training,
     )
     for mutation in module.MUTATIONS
