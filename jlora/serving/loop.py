@@ -112,7 +112,9 @@ class Loop:
         if self._pages is not None:
             # The transfer goes on while the device works and the host waits for it.
             self._pages.prefetch(request.held for request in coming() if request.held is not None)
-        for _ in range(before or len(self._pending)):
+        # What was given just now is told in the next turn, so that the device has work while the host tells.
+        given = len(self._pending) > before
+        for _ in range(before if given else len(self._pending)):
             self._tell(self._pending.popleft())
 
     def end(self, request: Request, how: Finished) -> None:

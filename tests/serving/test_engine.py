@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import jax
@@ -116,7 +117,7 @@ def test_a_cancelled_request_leaves_its_row(served):
     running = [ask(served, [1], "one", 63) for _ in range(ROWS)]
     waiting = ask(served, [1], "two", 4)
     while not running[0].tokens:
-        pass
+        time.sleep(0.01)
     waiting.request.cancel()
     assert waiting.wait().end == Finished("cancelled") and waiting.tokens == []
     for each in running:
