@@ -161,7 +161,11 @@ class Engine:
             if self._started:
                 raise Closed("the engine was started before")
             self._started = True
-        self._loop.warm()
+        try:
+            self._loop.warm()
+        except BaseException as error:
+            self._fail(error)
+            raise
         self._thread = threading.Thread(target=self._run, name="jlora-engine", daemon=True)
         self._thread.start()
 

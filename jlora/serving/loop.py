@@ -149,10 +149,10 @@ class Loop:
             if (request := take()) is None:
                 return
             at = next((at for at in free if self._written[at] is request.held), free[0])
+            self._rows[at] = Row(request)  # first, so that it is told if what follows fails
             if self._pages is not None and self._written[at] is not request.held:
                 self._write(at, request.held)
                 self.counts["swaps"] += 1
-            self._rows[at] = Row(request)
             self._ways.take(at, request.asked)
             self._sent = None
 
