@@ -1,10 +1,10 @@
 """A load on the serving engine, in one process: throughput by the number of adapters, first tokens, faults, memory.
 
     python experiments/serving/load.py
-    python experiments/serving/load.py --adapters 5 100 --rounds 2 --requests 32 --endless 500
+    python experiments/serving/load.py --adapters 5 100 --rounds 2 --requests 32 --endless 500 --out /tmp/results.md
 
 Measures that are compared are taken by turns, in one run, and compared as ratios: other work on the machine then hits all of
-them. Beside the clock stand the processor's seconds, which other work hits less. What comes out is written to results.md.
+them. Beside the clock stand the processor's seconds, which other work hits less. What comes out is written to a file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128, help="requests of a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--endless", type=int, default=10_000, help="requests of the trial of memory")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.md", help="file of the results")
+    parser.add_argument("--without-steps", action="store_true", help="leave out the decoding steps of a random model")
     options = parser.parse_args()
     model, params = models.load(options.model)
     store = work.filled(model, params, max(options.adapters), options.rank, options.slots)
@@ -55,8 +56,8 @@ def main() -> None:
         "",
     ]
     engine.close()
-    lines += steps()
-    (options.out / "results.md").write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+    lines += [] if options.without_steps else steps()
+    options.out.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
     print("\n".join(lines))
 
 
@@ -184,8 +185,9 @@ def steps() -> list[str]:
     lines = [
         "## A decoding step",
         "",
-        "A Llama of width 512 with 6 layers and random values. The time of a step whose rows have an adapter each, over that of "
-        "the base alone, by turns; and the same of the bytes that have to be read: parameters, cache and adapters, once each.",
+        "A Llama of width 512 with 6 layers and random values. The time of a step whose rows have an adapter each, over that "
+        "of the base alone, by turns; and the same of the bytes that have to be read: parameters, cache and adapters, once "
+        "each.",
         "",
         "| rows | adapters | time | bytes | time over bytes |",
         "|---|---|---|---|---|",

@@ -55,10 +55,15 @@ class Engine:
         ValueError: for a number that is not positive, a model without a head, and a store of other params.
 
     Example:
-        >>> engine = Engine(model, params, adapters=store)
-        >>> engine.start()
-        >>> engine.submit([1, 410], adapter="sql", max_new_tokens=16, listen=print)
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> store = jlora.serving.AdapterStore(model, params)
+        >>> engine = jlora.serving.Engine(model, params, rows=2, length=64, adapters=store)
+        >>> told = []
+        >>> request = engine.submit([1, 410, 403], max_new_tokens=16, listen=told.append)  # adapter="name of one in the store"
+        >>> request.cancel()  # in place of engine.start()
         >>> engine.close()
+        >>> told
+        [Finished(reason='cancelled', error=None)]
     """
 
     def __init__(
@@ -156,7 +161,11 @@ class Engine:
             if self._started:
                 raise Closed("the engine was started before")
             self._started = True
-        self._loop.warm()
+        try:
+            self._loop.warm()
+        except BaseException as error:
+            self._fail(error)
+            raise
         self._thread = threading.Thread(target=self._run, name="jlora-engine", daemon=True)
         self._thread.start()
 

@@ -112,7 +112,9 @@ class Loop:
         if self._pages is not None:
             # The transfer goes on while the device works and the host waits for it.
             self._pages.prefetch(request.held for request in coming() if request.held is not None)
-        for _ in range(before or len(self._pending)):
+        # What was given just now is told in the next turn, so that the device has work while the host tells.
+        given = len(self._pending) > before
+        for _ in range(before if given else len(self._pending)):
             self._tell(self._pending.popleft())
 
     def end(self, request: Request, how: Finished) -> None:
@@ -147,10 +149,10 @@ class Loop:
             if (request := take()) is None:
                 return
             at = next((at for at in free if self._written[at] is request.held), free[0])
+            self._rows[at] = Row(request)  # first, so that it is told if what follows fails
             if self._pages is not None and self._written[at] is not request.held:
                 self._write(at, request.held)
                 self.counts["swaps"] += 1
-            self._rows[at] = Row(request)
             self._ways.take(at, request.asked)
             self._sent = None
 

@@ -32,8 +32,11 @@ class AdapterStore:
         ValueError: for numbers that are not positive, and patterns that match nothing.
 
     Example:
-        >>> store = AdapterStore(model, params, slots=16, rank=32)
-        >>> store.add("sql", "runs/sql")
+        >>> model, params = jlora.models.load(jlora.models.STORIES260K)
+        >>> store = jlora.serving.AdapterStore(model, params, slots=16, rank=32, leaves=".*/q_proj/kernel")
+        >>> store.add("sql", jlora.adapterize(params, {".*/q_proj/kernel": jlora.Axes("batch in out", jlora.LoRA(4))}))
+        >>> store.names
+        ('sql',)
 
     Reference:
         Sheng et al. 2023, arXiv:2311.03285 (S-LoRA).

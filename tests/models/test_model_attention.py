@@ -104,7 +104,14 @@ def test_gradients_reach_every_leaf_and_remat_keeps_them():
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("name", ["mistral_window", "gemma3", "gpt2_scaled", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistral_window",
+        "gpt2_scaled",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("gemma3", "mixtral", "phi3")),
+    ],
+)
 def test_rows_of_one_cache_need_not_be_equally_long(name):
     """Two rows of 14 and 9 tokens, side by side: each goes on where it is, and one of them rests for a step."""
     apply, variables, tokens = loaded(name)

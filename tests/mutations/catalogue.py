@@ -10,6 +10,7 @@ from mutations import (
     models,
     prompts,
     runs,
+    serving,
     serving_http,
     states,
     stored,
@@ -31,6 +32,7 @@ MUTATIONS = tuple(
         prompts,
         serving_http,
         runs,
+        serving,
         training,
     )
     for mutation in module.MUTATIONS

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import jax
@@ -116,7 +117,7 @@ def test_a_cancelled_request_leaves_its_row(served):
     running = [ask(served, [1], "one", 63) for _ in range(ROWS)]
     waiting = ask(served, [1], "two", 4)
     while not running[0].tokens:
-        pass
+        time.sleep(0.01)
     waiting.request.cancel()
     assert waiting.wait().end == Finished("cancelled") and waiting.tokens == []
     for each in running:
@@ -205,16 +206,19 @@ def test_what_is_out_of_range_is_refused_at_once(served, wrong, said):
     assert said in str(refused.value)
 
 
-def test_engines_that_fail_end_all_requests_and_say_why(served, monkeypatch, caplog):
-    """Last of those that share the engine."""
-    running = [ask(served, [1], "one", 60) for _ in range(ROWS)]
-    waiting = ask(served, [1], "two", 4)
+def test_engines_that_fail_end_all_requests_and_say_why(served, monkeypatch):
+    """Last of those that share the engine: the fault is at a request that is neither in the queue nor in a row yet."""
+    running = [ask(served, [1], "one", 40 + 2 * n) for n in range(ROWS)]
+    while not all(each.tokens for each in running):
+        time.sleep(0.01)
 
     def fails(*_):
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(served._programs, "decode", fails)
-    for each in (*running, waiting):
+    monkeypatch.setattr(served._programs, "write", fails)
+    waiting = [ask(served, [1], "two", 4) for _ in range(2)]
+    assert running.pop(0).wait().end == Finished("length")
+    for each in (*running, *waiting):
         assert each.wait().end == Finished("error", "RuntimeError: the device is lost")
     with pytest.raises(Closed, match="the engine has failed: RuntimeError: the device is lost"):
         ask(served, [1])
@@ -250,6 +254,22 @@ def test_settings_that_can_not_be():
     other = jax.tree.map(lambda leaf: leaf + 1, params)
     with pytest.raises(ValueError, match="different bases"):
         Engine(model, other, length=8, adapters=store())
+
+
+@pytest.mark.parametrize("program", ["write", "read"])
+def test_an_engine_that_can_not_start_ends_what_has_waited(program, monkeypatch):
+    made = engine()
+    heard = ask(made, [1], "one")
+
+    def fails(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(made._programs, program, fails)
+    with pytest.raises(RuntimeError, match="no room"):
+        made.start()
+    assert heard.wait(1).end == Finished("error", "RuntimeError: no room")
+    with pytest.raises(Closed):
+        ask(made, [1])
 
 
 @pytest.mark.long
