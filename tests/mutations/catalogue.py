@@ -30,9 +30,9 @@ MUTATIONS = tuple(
         interchange,
         models,
         prompts,
-        serving_http,
         runs,
         serving,
+        serving_http,
         training,
     )
     for mutation in module.MUTATIONS

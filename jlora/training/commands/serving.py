@@ -184,12 +184,15 @@ class RunVoice:
         self._template = chat.template(template or "model", run.directory, vocabulary) if own else None
 
     def prompt(self, text: str) -> list[int]:
+        """The ids of a text to go on with: the begin token, then the text."""
         return self._codec.prompt(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
         return self._codec.decode(ids)
 
     def token(self, id: int) -> tuple[str, bytes]:
+        """One token as text and as bytes."""
         return self._pieces.of(id)
 
     def chat(self, folder: str | None) -> Any:
