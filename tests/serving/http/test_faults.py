@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
+import os
 import shutil
 import socket
 import threading
@@ -16,6 +18,7 @@ from jlora.serving.http import app as http_app
 from jlora.serving.http.answers import Answers
 from jlora.serving.http.app import Service
 from jlora.serving.request import Finished, Token
+from jlora.serving.text import Text
 
 pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("idle")]
 
@@ -51,6 +54,30 @@ def test_a_client_that_vanishes_takes_its_requests_along(server, service, call, 
     assert cancelled(service) == before + 3
     assert service.engine.state().tokens - written < 3 * 300
     assert call("/health").status == 200
+
+
+def test_nothing_is_left_of_calls_that_were_answered_refused_or_dropped(server, service, call):
+    def left():
+        until(lambda: is_idle(service))
+        gc.collect()
+        # Those of the event loop's pool are as many as it has use for, up to their limit.
+        threads = [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio")]
+        answers = sum(isinstance(each, Answers | Text) for each in gc.get_objects())
+        return answers, len(threads), len(os.listdir("/proc/self/fd"))
+
+    def some():
+        for stream in (True, False):
+            assert call(COMPLETIONS, LONG | {"max_tokens": 2, "stream": stream}).status == 200
+            assert call(COMPLETIONS, LONG | {"temperature": -1, "stream": stream}).status == 400
+            sent(server, LONG | {"stream": stream}).close()
+
+    some()
+    before = left()
+    for _ in range(10):
+        some()
+    # A connection is closed by the server a moment after its client has its answer.
+    until(lambda: left() == before)
+    assert before[0] == 0
 
 
 def test_a_client_that_vanishes_within_its_own_call_leaves_nothing(server, service):
