@@ -1,6 +1,7 @@
 """Drives the page of `jlora serve` in a real browser, and takes pictures of it: by hand, since CI has no browser.
 
-Start a server with two adapters at least, and then, with Chromium, its driver and selenium installed:
+Start a server with two adapters at least, and then, with Chromium, its driver and selenium installed (on Debian
+`apt-get install chromium chromium-driver` and `pip install selenium`):
 
     jlora serve --adapters runs --port 8000
     python experiments/serving/page.py http://127.0.0.1:8000 --to pictures
@@ -67,7 +68,7 @@ def check(address, token, dark, size, pictures):
             drive(driver, address, token, pictures / name)
             width = driver.execute_script("return document.documentElement.scrollWidth")
             assert width <= SIZES[size][0], f"{name}: {width} pixels wide"
-            check_traffic(driver, address, 1 if token else 0)
+            check_traffic(driver, address, 2 if token else 0)
         finally:
             driver.quit()
     print(f"{name}: right")
@@ -79,6 +80,10 @@ def drive(driver, address, token, picture):
     if token:
         wait.until(lambda d: d.find_element(By.ID, "token").is_displayed())
         driver.save_screenshot(f"{picture}-token.png")
+        driver.find_element(By.ID, "token").send_keys("wrong")
+        driver.find_element(By.ID, "unlock").click()
+        wait.until(lambda d: "not this server's token" in d.find_element(By.ID, "note").text)
+        driver.find_element(By.ID, "token").clear()
         driver.find_element(By.ID, "token").send_keys(token)
         driver.find_element(By.ID, "unlock").click()
     boxes = wait.until(lambda d: d.find_elements(By.CSS_SELECTOR, "#models input"))
