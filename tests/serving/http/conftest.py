@@ -5,10 +5,8 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import pytest
-
-pytest.importorskip("starlette")
 import openai
+import pytest
 from over_http import ask, is_idle, running, until
 
 import jlora
