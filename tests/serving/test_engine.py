@@ -110,7 +110,9 @@ def test_many_swaps_compile_nothing(served, swaps):
     while served.state().swaps - before < swaps:
         for heard in [ask(served, [1, 3 + n], NAMES[1 + n % 5], 2) for n in range(100)]:
             heard.wait()
+    programs = served._programs
     assert served.state().programs == 3
+    assert [each._cache_size() for each in (programs.read, programs.decode, programs._write)] == [1, 1, 1]
 
 
 def test_a_cancelled_request_leaves_its_row(served):
