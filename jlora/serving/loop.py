@@ -181,8 +181,8 @@ class Loop:
         self._device, told = self._read(at, tokens, start, len(part), not row.reading)
         self.counts["chunks"] += 1
         self.counts["prompt_tokens"] += len(part)
-        if not row.reading:
-            self._pending.append(Results(told, [(0, row.request)]))
+        # What tells nothing is waited for too, so that the host is never more than a turn ahead.
+        self._pending.append(Results(told, [] if row.reading else [(0, row.request)]))
 
     def _read(self, at: int, tokens: np.ndarray, start: int, count: int, last: bool) -> tuple[Any, Told]:
         numbers = np.int32(at), tokens, np.int32(start), np.int32(count), np.bool_(last)

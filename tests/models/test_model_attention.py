@@ -113,9 +113,9 @@ def test_gradients_reach_every_leaf_and_remat_keeps_them():
     ],
 )
 def test_rows_of_one_cache_need_not_be_equally_long(name):
-    """Two rows of 14 and 9 tokens, side by side: each goes on where it is, and one of them rests for a step."""
+    """Two rows of 9 and 14 tokens, side by side: each goes on where it is, and one of them rests for a step."""
     apply, variables, tokens = loaded(name)
-    whole, lengths = np.asarray(apply(variables, tokens)), np.array([14, 9])
+    whole, lengths = np.asarray(apply(variables, tokens)), np.array([9, 14])
     cache = models.empty_cache(2, 30).replace(index=jnp.zeros(2, jnp.int32))
     _, cache = apply(variables, tokens[:, :14], attention_mask=np.arange(14) < lengths[:, None], cache=cache)
     cache = cache.replace(index=jnp.asarray(lengths))

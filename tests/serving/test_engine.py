@@ -110,7 +110,9 @@ def test_many_swaps_compile_nothing(served, swaps):
     while served.state().swaps - before < swaps:
         for heard in [ask(served, [1, 3 + n], NAMES[1 + n % 5], 2) for n in range(100)]:
             heard.wait()
+    programs = served._programs
     assert served.state().programs == 3
+    assert [each._cache_size() for each in (programs.read, programs.decode, programs._write)] == [1, 1, 1]
 
 
 def test_a_cancelled_request_leaves_its_row(served):
@@ -145,7 +147,7 @@ def test_numbers_that_are_none_end_one_request_and_leave_nothing_in_its_row(serv
     fields = [{"a": np.ones((5, 64, 1)), "b": np.full((5, 1, width), np.nan)} for width in (64, 32)]
     served.adapters._held["bad"] = Held("bad", dict(zip(at, fields)))
     for _ in range(2):
-        bad = [ask(served, [1, 2, 3], "bad", 9) for _ in range(ROWS - 1)]
+        bad = [ask(served, [1, *range(3, 40)], "bad", 9) for _ in range(ROWS - 1)]
         beside = ask(served, [1, 8], "one", 20)
         for each in bad:
             assert each.wait().end == Finished("error", "the model's logits are not finite") and each.ids == []
