@@ -1,5 +1,7 @@
 """Banks: rows and tokens that choose their adapter in one call get what they would get alone."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from contract.problems import adapt, close, jit, layers, normal, perturbed, weig
 from models_data import GOLDEN, quick_jit
 
 import jlora
-from jlora import NF4, Axes, DoRA, LoRA, models
+from jlora import NF4, Axes, DoRA, LoRA, models, paths
+from jlora.core.tree.adapted import Adapted, Plan
 
 NAMES = ["sql", None, "chat", "sql"]
 
@@ -332,3 +335,23 @@ def test_a_traced_slot_that_is_none_of_the_banks_gives_nan():
         y = run(bank.adapted, x[: len(ids)], ids)
         assert np.isfinite(y[0]).all() and np.isnan(y[1:]).all()
     assert np.isnan(run(bank.adapted, x, np.array(2))).all()
+
+
+def test_rows_that_own_their_slots_get_what_they_would_choose():
+    """Products, turned ones, lookups and gains of a bank whose row `n` has slot `n`, and one slot for all."""
+    fn, params, tokens, adapters = linen()
+    bank = jlora.Bank.of(params, adapters)
+    ids = bank.ids(["sql", None, "chat", "sql"])
+    chosen = bank.on(slot=ids)
+    sites = [replace(site, method=replace(site.method, slots=4, own=True)) for site in chosen.plan.sites]
+    own = {}
+    for site in sites:
+        fields = paths.lookup(chosen.params, site.keys)
+        axis = len(site.batch_axes)
+        paths.insert(own, site.keys, {name: jnp.take(array, ids, axis) for name, array in fields.items()})
+    rows = Adapted(params, own, {}, {}, Plan(tuple(sites)))
+    lifted = jax.jit(jlora.lift(fn))
+    close(lifted(rows, tokens), lifted(chosen, tokens))
+    close(lifted(rows.on(slot=2), tokens), lifted(bank.on(slot=bank.ids("chat")), tokens))
+    with pytest.raises(ValueError, match="slots for \\(4,\\) rows"):
+        lifted(rows, tokens[:3])

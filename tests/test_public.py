@@ -18,6 +18,7 @@ from flax import nnx
 
 import jlora
 import jlora.models
+import jlora.serving
 import jlora.training
 
 
@@ -38,9 +39,10 @@ def own(module):
 
 
 def public():
-    """What users call, by name: all of `jlora`, its bridges, `jlora.models` and the entries of `jlora.training`."""
+    """What users call, by name: all of `jlora`, its bridges, `jlora.models`, `jlora.serving` and `jlora.training`."""
     names = {f"jlora.{n}": v for n, v in vars(jlora).items() if not n.startswith("_") and not inspect.ismodule(v)}
     names |= {f"jlora.models.{n}": getattr(jlora.models, n) for n in jlora.models.__all__}
+    names |= {f"jlora.serving.{n}": getattr(jlora.serving, n) for n in jlora.serving.__all__}
     names |= {f"jlora.training.{n}": v for n, v in vars(jlora.training).items() if not n.startswith("_")}
     names |= dict(own(jlora.nnx)) | dict(own(jlora.linen))
     return {name: v for name, v in names.items() if str(getattr(v, "__module__", "")).startswith("jlora")}

@@ -36,6 +36,7 @@ ROOMS = (
     "models",
     "interchange",
     "",
+    "serving",
     "training.errors",
     "training.files",
     "training.folder",

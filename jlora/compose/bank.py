@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -14,25 +12,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import paths
-from jlora.compose import plain
-from jlora.compose.combine import check_one_base
-from jlora.compose.slotted import Slotted
-from jlora.core.products.low_rank import Factors
-from jlora.core.protocol.method import Arrays, Site
-from jlora.core.protocol.wrapping import innermost, parts
+from jlora.compose.entry import Entry, Fields, Source, check_alike, entry_of
+from jlora.compose.slotted import Slotted, empty, put
+from jlora.core.protocol.method import Site
 from jlora.core.transforms.lift import lift
 from jlora.core.tree import placement
-from jlora.core.tree.adapted import Adapted, Plan
-from jlora.core.tree.stacked import Stacked
-from jlora.core.walk import weight as weights_of
-from jlora.core.walk.weight import Weight
-from jlora.disk import folders
-from jlora.disk.serialize import is_own
-from jlora.methods.lora import trained_dtype
-from jlora.prompts.virtual import Virtual
-
-Source = Adapted | str | os.PathLike[str]
-Fields = dict[tuple[str, ...], Arrays]
+from jlora.core.tree.adapted import Adapted
 
 
 class Bank:
@@ -97,9 +82,9 @@ class Bank:
             raise ValueError(f"{len(adapters)} adapters don't fit into a bank with capacity={capacity}")
         if rank < 1:
             raise ValueError(f"rank must be a positive whole number, got {rank}")
-        found = {name: _fields_of(name, each, params, names) for name, each in adapters.items()}
+        found = {name: entry_of(name, each, params, names) for name, each in adapters.items()}
         sites = _sites([each.sites for each in found.values()], capacity + 1, rank, gains)
-        bank = cls(_empty(params, sites, dtype), {}, names)
+        bank = cls(empty(params, sites, dtype), {}, names)
         for name, fields in found.items():
             bank._write(name, len(bank._slots) + 1, fields)
         return bank
@@ -213,7 +198,7 @@ class Bank:
             wanted.append(self._read("fit", fit, room=False).sites)
         sites = _sites(wanted, capacity + 1, rank, gains)
         dtypes = {array.dtype for array in jax.tree.leaves(self._adapted.params)}
-        grown = _empty(self._adapted.base, sites, dtypes.pop() if len(dtypes) == 1 else None)
+        grown = empty(self._adapted.base, sites, dtypes.pop() if len(dtypes) == 1 else None)
         params = grown.params
         for site in self._adapted.plan.sites:
             old, new = (paths.lookup(tree, site.keys) for tree in (self._adapted.params, params))
@@ -282,20 +267,20 @@ class Bank:
         found = [jnp.broadcast_to(columns.get(n, zero), shape) for n in range(self._method.slots)]
         return jnp.stack(found, axis=-1)
 
-    def _read(self, name: str, source: Source, room: bool = True) -> _Fields:
-        found = _fields_of(name, source, self._adapted.base, self._torch_names)
+    def _read(self, name: str, source: Source, room: bool = True) -> Entry:
+        found = entry_of(name, source, self._adapted.base, self._torch_names)
         if room:
             self._check_room(name, found)
         return found
 
-    def _check_room(self, name: str, found: _Fields) -> None:
+    def _check_room(self, name: str, found: Entry) -> None:
         own = {site.keys: site for site in self._adapted.plan.sites}
         for keys, site in found.sites.items():
             if keys not in own:
                 raise ValueError(
                     f"{site.path}: the bank has no room for this leaf, which {name!r} adapts; grow(fit=...)"
                 )
-            _check_alike(own[keys], site)
+            check_alike(own[keys], site)
             has, wants = own[keys].method, site.method
             assert isinstance(has, Slotted) and isinstance(wants, Slotted)
             if wants.rank > has.rank:
@@ -305,7 +290,7 @@ class Bank:
             if wants.gains and not has.gains:
                 raise ValueError(f"{site.path}: {name!r} has a gain, and the bank no room for gains; grow(gains=True)")
 
-    def _write(self, name: str, slot: int, found: _Fields) -> None:
+    def _write(self, name: str, slot: int, found: Entry) -> None:
         self._overwrite(slot, found.arrays)
         self._slots[name] = slot
 
@@ -321,63 +306,9 @@ class Bank:
         shapes = [{name: _shape(x) for name, x in paths.lookup(before, site.keys).items()} for site in sites]
         banks, fields = ([paths.lookup(tree, site.keys) for site in sites] for tree in (before, new))
         params: dict[str, Any] = {}
-        for site, written, lie in zip(sites, _put(banks, fields, jnp.int32(slot), depths), shapes, strict=True):
+        for site, written, lie in zip(sites, put(banks, fields, jnp.int32(slot), depths), shapes, strict=True):
             paths.insert(params, site.keys, {name: _as_before(x, lie[name]) for name, x in written.items()})
         self._adapted = self._adapted.replace(params=params)
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """One adapter as a bank holds it: sites with the `Slotted` of its rank, and arrays without a slot axis."""
-
-    sites: dict[tuple[str, ...], Site]
-    arrays: Fields
-
-
-def _fields_of(name: str, source: Source, params: Any, names: Any) -> _Fields:
-    """An adapter's leaves in the form of a bank.
-
-    Raises:
-        ValueError: for a leaf that has no such form, or is not finite, with the adapter, the path and the method.
-    """
-    if isinstance(source, Adapted | Stacked):
-        adapted = source if isinstance(source, Adapted) else source.plan  # which refuses
-        check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapted])
-    else:
-        adapted = folders.read(source, params, names)
-    sites, arrays = {}, {}
-    for weight, site in zip(adapted.replace(context={}).weights(), adapted.plan.sites, strict=True):
-        found = _factors(weight, site)
-        if isinstance(innermost(site.method), Virtual):
-            raise ValueError(
-                f"{site.path}: {site.method} of {name!r} stands in front of a text, where no bank has slots: use it by itself"
-            )
-        if found is None:
-            raise ValueError(
-                f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to "
-                'what it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
-            )
-        gain = {} if found.scale is None else {"gain": found.scale}
-        arrays[site.keys] = {"a": found.a, "b": found.b, **gain}
-        if not all(bool(jnp.all(jnp.isfinite(array))) for array in arrays[site.keys].values()):
-            # Beside others it could reach their rows: where all slots are computed, zero times it is not zero.
-            raise ValueError(f"{site.path}: {name!r} holds values that are not finite")
-        sites[site.keys] = replace(site, method=Slotted(1, found.a.shape[-1] or 1, bool(gain)), beside=())
-    return _Fields(sites, arrays)
-
-
-def _factors(weight: Weight, site: Site) -> Factors | None:
-    """A leaf's effective weight as factors, scales folded into `b`; None where it has none, or changes what is beside it."""
-    if not site.method.matrix or not site.method.mergeable or weight.beside:
-        return None
-    found = plain.factors(weight)
-    if found is not None:
-        return Factors(found.a * found.gates[..., None, :], found.scale * found.b)
-    if site.method.form is Factors and all(is_own(type(part)) for part in parts(site.method)):
-        update = jax.jit(weights_of.update)(weight)
-        assert isinstance(update, Factors)
-        return update
-    return None
 
 
 def _sites(each: Sequence[Mapping[tuple[str, ...], Site]], slots: int, rank: int, gains: bool) -> list[Site]:
@@ -388,7 +319,7 @@ def _sites(each: Sequence[Mapping[tuple[str, ...], Site]], slots: int, rank: int
             method, before = site.method, found.get(keys)
             assert isinstance(method, Slotted)
             if before is not None:
-                _check_alike(before, site)
+                check_alike(before, site)
                 assert isinstance(before.method, Slotted)
                 method = Slotted(1, max(method.rank, before.method.rank), method.gains or before.method.gains)
             found[keys] = replace(site, method=method)
@@ -399,39 +330,6 @@ def _sites(each: Sequence[Mapping[tuple[str, ...], Site]], slots: int, rank: int
         if isinstance(site.method, Slotted)
     }
     return list(made.values())
-
-
-def _check_alike(first: Site, other: Site) -> None:
-    """Refuses two sites that read a leaf in different ways."""
-    axes = [(site.batch_axes, site.in_axes, site.out_axes) for site in (first, other)]
-    if axes[0] != axes[1]:
-        raise ValueError(
-            f"{first.path}: one adapter has its axes (batch, in, out) as {axes[0]}, another as {axes[1]}; adapt the leaf alike"
-        )
-
-
-def _empty(params: Any, sites: Sequence[Site], dtype: Any) -> Adapted:
-    """A bank without adapters, beside its base."""
-    leaves = dict(paths.flatten_with_keys(params)[0])
-    order = {keys: n for n, keys in enumerate(leaves)}
-    sites = sorted(sites, key=lambda site: order[site.keys])
-    made: dict[str, Any] = {}
-    for site in sites:
-        lie = placement.field_shardings(site, leaves[site.keys]) or {}
-        kind = trained_dtype(leaves[site.keys]) if dtype is None else dtype
-        shapes = _shapes(site)
-        fields = {name: jnp.full(shape, name == "gain", kind, device=lie.get(name)) for name, shape in shapes.items()}
-        paths.insert(made, site.keys, fields)
-    return Adapted(params, made, {}, {}, Plan(tuple(sites)))
-
-
-def _shapes(site: Site) -> dict[str, tuple[int, ...]]:
-    """The shapes of a leaf's arrays."""
-    method = site.method
-    assert isinstance(method, Slotted)
-    front = (*site.batch_shape, method.slots)
-    shapes = {"a": (*front, site.in_size, method.rank), "b": (*front, method.rank, site.out_size)}
-    return {**shapes, "gain": (*front, site.out_size)} if method.gains else shapes
 
 
 def _padded(name: str, given: jax.Array | None, bank: jax.Array, depth: int) -> jax.Array:
@@ -460,21 +358,10 @@ def _as_before(array: jax.Array, like: Any) -> jax.Array:
     return array if sharding is None else jax.device_put(array, sharding)
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(banks: list[Arrays], new: list[Arrays], slot: jax.Array, depths: tuple[int, ...]) -> list[Arrays]:
-    """The banks with a slot overwritten, in place."""
-
-    def one(bank: jax.Array, value: jax.Array, depth: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(bank, jnp.expand_dims(value, depth), slot, depth)
-
-    pairs = zip(banks, new, depths, strict=True)
-    return [{name: one(bank[name], fields[name], depth) for name in bank} for bank, fields, depth in pairs]
-
-
 def _trial(adapted: Adapted, count: int) -> Adapted:
     """A small bank of random adapters at the same leaves, with a slot for each of some rows."""
     sites = tuple(replace(site, method=Slotted(count, 1)) for site in adapted.plan.sites)
-    trial = _empty(adapted.base, sites, None)
+    trial = empty(adapted.base, sites, None)
     params: dict[str, Any] = {}
     for n, site in enumerate(sites):
         own = paths.lookup(trial.params, site.keys)

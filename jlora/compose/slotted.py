@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jlora import paths
 from jlora.core.products.slots import Slots, check_choice
 from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, factor_labels
+from jlora.core.tree import placement
+from jlora.core.tree.adapted import Adapted, Plan
 from jlora.methods.lora import kaiming, trained_dtype
 
 
@@ -26,6 +31,7 @@ class Slotted(Method):
         slots: number of slots, the one that is zero included.
         rank: columns of every `a_s`; any number, since adapters of smaller ranks are filled up with zeros.
         gains: whether slots have a gain.
+        own: where a call chooses nothing, row `n` has slot `n`: as many rows as slots, and nothing is gathered.
 
     Raises:
         ValueError: for a hyperparameter out of range.
@@ -34,6 +40,7 @@ class Slotted(Method):
     slots: int = 2
     rank: int = 8
     gains: bool = False
+    own: bool = False
 
     local: ClassVar[frozenset[str]] = frozenset({"in", "out"})
     context: ClassVar[frozenset[str]] = frozenset({"slot", "weights"})
@@ -83,8 +90,11 @@ class Slotted(Method):
         slot, weights = view.context.get("slot"), view.context.get("weights")
         leading = 0 if slot is None else slot.ndim
         leading = leading if weights is None else weights.ndim - 1
-        own = view.params
-        return Slots(own["a"], own["b"], own.get("gain"), slot, weights, leading, view.site.path)
+        mine = view.params
+        own = self.own and slot is None and weights is None
+        if own:
+            slot, leading = jnp.arange(self.slots), 1
+        return Slots(mine["a"], mine["b"], mine.get("gain"), slot, weights, leading, view.site.path, own)
 
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; a gain learns as B does and never decays."""
@@ -93,3 +103,38 @@ class Slotted(Method):
 
 
 Slotted.CASES = (Slotted(slots=3, rank=2), Slotted(slots=3, rank=2, gains=True))
+
+
+def empty(params: Any, sites: Sequence[Site], dtype: Any) -> Adapted:
+    """A bank without adapters, beside its base."""
+    leaves = dict(paths.flatten_with_keys(params)[0])
+    order = {keys: n for n, keys in enumerate(leaves)}
+    sites = sorted(sites, key=lambda site: order[site.keys])
+    made: dict[str, Any] = {}
+    for site in sites:
+        lie = placement.field_shardings(site, leaves[site.keys]) or {}
+        kind = trained_dtype(leaves[site.keys]) if dtype is None else dtype
+        shapes = shapes_of(site)
+        fields = {name: jnp.full(shape, name == "gain", kind, device=lie.get(name)) for name, shape in shapes.items()}
+        paths.insert(made, site.keys, fields)
+    return Adapted(params, made, {}, {}, Plan(tuple(sites)))
+
+
+def shapes_of(site: Site) -> dict[str, tuple[int, ...]]:
+    """The shapes of a leaf's arrays."""
+    method = site.method
+    assert isinstance(method, Slotted)
+    front = (*site.batch_shape, method.slots)
+    shapes = {"a": (*front, site.in_size, method.rank), "b": (*front, method.rank, site.out_size)}
+    return {**shapes, "gain": (*front, site.out_size)} if method.gains else shapes
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def put(banks: list[Arrays], new: list[Arrays], slot: jax.Array, depths: tuple[int, ...]) -> list[Arrays]:
+    """The banks with a slot overwritten, in place."""
+
+    def one(bank: jax.Array, value: jax.Array, depth: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(bank, jnp.expand_dims(value, depth), slot, depth)
+
+    pairs = zip(banks, new, depths, strict=True)
+    return [{name: one(bank[name], fields[name], depth) for name in bank} for bank, fields, depth in pairs]

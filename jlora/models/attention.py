@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jlora._chunks import cut, joined
@@ -21,7 +22,7 @@ class KVCache(flax.struct.PyTreeNode):
         values: As keys.
         positions: int32 `[batch, slots]`, position of the token in each slot.
         segments: int32 `[batch, slots]`, segment of the token in each slot, 0 where the slot is empty or padding.
-        index: int32, the next free slot, the same for every row.
+        index: int32, the next free slot: a number for all rows, or `[batch]`, for rows that are not equally long.
     """
 
     keys: jax.Array | None
@@ -67,17 +68,26 @@ def extend(cache: KVCache, positions: jax.Array, segments: jax.Array) -> KVCache
         ValueError: The cache has too few slots, as far as shapes (and a concrete index) tell.
     """
     length, slots = positions.shape[1], cache.positions.shape[1]
-    used = 0 if isinstance(cache.index, Tracer) else int(cache.index)
+    used = 0 if isinstance(cache.index, Tracer) else int(np.asarray(cache.index).max())
     if used + length > slots:
         raise ValueError(
             f"KV cache: {slots} slots, {used} used, {length} more tokens given; make a longer empty_cache."
         )
-    start = (0, cache.index)
     return cache.replace(
-        positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
-        segments=jax.lax.dynamic_update_slice(cache.segments, segments, start),
+        positions=written(cache.positions, positions, cache.index),
+        segments=written(cache.segments, segments, cache.index),
         index=cache.index + length,
     )
+
+
+def written(kept: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """`kept [batch, slots, ...]` with `new [batch, length, ...]` from slot `index` on, a number or `[batch]`."""
+    new = new.astype(kept.dtype)
+    if jnp.ndim(index):
+        return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, 0))(
+            kept, new, index
+        )
+    return jax.lax.dynamic_update_slice_in_dim(kept, new, index, 1)
 
 
 class Visible(NamedTuple):

@@ -25,7 +25,7 @@ class AttentionInputs(NamedTuple):
     Attributes:
         rotary: what the model's `rotary` makes of the tokens' positions; None for learned positions.
         visible: causal, and within the segment; without a layer's window.
-        index: First free slot of the cache; None without one.
+        index: First free slot of the cache, a number or one for each row; None without a cache.
     """
 
     rotary: Any
@@ -45,9 +45,8 @@ class LayerInputs(NamedTuple):
         """Keys and values of all tokens, and the layer's cache with the new ones; these alone where there is no cache."""
         if inputs.index is None:
             return key, value, self
-        start = (0, inputs.index, 0, 0)
-        key = jax.lax.dynamic_update_slice(self.keys, key.astype(self.keys.dtype), start)
-        value = jax.lax.dynamic_update_slice(self.values, value.astype(self.values.dtype), start)
+        key = attention.written(self.keys, key, inputs.index)
+        value = attention.written(self.values, value, inputs.index)
         return key, value, self._replace(keys=key, values=value)
 
     def visible(self, inputs: AttentionInputs) -> attention.Visible:

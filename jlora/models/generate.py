@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Sampling:
     top_p: float | None
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: wanted 0 or more, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: wanted 1 or more (None for all), got {self.top_k}.")
@@ -44,13 +45,17 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = jnp.where(logits < jax.lax.top_k(logits, self.top_k)[0][:, -1:], -jnp.inf, logits)
         if self.top_p is not None:
-            logits = jnp.where(logits < _nucleus_border(logits, self.top_p), -jnp.inf, logits)
+            logits = jnp.where(logits < nucleus_border(-jnp.sort(-logits, axis=-1), self.top_p), -jnp.inf, logits)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def _nucleus_border(logits: jax.Array, top_p: float) -> jax.Array:
-    """The least logit `[batch, 1]` among the fewest likeliest tokens whose probabilities reach `top_p`."""
-    ordered = -jnp.sort(-logits, axis=-1)
+def nucleus_border(ordered: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """The least logit `[batch, 1]` among the fewest likeliest tokens whose probabilities reach `top_p`.
+
+    Args:
+        ordered: logits `[batch, vocab]`, largest first.
+        top_p: a number for all rows, or `[batch, 1]`.
+    """
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     # The first is always in, whatever rounding does.

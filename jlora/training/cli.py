@@ -1,4 +1,4 @@
-"""The command line, `jlora COMMAND`: finetune, data, inspect, plan, merge, generate, chat, eval, compare, export and more.
+"""The command line, `jlora COMMAND`: finetune, data, inspect, plan, merge, generate, chat, serve, eval, export and more.
 
 What a user got wrong is told in one sentence, with exit code 2; `--traceback` shows where it came from. A training that
 diverged, or made the model worse, ends with exit code 3, and so does a plan that does not fit.
@@ -32,6 +32,7 @@ _EXAMPLES = """examples:
   jlora inspect --model DIR --targets '.*/(q|v)_proj/kernel'
   jlora plan --model DIR --mesh fsdp=4,tensor=2 --device v5e --rank 16 --batch 8 --length 1024
   jlora chat run_a run_b                            /adapter run_b switches
+  jlora serve --model DIR --adapters runs           OpenAI's API at http://127.0.0.1:8000, and a page
   jlora compare run_a run_b --to compared.html
   jlora merge run merged_model
   jlora export run --to adapter --profile serving
@@ -63,6 +64,7 @@ def build_parser() -> Parser:
     _add_merge(commands.add_parser("merge", help="write the trained model as a Hugging Face directory"))
     _add_generate(commands.add_parser("generate", help="continue a prompt"))
     _add_chat(commands.add_parser("chat", help="talk with a model, and switch between its adapters"))
+    _add_serve(commands.add_parser("serve", help="answer over HTTP as OpenAI's API does, with many adapters at once"))
     _add_eval(commands.add_parser("eval", help="loss and perplexity, or accuracy, on a file"))
     _add_compare(commands.add_parser("compare", help="show finished runs side by side"))
     _add_export(commands.add_parser("export", help="write the adapters in PEFT's format"))
@@ -151,6 +153,54 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory of the base (default: the first run's, or the shipped model)")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     _add_drawing(parser, 512)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="output folders of jlora finetune on one base, called by their folders' names",
+    )
+    parser.add_argument("--model", help="directory of the base (default: the first run's, or the shipped model)")
+    parser.add_argument(
+        "--adapters",
+        action="append",
+        metavar="DIR",
+        help="folder whose subfolders are adapters, of jlora.save, jlora finetune or in PEFT's format, or NAME=DIR for one; "
+        "may be given several times; calls may load others from there",
+    )
+    parser.add_argument(
+        "--quantize", metavar="CODE", help="keep the base's linear weights as a code: nf4, .. (the run's)"
+    )
+    parser.add_argument("--served-name", metavar="NAME", help="what calls name the base (the name of its folder)")
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="how chats are written where an adapter has no template of its own: model, chatml, plain, a .jinja file (model)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (127.0.0.1)")
+    port = number(int, lambda value: 0 <= value < 2**16, "from 0 to 65535")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen at; 0 is any that is free (8000)")
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="file with the token that calls must bring (default: the variable JLORA_TOKEN)",
+    )
+    parser.add_argument("--max-body", type=_COUNT, default=2, metavar="MIB", help="size of a call, at most (2)")
+    parser.add_argument("--queue", type=_COUNT, default=256, help="requests that may wait (256)")
+    parser.add_argument("--rows", type=_COUNT, default=8, help="requests that run at once (8)")
+    parser.add_argument(
+        "--length",
+        type=_COUNT,
+        help="tokens of a prompt and its answer together, at most (the model's positions, or 2048)",
+    )
+    parser.add_argument(
+        "--rank", type=_COUNT, help="the largest rank of an adapter (that of the given ones, 16 at least)"
+    )
+    parser.add_argument(
+        "--slots", type=_COUNT, default=8, help="adapters that are kept on the device besides those in use (8)"
+    )
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

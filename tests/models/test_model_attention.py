@@ -101,3 +101,29 @@ def test_gradients_reach_every_leaf_and_remat_keeps_them():
     for path, leaf in jax.tree_util.tree_leaves_with_path(plain):
         assert np.abs(leaf).max() > 1e-7, jax.tree_util.keystr(path)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, remat)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistral_window",
+        "gpt2_scaled",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("gemma3", "mixtral", "phi3")),
+    ],
+)
+def test_rows_of_one_cache_need_not_be_equally_long(name):
+    """Two rows of 9 and 14 tokens, side by side: each goes on where it is, and one of them rests for a step."""
+    apply, variables, tokens = loaded(name)
+    whole, lengths = np.asarray(apply(variables, tokens)), np.array([9, 14])
+    cache = models.empty_cache(2, 30).replace(index=jnp.zeros(2, jnp.int32))
+    _, cache = apply(variables, tokens[:, :14], attention_mask=np.arange(14) < lengths[:, None], cache=cache)
+    cache = cache.replace(index=jnp.asarray(lengths))
+    for step in range(4):
+        active = np.array([True, step != 2])
+        logits, after = apply(variables, tokens[[0, 1], lengths][:, None], attention_mask=active[:, None], cache=cache)
+        assert after.index.tolist() == (lengths + 1).tolist()
+        for row in np.flatnonzero(active):
+            np.testing.assert_allclose(logits[row, 0], whole[row, lengths[row]], atol=5e-5)
+        lengths = lengths + active
+        cache = after.replace(index=jnp.asarray(lengths))

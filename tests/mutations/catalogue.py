@@ -10,6 +10,8 @@ from mutations import (
     models,
     prompts,
     runs,
+    serving,
+    serving_http,
     states,
     stored,
     training,
@@ -29,6 +31,8 @@ MUTATIONS = tuple(
         models,
         prompts,
         runs,
+        serving,
+        serving_http,
         training,
     )
     for mutation in module.MUTATIONS

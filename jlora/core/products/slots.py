@@ -37,6 +37,7 @@ class Slots(Update):
         weights: numbers `[*leading, slots]`, or None.
         leading: how many leading axes of the activation that is chosen for; static.
         name: path of the leaf; static.
+        own: every row has the slot of its number, so that nothing is gathered; static.
     """
 
     a: jax.Array
@@ -46,6 +47,7 @@ class Slots(Update):
     weights: jax.Array | None = None
     leading: int = field(default=0, metadata={"static": True})
     name: str = field(default="", metadata={"static": True})
+    own: bool = field(default=False, metadata={"static": True})
     refuses_forming: ClassVar[bool] = True
 
     def times(self, number: jax.Array) -> Self:
@@ -144,7 +146,8 @@ class Slots(Update):
             low = with_all(x, self.a, self.b, self._amounts(x), options.precision)
         else:
             slot = self._slot().reshape(-1)
-            low = self._grouped(x, lambda x: by_slot(x, self.a, self.b, slot, options.precision))
+            function = own_slot if self.own else by_slot
+            low = self._grouped(x, lambda x: function(x, self.a, self.b, slot, options.precision))
         y, gain = y + low.astype(accumulate), self._gain()
         return (y if gain is None else y * self._spread(gain, y.ndim).astype(accumulate)).astype(options.out_dtype)
 
@@ -166,7 +169,9 @@ class Slots(Update):
 
     def _gain(self) -> jax.Array | None:
         """The chosen gains, `[*leading, out]`."""
-        return None if self.gain is None else taken(self.gain, self._slot())
+        if self.gain is None or self.own:
+            return self.gain
+        return taken(self.gain, self._slot())
 
     def _slot(self) -> jax.Array:
         assert self.slot is not None
@@ -242,6 +247,12 @@ def by_slot(x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array, precision
         return with_all(x, a, b, jnp.broadcast_to(weights, (choices, tokens, a.shape[0])), precision)
     thin = jnp.einsum("nti,nir->ntr", x, taken(a, slot).astype(x.dtype), precision=precision)
     return second(thin, b, slot, precision)
+
+
+def own_slot(x: jax.Array, a: jax.Array, b: jax.Array, slot: jax.Array, precision: Any = None) -> jax.Array:
+    """`by_slot` where `slot[n] = n`: factors are read where they are."""
+    thin = jnp.einsum("nti,nir->ntr", x, a.astype(x.dtype), precision=precision)
+    return jnp.einsum("ntr,nro->nto", thin, b.astype(x.dtype), precision=precision)
 
 
 def second(thin: jax.Array, b: jax.Array, slot: jax.Array, precision: Any = None) -> jax.Array:

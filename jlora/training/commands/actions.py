@@ -207,6 +207,12 @@ def _chat(arguments: argparse.Namespace) -> None:
             print("\n(stopped; /exit leaves)")
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    from jlora.training.commands.serving import serve
+
+    serve(arguments)
+
+
 def _base(model: str | None) -> Run:
     """A model without adapters."""
     from jlora.training.model.subject import load_subject
@@ -259,6 +265,7 @@ COMMANDS = {
     "merge": _merge,
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "eval": _eval,
     "compare": _compare,
     "export": _export,

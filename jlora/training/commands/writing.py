@@ -12,6 +12,7 @@ import jlora
 from jlora import models
 from jlora.models.chat_files import read_chat_templates
 from jlora.models.generation_config import GenerationConfig
+from jlora.serving.text import Text, whole_text
 from jlora.training.commands.runs import Run
 from jlora.training.data import chat
 from jlora.training.data.layouts import normal
@@ -23,8 +24,6 @@ from jlora.training.model.losses import with_prompts
 _TEMPERATURE = 0.7
 # Prompts of chats grow by every turn: few lengths, so few programs.
 _CHAT_WIDTH = 256
-# A token in the middle of a character is shown so until the character is whole.
-_PART_OF_CHARACTER = "�"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,46 +110,25 @@ class Writer:
 
     def pieces(self, prompt: Sequence[int], width: int = 32) -> Iterator[str]:
         """The text after a prompt in pieces, as soon as they are written."""
-        codec, way = self.run.subject.codec, self.way
-        start, tokens, told = codec.decode(prompt), [], 0
+        way = self.way
+        text = Text(self.run.subject.codec.decode, prompt, way.stop)
         for token in models.stream(*self._runnable(), prompt, width_step=width, **way.options()):
-            tokens.append(token)
-            text = codec.decode([*prompt, *tokens]).removeprefix(start)
-            cut = _stopped_at(text, way.stop)
-            end = len(text) if cut is None else cut
-            if cut is None:
-                end -= max(_held_back(text, way.stop), len(text) - len(text.rstrip(_PART_OF_CHARACTER)))
-            if end > told:
-                yield text[told:end]
-                told = end
-            if cut is not None:
+            if piece := text.add(token):
+                yield piece
+            if text.stopped:
                 return
-        rest = codec.decode([*prompt, *tokens]).removeprefix(start)[told:]
-        if rest:
+        if rest := text.end():
             yield rest
 
     def texts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The texts after some prompts, written together."""
-        codec = self.run.subject.codec
         written = models.generate(*self._runnable(), prompts, **self.way.options())
-        whole = (codec.decode([*prompt, *tokens]) for prompt, tokens in zip(prompts, written))
-        texts = [text.removeprefix(codec.decode(prompt)) for text, prompt in zip(whole, prompts)]
-        return [text[: _stopped_at(text, self.way.stop)] for text in texts]
+        decode, stop = self.run.subject.codec.decode, self.way.stop
+        return [whole_text(decode, prompt, tokens, stop) for prompt, tokens in zip(prompts, written)]
 
     def reply(self, messages: Sequence[dict[str, Any]], template: chat.Template) -> Iterator[str]:
         """The assistant's next message in pieces."""
         return self.pieces(chat_tokens(self.run, messages, template), _CHAT_WIDTH)
-
-
-def _stopped_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first text that ends it begins, or None."""
-    return min((place for each in stop if (place := text.find(each)) >= 0), default=None)
-
-
-def _held_back(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end may be the beginning of a text that ends it."""
-    parts = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
-    return max(parts, default=0)
 
 
 def template_of(run: Run) -> chat.Template | None:

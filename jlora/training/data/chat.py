@@ -160,6 +160,13 @@ class Template:
         """Whether messages may have that role."""
         return role in ROLES or any(f"{q}{role}{q}" in text for text in self.texts().values() for q in "'\"")
 
+    def at(self, now: datetime) -> Template:
+        """The same template at another time, where it writes the time; else this one."""
+        if not any("strftime_now" in text for text in self.texts().values()):
+            return self
+        sources = {name: ChatJinja(jinja.source, now) for name, jinja in self.sources.items()}
+        return dataclasses.replace(self, sources=sources)
+
     def texts(self) -> dict[str, str]:
         """The Jinja texts by name, for `jlora.models.chat_files.write_chat_templates`."""
         return {name: jinja.source.text for name, jinja in self.sources.items()}
