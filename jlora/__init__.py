@@ -26,6 +26,7 @@ from jlora.compose.combine import combine as combine
 from jlora.compose.lorahub import LoraHub as LoraHub
 from jlora.compose.lorahub import lorahub as lorahub
 from jlora.compose.mera import mera as mera
+from jlora.compose.meteora import meteora as meteora
 from jlora.compose.plain import compact as compact
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse
