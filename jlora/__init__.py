@@ -34,6 +34,8 @@ from jlora.compose.switch import interference as interference
 from jlora.compose.switch import pack as pack
 from jlora.compose.switch import restore as restore
 from jlora.compose.switch import switch as switch
+from jlora.compose.two_passes import two_passes as two_passes
+from jlora.compose.xlora import xlora as xlora
 from jlora.compose.ziplora import Zipped as Zipped
 from jlora.compose.ziplora import zip_adapters as zip_adapters
 from jlora.continual.next_task import next_task as next_task

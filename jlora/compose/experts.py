@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from jlora import paths
 from jlora.compose import plain
 from jlora.compose.bank import Bank, Source
 from jlora.compose.combine import check_one_base
-from jlora.core.protocol.hyperparameters import check_hyperparameters, integer
+from jlora.compose.slotted import Slotted
+from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, factor_labels
 from jlora.core.tree import placement
 from jlora.core.tree.adapted import Adapted, Plan
@@ -74,7 +76,7 @@ class Experts(Method):
 def mixture(
     params: Any,
     adapters: Mapping[str, Source] | Bank,
-    method: Callable[[tuple[str, ...], int], Experts],
+    method: Callable[[tuple[str, ...], int, int], Experts],
     key: jax.Array | None,
     names: Any,
 ) -> Adapted:
@@ -83,7 +85,7 @@ def mixture(
     Args:
         params: the base.
         adapters: by name, as `Bank.of` takes them; or a bank, whose factors are copied.
-        method: of the adapters' names and a leaf's rank.
+        method: of the adapters' names, the largest rank, and the number of matrices.
         key: of what else the method starts from.
         names: which torch parameter a leaf is, for folders in PEFT's format.
 
@@ -98,7 +100,10 @@ def mixture(
         bank = Bank.of(params, read)
     if not len(bank):
         raise ValueError("a mixture is made of adapters, and the bank has none")
-    spec = {re.escape(site.path): _entry(site, bank.names, method) for site in bank.adapted.plan.sites}
+    sites = bank.adapted.plan.sites
+    matrices = sum(math.prod(site.batch_shape) for site in sites)
+    made = method(bank.names, max(_bank_method(site).rank for site in sites), matrices)
+    spec = {re.escape(site.path): Axes(_roles(site), made, site.kind) for site in sites}
     adapted = adapterize(params, spec, key)
     return _filled(adapted, bank, {name: each for name, each in read.items() if isinstance(each, Adapted)})
 
@@ -108,16 +113,22 @@ def _read(source: Source, params: Any, names: Any) -> Source:
     return source if not isinstance(source, str) and not hasattr(source, "__fspath__") else folders.read(source, params, names)
 
 
-def _entry(site: Site, names: tuple[str, ...], method: Callable[[tuple[str, ...], int], Experts]) -> Axes:
-    """The method of a leaf, with the roles of its axes as the bank has them."""
-    roles = dict.fromkeys(site.in_axes, "in") | dict.fromkeys(site.out_axes, "out") | dict.fromkeys(site.batch_axes, "batch")
-    bank: Any = site.method
-    if bank.gains:
+def _bank_method(site: Site) -> Slotted:
+    """The method by which a bank holds a leaf; refuses one with gains."""
+    method = site.method
+    assert isinstance(method, Slotted)
+    if method.gains:
         raise ValueError(
             f"{site.path}: an adapter has a gain there, as DoRA has, so that what it does is no change that is added, and a "
             "mixture adds up changes"
         )
-    return Axes(" ".join(roles[axis] for axis in range(len(site.shape))), method(names, bank.rank), site.kind)
+    return method
+
+
+def _roles(site: Site) -> str:
+    """The roles of a leaf's axes in words."""
+    roles = dict.fromkeys(site.in_axes, "in") | dict.fromkeys(site.out_axes, "out")
+    return " ".join(roles.get(axis, "batch") for axis in range(len(site.shape)))
 
 
 def _filled(adapted: Adapted, bank: Bank, read: Mapping[str, Adapted]) -> Adapted:
@@ -133,11 +144,19 @@ def _filled(adapted: Adapted, bank: Bank, read: Mapping[str, Adapted]) -> Adapte
             scale = jnp.asarray([each.get(site.path, 1.0) for each in scales], new["b"].dtype)
             new["scale"] = jnp.broadcast_to(scale, (*site.batch_shape, len(slots)))
             new["b"] = new["b"] / new["scale"][..., None, None]
-        old = Start(paths.lookup(adapted.params, site.keys), paths.lookup(adapted.frozen, site.keys))
-        start = Start(*({name: new.get(name, x) for name, x in each.items()} for each in (old.params, old.frozen)))
+        old = [paths.lookup(tree, site.keys) for tree in (adapted.params, adapted.frozen)]
+        start = Start(*({name: _put(new, name, x) for name, x in each.items()} for each in old))
         start = placement.place(start, site, leaves[site.keys])
         params, frozen = _with(params, site.keys, start.params), _with(frozen, site.keys, start.frozen)
     return replace(adapted, params=params, frozen=frozen)
+
+
+def _put(new: Arrays, name: str, old: jax.Array) -> jax.Array:
+    """A field's new value, filled up with zeros to the shape of the old one; the old one where there is none."""
+    if name not in new:
+        return old
+    value = new[name].astype(old.dtype)
+    return jnp.pad(value, [(0, size - own) for size, own in zip(old.shape, value.shape, strict=True)])
 
 
 def _with(tree: dict[str, Any], keys: tuple[str, ...], fields: Arrays) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def meteora(
         Xu et al. 2024, arXiv:2405.13053.
     """
 
-    def method(names: tuple[str, ...], rank: int) -> MeteoRA:
+    def method(names: tuple[str, ...], rank: int, matrices: int) -> MeteoRA:
         return MeteoRA(names, rank, train_adapters, k, tau)
 
     return mixture(params, adapters, method, key, names)

@@ -1,0 +1,221 @@
+"""X-LoRA: trained adapters side by side, mixed at every token by numbers that a classifier makes of the base's hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.compose.bank import Bank, Source
+from jlora.compose.experts import Experts, mixture
+from jlora.core.products.contraction import drop
+from jlora.core.products.slots import Slots
+from jlora.core.products.update import Unfit
+from jlora.core.protocol.hyperparameters import BELOW_ONE, NOT_ZERO, POSITIVE, check_hyperparameters, integer, number
+from jlora.core.protocol.method import Arrays, Site, Start, View
+from jlora.core.tree.adapted import Adapted
+from jlora.methods.lora import kaiming, shared_dtype
+
+
+@dataclass(frozen=True)
+class XLoRA(Experts):
+    """Adapters mixed by numbers that a call tells: `w + Σ_s m_s * scale_s * a_s @ b_s` over all of them.
+
+    `on(scalings=m)`, numbers `[rows, tokens, layers, slots]` (or without tokens, or rows), of which each matrix takes its
+    place in `layers`; where `layers` is 1, all take the same. They are made by a classifier that all matrices share:
+    `depth` linear maps with ReLU between, from `width` over `size` to `layers * slots`. Trains
+    `slots * rank * (in + out) if train_adapters else 0` values a matrix. Shares
+    `(width * layers * slots if depth == 1 else width * size + size + (depth - 2) * (size + 1) * size + size * layers * slots) +
+    layers * slots` trained values.
+
+    Args:
+        names, rank, train_adapters: see `Experts`.
+        width: of the hidden states.
+        layers: the number of matrices that have numbers of their own, or 1.
+        depth: linear maps of the classifier.
+        size: width between them.
+        dropout: probability of dropping an entry behind each ReLU, where a key is given.
+        softmax: whether the numbers are a softmax over the adapters.
+        temperature: of that softmax.
+        top_k: how many of the numbers are kept, the largest; others become 0.
+        softmax_top_k: whether the numbers that are not 0 then go through a softmax.
+        pass_value: the number of all adapters in the first pass.
+        factor: of all numbers in the second.
+
+    Raises:
+        ValueError: for a hyperparameter out of range.
+
+    Reference:
+        Buehler and Buehler 2024, arXiv:2402.07148; formula and defaults as in PEFT.
+    """
+
+    width: int = 8
+    layers: int = 1
+    depth: int = 1
+    size: int = 2048
+    dropout: float = 0.2
+    softmax: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    softmax_top_k: bool = False
+    pass_value: float = 0.0
+    factor: float = 1.0
+
+    context: ClassVar[frozenset[str]] = frozenset({"scalings"})
+    form = Slots
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = number(math.isfinite, "a finite number")
+        bounds = {"temperature": POSITIVE, "dropout": BELOW_ONE, "factor": NOT_ZERO, "pass_value": share}
+        whole = integer(1, "a positive whole number")
+        check_hyperparameters(self, ("width", "layers", "depth", "size"), {**bounds, "top_k": whole})
+        if self.top_k is not None and self.top_k > self.slots:
+            raise ValueError(f"XLoRA's top_k must be at most the number of adapters, {self.slots}, got {self.top_k}")
+        if self.top_k is not None and self.pass_value:
+            raise ValueError(
+                f"XLoRA's pass_value {self.pass_value} is the number of all adapters, of which top_k={self.top_k} can't "
+                "choose; let it be 0"
+            )
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        return {**super().axes, "number": ()}
+
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """The classifier: kernels `w_n [in, out]` and biases `b_n [out]`."""
+        return tuple(f"{name}_{n}" for n in range(self.depth) for name in "wb")
+
+    @property
+    def must_be_told(self) -> str:
+        return "the amounts of the adapters, which jlora.two_passes finds"
+
+    def check_context(self, context: Arrays) -> None:
+        """Refuses numbers of another shape than the classifier gives."""
+        m = context.get("scalings")
+        if m is None:
+            return
+        wanted = (self.layers, self.slots)
+        if m.ndim not in (2, 3, 4) or m.shape[-2:] != wanted or not jnp.issubdtype(m.dtype, jnp.floating):
+            raise ValueError(
+                f"scalings= takes numbers [rows, tokens, layers, slots], [rows, layers, slots] or [layers, slots] for {wanted[0]} "
+                f"layers and {wanted[1]} slots; got {m.dtype} of shape {m.shape}"
+            )
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
+        """The classifier, kernels and biases uniform in ±1/sqrt(in)."""
+        sizes = [self.width, *[self.size] * (self.depth - 1), self.layers * self.slots]
+        dtype, made = shared_dtype(sites), {}
+        for n, (rows, columns) in enumerate(zip(sizes, sizes[1:])):
+            kernel, bias = jax.random.split(jax.random.fold_in(key, n))
+            made[f"w_{n}"] = kaiming(kernel, (rows, columns), dtype)
+            made[f"b_{n}"] = kaiming(bias, (rows, columns), dtype)[0]
+        return Start(made)
+
+    def start(self, key: jax.Array, w: jax.Array, site: Site) -> Start:
+        """That of the factors, and the matrix's place in `layers`, which `together` fills in."""
+        start = super().start(key, w, site)
+        return Start(start.params, {**start.frozen, "number": jnp.zeros((), jnp.int32)})
+
+    def together(self, key: jax.Array, starts: list[Start], sites: tuple[Site, ...]) -> list[Start]:
+        """Places in the order of the leaves, and in a stack of its axes."""
+        found, first = [], 0
+        for start, site in zip(starts, sites, strict=True):
+            count = math.prod(site.batch_shape) if self.layers > 1 else 0
+            places = first + np.arange(count).reshape(site.batch_shape) if count else np.zeros(site.batch_shape)
+            found.append(replace(start, frozen={**start.frozen, "number": jnp.asarray(places, jnp.int32)}))
+            first += count
+        return found
+
+    def weight(self, view: View) -> jax.Array:
+        """That of numbers that are the same for all tokens."""
+        return self.update(view).chosen("weight").weight(view.w)
+
+    def update(self, view: View) -> Slots:
+        """The adapters, and the matrix's own numbers."""
+        m = view.context.get("scalings")
+        if m is None:
+            raise Unfit(f"{view.site.path}: the call must say the adapters' amounts: lift by jlora.two_passes, or on(scalings=...)")
+        m = m.at[..., view.frozen["number"], :].get(mode="fill", fill_value=jnp.nan)
+        return Slots(*self.experts(view), None, None, m, m.ndim - 1, view.site.path)
+
+    def scalings(self, classifier: Arrays, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The numbers `[..., layers, slots]` of hidden states `[..., width]`, with what `top_k` and the factor make of them."""
+        z = hidden.astype(classifier["w_0"].dtype)
+        for n in range(self.depth):
+            z = z @ classifier[f"w_{n}"] + classifier[f"b_{n}"]
+            if n < self.depth - 1:
+                z = drop(jax.nn.relu(z), self.dropout, None if key is None else jax.random.fold_in(key, n))
+        m = z.reshape(*z.shape[:-1], self.layers, self.slots)
+        return self.kept(jax.nn.softmax(m / self.temperature) if self.softmax else m)
+
+    def kept(self, m: jax.Array) -> jax.Array:
+        """What `top_k`, `softmax_top_k` and the factor make of numbers `[..., slots]`."""
+        if self.top_k is not None:
+            chosen = jax.lax.top_k(m, self.top_k)[1]
+            m = m * jax.nn.one_hot(chosen, self.slots, dtype=m.dtype).sum(-2)
+        if not self.softmax_top_k:
+            return self.factor * m
+        kept = m != 0
+        most = jax.lax.stop_gradient(jnp.max(jnp.where(kept, m, -jnp.inf), axis=-1, keepdims=True, initial=-1e30))
+        shares = jnp.where(kept, jnp.exp(jnp.where(kept, m - most, 0)), 0)
+        return self.factor * shares / jnp.maximum(shares.sum(-1, keepdims=True), jnp.finfo(m.dtype).tiny)
+
+
+def xlora(
+    params: Any,
+    adapters: Mapping[str, Source] | Bank,
+    width: int,
+    *,
+    layerwise: bool = False,
+    train_adapters: bool = False,
+    key: jax.Array | None = None,
+    names: Any = None,
+    **hyperparameters: Any,
+) -> Adapted:
+    """X-LoRA: puts trained adapters side by side, mixed at every token by numbers made of the base's last hidden states.
+
+    At a matrix `w` an input `x` gives `x @ w + Σ_s m_s * scale_s * (x @ a_s) @ b_s` over all adapters. The model is run twice,
+    by `jlora.two_passes`: first without the adapters, then with the numbers `m` that a classifier makes of the hidden states of
+    the first pass, for each row and token. The classifier is what is trained; it lies in `adapted.params["~shared"]`.
+
+    Args:
+        params: the base.
+        adapters: as for `jlora.meteora`.
+        width: of the hidden states.
+        layerwise: every matrix has numbers of its own, in place of one set for all.
+        train_adapters: train the adapters' factors too.
+        key: of the classifier's start.
+        names: which torch parameter a leaf is, for folders in PEFT's format.
+        **hyperparameters: `depth=1` linear maps, of width `size=2048` between, with `dropout=0.2` behind each ReLU;
+            `softmax=True` with a `temperature=1.0`; `top_k=None` keeps the largest numbers, and `softmax_top_k=False` a softmax
+            of what is left; `pass_value=0.0` is every adapter's number in the first pass, `factor=1.0` that of all numbers in the
+            second. These are PEFT's, with its defaults: `xlora_depth`, `xlora_size`, `xlora_dropout_p`, `enable_softmax`,
+            `softmax_temperature`, `top_k_lora`, `enable_softmax_topk`, `scaling_pass_value`, `global_scaling_weight`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `jlora.meteora`.
+        TypeError: for a hyperparameter that there is none of.
+
+    Example:
+        >>> spec = {r".*/q_proj/kernel": jlora.LoRA(4)}
+        >>> sql, chat = (jlora.adapterize(params, spec, jax.random.key(seed)) for seed in range(2))
+        >>> adapted = jlora.xlora(params, {"sql": sql, "chat": chat}, width=64)
+        >>> logits = jlora.two_passes(jlora.lift(model.apply))({"params": adapted}, tokens)
+
+    Reference:
+        Buehler and Buehler 2024, arXiv:2402.07148; formula and defaults as in PEFT.
+    """
+
+    def method(names: tuple[str, ...], rank: int, matrices: int) -> XLoRA:
+        layers = matrices if layerwise else 1
+        return XLoRA(names, rank, train_adapters, width, layers, **hyperparameters)
+
+    return mixture(params, adapters, method, key, names)
+
