@@ -180,8 +180,11 @@ def test_logits_come_through_scan_remat_and_vmap_and_train_the_gates_where_one_c
     @jit
     def everything(adapted, x):
         rows = jax.vmap(lambda row: run(layers, adapted, row))(x)
-        return run(layers, adapted, x), run(unrolled, adapted, x), rows, jax.vmap(jax.grad(loss), (None, 0))(
-            adapted.params, jnp.array([0.0, 2.0])
+        return (
+            run(layers, adapted, x),
+            run(unrolled, adapted, x),
+            rows,
+            jax.vmap(jax.grad(loss), (None, 0))(adapted.params, jnp.array([0.0, 2.0])),
         )
 
     scanned, loose, rows, gradients = everything(adapted, x)
@@ -253,13 +256,22 @@ def test_texts_written_with_a_cache_are_those_that_are_read_whole():
     ("use", "words"),
     [
         (lambda base, x: jlora.meteora(base, {}), "give at least one"),
-        (lambda base, x: jlora.meteora(base, adapters_of(base, 2), k=2), "k must be at most the number of adapters, 1, got 2"),
-        (lambda base, x: jlora.meteora(base, adapters_of(base, 2), k=1, tau=0), "tau must be positive and finite, got 0"),
+        (
+            lambda base, x: jlora.meteora(base, adapters_of(base, 2), k=2),
+            "k must be at most the number of adapters, 1, got 2",
+        ),
+        (
+            lambda base, x: jlora.meteora(base, adapters_of(base, 2), k=1, tau=0),
+            "tau must be positive and finite, got 0",
+        ),
         (
             lambda base, x: jlora.meteora(base, {"dora": adapt(base, {"w_0": jlora.DoRA(LoRA(2))})}, k=1),
             "w_0: an adapter has a gain there, as DoRA has",
         ),
-        (lambda base, x: jlora.meteora(base, {"hira": adapt(base, {"w_0": jlora.HiRA(2)})}, k=1), r"w_0: HiRA\(rank=2\) of"),
+        (
+            lambda base, x: jlora.meteora(base, {"hira": adapt(base, {"w_0": jlora.HiRA(2)})}, k=1),
+            r"w_0: HiRA\(rank=2\) of",
+        ),
         (
             lambda base, x: jlora.meteora({"w_0": base["w_0"] + 1}, jlora.Bank.of(base, adapters_of(base, 2)), k=1),
             "w_0: .*base",

@@ -1,8 +1,9 @@
-"""What mixtures of trained adapters have in common: the adapters' factors, side by side at every leaf that one of them changes."""
+"""What mixtures of trained adapters have in common: their factors, side by side at every leaf that one of them changes."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -109,8 +110,8 @@ def mixture(
 
 
 def _read(source: Source, params: Any, names: Any) -> Source:
-    """An adapter of a folder; what is no folder is left to the bank, which refuses what it can't take."""
-    return source if not isinstance(source, str) and not hasattr(source, "__fspath__") else folders.read(source, params, names)
+    """An adapter of a folder; what is no folder as it is, for the bank to take or to refuse."""
+    return folders.read(source, params, names) if isinstance(source, str | os.PathLike) else source
 
 
 def _bank_method(site: Site) -> Slotted:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jlora.compose.bank import Bank, Source
 from jlora.compose.experts import Experts, mixture
 from jlora.core.products.of_tokens import OfTokens
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer
-from jlora.core.protocol.method import Site, Start, View
+from jlora.core.protocol.method import Arrays, Site, Start, View
 from jlora.core.tree.adapted import Adapted
 from jlora.methods.lora import kaiming, trained_dtype
 
@@ -23,7 +24,7 @@ class MeteoRA(Experts):
 
     With `l = x @ gate`, `gate [in, slots]`, these are the `k` adapters with the largest logits, and `g = softmax(l / tau)`
     over them alone. Says its logits, as `gate_logits [..., slots]`. Trains
-    `in * slots + (slots * rank * (in + out) if train_adapters else 0)` values a matrix.
+    `len(names) * (in + (rank * (in + out) if train_adapters else 0))` values a matrix.
 
     Args:
         names: those of the adapters; the place of a name is its slot.
@@ -61,6 +62,14 @@ class MeteoRA(Experts):
         start = super().start(key, w, site)
         gate = kaiming(key_gate, (w.shape[0], self.slots), trained_dtype(w))
         return Start({**start.params, "gate": gate}, start.frozen)
+
+    def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> tuple[jax.Array, Arrays]:
+        """The formula, over all adapters with amounts of zero for those that are not chosen."""
+        a, b = self.experts(view)
+        logits, chosen, amounts = self.update(view).choices(x)
+        shares = jnp.sum(jax.nn.one_hot(chosen, self.slots) * amounts[..., None], axis=-2)
+        change = jnp.einsum("...s,...i,sir,sro->...o", shares, x.astype(a.dtype), a, b)
+        return product(x).astype(change.dtype) + change, {"gate_logits": logits}
 
     def update(self, view: View) -> OfTokens:
         """The adapters and the gate."""

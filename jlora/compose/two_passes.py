@@ -62,7 +62,7 @@ def two_passes(
             """A function's result, and its cache, with something in the place of the mixture."""
             again = lambda node: changed if isinstance(node, Adapted) else node  # noqa: E731
             those, named = jax.tree.map(again, (args, kwargs), is_leaf=lambda node: isinstance(node, Adapted))
-            return fn(*those, **named, **{"cache": caches[name]}) if caches else (fn(*those, **named), None)
+            return fn(*those, **named, cache=caches[name]) if caches else (fn(*those, **named), None)
 
         kwargs = {name: value for name, value in kwargs.items() if not (caches and name == "cache")}
         states, first = called(read, _for_first(adapted, method), "first")

@@ -1,10 +1,11 @@
-"""X-LoRA: trained adapters side by side, mixed at every token by numbers that a classifier makes of the base's hidden states."""
+"""X-LoRA: trained adapters side by side, mixed at every token by a classifier of the base's hidden states."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import jax
@@ -29,9 +30,9 @@ class XLoRA(Experts):
     `on(scalings=m)`, numbers `[rows, tokens, layers, slots]` (or without tokens, or rows), of which each matrix takes its
     place in `layers`; where `layers` is 1, all take the same. They are made by a classifier that all matrices share:
     `depth` linear maps with ReLU between, from `width` over `size` to `layers * slots`. Trains
-    `slots * rank * (in + out) if train_adapters else 0` values a matrix. Shares
-    `(width * layers * slots if depth == 1 else width * size + size + (depth - 2) * (size + 1) * size + size * layers * slots) +
-    layers * slots` trained values.
+    `len(names) * rank * (in + out) if train_adapters else 0` values a matrix. Shares
+    `len(names) * layers * ((width if depth == 1 else size) + 1)
+    + (0 if depth == 1 else (width + 1 + (depth - 2) * (size + 1)) * size)` trained values.
 
     Args:
         names, rank, train_adapters: see `Experts`.
@@ -92,10 +93,6 @@ class XLoRA(Experts):
         """The classifier: kernels `w_n [in, out]` and biases `b_n [out]`."""
         return tuple(f"{name}_{n}" for n in range(self.depth) for name in "wb")
 
-    @property
-    def must_be_told(self) -> str:
-        return "the amounts of the adapters, which jlora.two_passes finds"
-
     def check_context(self, context: Arrays) -> None:
         """Refuses numbers of another shape than the classifier gives."""
         m = context.get("scalings")
@@ -104,15 +101,15 @@ class XLoRA(Experts):
         wanted = (self.layers, self.slots)
         if m.ndim not in (2, 3, 4) or m.shape[-2:] != wanted or not jnp.issubdtype(m.dtype, jnp.floating):
             raise ValueError(
-                f"scalings= takes numbers [rows, tokens, layers, slots], [rows, layers, slots] or [layers, slots] for {wanted[0]} "
-                f"layers and {wanted[1]} slots; got {m.dtype} of shape {m.shape}"
+                "scalings= takes numbers [rows, tokens, layers, slots], [rows, layers, slots] or [layers, slots] for "
+                f"{wanted[0]} layers and {wanted[1]} slots; got {m.dtype} of shape {m.shape}"
             )
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> Start:
         """The classifier, kernels and biases uniform in ±1/sqrt(in)."""
         sizes = [self.width, *[self.size] * (self.depth - 1), self.layers * self.slots]
         dtype, made = shared_dtype(sites), {}
-        for n, (rows, columns) in enumerate(zip(sizes, sizes[1:])):
+        for n, (rows, columns) in enumerate(pairwise(sizes)):
             kernel, bias = jax.random.split(jax.random.fold_in(key, n))
             made[f"w_{n}"] = kaiming(kernel, (rows, columns), dtype)
             made[f"b_{n}"] = kaiming(bias, (rows, columns), dtype)[0]
@@ -141,7 +138,10 @@ class XLoRA(Experts):
         """The adapters, and the matrix's own numbers."""
         m = view.context.get("scalings")
         if m is None:
-            raise Unfit(f"{view.site.path}: the call must say the adapters' amounts: lift by jlora.two_passes, or on(scalings=...)")
+            raise Unfit(
+                f"{view.site.path}: the call must say the adapters' amounts: run the function by jlora.two_passes, or give "
+                "on(scalings=...)"
+            )
         m = m.at[..., view.frozen["number"], :].get(mode="fill", fill_value=jnp.nan)
         return Slots(*self.experts(view), None, None, m, m.ndim - 1, view.site.path)
 
@@ -174,34 +174,50 @@ def xlora(
     width: int,
     *,
     layerwise: bool = False,
+    depth: int = 1,
+    size: int = 2048,
+    dropout: float = 0.2,
+    softmax: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    softmax_top_k: bool = False,
+    pass_value: float = 0.0,
+    factor: float = 1.0,
     train_adapters: bool = False,
     key: jax.Array | None = None,
     names: Any = None,
-    **hyperparameters: Any,
 ) -> Adapted:
     """X-LoRA: puts trained adapters side by side, mixed at every token by numbers made of the base's last hidden states.
 
     At a matrix `w` an input `x` gives `x @ w + Σ_s m_s * scale_s * (x @ a_s) @ b_s` over all adapters. The model is run twice,
     by `jlora.two_passes`: first without the adapters, then with the numbers `m` that a classifier makes of the hidden states of
-    the first pass, for each row and token. The classifier is what is trained; it lies in `adapted.params["~shared"]`.
+    the first pass, for each row and token. The classifier is what is trained; it lies in `adapted.params["~shared"]`. It is
+    `depth` linear maps with ReLU between, their results over `temperature` through a softmax over the adapters.
+
+    Defaults are PEFT's, whose names of the settings are in brackets.
 
     Args:
         params: the base.
-        adapters: as for `jlora.meteora`.
-        width: of the hidden states.
-        layerwise: every matrix has numbers of its own, in place of one set for all.
-        train_adapters: train the adapters' factors too.
-        key: of the classifier's start.
+        adapters: as for `jlora.meteora`; with a gain none is taken.
+        width: of the hidden states (`hidden_size`).
+        layerwise: every matrix has numbers of its own, in place of one set for all (`layerwise_scalings`).
+        depth: linear maps of the classifier (`xlora_depth`).
+        size: width between them (`xlora_size`).
+        dropout: probability of dropping an entry behind each ReLU, where a key is given (`xlora_dropout_p`).
+        softmax: whether there is a softmax (`enable_softmax`).
+        temperature: of it (`softmax_temperature`).
+        top_k: keep the largest numbers alone, others become 0; None keeps all (`top_k_lora`).
+        softmax_top_k: a softmax of the numbers that are not 0 (`enable_softmax_topk`). With `top_k=1` that is 1 whatever the
+            classifier says, so that nothing trains it.
+        pass_value: every adapter's number in the first pass (`scaling_pass_value`).
+        factor: of all numbers (`global_scaling_weight`).
+        train_adapters: train the adapters' factors too (`use_trainable_adapters`).
+        key: of the classifier's start, uniform in ±1/sqrt(in).
         names: which torch parameter a leaf is, for folders in PEFT's format.
-        **hyperparameters: `depth=1` linear maps, of width `size=2048` between, with `dropout=0.2` behind each ReLU;
-            `softmax=True` with a `temperature=1.0`; `top_k=None` keeps the largest numbers, and `softmax_top_k=False` a softmax
-            of what is left; `pass_value=0.0` is every adapter's number in the first pass, `factor=1.0` that of all numbers in the
-            second. These are PEFT's, with its defaults: `xlora_depth`, `xlora_size`, `xlora_dropout_p`, `enable_softmax`,
-            `softmax_temperature`, `top_k_lora`, `enable_softmax_topk`, `scaling_pass_value`, `global_scaling_weight`.
 
     Raises:
-        FileNotFoundError, ValueError: as `jlora.meteora`.
-        TypeError: for a hyperparameter that there is none of.
+        FileNotFoundError: for a folder that is not there.
+        ValueError: as `jlora.meteora`, and for a setting out of range.
 
     Example:
         >>> spec = {r".*/q_proj/kernel": jlora.LoRA(4)}
@@ -212,10 +228,9 @@ def xlora(
     Reference:
         Buehler and Buehler 2024, arXiv:2402.07148; formula and defaults as in PEFT.
     """
+    classifier = (depth, size, dropout, softmax, temperature, top_k, softmax_top_k, pass_value, factor)
 
     def method(names: tuple[str, ...], rank: int, matrices: int) -> XLoRA:
-        layers = matrices if layerwise else 1
-        return XLoRA(names, rank, train_adapters, width, layers, **hyperparameters)
+        return XLoRA(names, rank, train_adapters, width, matrices if layerwise else 1, *classifier)
 
     return mixture(params, adapters, method, key, names)
-

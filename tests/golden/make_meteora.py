@@ -51,7 +51,9 @@ def case(out, name, k, tau, train_adapters, beta):
     x, labels = normal(4, 6, 8), torch.randint(0, len(RANKS), (4, 6), generator=random)
     labels[0, 3:] = -100
     out |= {f"{name}/before/{key}": tensor.numpy().copy() for key, tensor in tensors.items()}
-    trained = {key: t for key, t in tensors.items() if key.endswith("gate") or (train_adapters and not key.endswith("w"))}
+    trained = {
+        key: t for key, t in tensors.items() if key.endswith("gate") or (train_adapters and not key.endswith("w"))
+    }
     for tensor in trained.values():
         tensor.requires_grad_()
 

@@ -61,13 +61,17 @@ class OfTokens(Update):
         """`dense`, and the gate's logits `[..., slots]`."""
         if options.plan == "merged":
             raise Unfit(f"{self.name}: the plan 'merged' has one weight for all tokens; lift with plan='auto'")
-        logits = matmul(x.astype(self.gate.dtype), self.gate, self.gate.dtype, options.precision)
-        top, chosen = jax.lax.top_k(logits, self.k)
-        amounts = jax.nn.softmax(top / self.tau)
+        logits, chosen, amounts = self.choices(x, options.precision)
         accumulate = accumulation_dtype(options.out_dtype)
         y = matmul(x, w, accumulate, options.precision)
         low = of_chosen(x, self.a, self.b, chosen, amounts, options.precision)
         return (y + low.astype(accumulate)).astype(options.out_dtype), {"gate_logits": logits}
+
+    def choices(self, x: jax.Array, precision: Any = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The gate's logits `[..., slots]` for `x [..., in]`, and the slots and amounts `[..., k]` of what is chosen."""
+        logits = matmul(x.astype(self.gate.dtype), self.gate, self.gate.dtype, precision)
+        top, chosen = jax.lax.top_k(logits, self.k)
+        return logits, chosen, jax.nn.softmax(top / self.tau)
 
 
 Way = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, Any], jax.Array]
