@@ -44,9 +44,9 @@ def two_passes(
 
     Example:
         >>> spec = {r".*/q_proj/kernel": jlora.LoRA(4)}
-        >>> adapted = jlora.xlora(params, {"one": jlora.adapterize(params, spec)}, width=64)
-        >>> apply = jlora.two_passes(jlora.lift(model.apply), aux=True)
-        >>> logits, scalings = apply({"params": adapted}, tokens)
+        >>> adapted = jlora.xlora(params, {"one": jlora.adapterize(params, spec)}, width=16)
+        >>> apply = jlora.lift(model.apply)  # whose results stand for hidden states here
+        >>> logits, scalings = jlora.two_passes(apply, hidden=apply, aux=True)({"params": adapted}, tokens)
     """
     read = functools.partial(fn, return_hidden=True) if hidden is None else hidden
 

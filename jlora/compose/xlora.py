@@ -222,8 +222,9 @@ def xlora(
     Example:
         >>> spec = {r".*/q_proj/kernel": jlora.LoRA(4)}
         >>> sql, chat = (jlora.adapterize(params, spec, jax.random.key(seed)) for seed in range(2))
-        >>> adapted = jlora.xlora(params, {"sql": sql, "chat": chat}, width=64)
-        >>> logits = jlora.two_passes(jlora.lift(model.apply))({"params": adapted}, tokens)
+        >>> adapted = jlora.xlora(params, {"sql": sql, "chat": chat}, width=16)
+        >>> apply = jlora.lift(model.apply)  # whose results stand for hidden states here
+        >>> logits = jlora.two_passes(apply, hidden=apply)({"params": adapted}, tokens)
 
     Reference:
         Buehler and Buehler 2024, arXiv:2402.07148; formula and defaults as in PEFT.
