@@ -84,7 +84,9 @@ def fields_of(case, part, slots):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in ("top", "best") else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
 def test_numbers_outputs_gradients_and_ten_steps_are_those_of_peft(case):
     base, fn, hidden = model_of(case)
     adapters, x = adapters_of(case, base), GOLDEN[f"{case}/x"]
@@ -164,6 +166,7 @@ def test_what_is_saved_is_the_same_and_a_key_drops_in_the_classifier(tmp_path):
     assert not np.allclose(*drawn) and np.ptp(drawn[0][..., 0]) > 0
 
 
+@pytest.mark.long
 def test_texts_written_with_a_cache_for_both_passes_are_those_that_are_read_whole():
     model, params = models.load(models.STORIES260K)
     tokens = jnp.array([[1, 410, 403, 407], [1, 411, 288, 262]])
