@@ -154,6 +154,11 @@ def test_each_matrix_of_a_stack_takes_its_own_numbers_for_each_token():
 
 
 @pytest.mark.newest
+def test_what_it_costs_is_that_of_all_adapters():
+    assert "288 multiply-adds more for each row of input" in str(jlora.explain(mixture_of_stack()))
+
+
+@pytest.mark.newest
 def test_what_is_saved_is_the_same_and_a_key_drops_in_the_classifier(tmp_path):
     adapted = mixture_of_stack(depth=2, size=16, dropout=0.5)
     jlora.save(tmp_path / "mixture", adapted)

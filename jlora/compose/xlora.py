@@ -23,6 +23,23 @@ from jlora.core.tree.adapted import Adapted
 from jlora.methods.lora import kaiming, shared_dtype
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scaled(Slots):
+    """A bank's slots, of which a call mixes all by numbers."""
+
+    def cost(self, rows: int, columns: int, lookup: bool) -> int:
+        """That of all slots."""
+        return self.a.shape[0] * self.a.shape[2] * (rows + columns)
+
+    def _check_chosen(self) -> None:
+        if self.weights is None:
+            raise Unfit(
+                f"{self.name}: the call must say the adapters' amounts: run the function by jlora.two_passes, or give "
+                "on(scalings=...)"
+            )
+
+
 @dataclass(frozen=True)
 class XLoRA(Experts):
     """Adapters mixed by numbers that a call tells: `w + Σ_s m_s * scale_s * a_s @ b_s` over all of them.
@@ -68,7 +85,7 @@ class XLoRA(Experts):
     factor: float = 1.0
 
     context: ClassVar[frozenset[str]] = frozenset({"scalings"})
-    form = Slots
+    form = Scaled
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,16 +151,11 @@ class XLoRA(Experts):
         """That of numbers that are the same for all tokens."""
         return self.update(view).chosen("weight").weight(view.w)
 
-    def update(self, view: View) -> Slots:
-        """The adapters, and the matrix's own numbers."""
+    def update(self, view: View) -> Scaled:
+        """The adapters, and the matrix's own numbers where the call tells some."""
         m = view.context.get("scalings")
-        if m is None:
-            raise Unfit(
-                f"{view.site.path}: the call must say the adapters' amounts: run the function by jlora.two_passes, or give "
-                "on(scalings=...)"
-            )
-        m = m.at[..., view.frozen["number"], :].get(mode="fill", fill_value=jnp.nan)
-        return Slots(*self.experts(view), None, None, m, m.ndim - 1, view.site.path)
+        m = None if m is None else m.at[..., view.frozen["number"], :].get(mode="fill", fill_value=jnp.nan)
+        return Scaled(*self.experts(view), None, None, m, 0 if m is None else m.ndim - 1, view.site.path)
 
     def scalings(self, classifier: Arrays, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The numbers `[..., layers, slots]` of hidden states `[..., width]`, with what `top_k` and the factor make of them."""
