@@ -27,7 +27,9 @@ from jlora.compose.lorahub import LoraHub as LoraHub
 from jlora.compose.lorahub import lorahub as lorahub
 from jlora.compose.mera import mera as mera
 from jlora.compose.meteora import meteora as meteora
+from jlora.compose.milora import MiLoRA as MiLoRA
 from jlora.compose.plain import compact as compact
+from jlora.compose.prompt_routed import prompt_routed as prompt_routed
 from jlora.compose.switch import Pack as Pack
 from jlora.compose.switch import fuse as fuse
 from jlora.compose.switch import interference as interference

@@ -73,3 +73,37 @@ def _summed(logits: jax.Array, wanted: jax.Array, counts: jax.Array) -> tuple[ja
     at = jnp.broadcast_to(jnp.where(counts, at, 0), flat.shape[:-1])[..., None]
     each = -jnp.take_along_axis(jax.nn.log_softmax(flat), at, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return jnp.sum(jnp.where(counts, each, 0)), flat.shape[0]
+
+
+def load_balance(said: Any) -> jax.Array:
+    """MiLoRA's second loss, of every router: `modules * Σ_i f_i p_i`, 1 where all modules are alike.
+
+    `f_i` is the share of rows for which module `i` is the likeliest, which has no gradient, and `p_i` the mean of its
+    probabilities. The authors add 0.01 times it for each layer; whether summed or as a mean is not stated.
+
+    Args:
+        said: what `jlora.lift(fn, aux=True)` returns beside the result.
+
+    Returns:
+        `[routers]`, in the order of the leaves and layers.
+
+    Raises:
+        ValueError: where no router said its probabilities.
+
+    Example:
+        >>> said = {"layers": {"q_proj": {"kernel": {"probabilities": jnp.full((2, 3, 7), 1 / 7)}}}}
+        >>> loss = 0.01 * jnp.sum(jlora.losses.load_balance(said))
+
+    Reference:
+        Zhang et al. 2024, arXiv:2410.18035.
+    """
+    found = [leaf for keys, leaf in paths.flatten_with_keys(said)[0] if keys[-1] == "probabilities"]
+    if not found:
+        raise ValueError(
+            "no router said its probabilities: give what jlora.lift(fn, aux=True) returns beside the result"
+        )
+    each = []
+    for p in (p.reshape(-1, *p.shape[-2:]) for p in found):
+        likeliest = jax.nn.one_hot(jnp.argmax(p, axis=-1), p.shape[-1], dtype=p.dtype)
+        each.append(p.shape[-1] * jnp.sum(likeliest.mean(1) * p.mean(1), axis=-1))
+    return jnp.concatenate(each)

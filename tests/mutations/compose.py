@@ -8,6 +8,7 @@ SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
 HUB = "tests/test_lorahub.py::test_"
 MERA = "tests/test_mera.py::test_"
 METEORA, XLORA = "tests/test_meteora.py::test_", "tests/test_xlora.py::test_"
+MILORA = "tests/test_milora.py::test_"
 ZIP = "tests/test_ziplora.py::test_"
 PEFT = COMBINE + "what_peft_makes_of_three_adapters"
 PLACE = "jlora/compose/combine.py"
@@ -197,5 +198,19 @@ MUTATIONS = (
         "Caches(first, second)",
         "Caches(second, second)",
         (XLORA + "texts_written_with_a_cache_for_both_passes_are_those_that_are_read_whole",),
+    ),
+    Mutation(
+        "what is told in a body is known after it",
+        "jlora/core/walk/interpreter.py",
+        "told, self.notes = self.notes, dict(self.notes)",
+        "told = self.notes",
+        (MILORA + "what_has_no_answer_is_refused",),
+    ),
+    Mutation(
+        "a prompt is pooled with what is no prompt",
+        "jlora/compose/milora.py",
+        "jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))",
+        "jax.nn.softmax(scores)",
+        (MILORA + "ten_steps_are_those_by_hand_under_scan_and_remat[straight_through]",),
     ),
 )
