@@ -153,7 +153,12 @@ class MiLoRA(Method):
         ]
 
     def apply(self, x: jax.Array, product: Callable[[jax.Array], jax.Array], view: View) -> tuple[jax.Array, Arrays]:
-        """The product, and the LoRA of rows that have it."""
+        """The product, and the LoRA of rows that have it.
+
+        Raises:
+            Unfit: where no router chose before it, rows are others than those that it chose for, and nothing says which tokens
+                are the prompt's.
+        """
         own, said = view.params, {}
         if "routing" in view.context:
             routed = view.context["routing"].at[view.frozen["number"]].get(mode="fill", fill_value=jnp.nan)
