@@ -3,6 +3,8 @@
 from jlora.losses.adapters import orthogonality as orthogonality
 from jlora.losses.chunked import TokenSums as TokenSums
 from jlora.losses.chunked import chunked_cross_entropy as chunked_cross_entropy
+from jlora.losses.gates import gate_cross_entropy as gate_cross_entropy
+from jlora.losses.gates import load_balance as load_balance
 from jlora.losses.outputs import agreement as agreement
 from jlora.losses.outputs import consistency as consistency
 from jlora.losses.outputs import diversity as diversity

@@ -7,7 +7,9 @@ import pytest
 
 from contract import checks, discovery
 from contract.acting import Network
+from jlora.compose.meteora import MeteoRA
 from jlora.compose.slotted import Slotted
+from jlora.compose.xlora import XLoRA
 from jlora.methods import Poly
 
 CHECKS = discovery.checks(checks)
@@ -45,6 +47,18 @@ class OneTask(Poly):
 
 
 @dataclass(frozen=True)
+class Scaled(XLoRA):
+    """Adapters mixed by numbers.
+
+    Trains `len(names) * rank * (in + out)` values. Shares `len(names) * (width + 1)` trained values.
+    """
+
+    rank: int = 2
+    train_adapters: bool = True
+    told: ClassVar[dict] = {"scalings": [[0.3, 1.5]]}
+
+
+@dataclass(frozen=True)
 class Louder(Network):
     """A network beside the product that a call scales, and that says its output.
 
@@ -60,6 +74,9 @@ class Louder(Network):
         return base + change, {"change": change}
 
 
+# Methods that tell a form whole.
+WHOLE = (Chosen(), MeteoRA.CASES[0])
+
 CASES = [
     pytest.param(method, check, id=f"{method}-{check}", marks=() if quick and check in FIRST else pytest.mark.long)
     for method, quick in (
@@ -67,9 +84,11 @@ CASES = [
         (Chosen(gains=True), False),
         (Mixed(), False),
         (OneTask(), False),
+        (Scaled(), False),
+        *((case, case == MeteoRA.CASES[0]) for case in MeteoRA.CASES),
         (Louder(), True),
     )
-    for check in (CHECKS if method == Chosen() else OTHERS)
+    for check in (CHECKS if method in WHOLE else OTHERS)
 ]
 
 

@@ -7,6 +7,8 @@ COMBINE = "tests/test_combine.py::test_"
 SUM = (COMBINE + "factors_side_by_side_are_the_sum_of_the_changes",)
 HUB = "tests/test_lorahub.py::test_"
 MERA = "tests/test_mera.py::test_"
+METEORA, XLORA = "tests/test_meteora.py::test_", "tests/test_xlora.py::test_"
+MILORA = "tests/test_milora.py::test_"
 ZIP = "tests/test_ziplora.py::test_"
 PEFT = COMBINE + "what_peft_makes_of_three_adapters"
 PLACE = "jlora/compose/combine.py"
@@ -161,5 +163,54 @@ MUTATIONS = (
         (
             "tests/test_aux.py::test_what_a_call_is_told_and_what_methods_say_go_through_scan_remat_unrolled_layers_and_vmap",
         ),
+    ),
+    Mutation(
+        "a token's place in its slot's blocks is counted over all slots",
+        "jlora/core/products/of_tokens.py",
+        "(jnp.cumsum(counts) - counts)[by_slot]",
+        "jnp.zeros_like(by_slot)",
+        (METEORA + "three_ways_give_one_result_and_gradients_alone_and_under_vmap",),
+    ),
+    Mutation(
+        "a token's gate is held against its own label",
+        "jlora/losses/gates.py",
+        "wanted = labels[:, 1:] if shift",
+        "wanted = labels[:, :-1] if shift",
+        (METEORA + "the_loss_of_gates_leaves_out_what_asks_nothing_and_gives_nan_for_what_is_no_slot",),
+    ),
+    Mutation(
+        "adapters that a mixture trains have their scales twice",
+        "jlora/compose/experts.py",
+        '            new["b"] = new["b"] / new["scale"][..., None, None]\n',
+        "",
+        (METEORA + "outputs_gradients_and_ten_steps_are_those_of_the_authors_formulas[all-2-1.0-True-0.5]",),
+    ),
+    Mutation(
+        "the matrices of every leaf begin with the first numbers",
+        "jlora/compose/xlora.py",
+        "            first += count\n",
+        "",
+        (XLORA + "each_matrix_of_a_stack_takes_its_own_numbers_for_each_token",),
+    ),
+    Mutation(
+        "the first pass goes on from the cache of the second",
+        "jlora/compose/two_passes.py",
+        "Caches(first, second)",
+        "Caches(second, second)",
+        (XLORA + "texts_written_with_a_cache_for_both_passes_are_those_that_are_read_whole",),
+    ),
+    Mutation(
+        "what is told in a body is known after it",
+        "jlora/core/walk/interpreter.py",
+        "told, self.notes = self.notes, dict(self.notes)",
+        "told = self.notes",
+        (MILORA + "what_has_no_answer_is_refused",),
+    ),
+    Mutation(
+        "a prompt is pooled with what is no prompt",
+        "jlora/compose/milora.py",
+        "jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))",
+        "jax.nn.softmax(scores)",
+        (MILORA + "ten_steps_are_those_by_hand_under_scan_and_remat[straight_through]",),
     ),
 )

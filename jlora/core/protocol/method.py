@@ -148,6 +148,8 @@ class Method(KnownToTheJob):
         optional: names of fields that only some matrices have, such as large ones.
         context: names of what a call may tell the method, as in `adapted.on(slot=ids)`; `check_context` refuses what it can't
             take, and `View.context` has what was given.
+        tells: names of what the method says at a product, and is then told at the products of its layer's leaves after that: in
+            their `View.context`, whichever leaf of the layer said it.
         peft_kind: the method's place in PEFT as a table (see `PeftKind`), where PEFT has the method itself; it counts for the
             class that states it, not for those derived from it.
         CASES: examples of the method for the contract test; every method has some.
@@ -163,6 +165,7 @@ class Method(KnownToTheJob):
     beside: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
     context: ClassVar[frozenset[str]] = frozenset()
+    tells: ClassVar[frozenset[str]] = frozenset()
     peft_kind: ClassVar[PeftKind | None] = None
     CASES: ClassVar[tuple[Method, ...]] = ()
 

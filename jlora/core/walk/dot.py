@@ -13,7 +13,7 @@ import jax
 from jlora.core.products.by_rows import by_rows
 from jlora.core.products.contraction import Options, check_plan
 from jlora.core.protocol.method import View
-from jlora.core.walk import taps
+from jlora.core.walk import notes, taps
 from jlora.core.walk import weight as weights
 from jlora.core.walk.decoding import decoding
 from jlora.core.walk.folding import Label, arrange, big, is_float, regroup, side_of, single_matrix, sized
@@ -132,7 +132,7 @@ def _is_plain(use: Use) -> bool:
 
 def _contract(walk: Walk, use: Use) -> jax.Array:
     """The product of one use, in the axis order that its equation wants."""
-    weight, side, options = use.weight, "in" if use.side == "in" else "out", use.options(walk)
+    weight, side, options = notes.known(walk.notes, use.weight), "in" if use.side == "in" else "out", use.options(walk)
     x, shared, free = folded_input(use, side)
 
     def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> Any:
@@ -149,7 +149,8 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
         return by_rows(whole, x, (view, w, weight.factor), pieces)
 
     walk.seen.add(weight.name)
-    says = side == "in" and taps.listens(walk, weight)
+    listens, tells = taps.listens(walk, weight), bool(weight.method.tells) and weight.form.owns("spoken")
+    says = side == "in" and (listens or tells)
     key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
@@ -162,7 +163,9 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     y = weights.over_batch(product, weight, (weights.matrix(weight), key, x), along)
     if says:
         y, said = y
-        taps.hear(walk, weight, said)
+        walk.taps += notes.note(weight, said)
+        if listens:
+            taps.hear(walk, weight, said)
     remaining = weight.with_role("out" if side == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)

@@ -19,6 +19,7 @@ from jlora import _compat
 from jlora.core.products.update import Unfit
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.readings import PRODUCTS, Reading
+from jlora.core.walk import notes as notes_of
 from jlora.core.walk import weight as weights
 from jlora.core.walk.decoding import decoding
 from jlora.core.walk.weight import Several, Weight
@@ -95,6 +96,7 @@ class Walk:
         taps: the statistics that the observer took so far, or what methods said.
         readings: how the leaves were read, where roles are being found out (see `jlora.sites`); None in a lift.
         origins: where the function's values come from, likewise (see `jlora.core.walk.origins`).
+        notes: what the leaves of each layer were told so far (see `jlora.core.walk.notes`).
         spread: arrays that devices of a `shard_map` have alike though they count as different, as a product with a weight that
             differs wants it: by number, with what they were before.
     """
@@ -111,16 +113,18 @@ class Walk:
     says: bool = False
     taps: list[Any] = field(default_factory=list)
     origins: Any = None
+    notes: notes_of.Notes = field(default_factory=dict)
     spread: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _uses: int = 0
 
     def aside(self, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
-        """What `run` returns, and the taps made meanwhile: a traced body has to return them."""
+        """What `run` returns, and the taps made meanwhile: a traced body has to return them. What is told there stays there."""
         outer, self.taps = self.taps, []
+        told, self.notes = self.notes, dict(self.notes)
         try:
             return run(), self.taps
         finally:
-            self.taps = outer
+            self.taps, self.notes = outer, told
 
     def sealed(self, eqn: Any, run: Callable[[], Any]) -> Any:
         """What `run` returns, for a body that can't return taps.
@@ -264,7 +268,7 @@ class Walk:
         product = decoding(lambda *values: self.aside(lambda: handler(self, eqn, *values)), values)
         whole = lambda sharding: (sharding, PartitionSpec())  # noqa: E731  (what is said lies whole on every device)
         outputs, taps = _compat.automatic(product, eqn.outvars[0].aval, whole)(*values)
-        self.taps += taps
+        self.taps += notes_of.kept(self.notes, taps)
         return outputs
 
     def arrays(self, values: list[Any], eqn: Any = None) -> list[Any]:
