@@ -13,7 +13,7 @@ from models_data import quick_jit
 
 import jlora
 from jlora import Axes, LoRA, models
-from jlora.compose.meteora import MeteoRA
+from jlora.compose.mixtures.meteora import MeteoRA
 from jlora.core.products import of_tokens
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "meteora.npz")

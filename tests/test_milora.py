@@ -10,8 +10,8 @@ from models_data import quick_jit
 
 import jlora
 from jlora import NF4, LoRA, MiLoRA, models
-from jlora.compose.milora import DENOMINATOR, NUMERATOR, pooled, rational
-from jlora.compose.prompt_routed import routing_of
+from jlora.compose.mixtures.milora import DENOMINATOR, NUMERATOR, pooled, rational
+from jlora.compose.mixtures.prompt_routed import routing_of
 
 NAMES = ("up", "gate", "down")
 MASK = jnp.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])

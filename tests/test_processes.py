@@ -118,7 +118,9 @@ def test_a_run_of_processes_one_of_which_was_killed_ends_as_one_that_was_left_al
         assert words(logs, process).count("process 1 died; start all processes again with --resume") == 1
         assert "stack trace" not in words(logs, process)
     assert not (broken / "results.json").exists()
-    assert end(start(processes, logs, devices, **given, out=str(broken), resume=True)) == [0] * processes, words(logs, 0)
+    assert end(start(processes, logs, devices, **given, out=str(broken), resume=True)) == [0] * processes, words(
+        logs, 0
+    )
     assert "resumed from the checkpoint of step" in words(logs, 0)
 
     assert losses(broken) == losses(whole)

@@ -13,7 +13,7 @@ from models_data import quick_jit
 
 import jlora
 from jlora import LoRA, models
-from jlora.compose.xlora import XLoRA
+from jlora.compose.mixtures.xlora import XLoRA
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "xlora.npz")
 RANKS, ALPHAS = (2, 3), (4, 1.5)

@@ -7,9 +7,9 @@ import pytest
 
 from contract import checks, discovery
 from contract.acting import Network
-from jlora.compose.meteora import MeteoRA
+from jlora.compose.mixtures.meteora import MeteoRA
+from jlora.compose.mixtures.xlora import XLoRA
 from jlora.compose.slotted import Slotted
-from jlora.compose.xlora import XLoRA
 from jlora.methods import Poly
 
 CHECKS = discovery.checks(checks)

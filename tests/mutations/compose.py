@@ -180,21 +180,21 @@ MUTATIONS = (
     ),
     Mutation(
         "adapters that a mixture trains have their scales twice",
-        "jlora/compose/experts.py",
+        "jlora/compose/mixtures/experts.py",
         '            new["b"] = new["b"] / new["scale"][..., None, None]\n',
         "",
         (METEORA + "outputs_gradients_and_ten_steps_are_those_of_the_authors_formulas[all-2-1.0-True-0.5]",),
     ),
     Mutation(
         "the matrices of every leaf begin with the first numbers",
-        "jlora/compose/xlora.py",
+        "jlora/compose/mixtures/xlora.py",
         "            first += count\n",
         "",
         (XLORA + "each_matrix_of_a_stack_takes_its_own_numbers_for_each_token",),
     ),
     Mutation(
         "the first pass goes on from the cache of the second",
-        "jlora/compose/two_passes.py",
+        "jlora/compose/mixtures/two_passes.py",
         "Caches(first, second)",
         "Caches(second, second)",
         (XLORA + "texts_written_with_a_cache_for_both_passes_are_those_that_are_read_whole",),
@@ -208,7 +208,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a prompt is pooled with what is no prompt",
-        "jlora/compose/milora.py",
+        "jlora/compose/mixtures/milora.py",
         "jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))",
         "jax.nn.softmax(scores)",
         (MILORA + "ten_steps_are_those_by_hand_under_scan_and_remat[straight_through]",),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.compose.bank import Bank, Source
-from jlora.compose.experts import Experts, mixture
+from jlora.compose.mixtures.experts import Experts, mixture
 from jlora.core.products.of_tokens import OfTokens
 from jlora.core.protocol.hyperparameters import POSITIVE, check_hyperparameters, integer
 from jlora.core.protocol.method import Arrays, Site, Start, View

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.compose.bank import Bank, Source
-from jlora.compose.experts import Experts, mixture
+from jlora.compose.mixtures.experts import Experts, mixture
 from jlora.core.products.contraction import drop
 from jlora.core.products.slots import Slots
 from jlora.core.products.update import Unfit

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import paths
-from jlora.compose.milora import MiLoRA
+from jlora.compose.mixtures.milora import MiLoRA
 from jlora.core.protocol.layers import stated_layers
 from jlora.core.transforms.lift import lift
 from jlora.core.tree.adapted import Adapted

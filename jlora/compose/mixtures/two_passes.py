@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.compose.xlora import XLoRA
+from jlora.compose.mixtures.xlora import XLoRA
 from jlora.core.tree.adapted import DROPOUT, Adapted
 
 
