@@ -138,7 +138,7 @@ def first_tokens(options: argparse.Namespace, engine: Engine, model) -> list[str
     return [
         "## Time to the first token",
         "",
-        f"{len(times)} requests arrive at random, {rate:.0f} a second, half of what the engine can do, each with one of "
+        f"{len(times)} requests arrive at random, {rate:.2g} a second, half of what the engine can do, each with one of "
         f"{names:,} adapters: the first token comes after {1000 * median:.0f} ms (median; 95 % within {1000 * late:.0f} ms).",
         "",
     ]
@@ -163,6 +163,8 @@ def alone(options: argparse.Namespace, engine: Engine, model) -> list[str]:
 def endless(options: argparse.Namespace, engine: Engine, model) -> list[str]:
     """Many short requests, and the memory of the process after each tenth of them."""
     part, names = options.endless // 10, max(options.adapters)
+    if not part:
+        return []
     used, arrays = [], []
     for turn in range(10):
         for start in range(0, part, 500):
