@@ -1,8 +1,9 @@
 """Rows of text, JSON lines, JSON arrays, CSV, TSV, Parquet and Arrow files, each with the line that it came from.
 
-All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. Whole
-files are read into memory. Every row that cannot be used is an error that begins with `file:line:`. Blank lines between rows
-are passed over, a byte order mark is left out, and the line ends of Windows are read as `\n`.
+All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. A text
+and a JSON array are read as a whole, all others row by row. Every row that cannot be used is an error that begins with
+`file:line:`. Blank lines between rows are passed over, a byte order mark is left out, and the line ends of Windows are read as
+`\n`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _SUFFIXES = {
 # The csv module's own limit, 131,072 characters a field, is less than a long document.
 _FIELD_LIMIT = 2**31 - 1
 _BLANK = re.compile(r"\s*")
+# Bytes that are read at once.
+_BLOCK = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +86,22 @@ def given_rows(rows: Any) -> list[Row]:
         DataError: for a row that is no mapping, and where there is none.
         TypeError: for something that has no rows by number.
     """
+    return list(iter_given(rows))
+
+
+def iter_given(rows: Any) -> Iterator[Row]:
+    """Rows that are given as objects, one after another as they are asked for; the rest is as for `given_rows`."""
     if isinstance(rows, Mapping) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise TypeError(
             f"data must be a file, or rows with len(rows) and rows[0], each a dict; got {type(rows).__name__}"
         )
-    found = []
+    number = -1
     for number in range(len(rows)):
         if not isinstance(row := rows[number], Mapping):
             raise DataError(GIVEN, number + 1, f"the row must be a dict, got {row!r:.40}")
-        found.append(Row(tables.without_nulls(dict(row)), GIVEN, number + 1))
-    if not found:
+        yield Row(tables.without_nulls(dict(row)), GIVEN, number + 1)
+    if number < 0:
         raise DataError(GIVEN, None, "there are no rows")
-    return found
 
 
 def file_format(path: str | Path, format: str | None = None) -> str:
@@ -122,25 +129,60 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
         DataError: for a malformed row, or a file without rows.
         OSError: if the file cannot be read.
     """
+    return list(iter_rows(path, format))
+
+
+def iter_rows(path: str | Path, format: str | None = None) -> Iterator[Row]:
+    """The rows of a file, one after another as they are asked for; the rest is as for `read_rows`."""
+    check_file(path)
+    readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
+    readers |= {"parquet": _table_rows, "arrow": _table_rows}
+    kind, row = file_format(path, format), None
+    for row in readers[kind](str(path), kind):
+        yield row
+    if row is None:
+        raise DataError(path, None, "the file has no rows")
+
+
+def check_file(path: str | Path) -> None:
+    """The path is a file's.
+
+    Raises:
+        OSError: if it is not.
+    """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: a folder, wanted a file of rows")
-    readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
-    readers |= {"parquet": _table_rows, "arrow": _table_rows}
-    kind, limit = file_format(path, format), csv.field_size_limit(_FIELD_LIMIT)
-    try:
-        rows = list(readers[kind](str(path), kind))
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
-        raise DataError(path, None, "the file has no rows")
-    return rows
 
 
-def _lines(path: str) -> list[str]:
+def read_whole(path: str | Path, format: str | None = None) -> str | None:
+    """What the rows of a file are, in words, if they can only be read all at once: one text, or one array; None if not."""
+    kind = file_format(path, format)
+    if kind == "text":
+        return "one text, a single row"
+    if kind == "jsonl" and _first_character(str(path)) == "[":
+        return "one array of rows"
+    return None
+
+
+def _first_character(path: str) -> str:
+    """The first character of a file that is not blank, without a byte order mark; empty where there is none."""
+    with contextlib.closing(_raw_blocks(path)) as blocks:
+        for block in blocks:
+            if text := block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]:
+                return text.decode("latin-1")
+    return ""
+
+
+def _raw_blocks(path: str) -> Generator[bytes, None, None]:
+    with _opened(path) as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _lines(path: str) -> Iterator[str]:
     """The file's lines with their ends, decoded one by one so that bad bytes can be located."""
-    lines = []
     with contextlib.closing(_raw_lines(path)) as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -151,16 +193,21 @@ def _lines(path: str) -> list[str]:
                 raise DataError(
                     path, number, f"the line is not UTF-8 ({error.reason} at byte {error.start})"
                 ) from error
-            lines.append(text[:-2] + "\n" if text.endswith("\r\n") else text)
-    return lines
+            yield text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
 def _raw_lines(path: str) -> Generator[bytes, None, None]:
-    """The file's lines, unpacked where its name ends in `.gz`."""
+    with _opened(path) as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file's bytes, unpacked where its name ends in `.gz`."""
     packed = path.lower().endswith(".gz")
     with (gzip.open if packed else open)(path, "rb") as file:
         try:
-            yield from file
+            yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(path, None, f"the file is not a whole gzip file ({error})") from error
 
@@ -179,11 +226,10 @@ def _text_rows(path: str, kind: str) -> Iterator[Row]:
 
 def _json_rows(path: str, kind: str) -> Iterator[Row]:
     """An object a line, or one array of objects, whatever the file's name."""
-    lines = _lines(path)
-    if next((line.lstrip()[0] for line in lines if line.strip()), "") == "[":
-        yield from _array_rows(path, "".join(lines))
+    if _first_character(path) == "[":
+        yield from _array_rows(path, "".join(_lines(path)))
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield _json_row(path, number, line.strip())
 
@@ -237,7 +283,7 @@ def _csv_rows(path: str, kind: str) -> Iterator[Row]:
     """CSV with standard quoting; in TSV a quote is an ordinary character, as in the GLUE files."""
     options: dict[str, Any] = {"strict": True} if kind == "csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(_lines(path), **options)
-    line = 0
+    line, limit = 0, csv.field_size_limit(_FIELD_LIMIT)
     try:
         header = next(reader, None)
         if not header or len(set(header)) != len(header) or not all(name.strip() for name in header):
@@ -254,3 +300,5 @@ def _csv_rows(path: str, kind: str) -> Iterator[Row]:
             yield Row(dict(zip(header, fields)), path, first)
     except csv.Error as error:
         raise DataError(path, line + 1, f"the row is not well-formed ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
