@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-RUN = "--steps 5 --batch 4 --max-validation-rows 16 --sample-tokens 0 --progress none".split()
+RUN = ["--steps", "5", "--batch", "4", "--max-validation-rows", "16", "--sample-tokens", "0", "--progress", "none"]
 
 
 def write(path: Path, size: float):
@@ -33,7 +33,18 @@ def write(path: Path, size: float):
 
 def peak(data: Path, out: Path, flag: str) -> float:
     """The memory of a run, in MB."""
-    command = [sys.executable, "-m", "jlora.training.cli", "finetune", "--data", str(data), "--out", str(out), flag, *RUN]
+    command = [
+        sys.executable,
+        "-m",
+        "jlora.training.cli",
+        "finetune",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        flag,
+        *RUN,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:

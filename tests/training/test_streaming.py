@@ -155,8 +155,20 @@ def test_memory_grows_by_some_numbers_a_row_and_not_with_its_text(tmp_path, code
 
 @pytest.mark.long
 def test_a_streamed_run_ends_with_the_bits_of_one_in_memory_and_resumes(tmp_path, stopped_and_resumed):
-    settings = Settings(data=sentences(tmp_path), steps=6, batch=8, max_length=16, rank=2, targets=".*/(q|v)_proj/kernel",
-                        learning_rate=3e-2, checkpoint_every=2, evaluate_every=3, sample_tokens=0, progress="none", stream=True)  # fmt: skip
+    settings = Settings(
+        data=sentences(tmp_path),
+        stream=True,
+        steps=6,
+        batch=8,
+        max_length=16,
+        rank=2,
+        targets=".*/(q|v)_proj/kernel",
+        learning_rate=3e-2,
+        checkpoint_every=2,
+        evaluate_every=3,
+        sample_tokens=0,
+        progress="none",
+    )
     streamed = stopped_and_resumed(settings)
     here = finetune(dataclasses.replace(settings, stream=False), out=tmp_path / "here", say=lambda text: None)
     assert streamed.after == here.after and streamed.after["loss"] < streamed.before["loss"]
@@ -218,7 +230,7 @@ def test_rows_given_in_python_are_streamed_where_asked_for(tmp_path, codec):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, codec, monkeypatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **kind: open("/dev/full", "r+b"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **kind: open("/dev/full", "r+b"))  # noqa: SIM115
     settings = resolve(Settings(data=sentences(tmp_path, 9), stream=True, out=str(tmp_path / "run")))
     with pytest.raises(OSError, match=rf"the disk of {tmp_path} is full: .*choose another disk by --out"):
         load_data(settings, codec, NOW)
