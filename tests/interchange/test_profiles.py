@@ -157,7 +157,7 @@ MIXED = {
     ),
     "DoRA of experts": (
         {"experts/up": jlora.Axes("batch in out", jlora.DoRA(LORA))},
-        "experts/up: PEFT has no DoRA of 3-D parameters",
+        "experts/up: PEFT has no DoRA of '.*', which it adapts by target_parameters; pass svd_rank=",
     ),
 }
 
