@@ -20,7 +20,7 @@ from jlora.training.data.formats.mixture import files_of
 from jlora.training.data.packing import packed
 from jlora.training.data.pipeline import Batch, by_length, training_batches, validation_batches
 from jlora.training.data.preferences.encode import encode_preferences
-from jlora.training.data.preferences.pairs import Pair, mismatched
+from jlora.training.data.preferences.pairs import Pair, mismatched, one_prompt
 from jlora.training.data.rows import Row
 from jlora.training.data.streaming.lazy import Chosen, Lazy, Mismatched, Packed, lengths_of
 from jlora.training.data.streaming.opening import open_rows, size, streams
@@ -30,6 +30,10 @@ from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.settings.fields import Settings
 
+_ONE_PROMPT = (
+    "have the same prompt: kto estimates how far the model is from its base by answers to other prompts, and takes those to "
+    "the same one here, which it trains on; give rows of several prompts, or pairs to --preference-loss dpo"
+)
 # Streamed rows that are encoded at once.
 _BLOCK = 1_000
 
@@ -171,6 +175,9 @@ def load_data(
     fixed, notes = bool(settings.packing), notes_on(counts, settings)
     unpacked = (len(train), len(validation)) if fixed else None
     train, validation = arranged(train, settings), arranged(validation, settings)
+    if settings.preference_loss == "kto":
+        parts = {"to train on": train, "to validate": validation}
+        notes += [f"all rows {what} {_ONE_PROMPT}" for what, part in parts.items() if one_prompt(part)]
     longest = settings.max_length if fixed else max(int(lengths_of(part).max()) for part in (train, validation))
     made = template() if template.cache_info().currsize else None
     notes += made.notes if made is not None else []

@@ -47,6 +47,11 @@ def mismatched(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
     return [beside(pair, pairs[other], max_length) for pair, other in zip(pairs, found)]
 
 
+def one_prompt(pairs: Sequence[Pair]) -> bool:
+    """Whether all have the same prompt, so that none stands beside the answer to another."""
+    return all(np.array_equal(pair.prompt, pairs[0].prompt) for pair in pairs)
+
+
 def others(prompts: Sequence[Hashable]) -> list[int]:
     """For each of the prompts in a row the number of the last other one before it; the first ones take those of the last."""
     other = [index - 1 for index in range(len(prompts))]
