@@ -393,11 +393,17 @@ def test_a_linear_weight_of_another_module_than_a_linear_is_named_as_a_parameter
     jlora.save_peft(tmp_path / "out", adapted, names)
     config, tensors = saved(tmp_path / "out")
     assert config["target_parameters"] == ["mlp.gate.weight"] and config["target_modules"] == ["down"]
-    assert (config["r"], config["rank_pattern"], config["lora_dropout"]) == (3, {"down": 2}, 0.0)
+    assert (config["r"], config["rank_pattern"], config["lora_dropout"]) == (2, {"mlp.gate.weight": 3}, 0.0)
     assert tensors["base_model.model.mlp.gate.lora_A.weight"].shape == (3, 10)
     for of_linear in (False, True):
         if of_linear:
-            linear = {**config, "target_parameters": None, "target_modules": ["down", "gate"]}
+            (tmp_path / "out" / "jlora_manifest.json").unlink()
+            linear = {
+                **config,
+                "target_parameters": None,
+                "target_modules": ["down", "gate"],
+                "rank_pattern": {"gate": 3},
+            }
             (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(linear))
         again = jlora.load_peft(tmp_path / "out", PARAMS, names)
         for leaf, fields in (("up", "ab"), ("down", "ab")):

@@ -217,8 +217,8 @@ DATA = (
     Mutation(
         "a part of the training data is validated on",
         "jlora/training/data/dataset.py",
-        "train, held_out = sorted(order[:-count]), sorted(order[-count:])",
-        "train, held_out = sorted(order), sorted(order[-count:])",
+        "train, held_out = np.sort(order[:-count]), np.sort(order[-count:])",
+        "train, held_out = np.sort(order), np.sort(order[-count:])",
         (BATCHES + "what_is_held_out_is_not_trained_on",),
     ),
     Mutation(
