@@ -1,6 +1,6 @@
 """The memory of the host that a run takes at most, with its rows in memory and streamed from the disk.
 
-    python experiments/benchmarks/stream_memory.py [--megabytes 20 40 160 320] [--most 40] [--write FILE]
+    python experiments/benchmarks/stream_memory.py [--megabytes 20 40 160] [--most 40] [--write FILE]
 
 Each run is `jlora finetune` of the shipped model in a process of its own, five steps on a file of JSON lines that is made here,
 of random words (20 to 200 a row; the shipped tokenizer makes a token of 1.7 characters). Files of more than `--most` megabytes
@@ -54,7 +54,7 @@ def peak(data: Path, out: Path, flag: str) -> float:
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--megabytes", type=float, nargs="+", default=[20, 40, 160, 320])
+    arguments.add_argument("--megabytes", type=float, nargs="+", default=[20, 40, 160])
     arguments.add_argument("--most", type=float, default=40, help="largest file to read into memory")
     arguments.add_argument("--write", type=Path, help="file for the table")
     given = arguments.parse_args()
