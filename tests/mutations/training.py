@@ -175,9 +175,9 @@ DATA = (
     Mutation(
         "one text is streamed",
         "jlora/training/data/streaming/opening.py",
-        "    if whole:\n",
+        "    if texts:\n",
         "    if False:\n",
-        (STREAMED + "what_is_read_at_once_is_not_streamed_and_says_so",),
+        (STREAMED + "a_text_is_not_streamed_and_says_so",),
     ),
     Mutation(
         "the digest of the data leaves labels out",

@@ -16,6 +16,7 @@ from little_data import WORDS, sentences
 
 from jlora.training import finetune
 from jlora.training.data import dataset
+from jlora.training.data import rows as files
 from jlora.training.data.dataset import load_data
 from jlora.training.data.streaming import opening
 from jlora.training.errors import DataError, SettingError
@@ -35,6 +36,7 @@ def codec():
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(dataset, "_BLOCK", 7)
+    monkeypatch.setattr(files, "_BLOCK", 300)
 
 
 def text(rng, most=40):
@@ -66,6 +68,14 @@ def answers(folder):
     )
 
 
+def array(folder):
+    """One array on one line, longer than a block that is read at once, with a row that is."""
+    rng = random.Random(4)
+    rows = [{"text": text(rng, 30)} for _ in range(60)] + [{"text": "a dog", "more": "é" * 9_000}, {"text": "a cat"}]
+    (folder / "f.json").write_text(json.dumps(rows, ensure_ascii=False))
+    return str(folder / "f.json")
+
+
 def labelled(folder):
     rng = random.Random(2)
     with open(folder / "d.csv", "w", newline="") as file:
@@ -87,6 +97,7 @@ CASES = {
     "a mixture, some rows of it": (texts, {"weights": "3,2", "max_rows": 31}),
     "answers, long ones left out": (answers, {"long_rows": "drop", "packing": False, "max_length": 96}),
     "answers beside a validation file": (answers, {"validation": answers, "max_validation_rows": 9}),
+    "an array": (array, {"max_rows": 50}),
     "labels": (labelled, {"task": "classify"}),
     "pairs": (pairs, {"task": "preference"}),
     "judged answers": (pairs, {"task": "preference", "preference_loss": "kto"}),
@@ -189,24 +200,15 @@ def test_a_row_that_cannot_be_used_is_named_and_an_empty_file_too(tmp_path, code
         load_data(dataclasses.replace(settings, data=blank), codec, NOW)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "what"),
-    [
-        ("a.txt", "one day", "one text, a single row"),
-        ("a.json", ' [{"text": "a"}, {"text": "b"}]', "one array of rows"),
-    ],
-)
-def test_what_is_read_at_once_is_not_streamed_and_says_so(tmp_path, codec, monkeypatch, name, content, what):
-    (tmp_path / name).write_text(content)
-    settings = resolve(Settings(data=str(tmp_path / name), validation=sentences(tmp_path, 3), stream=True))
-    with pytest.raises(
-        SettingError, match=f"stream can't be: .*{name} is {what}, which is read at once; rows of .jsonl"
-    ):
+def test_a_text_is_not_streamed_and_says_so(tmp_path, codec, monkeypatch):
+    (tmp_path / "a.txt").write_text("one day")
+    settings = resolve(Settings(data=str(tmp_path / "a.txt"), validation=sentences(tmp_path, 3), stream=True))
+    with pytest.raises(SettingError, match=r"stream can't be: .*a\.txt is one text, a single row; rows of \.jsonl"):
         load_data(settings, codec, NOW)
     monkeypatch.setattr(opening, "LARGE", 2)
     said = []
     assert load_data(dataclasses.replace(settings, stream=None), codec, NOW, say=said.append).streamed is None
-    assert f"read into memory: {tmp_path / name} is {what}" in said[0]
+    assert f"read into memory: {tmp_path / 'a.txt'} is one text" in said[0]
     with pytest.raises(SettingError, match="stream needs a data file"):
         load_data(resolve(Settings(stream=True)), codec, NOW)
 

@@ -1,7 +1,7 @@
 """Rows of text, JSON lines, JSON arrays, CSV, TSV, Parquet and Arrow files, each with the line that it came from.
 
 All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. A text
-and a JSON array are read as a whole, all others row by row. Every row that cannot be used is an error that begins with
+is read as a whole, all others row by row. Every row that cannot be used is an error that begins with
 `file:line:`. Blank lines between rows are passed over, a byte order mark is left out, and the line ends of Windows are read as
 `\n`.
 """
@@ -14,13 +14,13 @@ import csv
 import dataclasses
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jlora.training.data.formats import tables
+from jlora.training.data.formats.window import Window
 from jlora.training.errors import DataError, EmptyRow
 
 _SUFFIXES = {
@@ -30,7 +30,6 @@ _SUFFIXES = {
 }  # fmt: skip
 # The csv module's own limit, 131,072 characters a field, is less than a long document.
 _FIELD_LIMIT = 2**31 - 1
-_BLANK = re.compile(r"\s*")
 # Bytes that are read at once.
 _BLOCK = 2**16
 
@@ -156,16 +155,6 @@ def check_file(path: str | Path) -> None:
         raise IsADirectoryError(f"{path}: a folder, wanted a file of rows")
 
 
-def read_whole(path: str | Path, format: str | None = None) -> str | None:
-    """What the rows of a file are, in words, if they can only be read all at once: one text, or one array; None if not."""
-    kind = file_format(path, format)
-    if kind == "text":
-        return "one text, a single row"
-    if kind == "jsonl" and _first_character(str(path)) == "[":
-        return "one array of rows"
-    return None
-
-
 def _first_character(path: str) -> str:
     """The first character of a file that is not blank, without a byte order mark; empty where there is none."""
     with contextlib.closing(_raw_blocks(path)) as blocks:
@@ -227,7 +216,7 @@ def _text_rows(path: str, kind: str) -> Iterator[Row]:
 def _json_rows(path: str, kind: str) -> Iterator[Row]:
     """An object a line, or one array of objects, whatever the file's name."""
     if _first_character(path) == "[":
-        yield from _array_rows(path, "".join(_lines(path)))
+        yield from _array_rows(path)
         return
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -252,31 +241,55 @@ def _object_row(path: str, number: int, value: Any, source: str) -> Row:
     return Row(value, path, number)
 
 
-def _array_rows(path: str, text: str) -> Iterator[Row]:
-    """The elements of one array, read one by one, so that each has its line."""
-    line, counted, place = 1, 0, _after_blanks(text, text.index("[") + 1)
-    closed = text.startswith("]", place)
+def _array_rows(path: str) -> Iterator[Row]:
+    """The elements of one array, read one by one, so that each has its line, and the array need not be in memory."""
+    text = Window(_text_blocks(path))
+    text.next()
+    text.go(text.place + 1)
+    closed = text.next() == "]"
     while not closed:
-        line, counted = line + text.count("\n", counted, place), place
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise DataError(path, line, f"the array of rows is not JSON here ({error})") from error
-        yield _object_row(path, line, value, text[place:end])
-        place = _after_blanks(text, end)
-        closed = text.startswith("]", place)
-        if not closed and not text.startswith(",", place):
+        line = text.line
+        yield _object_row(path, line, *_element(path, text))
+        after = text.next()
+        closed = after == "]"
+        if not closed and after != ",":
             raise DataError(path, line, "after this row of the array there is neither a comma nor the closing ]")
-        place = place if closed else _after_blanks(text, place + 1)
-    if (rest := _after_blanks(text, place + 1)) < len(text):
-        line += text.count("\n", counted, rest)
-        raise DataError(path, line, f"after the array of rows there is more: {text[rest : rest + 40]!r}")
+        if not closed:
+            text.go(text.place + 1)
+            text.next()
+    text.go(text.place + 1)
+    if text.next():
+        rest = text.text[text.place : text.place + 40]
+        raise DataError(path, text.line, f"after the array of rows there is more: {rest!r}")
 
 
-def _after_blanks(text: str, place: int) -> int:
-    found = _BLANK.match(text, place)
-    assert found is not None
-    return found.end()
+def _element(path: str, text: Window) -> tuple[Any, str]:
+    """The element where the reader stands, and how it is written; the reader stands behind it then."""
+    while True:
+        try:
+            value, end = json.JSONDecoder().raw_decode(text.text, text.place)
+        except json.JSONDecodeError as error:
+            if text.more():  # it may go on there
+                continue
+            raise DataError(path, text.line, f"the array of rows is not JSON here ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, text.line, f"the array of rows is not JSON here ({error})") from error
+        source = text.text[text.place : end]
+        text.go(end)
+        return value, source
+
+
+def _text_blocks(path: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        with contextlib.closing(_raw_blocks(path)) as blocks:
+            for block in blocks:
+                yield decoder.decode(block)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        for _ in _lines(path):  # says which line it is
+            pass
+        raise
 
 
 def _csv_rows(path: str, kind: str) -> Iterator[Row]:

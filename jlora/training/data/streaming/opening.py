@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.training.data.formats.mixture import files_of, read_files, stream_files
-from jlora.training.data.rows import given_rows, iter_given, read_whole
+from jlora.training.data.rows import file_format, given_rows, iter_given
 from jlora.training.data.streaming.sources import Rows, StreamedRows
 from jlora.training.errors import SettingError
 from jlora.training.settings.fields import Settings
@@ -54,12 +54,9 @@ def streams(settings: Settings, given: Mapping[str, Any], say: Callable[[str], N
     total = sum(Path(path).stat().st_size for path in files)
     if not settings.stream and total < LARGE:
         return False
-    whole = [(path, what) for path in files if (what := read_whole(path, settings.format)) is not None]
-    if whole:
-        path, what = whole[0]
-        told = (
-            f"{path} is {what}, which is read at once; rows of .jsonl, .csv, .tsv, .parquet and .arrow can be streamed"
-        )
+    texts = [path for path in files if file_format(path, settings.format) == "text"]
+    if texts:
+        told = f"{texts[0]} is one text, a single row; rows of .jsonl, .json, .csv, .tsv, .parquet and .arrow can be streamed"
         if settings.stream:
             raise SettingError("stream", f"can't be: {told}")
         say(f"data  {size(total)}, read into memory: {told}")
