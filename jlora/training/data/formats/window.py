@@ -27,7 +27,7 @@ class Window:
         for block in self._blocks:
             parts.append(block)
             size += len(block)
-            if size >= wanted:
+            if size and size >= wanted:
                 break
         self.text, self.place = "".join(parts), 0
         return size > 0
