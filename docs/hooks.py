@@ -1,11 +1,13 @@
 """MkDocs hooks: pages that are files of the repository, and what the site shows in more detail than the repository does.
 
-README.md is the first page; CHANGELOG.md and CONTRIBUTING.md are pages too. What pages show of the code is written into them
-by `docs/generated.py`; between some of its marks the site has more: whole docstrings, files and results.
+README.md is the first page; CHANGELOG.md and CONTRIBUTING.md are pages too, and so are notebooks, without a plugin. What pages
+show of the code is written into them by `docs/generated.py`; between some of its marks the site has more: whole docstrings,
+files and results.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -27,6 +29,8 @@ def on_files(files, config):
     """Adds the pages that lie outside of `docs`, and the figures of the studies."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=relinked((ROOT / source).read_text(encoding="utf-8"))))
+    for notebook in (ROOT / "docs").glob("*.ipynb"):
+        files.append(File.generated(config, f"{notebook.stem}.md", content=notebook_text(notebook)))
     for results in verdicts_table.studies():
         for picture in sorted(results.parent.glob("*.png")):
             name = f"evidence/{results.parent.name}/{picture.name}"
@@ -37,8 +41,16 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Puts what the site shows between the marks, and takes out the hidden set-up of examples."""
     text = re.sub(r"^<!-- setup\n.*?^-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", text)
     # Files that are no pages have no place on the site: their names stay, without the link.
     return re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", generated.filled(text, ON_SITE, only=True))
+
+
+def notebook_text(path: Path) -> str:
+    """The cells of a notebook as a page."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in texts) + "\n"
 
 
 def relinked(text: str) -> str:

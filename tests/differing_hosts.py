@@ -18,6 +18,7 @@ jax.distributed.initialize(ADDRESS, 2, PROCESS)
 
 from safetensors.numpy import load_file, save_file  # noqa: E402  (JAX is joined before anything is done with it)
 
+import jlora  # noqa: E402
 from jlora import models  # noqa: E402
 from jlora.training import Settings, finetune  # noqa: E402
 from jlora.training.hosts import agreement, versions  # noqa: E402
@@ -99,3 +100,10 @@ save_file(weights, MODEL / "model.safetensors", {"format": "pt"})
 job("whole")
 interrupted_after_the_first_step()
 job("stopped", resume=True)
+kept = {"rank": None, "targets": None, "steps": 2}  # adapters have their own
+job("continued", adapter=str(FOLDER / "whole"), **kept)
+adapted = jlora.load(FOLDER / "whole" / "adapters", models.load(MODEL)[1])
+for number in range(2):  # process 0 writes them
+    scaled = jax.tree.map(lambda x: x * (1 + number), adapted.params)
+    jlora.save(FOLDER / f"adapter{number}", adapted.replace(params=scaled))
+job("adapter", adapter=str(FOLDER / f"adapter{PROCESS}"), **kept)

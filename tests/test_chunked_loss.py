@@ -181,13 +181,28 @@ def test_a_target_below_zero_counts_for_nothing_without_weight_and_is_no_word_wi
 
 
 @pytest.mark.once
-def test_a_head_in_a_bank_takes_a_slot_for_each_token():
-    params = {"head": jnp.arange(28.0).reshape(4, 7) / 28}
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("told", ["slots of tokens", "slots of rows", "weights of tokens", "weights of rows"])
+def test_a_head_in_a_bank_takes_what_is_chosen_for_each_token(chunk, told):
+    params = {"head": jax.random.normal(jax.random.key(0), (4, 7))}
     adapted = jlora.adapterize(params, {"head": jlora.LoRA(rank=2)})
-    one = adapted.replace(params=jax.tree.map(lambda x: x + 0.1, adapted.params))
-    bank = jlora.Bank.of(params, {"one": one})
+    one, two = (adapted.replace(params=jax.tree.map(lambda x: x + n, adapted.params)) for n in (0.1, -0.2))
+    bank = jlora.Bank.of(params, {"one": one, "two": two})
     head = jlora.lift(lambda params, hidden: hidden @ params["head"])
-    hidden, targets = jnp.ones((1, 2, 4)), jnp.zeros((1, 2), int)
-    alone = [chunked_cross_entropy(head, each, hidden[:, :1], targets[:, :1]).loss for each in (adapted, one)]
-    found = chunked_cross_entropy(head, bank.on(slot=np.array([[0, 1]])), hidden, targets).loss
-    np.testing.assert_allclose(found, sum(alone), rtol=1e-6)
+    hidden = jax.random.normal(
+        jax.random.key(1), (2, 3, 4)
+    )  # as many positions as slots, and no whole number of chunks
+    targets, slots = jnp.array([[1, 2, 3], [4, 5, 6]]), np.array([[0, 1, 2], [2, 2, 1]])
+    slots = slots if "tokens" in told else np.array([2, 1])
+    given = {"slot": slots} if "slots" in told else {"weights": np.eye(3, dtype=np.float32)[slots]}
+
+    def loss(hidden, chunk):
+        return chunked_cross_entropy(head, bank.on(**given), hidden, targets, chunk=chunk).loss
+
+    found, gradient = jax.value_and_grad(loss)(hidden, chunk)
+    alone = jnp.stack([head(each, hidden) for each in (adapted, one, two)])
+    chosen = np.broadcast_to(slots if slots.ndim == 2 else slots[:, None], (2, 3))
+    logits = jnp.take_along_axis(alone, chosen[None, ..., None], axis=0)[0]
+    wanted = optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(loss)(hidden, 3), rtol=1e-5, atol=1e-6)

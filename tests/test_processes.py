@@ -168,6 +168,10 @@ DIFFERENCES = {
         "DisagreementError",
         f"process 1 reads other weights from FOLDER/model1: fingerprint * where process 0 has fingerprint *; {ALL}",
     ),
+    "adapter": (
+        "DisagreementError",
+        f"process 1 reads other adapters from FOLDER/adapter1: sha256 * where process 0 has sha256 *; {ALL}",
+    ),
 }
 
 
@@ -194,12 +198,17 @@ def test_hosts_that_differ_are_told_so_by_both_and_those_that_do_not_stop_and_go
     missing = {kind: text for found in told for name, kind, text, _ in found if "misses" in name}
     assert missing["LostError"].endswith("gave up: nothing.jsonl: no such file")
     for found in told:
-        (_, whole, *_), (_, stopped, text, _), (_, resumed, *_) = found[-3:]
-        assert (whole, stopped, resumed) == ("trained", "Stopped", "trained")
+        (_, whole, *_), (_, stopped, text, _), (_, resumed, *_), (_, *continued, _) = found[-5:-1]
+        assert (whole, stopped, resumed, continued) == ("trained", "Stopped", "trained", ["trained", ""])
         assert re.match("stopped after step [2-7]; the same commands with --resume go on", text)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     states = [json.loads((tmp_path / out / "adapters" / "jlora.json").read_text()) for out in ("stopped", "whole")]
     assert states[0]["adapters"] == states[1]["adapters"]
+    # A run goes on from adapters where the run before ended, in both processes.
+    before, after = (losses(tmp_path / out) for out in ("whole", "continued"))
+    assert [step for step, kind, _ in after if kind == "train"] == [1, 2]
+    assert after[0][:2] == (0, "validation") and after[0][2] == pytest.approx(before[-1][2], rel=1e-6)
+    assert after[-1][2] < before[-1][2]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ USED = {
     "lora_dropout": "`LoRA(dropout)`",
     "lora_bias": "a trained bias, `Full()`",
     "init_lora_weights": '`"pissa"` and `"olora"`: `LoRA(init=...)`; other starts leave no trace',
-    "target_parameters": "3-D parameters of experts",
+    "target_parameters": "parameters of experts and their routers",
     "modules_to_save": "`Full()`",
     "bias": "`Full()`",
     "trainable_token_indices": "`Rows(indices)`",
@@ -169,6 +169,10 @@ class Settings:
         """A list that is not empty; None for anything else, such as a table."""
         value = self._config.get(key)
         return value if isinstance(value, list) and value else None
+
+    def adapts_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names a parameter, by the end of its name."""
+        return any(name == end or name.endswith(f".{end}") for end in self.names("target_parameters"))
 
     def check_target(self, module: str, key: str) -> None:
         """Refuses a module that PEFT would not adapt by these settings, since PEFT would ignore its tensors.

@@ -89,13 +89,13 @@ class Index:
         close = paths.nearest(name, self.by_name)
         return f"{self.where}: no leaf of the params is {name!r} (tensor {key!r}); by the names the nearest are {close}"
 
-    def experts(self, module: str, targeted: list[str], key: str) -> list[str]:
-        """The targeted 3-D parameters of a module, outermost wrapper first.
+    def bare(self, module: str, targeted: list[str], key: str) -> list[str]:
+        """The targeted parameters of a module, outermost wrapper first.
 
         Raises:
             ValueError: where there are several in no known order, or none.
         """
-        mine = [name for name, slots in self.by_name.items() if slots[0].experts and slots[0].module == module]
+        mine = [name for name, slots in self.by_name.items() if slots[0].by_parameter and slots[0].module == module]
         found = [name for name in mine if any(name == t or name.endswith("." + t) for t in targeted)]
         if not found:
             raise ValueError(self._unknown(module, key))

@@ -122,7 +122,7 @@ def torch_shape(slot: Slot) -> tuple[int, ...]:
     rows = slot.sizes("in")
     if slot.kind == "conv":
         return (width, rows[-1], *rows[:-1])
-    one = (width, math.prod(rows)) if slot.kind in ("linear", "experts") else (math.prod(rows), width)
+    one = (width, math.prod(rows)) if slot.kind in ("linear", "parameter", "experts") else (math.prod(rows), width)
     return one if slot.experts is None else (slot.experts, *one)
 
 
@@ -145,7 +145,7 @@ def whole_to_torch(slot: Slot, leaf: np.ndarray) -> np.ndarray:
         return folded.transpose(folded.ndim - 1, folded.ndim - 2, *range(folded.ndim - 2))
     lead = () if slot.experts is None else (slot.experts,)
     matrix = folded.reshape(*lead, -1, len(columns))
-    return matrix.swapaxes(-1, -2) if slot.kind in ("linear", "experts") else matrix
+    return matrix.swapaxes(-1, -2) if slot.kind in ("linear", "parameter", "experts") else matrix
 
 
 def whole_from_torch(slot: Slot, tensor: np.ndarray, leaf: np.ndarray) -> None:
@@ -157,7 +157,7 @@ def whole_from_torch(slot: Slot, tensor: np.ndarray, leaf: np.ndarray) -> None:
         return
     if slot.kind == "conv":
         tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
-    elif slot.kind in ("linear", "experts"):
+    elif slot.kind in ("linear", "parameter", "experts"):
         tensor = tensor.swapaxes(-1, -2)
     outs = slot.sizes("out", "part")
     lead = target.shape[: target.ndim - len(outs)]
@@ -176,4 +176,6 @@ def take_columns(slot: Slot, tensor: np.ndarray) -> np.ndarray:
 
 def out_axis(slot: Slot) -> int:
     """The number of the torch parameter's out axis."""
-    return {"linear": 0, "conv": 0, "plain": 0, "experts": 1}.get(slot.kind, 2 if slot.experts is not None else 1)
+    return {"linear": 0, "parameter": 0, "conv": 0, "plain": 0, "experts": 1}.get(
+        slot.kind, 2 if slot.experts is not None else 1
+    )

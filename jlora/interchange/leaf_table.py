@@ -43,7 +43,7 @@ def holds(kind: PeftKind, adapters: list[tuple[Form | None, list[Slot]]]) -> boo
 
 
 def _whole(kind: PeftKind, slot: Slot) -> bool:
-    alone = slot.part is None and slot.entry.columns is None and not slot.entry.also and slot.experts is None
+    alone = slot.part is None and slot.entry.columns is None and not slot.entry.also and not slot.by_parameter
     return alone and bool(slot.module) and slot.parameter in _words(kind)
 
 

@@ -37,7 +37,9 @@ def write(out: Written, adapters: list[tuple[Form, list[Slot]]], modules: set[st
         out.notes.append(serving.advice(pieces[0].rank))
     _check(pieces)
     for piece in pieces:
-        _write_piece(out, piece, PREFIX + piece.slot.module + (_nesting(piece, pieces) if piece.slot.experts else ""))
+        _write_piece(
+            out, piece, PREFIX + piece.slot.module + (_nesting(piece, pieces) if piece.slot.by_parameter else "")
+        )
     out.config.update(settings(pieces, modules))
     rows.write(out, [(form, slots) for form, slots in adapters if form.kind == "rows"])
     return {piece.slot.module for piece in pieces} | {name for piece in pieces for name in _tied(piece)}
@@ -79,9 +81,10 @@ def _check(pieces: list[Piece]) -> None:
             f"{with_m[0].slot.path} has DoRA and {plain[0].slot.path} has not; a PEFT adapter has it everywhere or nowhere: "
             "use one for all, or pass svd_rank= to turn DoRA into LoRA"
         )
-    if with_m and (experts := [piece for piece in with_m if piece.slot.experts]):
+    if with_m and (bare := [piece for piece in with_m if piece.slot.by_parameter]):
         raise ValueError(
-            f"{experts[0].slot.path}: PEFT has no DoRA of 3-D parameters; pass svd_rank= to turn it into LoRA"
+            f"{bare[0].slot.path}: PEFT has no DoRA of {bare[0].name!r}, which it adapts by target_parameters; pass svd_rank= "
+            "to turn it into LoRA"
         )
     for piece in with_m:
         if piece.slot.entry.also:
@@ -98,7 +101,7 @@ def _nesting(piece: Piece, pieces: list[Piece]) -> str:
     Raises:
         ValueError: where the names don't give the order.
     """
-    together = [other for other in pieces if other.slot.experts and other.slot.module == piece.slot.module]
+    together = [other for other in pieces if other.slot.by_parameter and other.slot.module == piece.slot.module]
     if len(together) == 1:
         return ""
     places = [other.slot.entry.position for other in together]
@@ -129,8 +132,8 @@ def _origins(piece: Piece, role: str) -> list[dict[str, Any]]:
 
 
 def target(slot: Slot) -> str:
-    """The name that PEFT matches its patterns against: the module's, or that of a 3-D parameter."""
-    return slot.name if slot.experts else slot.module
+    """The name that PEFT matches its patterns against: the module's, or that of a parameter."""
+    return slot.name if slot.by_parameter else slot.module
 
 
 def settings(pieces: list[Piece], modules: set[str]) -> dict[str, Any]:
@@ -141,8 +144,8 @@ def settings(pieces: list[Piece], modules: set[str]) -> dict[str, Any]:
     alphas = {name: _number(_alpha(piece, rslora)) for name, piece in names}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     dropouts = {source.form.dropout for piece in pieces for source in piece.sources}
-    experts = sorted(piece.name for piece in pieces if piece.slot.experts)
-    targets = [name for name, piece in names if not piece.slot.experts]
+    bare = sorted(piece.name for piece in pieces if piece.slot.by_parameter)
+    targets = [name for name, piece in names if not piece.slot.by_parameter]
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -150,10 +153,10 @@ def settings(pieces: list[Piece], modules: set[str]) -> dict[str, Any]:
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "target_modules": shortest(targets, modules) if pieces else NO_TARGETS,
-        **({"target_parameters": experts} if experts else {}),
+        **({"target_parameters": bare} if bare else {}),
         "use_rslora": rslora,
         "use_dora": any(piece.m is not None for piece in pieces),
-        "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not experts else 0.0,
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not bare else 0.0,
         "fan_in_fan_out": any(piece.slot.kind == "conv1d_gpt2" for piece in pieces),
         # Any other value would make PEFT change the base while it loads.
         "init_lora_weights": True,

@@ -64,6 +64,11 @@ class Slot:
         """Number of experts of a 3-D parameter."""
         return self.shape[self.roles.index("expert")] if self.kind.startswith("experts") else None
 
+    @property
+    def by_parameter(self) -> bool:
+        """Whether PEFT adapts it as a parameter, by `target_parameters`, and not as a module."""
+        return self.experts is not None or self.kind == "parameter"
+
     def axes(self, *roles: str) -> tuple[int, ...]:
         """The axes with these roles."""
         return tuple(axis for axis, role in enumerate(self.roles) if role in roles)

@@ -16,7 +16,6 @@ from jlora.interchange import layout
 from jlora.interchange.config import Settings
 from jlora.interchange.folder import AdapterFolder
 from jlora.interchange.index import Index, Keys, Read, trained_dtype
-from jlora.interchange.lora import target
 from jlora.interchange.names import Slot
 from jlora.interchange.parse import WRAPPED, Contents
 from jlora.interchange.recorded import Recorded
@@ -88,9 +87,11 @@ def _stored(
         raise ValueError(f"{folder.file}: {key!r} and the names differ on whether {name!r} is an embedding")
     _check_attention(folder, stem, key, index)
     _check_groups(folder, key, roles[pair[1]], slot)
-    if not (inner or tied or slot.experts):
+    # A module of a parameter may also be a Linear, as routers were in former versions of transformers.
+    bare = slot.experts is not None or (slot.by_parameter and settings.adapts_parameter(name))
+    if not (inner or tied or bare):
         settings.check_target(stem, key)
-    goal = stem.removesuffix(INNER) if inner else name.rpartition(".")[0] if tied else target(slot)
+    goal = stem.removesuffix(INNER) if inner else slot.name if bare else name.rpartition(".")[0]
     rank, alpha, rslora = settings.rank(goal), settings.alpha(goal), settings.flag("use_rslora")
     scale = alpha / (rank**0.5 if rslora else rank) * (2 if inner else 1)
     found = Stored(name, key, roles[pair[1]], roles.get("m"), roles.get("bias"), rank, scale, rslora)
@@ -149,8 +150,8 @@ def _parameter(stem: str, settings: Settings, contents: Contents, index: Index, 
         module = module.removesuffix(WRAPPED)
     depth = (len(stem) - len(module)) // len(WRAPPED)
     targeted = settings.names("target_parameters")
-    if targeted and any(slots[0].experts and slots[0].module == module for slots in index.by_name.values()):
-        nested = index.experts(module, targeted, key)
+    if targeted and any(slots[0].by_parameter and slots[0].module == module for slots in index.by_name.values()):
+        nested = index.bare(module, targeted, key)
         if depth < len(nested):
             return nested[depth]
     return index.matrix(stem.replace(WRAPPED + ".", "."), key)

@@ -49,7 +49,9 @@ def chunked_cross_entropy(
     2.1 GB in float32, and their gradient as much again.
 
     Args:
-        head: a lifted or plain function of params and hidden states to logits. It is called in a loop, once traced.
+        head: a lifted or plain function of params and hidden states to logits. It is called in a loop, once traced. What a call
+            tells the adapters for each position (`Adapted.on`), such as the slots `[rows, positions]` of a bank, is cut as the
+            positions are: whole numbers whose first two axes are these, and other numbers with an axis behind them.
         params: what it takes, such as an `Adapted` or `{"params": adapted}`. Of an `Adapted` the trained arrays get
             gradients, of other leaves those that are floating-point numbers.
         hidden: `[rows, positions, width]`, what the model has before its head.
@@ -83,7 +85,7 @@ def chunked_cross_entropy(
     if chunk >= hidden.shape[1]:
         loss, (_, correct) = _scored(head(params, hidden), targets, weights)
     else:
-        trained, rebuild = _split(params)
+        trained, rebuild = _split(params, hidden.shape[:2], chunk)
 
         def of_chunk(trained: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, number: jax.Array):
             return _scored(head(rebuild(trained, number), hidden), targets, weights)
@@ -148,28 +150,44 @@ def _parts(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return *parts, jnp.arange(len(parts[0]))
 
 
-def _split(params: Any) -> tuple[list[Any], Callable[[list[Any], jax.Array], Any]]:
-    """What is differentiated, and a function that puts it back for the chunk of a number, which has dropout of its own."""
+def _split(params: Any, places: tuple[int, ...], chunk: int) -> tuple[list[Any], Callable[[list[Any], jax.Array], Any]]:
+    """What is differentiated, and a function that puts it back for the chunk of a number.
+
+    The chunk has dropout of its own, and of what was told for each of the `[rows, positions]` what is for its positions.
+    """
     leaves, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
     adapted = [isinstance(leaf, Adapted) for leaf in leaves]
     chosen = [
         is_adapted or jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for is_adapted, leaf in zip(adapted, leaves)
     ]
     trained = [leaf.params if isinstance(leaf, Adapted) else leaf for leaf, take in zip(leaves, chosen) if take]
+    told = [_told_by_chunk(leaf, places, chunk) if isinstance(leaf, Adapted) else {} for leaf in leaves]
 
     def rebuild(trained: list[Any], number: jax.Array) -> Any:
         new = iter(trained)
         whole = [next(new) if take else leaf for leaf, take in zip(leaves, chosen)]
-        return jax.tree.unflatten(treedef, [_for_chunk(*pair, number) for pair in zip(leaves, whole)])
+        return jax.tree.unflatten(treedef, [_for_chunk(*each, number) for each in zip(leaves, whole, told)])
 
     return trained, rebuild
 
 
-def _for_chunk(former: Any, new: Any, number: jax.Array) -> Any:
+def _told_by_chunk(adapted: Adapted, places: tuple[int, ...], chunk: int) -> dict[str, jax.Array]:
+    """What a call tells for each position, `[chunks, rows, chunk, …]`.
+
+    Numbers of two axes that are not whole are for rows: a bank's weights, `[rows, slots]`.
+    """
+    least = {name: 2 if jnp.issubdtype(x.dtype, jnp.integer) else 3 for name, x in adapted.context.items()}
+    by_position = {name: x for name, x in adapted.context.items() if x.ndim >= least[name] and x.shape[:2] == places}
+    return {name: cut(x, chunk) for name, x in by_position.items()}
+
+
+def _for_chunk(former: Any, new: Any, told: dict[str, jax.Array], number: jax.Array) -> Any:
     if not isinstance(former, Adapted):
         return new
-    adapted, key = former.replace(params=new), former.context.get(DROPOUT)
-    return adapted if key is None else adapted.on(dropout=jax.random.fold_in(key, number))
+    own, key = {name: parts[number] for name, parts in told.items()}, former.context.get(DROPOUT)
+    if key is not None:
+        own[DROPOUT] = jax.random.fold_in(key, number)
+    return former.replace(params=new).on(**own)
 
 
 def _wide(dtype: Any) -> Any:

@@ -32,6 +32,7 @@ class Family:
         embedding: The leaf of the token embedding, which a tied head is.
         renamed: Words of a leaf's path that checkpoints spell otherwise than torch's modules, and jlora, do.
         merged: By the end of a leaf's path, leaves that are several tensors of a checkpoint in each layer, such as experts.
+        bare: Modules of a layer with a linear weight that transformers has no Linear for, such as routers of experts.
     """
 
     module: Callable[..., nn.Module]
@@ -50,6 +51,7 @@ class Family:
     embedding: tuple[str, ...] = ("embed_tokens", "embedding")
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, Merged] = dataclasses.field(default_factory=dict)
+    bare: tuple[str, ...] = ()
 
     def prefix(self, checkpoint: Tensors) -> str:
         """The prefix that a checkpoint uses.

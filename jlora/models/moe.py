@@ -203,6 +203,7 @@ MIXTRAL = dataclasses.replace(
         "gate_up_proj": Merged(("{}.w1.weight", "{}.w3.weight"), "num_experts"),
         "down_proj": Merged(("{}.w2.weight",), "num_experts"),
     },
+    bare=("mlp.gate",),
     renamed={"mlp": "block_sparse_moe"},
 )
 QWEN3_MOE = dataclasses.replace(
@@ -215,4 +216,5 @@ QWEN3_MOE = dataclasses.replace(
         "gate_up_proj": Merged(("{}.gate_proj.weight", "{}.up_proj.weight"), "num_experts"),
         "down_proj": Merged(("{}.down_proj.weight",), "num_experts"),
     },
+    bare=("mlp.gate",),
 )

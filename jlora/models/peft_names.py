@@ -45,6 +45,10 @@ def _table(config: Any, before: str, prefix: str) -> dict[str, TorchParameter]:
         for stack, stacked in ((_STACK, "layer "), (_NUMBERED, "")):
             entry = TorchParameter(name, f"{stacked}expert in out", "experts", position=position)
             table[rf"{before}{stack}/(?P<module>.+)/{end}"] = entry
+    for module in family.bare:
+        name, path = f"{prefix}{{before}}.{{layer}}.{module}.weight", f"{module.replace('.', '/')}/kernel"
+        for stack, stacked in ((_STACK, "layer "), (_NUMBERED, "")):
+            table[rf"{before}{stack}/{path}"] = TorchParameter(name, f"{stacked}in out", "parameter")
     for end in _WEIGHT_ENDS:
         name = f"{prefix}{{before}}.{{layer}}.{{module}}.{_torch(end)}"
         table[rf"{before}{_STACK}/(?P<module>.+)/{end}"] = _entry(name, end, "layer ", linear)

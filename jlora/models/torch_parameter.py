@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("linear", "conv1d_gpt2", "conv", "embedding", "experts", "experts_in_out", "plain")
+KINDS = ("linear", "conv1d_gpt2", "conv", "embedding", "experts", "experts_in_out", "parameter", "plain")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class TorchParameter:
             "conv": `[out, in, *window]`; the leaf is `[*window, in, out]`, all but the last with the role "in".
             "embedding": `[rows, features]`.
             "experts": one parameter `[experts, out, in]`; "experts_in_out": `[experts, in, out]`.
+            "parameter": `[out, in]`, of a module that is no Linear, such as the router of experts: PEFT adapts it by
+            `target_parameters`, as it does experts.
             "plain": as the leaf: norms, biases, anything.
         sizes: columns of each name, where several names divide the folded "out" axes one after the other.
         columns: `(start, stop, width)`, where the leaf is only these columns of a parameter that has `width` of them (q

@@ -130,7 +130,7 @@ def _finetune(
     stored = resumable(settings.out) if settings.resume else {}
     # Templates may write the date: a resumed run sees the texts that it began with, and all processes see the same.
     started = stored.get("started") or processes.by_first(lambda: datetime.now().isoformat(timespec="seconds"))
-    data = load_data(settings, codec, datetime.fromisoformat(started), given)
+    data = load_data(settings, codec, datetime.fromisoformat(started), given, say)
     agreement.check_data(data, codec, config)
     check_labels(source, data.labels)
     notes, wanted = [*data.notes, *notes_on(source, settings, data)], settings.batch
@@ -239,9 +239,11 @@ def _texts(subject: Subject, asked: Sequence[Prompt], before: Sequence[str]) -> 
 
 def _of_rows(trainer: Trainer, subject: Subject, adapted: jlora.Adapted) -> tuple[Any, list[Worst]]:
     """The confusion matrix of a classifier's validation, and its worst rows."""
-    ordered = sorted(trainer.data.validation, key=len)  # as the batches are made
+    data, order = trainer.data, trainer.data.shortest_first()
     losses, predicted, right = trainer.rows(adapted)
-    return of_rows(losses, predicted, right, subject.labels, lambda i: subject.codec.decode(ordered[i].tokens))
+    return of_rows(
+        losses, predicted, right, subject.labels, lambda i: subject.codec.decode(data.validation[int(order[i])].tokens)
+    )
 
 
 def _gave_up(

@@ -157,7 +157,7 @@ MIXED = {
     ),
     "DoRA of experts": (
         {"experts/up": jlora.Axes("batch in out", jlora.DoRA(LORA))},
-        "experts/up: PEFT has no DoRA of 3-D parameters",
+        "experts/up: PEFT has no DoRA of '.*', which it adapts by target_parameters; pass svd_rank=",
     ),
 }
 
@@ -384,3 +384,34 @@ def test_a_folder_of_a_class_that_is_not_imported_is_read_as_pefts_own(tmp_path)
     manifest.write_text(manifest.read_text().replace(f"{__name__}.Halved", "elsewhere.Mine"))
     again = jlora.load_peft(tmp_path / "out", PARAMS, NAMES)
     np.testing.assert_allclose(jlora.merge(again)["up"]["kernel"], jlora.merge(adapted)["up"]["kernel"], atol=1e-5)
+
+
+def test_a_linear_weight_of_another_module_than_a_linear_is_named_as_a_parameter(tmp_path):
+    """As the routers of experts are; PEFT has no dropout of these, and where they are a Linear it names a module."""
+    names = {"up/kernel": TorchParameter("mlp.gate.weight", "in out", "parameter"), **NAMES}
+    adapted = adapted_of({"up/kernel": jlora.LoRA(rank=3, alpha=3, dropout=0.1), "down/kernel": LORA})
+    jlora.save_peft(tmp_path / "out", adapted, names)
+    config, tensors = saved(tmp_path / "out")
+    assert config["target_parameters"] == ["mlp.gate.weight"] and config["target_modules"] == ["down"]
+    assert (config["r"], config["rank_pattern"], config["lora_dropout"]) == (2, {"mlp.gate.weight": 3}, 0.0)
+    assert tensors["base_model.model.mlp.gate.lora_A.weight"].shape == (3, 10)
+    for of_linear in (False, True):
+        if of_linear:
+            (tmp_path / "out" / "jlora_manifest.json").unlink()
+            linear = {
+                **config,
+                "target_parameters": None,
+                "target_modules": ["down", "gate"],
+                "rank_pattern": {"gate": 3},
+            }
+            (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(linear))
+        again = jlora.load_peft(tmp_path / "out", PARAMS, names)
+        for leaf, fields in (("up", "ab"), ("down", "ab")):
+            ours, theirs = (each.params[leaf]["kernel"] for each in (adapted, again))
+            assert all(np.array_equal(ours[name], theirs[name]) for name in fields)
+    with pytest.raises(
+        ValueError, match="up/kernel: PEFT has no DoRA of 'mlp.gate.weight', which it adapts by target_param"
+    ):
+        jlora.save_peft(tmp_path / "dora", adapted_of({"up/kernel": jlora.DoRA(LORA)}), names)
+    with pytest.raises(ValueError, match="up/kernel: servers read no LoRA of the kind 'parameter'"):
+        jlora.save_peft(tmp_path / "served", adapted, names, profile="serving")

@@ -211,6 +211,13 @@ OUT = (
         (COMPUTES,),
     ),
     Mutation(
+        "a router is named as a module",
+        "jlora/interchange/names.py",
+        'return self.experts is not None or self.kind == "parameter"',
+        "return self.experts is not None",
+        (PROFILES + "a_linear_weight_of_another_module_than_a_linear_is_named_as_a_parameter",),
+    ),
+    Mutation(
         "the last of two nested experts is inside",
         "jlora/interchange/lora.py",
         "for place in places), reverse=True)",

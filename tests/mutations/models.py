@@ -83,6 +83,13 @@ MUTATIONS = (
         (CHUNKED + "the_sums_are_those_of_numpy_for_a_plain_head_with_a_chunk_that_does_not_divide",),
     ),
     Mutation(
+        "every chunk of a loss is told of all positions",
+        "jlora/losses/chunked.py",
+        "return {name: cut(x, chunk) for name, x in by_position.items()}",
+        "return {}",
+        (CHUNKED + "a_head_in_a_bank_takes_what_is_chosen_for_each_token[slots of tokens-2]",),
+    ),
+    Mutation(
         "all chunks of a loss have one dropout mask",
         "jlora/losses/chunked.py",
         "jax.random.fold_in(key, number)",

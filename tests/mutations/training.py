@@ -14,6 +14,7 @@ PROGRESS = "tests/training/test_progress.py::test_"
 PEERS = "tests/training/test_peers.py::test_"
 QUANTIZED = "tests/training/test_quantized_base.py::test_"
 SETTINGS = "tests/training/test_settings.py::test_"
+STREAMED = "tests/training/test_streaming.py::test_"
 STEPS = "tests/training/test_steps.py::test_"
 VERDICT = "tests/training/test_verdict.py::test_"
 MESHES = "tests/training/test_mesh.py::test_"
@@ -146,9 +147,37 @@ DATA = (
     Mutation(
         "rows that fill up a batch count",
         "jlora/training/data/pipeline.py",
-        "batches.append(collate(chosen, length, batch))",
-        "batches.append(collate([*chosen, *chosen[:1] * (batch - len(chosen))], length, batch))",
+        "return collate(chosen, length, batch)",
+        "return collate([*chosen, *chosen[:1] * (batch - len(chosen))], length, batch)",
         (BATCHES + "validation_shows_everything_once_and_fills_up_with_rows_that_weigh_nothing",),
+    ),
+    Mutation(
+        "rows of a streamed mixture are those of its first file",
+        "jlora/training/data/formats/mixture.py",
+        "np.concatenate([start + own for",
+        "np.concatenate([own for",
+        (STREAMED + "streamed_data_are_those_in_memory_to_the_last_bit[a mixture, some rows of it]",),
+    ),
+    Mutation(
+        "streamed examples forget that they were cut",
+        "jlora/training/data/streaming/spool.py",
+        "self._flags.append(example.cut)",
+        "self._flags.append(False)",
+        (STREAMED + "streamed_data_are_those_in_memory_to_the_last_bit[labels]",),
+    ),
+    Mutation(
+        "streamed packed rows are as long as their last text",
+        "jlora/training/data/streaming/lazy.py",
+        "np.diff(np.cumsum(examples.lengths[self._numbers])[self._ends - 1], prepend=0)",
+        "examples.lengths[self._numbers][self._ends - 1]",
+        (STREAMED + "streamed_data_are_those_in_memory_to_the_last_bit[texts packed]",),
+    ),
+    Mutation(
+        "one text is streamed",
+        "jlora/training/data/streaming/opening.py",
+        "    if texts:\n",
+        "    if False:\n",
+        (STREAMED + "a_text_is_not_streamed_and_says_so",),
     ),
     Mutation(
         "the digest of the data leaves labels out",
@@ -188,8 +217,8 @@ DATA = (
     Mutation(
         "a part of the training data is validated on",
         "jlora/training/data/dataset.py",
-        "train, held_out = sorted(order[:-count]), sorted(order[-count:])",
-        "train, held_out = sorted(order), sorted(order[-count:])",
+        "train, held_out = np.sort(order[:-count]), np.sort(order[-count:])",
+        "train, held_out = np.sort(order), np.sort(order[-count:])",
         (BATCHES + "what_is_held_out_is_not_trained_on",),
     ),
     Mutation(

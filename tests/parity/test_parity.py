@@ -54,6 +54,11 @@ EXPORTS = {
     "gpt2": ("gpt2_scaled", {".*/(c_attn|c_fc|c_proj)/kernel": LORA, ".*/ln_1/scale": jlora.Full()}),
     "mixtral": ("mixtral", {ATTENTION: LORA, ".*/experts/(gate_up|down)_proj": LORA}),
     "qwen3 moe": ("qwen3moe", {ATTENTION: LORA, ".*/experts/down_proj": LORA, ".*/mlp/gate/kernel": jlora.Full()}),
+    "routers": (
+        "mixtral",
+        {".*/mlp/gate/kernel": jlora.LoRA(2, dropout=0.1), ".*/experts/gate_up_proj": LORA, ATTENTION: LORA},
+    ),
+    "every linear weight of experts": ("qwen3moe", {jlora.ALL_LINEAR: LORA}),
     "encoder": ("bert", {"encoder/.*/(query|value|dense)/kernel": LORA}),
     "encoder's norms": ("bert", {".*/query/kernel": LORA, ".*LayerNorm/(scale|bias)": jlora.Full()}),
 }
@@ -212,6 +217,14 @@ FAMILIES = {
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
     "qwen3 moe": ("qwen3moe", {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+    "routers": (
+        "qwen3moe",
+        {
+            "target_modules": ["o_proj"],
+            "target_parameters": ["mlp.gate.weight"],
+            "rank_pattern": {"mlp.gate.weight": 2},
+        },
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from jlora.losses import dpo, ipo, kto, log_probabilities
 from jlora.models.config import read_config
 from jlora.training.commands.runs import evaluate_file, open_run
 from jlora.training.data import chat
-from jlora.training.data.dataset import arranged, encode
+from jlora.training.data.dataset import arranged, encode, load_data
 from jlora.training.data.pipeline import collate
 from jlora.training.data.preferences.encode import encode_preferences
 from jlora.training.data.rows import Row
@@ -300,7 +300,18 @@ def test_prompts_may_be_given_in_several_ways(codec, template):
         ({"chosen": "yes", "rejected": "no"}, None, "there is no 'prompt'; .* don't begin with the same prompt either"),
         ({"chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}, None, "there is no prompt"),
         ({"prompt": "a", "completion": "b"}, "label", "there is no 'label'"),
-        ({"prompt": "a", "completion": "b", "label": 2}, "label", "'label' must be true or false, .*, got 2"),
+        (
+            {"prompt": "a", "completion": "b", "label": 2},
+            "label",
+            "'label' must be true or false .*, got 2; of a score say",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": 0.7},
+            "label",
+            "must be true or false .or 1 or 0., .*, got 0.7; of a",
+        ),
+        ({"prompt": "a", "completion": "b", "label": float("nan")}, "label", "must be true or false .*, got nan"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "label", "must be true or false .*, got 'good'$"),
     ],
 )
 def test_rows_that_are_no_preferences_are_named(codec, template, values, judged_by, message):
@@ -321,6 +332,28 @@ def test_what_teaches_nothing_is_left_out_and_counted(codec, template):
         pairs = encode_preferences(rows(values), codec, template, 32, drop=drop, counts=counts)
         assert len(pairs) == kept and all(pair.cut for pair in pairs)
         assert counts == {"same": 1, "empty": 1, **({"dropped": 2} if drop else {"answerless": 1})}
+
+
+@pytest.mark.once
+def test_a_label_is_yes_or_no_in_any_form_that_says_one(codec, template):
+    for value, wanted in ((True, 1), (False, 0), (1, 1), (0, 0), (1.0, 1), (0.0, 0), ("True", 1), ("0", 0), ("1.0", 1)):
+        row = rows([{"prompt": "Tom", "completion": " ran.", "label": value}])
+        assert encode_preferences(row, codec, template, 64, judged_by="label")[0].desirable == wanted
+
+
+@pytest.mark.once
+def test_answers_to_one_prompt_alone_are_told_of(tmp_path, codec):
+    for prompts, parts in (("a", ["to train on", "to validate"]), ("ab", [])):
+        data = tmp_path / f"{prompts}.jsonl"
+        values = (
+            {"prompt": prompts[n % len(prompts)], "completion": f" {n} dogs", "label": n % 3 > 0} for n in range(40)
+        )
+        data.write_text("".join(json.dumps(each) + "\n" for each in values))
+        settings = resolve(dataclasses.replace(DATA, data=str(data), preference_loss="kto", validation_fraction=0.5))
+        notes = load_data(settings, codec).notes
+        assert [note.partition(" have the same prompt: ")[0] for note in notes] == [
+            f"all rows {part}" for part in parts
+        ]
 
 
 @pytest.mark.once

@@ -1,7 +1,10 @@
 """Rows of every format; a row that cannot be used is named by file and line."""
 
+import json
+
 import pytest
 
+from jlora.training.data import rows
 from jlora.training.data.dataset import documentation_rows
 from jlora.training.data.rows import read_rows
 from jlora.training.errors import DataError
@@ -39,6 +42,21 @@ def test_one_array_of_objects_is_rows_with_their_lines(tmp_path):
         rows = read_rows(write(tmp_path, name, ' [\n {"text": "a"}, {"text": "b\\n"},\n\n {\n"text": "c"}\n]\n'))
         assert [(row.line, row.values["text"]) for row in rows] == [(2, "a"), (2, "b\n"), (4, "c")]
     assert read_rows(write(tmp_path, "lines.json", '{"text": "a"}\n'))[0].values == {"text": "a"}
+
+
+@pytest.mark.parametrize("block", [3, 7, 1000])
+def test_an_array_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(rows, "_BLOCK", block)
+    values = [{"text": "é, ]"}, {"text": "b", "n": [1.5, {"c": None}]}, {"text": "\\"}]
+    lines = ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)
+    found = read_rows(write(tmp_path, "a.json", f"\ufeff[{lines}\n]\n"))
+    assert [row.values for row in found] == values and [row.line for row in found] == [1, 2, 3]
+    with pytest.raises(DataError, match=r"a\.json:2: the array of rows is not JSON here"):
+        read_rows(write(tmp_path, "a.json", '[{"text": "a"},\n{"text": "b", ]'))
+    with pytest.raises(DataError, match=r"a\.json:2: the line is not UTF-8"):
+        read_rows(write(tmp_path, "a.json", b'[{"text": "a"},\n{"text": "\xff"}]'))
+    with pytest.raises(DataError, match=r"a\.json:1: after this row of the array there is neither"):
+        read_rows(write(tmp_path, "a.json", '[{"text": "a"}'))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 
 from jlora.training.data.dataset import chat_template, encode, subset
 from jlora.training.data.encode import Example, label_names
-from jlora.training.data.formats.mixture import files_of, read_files
+from jlora.training.data.formats.mixture import files_of
 from jlora.training.data.layouts import layout_of
 from jlora.training.data.pipeline import padded_length
 from jlora.training.data.preferences.pairs import Pair
 from jlora.training.data.rows import Row
+from jlora.training.data.streaming.opening import open_rows, streams
+from jlora.training.data.streaming.sources import Rows
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import SettingError
 from jlora.training.model.subject import open_codec
@@ -42,17 +45,17 @@ def shown(settings: Settings) -> str:
     if settings.data is None:
         raise SettingError("data", "must be given: the file to look at")
     codec, config = open_codec(settings)
-    rows = read_files(settings.data, settings.format, settings.weights, settings.seed)
+    rows = open_rows(settings, {}, streams(settings, {}, lambda text: None))
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
     template = functools.cache(lambda: chat_template(settings, codec))
     # As they are, without cut, split or packed rows.
     whole = dataclasses.replace(settings, max_length=_NO_LIMIT, packing=None, long_rows=None)
 
-    def read(rows: Sequence[Row]) -> list[Any]:
+    def read(rows: Rows) -> list[Any]:
         return encode(rows, whole, codec, labels, collections.Counter(), template)
 
     parts = [f"{len(rows):,} rows of {', '.join(files_of(settings.data))}; {_layouts(rows)}"]
-    parts += [_row(row, read([row]), codec, labels) for row in rows[:_SHOWN]]
+    parts += [_row(row, read([row]), codec, labels) for row in itertools.islice(rows, _SHOWN)]
     looked_at = subset(rows, _LOOKED_AT, settings.seed)
     parts.append(_lengths(read(looked_at), settings, config, len(looked_at) < len(rows)))
     if template.cache_info().currsize:
@@ -61,11 +64,11 @@ def shown(settings: Settings) -> str:
     return "\n\n".join(parts)
 
 
-def _layouts(rows: Sequence[Row]) -> str:
+def _layouts(rows: Rows) -> str:
     """How many rows there are of each layout."""
     kinds = collections.Counter("+".join(found.keys) if (found := layout_of(row)) else "" for row in rows)
     told = ", ".join(f"{count:,} of {kind or 'a text'}" for kind, count in kinds.items())
-    return f"the first has {', '.join(map(repr, rows[0].values))}; layouts: {told}"
+    return f"the first has {', '.join(map(repr, next(iter(rows)).values))}; layouts: {told}"
 
 
 def _row(row: Row, examples: Sequence[Any], codec: Codec, labels: Sequence[str]) -> str:

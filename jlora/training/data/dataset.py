@@ -6,23 +6,36 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.training.data import chat
 from jlora.training.data.encode import Example, encode_classification, encode_language, label_names
-from jlora.training.data.formats.mixture import files_of, read_files
+from jlora.training.data.formats.mixture import files_of
 from jlora.training.data.packing import packed
-from jlora.training.data.pipeline import Batch, training_batches, validation_batches
+from jlora.training.data.pipeline import Batch, by_length, training_batches, validation_batches
 from jlora.training.data.preferences.encode import encode_preferences
-from jlora.training.data.preferences.pairs import Pair, mismatched
-from jlora.training.data.rows import Row, given_rows
+from jlora.training.data.preferences.pairs import Pair, mismatched, one_prompt
+from jlora.training.data.rows import Row
+from jlora.training.data.streaming.lazy import Chosen, Lazy, Mismatched, Packed, lengths_of
+from jlora.training.data.streaming.opening import open_rows, size, streams
+from jlora.training.data.streaming.sources import Rows, StreamedRows
+from jlora.training.data.streaming.spool import Spool
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
 from jlora.training.settings.fields import Settings
+
+_ONE_PROMPT = (
+    "have the same prompt: kto estimates how far the model is from its base by answers to other prompts, and takes those to "
+    "the same one here, which it trains on; give rows of several prompts, or pairs to --preference-loss dpo"
+)
+# Streamed rows that are encoded at once.
+_BLOCK = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Data:
     """Encoded data.
 
     Attributes:
-        train: examples to train on (packed, if so set); for preferences pairs of them.
+        train: examples to train on (packed, if so set); for preferences pairs of them. Streamed ones are a `Lazy`.
         validation: examples to validate on (packed likewise).
         labels: names of the labels in the order of their indices; empty for language models.
         source: where the data came from, in words.
@@ -39,10 +52,11 @@ class Data:
         notes: what became of rows that are not learned from as they are, with numbers, in words.
         template: how chats became text; None where there are none.
         unpacked: rows to train and to validate on before they were packed; None where they were not.
+        streamed: bytes on the disk that the examples are read from, step by step; None where they are in memory.
     """
 
-    train: list[Any]
-    validation: list[Any]
+    train: Sequence[Any]
+    validation: Sequence[Any]
     labels: list[str]
     source: str
     fixed: bool
@@ -50,22 +64,28 @@ class Data:
     notes: list[str]
     template: chat.Template | None = None
     unpacked: tuple[int, int] | None = None
+    streamed: int | None = None
 
-    @property
+    @functools.cached_property
     def texts(self) -> int:
         """The most texts that are packed into one row."""
-        return most_texts((*self.train, *self.validation))
+        return max(most_texts(self.train), most_texts(self.validation))
 
     def amounts(self) -> str:
         """How many rows there are, in words."""
         rows = len(self.train), len(self.validation)
         train, validation = unpacked = self.unpacked or rows
         packed = f", packed into {rows[0]:,} and {rows[1]:,} of {self.longest} tokens" if unpacked != rows else ""
-        return f"{train:,} rows to train on, {validation:,} to validate{packed}"
+        streamed = "" if self.streamed is None else f", streamed from {size(self.streamed)} of tokens on the disk"
+        return f"{train:,} rows to train on, {validation:,} to validate{packed}{streamed}"
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return _digest(repr((self.labels, self.fixed, self.longest)), self.train)
 
     def digest(self) -> str:
         """SHA-256 of the training data: a resumed run must see the same."""
-        return _digest(repr((self.labels, self.fixed, self.longest)), self.train)
+        return self._digest
 
     def validation_digest(self) -> str:
         """SHA-256 of the validation data."""
@@ -75,9 +95,13 @@ class Data:
         """An endless grain iterator over training batches."""
         return training_batches(self.train, batch, self.longest, seed, self.fixed)
 
-    def validation_batches(self, batch: int) -> list[Batch]:
-        """Every validation example once."""
+    def validation_batches(self, batch: int) -> Sequence[Batch]:
+        """Every validation example once, in the order of `shortest_first`; streamed ones are made when they are asked for."""
         return validation_batches(self.validation, batch, self.longest, self.fixed)
+
+    def shortest_first(self) -> np.ndarray:
+        """The numbers of the validation examples in the order of their batches."""
+        return by_length(self.validation)
 
 
 def _digest(head: str, examples: Sequence[Any]) -> str:
@@ -91,6 +115,8 @@ def _digest(head: str, examples: Sequence[Any]) -> str:
 
 def most_texts(examples: Sequence[Any]) -> int:
     """The most texts that are packed into one row; pairs are never packed."""
+    if isinstance(examples, Lazy):
+        return examples.texts
     rows = (row for row in examples if isinstance(row, Example))
     return max((int(row.segments.max(initial=1)) for row in rows), default=1)
 
@@ -105,63 +131,78 @@ def _rows_of(examples: Sequence[Any]) -> Iterator[Example]:
 
 
 def load_data(
-    settings: Settings, codec: Codec, now: datetime | None = None, given: Mapping[str, Any] | None = None
+    settings: Settings,
+    codec: Codec,
+    now: datetime | None = None,
+    given: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Data:
     """Read and encode what the (resolved) settings name.
+
+    Streamed data (`--stream`) are the same examples, bit for bit, but lie encoded in a file, and are read from it when a batch
+    wants them.
 
     Args:
         settings: resolved.
         codec: the model's tokenizer.
         now: the time that chat templates may write.
         given: rows in place of the files of `data` and `validation`, see `jlora.training.data.rows.given_rows`.
+        say: takes what is worth knowing while the data are read, which may take long.
 
     Raises:
         DataError: for a row that cannot be used, naming file and line.
-        SettingError: if a part comes out empty.
+        SettingError: if a part comes out empty, or can't be streamed.
         OSError: if a file cannot be read.
     """
     assert settings.max_length is not None
-    if settings.data is None:
-        rows, held_out = documentation_rows(settings.validation_fraction or 0.1)
-        source = "the Python documentation (pydoc_data.topics)"
-    else:
-        rows, held_out = _rows(settings, given or {})
-        source = ", ".join(files_of(settings.data))
+    stream = streams(settings, given or {}, say)
+    rows, held_out, source = _rows(settings, given or {}, stream)
     labels = label_names(rows, settings.label_column) if settings.task == "classify" else []
     rows, counts = subset(rows, settings.max_rows, settings.seed), collections.Counter()
     template = functools.cache(lambda: chat_template(settings, codec, now))  # made when the first chat comes
-    train = encode(rows, settings, codec, labels, counts, template)
+    spools = [Spool(Path(settings.out)) for _ in range(2)] if stream else [None, None]
+
+    def read(rows: Rows, spool: Spool | None) -> Sequence[Any]:
+        if spool is None:
+            return encode(rows, settings, codec, labels, counts, template)
+        return encode_into(spool, rows, settings, codec, labels, counts, template)
+
+    train = read(rows, spools[0])
     if settings.data is None or settings.validation is not None:
-        held_out = subset(held_out, settings.max_validation_rows, settings.seed)
-        validation = encode(held_out, settings, codec, labels, counts, template)
+        validation = read(subset(held_out, settings.max_validation_rows, settings.seed), spools[1])
     else:
-        train, validation = split(train, settings, one_text=len(rows) == 1)
+        train, validation = split(train, settings, one_text=is_one(rows))
     fixed, notes = bool(settings.packing), notes_on(counts, settings)
     unpacked = (len(train), len(validation)) if fixed else None
     train, validation = arranged(train, settings), arranged(validation, settings)
-    longest = settings.max_length if fixed else max(len(example) for example in (*train, *validation))
+    if settings.preference_loss == "kto":
+        parts = {"to train on": train, "to validate": validation}
+        notes += [f"all rows {what} {_ONE_PROMPT}" for what, part in parts.items() if one_prompt(part)]
+    longest = settings.max_length if fixed else max(int(lengths_of(part).max()) for part in (train, validation))
     made = template() if template.cache_info().currsize else None
     notes += made.notes if made is not None else []
-    return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked)
+    streamed = sum(spool.bytes for spool in spools if spool is not None) if stream else None
+    return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked, streamed)
 
 
-def _rows(settings: Settings, given: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and those to validate on where the settings name them."""
-    assert settings.data is not None
-    if "data" in given:
-        rows = given_rows(given["data"])
-    else:
-        rows = read_files(settings.data, settings.format, settings.weights, settings.seed)
+def _rows(settings: Settings, given: Mapping[str, Any], stream: bool) -> tuple[Rows, Rows, str]:
+    """The rows to train on, those to validate on where the settings name them, and where the first came from."""
+    if settings.data is None:
+        return *documentation_rows(settings.validation_fraction or 0.1), "the Python documentation (pydoc_data.topics)"
+    rows, source = open_rows(settings, given, stream), ", ".join(files_of(settings.data))
     if settings.validation is None:
-        return rows, []
-    if "validation" in given:
-        return rows, given_rows(given["validation"])
-    return rows, read_files(settings.validation, settings.format)
+        return rows, [], source
+    held_out = dataclasses.replace(settings, data=settings.validation, validation=None, weights=None)
+    return rows, open_rows(held_out, {"data": given["validation"]} if "validation" in given else {}, stream), source
 
 
-def arranged(examples: list[Any], settings: Settings) -> list[Any]:
+def arranged(examples: Sequence[Any], settings: Settings) -> Sequence[Any]:
     """The examples of a part as they are trained on: packed, or beside those that they are compared with."""
     assert settings.max_length is not None
+    if isinstance(examples, Lazy):
+        if settings.packing:
+            return Packed(examples, settings.max_length)
+        return Mismatched(examples, settings.max_length) if settings.preference_loss == "kto" else examples
     if settings.packing:
         return packed(examples, settings.max_length)
     return mismatched(examples, settings.max_length) if settings.preference_loss == "kto" else examples
@@ -173,7 +214,7 @@ def chat_template(settings: Settings, codec: Codec, now: datetime | None = None)
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Rows,
     settings: Settings,
     codec: Codec,
     labels: Sequence[str],
@@ -193,7 +234,41 @@ def encode(
     Raises:
         DataError: for a row that cannot be used, or if nothing is left.
     """
+    rows = list(rows)
+    examples = _encoded(rows, settings, codec, labels, counts, template)
+    _check_any(rows[0], len(rows), len(examples), settings, counts)
+    return examples
+
+
+def encode_into(
+    spool: Spool,
+    rows: Rows,
+    settings: Settings,
+    codec: Codec,
+    labels: Sequence[str],
+    counts: collections.Counter[str],
+    template: Callable[[], chat.Template] | None = None,
+) -> Lazy:
+    """The examples of `encode`, made block by block and kept in a file; what it raises is raised at the block's turn."""
+    number, first, left = 0, None, iter(rows)
+    while block := list(itertools.islice(left, _BLOCK)):
+        spool.add(_encoded(block, settings, codec, labels, counts, template))
+        number, first = number + len(block), first or block[0]
+    assert first is not None
+    _check_any(first, number, len(spool), settings, counts)
+    return spool.examples()
+
+
+def _encoded(
+    rows: Sequence[Row],
+    settings: Settings,
+    codec: Codec,
+    labels: Sequence[str],
+    counts: collections.Counter[str],
+    template: Callable[[], chat.Template] | None,
+) -> list[Any]:
     assert settings.max_length is not None
+    template = template or functools.partial(chat_template, settings, codec)
     if settings.task == "classify":
         columns = (settings.text_column, settings.text_pair_column, settings.label_column)
         numbers = {label: index for index, label in enumerate(labels)}
@@ -202,21 +277,23 @@ def encode(
             counts["dropped"] += sum(example.cut for example in examples)
             examples = [example for example in examples if not example.cut]
     elif settings.task == "preference":
-        template = template or functools.partial(chat_template, settings, codec)
         judged_by = settings.label_column if settings.preference_loss == "kto" else None
         options = settings.max_length, judged_by, settings.long_rows == "drop", counts
         examples = encode_preferences(rows, codec, template, *options)
     else:
         limits = settings.max_length, settings.long_rows, counts
-        template = template or functools.partial(chat_template, settings, codec)
         examples = encode_language(rows, codec, template, settings.text_column, *limits)
-        if len(rows) == 1:
-            del counts["split"]  # a text file becomes pieces by its nature
     counts["cut"] += sum(example.cut for example in examples)
+    return examples
+
+
+def _check_any(first: Row, rows: int, examples: int, settings: Settings, counts: collections.Counter[str]) -> None:
+    """Something is left of the rows."""
+    if rows == 1 and settings.task == "lm":
+        del counts["split"]  # a text file becomes pieces by its nature
     if not examples:
         why = "; ".join(["the file has nothing to learn from", *notes_on(counts, settings)])
-        raise DataError(rows[0].path, None, why)
-    return examples
+        raise DataError(first.path, None, why)
 
 
 def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
@@ -235,15 +312,20 @@ def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
     return [f"{n:,} {'row' if n == 1 else 'rows'} {text}" for key, text in words.items() if (n := counts[key])]
 
 
-def subset(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+def subset(rows: Rows, count: int | None, seed: int) -> Rows:
     """`count` of the rows drawn by the seed, in the file's order; all by default."""
     if count is None or count >= len(rows):
-        return list(rows)
-    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
-    return [rows[i] for i in sorted(chosen)]
+        return rows
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
+    return rows.chosen(chosen) if isinstance(rows, StreamedRows) else [rows[i] for i in chosen]
 
 
-def split(examples: list[Any], settings: Settings, one_text: bool) -> tuple[list[Any], list[Any]]:
+def is_one(rows: Rows) -> bool:
+    """Whether there is a single row."""
+    return len(list(itertools.islice(rows, 2))) == 1
+
+
+def split(examples: Sequence[Any], settings: Settings, one_text: bool) -> tuple[Sequence[Any], Sequence[Any]]:
     """Training and validation: the end of a single text, otherwise examples drawn by the seed.
 
     The end, because neighbouring pieces of one text resemble each other.
@@ -259,9 +341,9 @@ def split(examples: list[Any], settings: Settings, one_text: bool) -> tuple[list
     order = np.arange(len(examples))
     if not one_text:
         order = np.random.default_rng(settings.seed).permutation(order)
-    train, held_out = sorted(order[:-count]), sorted(order[-count:])
-    if settings.max_validation_rows is not None:
-        held_out = held_out[: settings.max_validation_rows]
+    train, held_out = np.sort(order[:-count]), np.sort(order[-count:])[: settings.max_validation_rows]
+    if isinstance(examples, Lazy):
+        return Chosen(examples, train), Chosen(examples, held_out)
     return [examples[i] for i in train], [examples[i] for i in held_out]
 
 

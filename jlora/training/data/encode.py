@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -177,7 +177,7 @@ def _fitted(
     return found
 
 
-def label_names(rows: Sequence[Row], column: str) -> list[str]:
+def label_names(rows: Iterable[Row], column: str) -> list[str]:
     """The labels that occur, in the order of their indices: numbers by value, other texts by alphabet.
 
     Raises:
@@ -186,7 +186,7 @@ def label_names(rows: Sequence[Row], column: str) -> list[str]:
     names = {_label(row, column) for row in rows}
     if len(names) < 2:
         raise DataError(
-            rows[0].path, None, f"the column {column!r} has the one label {names.pop()!r}; wanted two or more"
+            next(iter(rows)).path, None, f"the column {column!r} has the one label {names.pop()!r}; wanted two or more"
         )
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)

@@ -26,8 +26,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}
     rooms = 0  # bit i is set where a row with room for i tokens is open: the tightest fit is then a bit operation
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[index])
         if length > capacity:
             raise ValueError(f"example {index} has {length} tokens, a row holds {capacity}")
         fitting = rooms >> length

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from jlora.training.data.preferences.pairs import Pair
+from jlora.training.data.streaming.lazy import Lazy, Made, lengths_of
 
 Batch = dict[str, np.ndarray]
 
@@ -86,7 +87,7 @@ class LengthWindows(grain.MapDataset):
     stays random: what is at an index depends on its window alone, so a saved position needs no buffer.
     """
 
-    def __init__(self, parent: grain.MapDataset, lengths: Sequence[int], batch: int, seed: int):
+    def __init__(self, parent: grain.MapDataset, lengths: Sequence[int] | np.ndarray, batch: int, seed: int):
         super().__init__(parent)
         self._lengths, self._batch, self._window, self._seed = np.asarray(lengths), batch, batch * _WINDOW, seed
         self._cached: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -124,7 +125,7 @@ def training_batches(
         grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(None, reseed_each_epoch=True)
     )
     if not fixed:
-        order = LengthWindows(order, [len(example) for example in examples], batch, seed)
+        order = LengthWindows(order, lengths_of(examples), batch, seed)
 
     def assemble(indices: Sequence[Any]) -> Batch:
         chosen = [examples[int(i)] for i in indices]
@@ -136,12 +137,22 @@ def training_batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def validation_batches(examples: Sequence[Any], batch: int, longest: int, fixed: bool) -> list[Batch]:
-    """All examples once, the shortest first; the last batch is filled up with rows that weigh nothing."""
-    ordered = sorted(examples, key=len)
-    batches = []
-    for start in range(0, len(ordered), batch):
-        chosen = ordered[start : start + batch]
+def validation_batches(examples: Sequence[Any], batch: int, longest: int, fixed: bool) -> Sequence[Batch]:
+    """All examples once, the shortest first; the last batch is filled up with rows that weigh nothing.
+
+    Batches of a `Lazy` are made each time that they are asked for.
+    """
+    order = by_length(examples)
+
+    def make(number: int) -> Batch:
+        chosen = [examples[int(i)] for i in order[number * batch : (number + 1) * batch]]
         length = longest if fixed else padded_length(len(chosen[-1]), longest)
-        batches.append(collate(chosen, length, batch))
-    return batches
+        return collate(chosen, length, batch)
+
+    batches = Made(-(-len(examples) // batch), make)
+    return batches if isinstance(examples, Lazy) else list(batches)
+
+
+def by_length(examples: Sequence[Any]) -> np.ndarray:
+    """The numbers of the examples, the shortest first."""
+    return np.argsort(lengths_of(examples), kind="stable")

@@ -1,8 +1,9 @@
 """Rows of text, JSON lines, JSON arrays, CSV, TSV, Parquet and Arrow files, each with the line that it came from.
 
-All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. Whole
-files are read into memory. Every row that cannot be used is an error that begins with `file:line:`. Blank lines between rows
-are passed over, a byte order mark is left out, and the line ends of Windows are read as `\n`.
+All but the last two may be compressed by gzip, with `.gz` behind their name; of those two the line is the row's number. A text
+is read as a whole, all others row by row. Every row that cannot be used is an error that begins with
+`file:line:`. Blank lines between rows are passed over, a byte order mark is left out, and the line ends of Windows are read as
+`\n`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import csv
 import dataclasses
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jlora.training.data.formats import tables
+from jlora.training.data.formats.window import Window
 from jlora.training.errors import DataError, EmptyRow
 
 _SUFFIXES = {
@@ -29,7 +30,8 @@ _SUFFIXES = {
 }  # fmt: skip
 # The csv module's own limit, 131,072 characters a field, is less than a long document.
 _FIELD_LIMIT = 2**31 - 1
-_BLANK = re.compile(r"\s*")
+# Bytes that are read at once.
+_BLOCK = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +85,22 @@ def given_rows(rows: Any) -> list[Row]:
         DataError: for a row that is no mapping, and where there is none.
         TypeError: for something that has no rows by number.
     """
+    return list(iter_given(rows))
+
+
+def iter_given(rows: Any) -> Iterator[Row]:
+    """Rows that are given as objects, one after another as they are asked for; the rest is as for `given_rows`."""
     if isinstance(rows, Mapping) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise TypeError(
             f"data must be a file, or rows with len(rows) and rows[0], each a dict; got {type(rows).__name__}"
         )
-    found = []
+    number = -1
     for number in range(len(rows)):
         if not isinstance(row := rows[number], Mapping):
             raise DataError(GIVEN, number + 1, f"the row must be a dict, got {row!r:.40}")
-        found.append(Row(tables.without_nulls(dict(row)), GIVEN, number + 1))
-    if not found:
+        yield Row(tables.without_nulls(dict(row)), GIVEN, number + 1)
+    if number < 0:
         raise DataError(GIVEN, None, "there are no rows")
-    return found
 
 
 def file_format(path: str | Path, format: str | None = None) -> str:
@@ -122,25 +128,50 @@ def read_rows(path: str | Path, format: str | None = None) -> list[Row]:
         DataError: for a malformed row, or a file without rows.
         OSError: if the file cannot be read.
     """
+    return list(iter_rows(path, format))
+
+
+def iter_rows(path: str | Path, format: str | None = None) -> Iterator[Row]:
+    """The rows of a file, one after another as they are asked for; the rest is as for `read_rows`."""
+    check_file(path)
+    readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
+    readers |= {"parquet": _table_rows, "arrow": _table_rows}
+    kind, row = file_format(path, format), None
+    for row in readers[kind](str(path), kind):
+        yield row
+    if row is None:
+        raise DataError(path, None, "the file has no rows")
+
+
+def check_file(path: str | Path) -> None:
+    """The path is a file's.
+
+    Raises:
+        OSError: if it is not.
+    """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: a folder, wanted a file of rows")
-    readers = {"text": _text_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}
-    readers |= {"parquet": _table_rows, "arrow": _table_rows}
-    kind, limit = file_format(path, format), csv.field_size_limit(_FIELD_LIMIT)
-    try:
-        rows = list(readers[kind](str(path), kind))
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
-        raise DataError(path, None, "the file has no rows")
-    return rows
 
 
-def _lines(path: str) -> list[str]:
+def _first_character(path: str) -> str:
+    """The first character of a file that is not blank, without a byte order mark; empty where there is none."""
+    with contextlib.closing(_raw_blocks(path)) as blocks:
+        for block in blocks:
+            if text := block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]:
+                return text.decode("latin-1")
+    return ""
+
+
+def _raw_blocks(path: str) -> Generator[bytes, None, None]:
+    with _opened(path) as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _lines(path: str) -> Iterator[str]:
     """The file's lines with their ends, decoded one by one so that bad bytes can be located."""
-    lines = []
     with contextlib.closing(_raw_lines(path)) as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -151,16 +182,21 @@ def _lines(path: str) -> list[str]:
                 raise DataError(
                     path, number, f"the line is not UTF-8 ({error.reason} at byte {error.start})"
                 ) from error
-            lines.append(text[:-2] + "\n" if text.endswith("\r\n") else text)
-    return lines
+            yield text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
 def _raw_lines(path: str) -> Generator[bytes, None, None]:
-    """The file's lines, unpacked where its name ends in `.gz`."""
+    with _opened(path) as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file's bytes, unpacked where its name ends in `.gz`."""
     packed = path.lower().endswith(".gz")
     with (gzip.open if packed else open)(path, "rb") as file:
         try:
-            yield from file
+            yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(path, None, f"the file is not a whole gzip file ({error})") from error
 
@@ -179,11 +215,10 @@ def _text_rows(path: str, kind: str) -> Iterator[Row]:
 
 def _json_rows(path: str, kind: str) -> Iterator[Row]:
     """An object a line, or one array of objects, whatever the file's name."""
-    lines = _lines(path)
-    if next((line.lstrip()[0] for line in lines if line.strip()), "") == "[":
-        yield from _array_rows(path, "".join(lines))
+    if _first_character(path) == "[":
+        yield from _array_rows(path)
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield _json_row(path, number, line.strip())
 
@@ -206,38 +241,62 @@ def _object_row(path: str, number: int, value: Any, source: str) -> Row:
     return Row(value, path, number)
 
 
-def _array_rows(path: str, text: str) -> Iterator[Row]:
-    """The elements of one array, read one by one, so that each has its line."""
-    line, counted, place = 1, 0, _after_blanks(text, text.index("[") + 1)
-    closed = text.startswith("]", place)
+def _array_rows(path: str) -> Iterator[Row]:
+    """The elements of one array, read one by one, so that each has its line, and the array need not be in memory."""
+    text = Window(_text_blocks(path))
+    text.next()
+    text.go(text.place + 1)
+    closed = text.next() == "]"
     while not closed:
-        line, counted = line + text.count("\n", counted, place), place
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise DataError(path, line, f"the array of rows is not JSON here ({error})") from error
-        yield _object_row(path, line, value, text[place:end])
-        place = _after_blanks(text, end)
-        closed = text.startswith("]", place)
-        if not closed and not text.startswith(",", place):
+        line = text.line
+        yield _object_row(path, line, *_element(path, text))
+        after = text.next()
+        closed = after == "]"
+        if not closed and after != ",":
             raise DataError(path, line, "after this row of the array there is neither a comma nor the closing ]")
-        place = place if closed else _after_blanks(text, place + 1)
-    if (rest := _after_blanks(text, place + 1)) < len(text):
-        line += text.count("\n", counted, rest)
-        raise DataError(path, line, f"after the array of rows there is more: {text[rest : rest + 40]!r}")
+        if not closed:
+            text.go(text.place + 1)
+            text.next()
+    text.go(text.place + 1)
+    if text.next():
+        rest = text.text[text.place : text.place + 40]
+        raise DataError(path, text.line, f"after the array of rows there is more: {rest!r}")
 
 
-def _after_blanks(text: str, place: int) -> int:
-    found = _BLANK.match(text, place)
-    assert found is not None
-    return found.end()
+def _element(path: str, text: Window) -> tuple[Any, str]:
+    """The element where the reader stands, and how it is written; the reader stands behind it then."""
+    while True:
+        try:
+            value, end = json.JSONDecoder().raw_decode(text.text, text.place)
+        except json.JSONDecodeError as error:
+            if text.more():  # it may go on there
+                continue
+            raise DataError(path, text.line, f"the array of rows is not JSON here ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, text.line, f"the array of rows is not JSON here ({error})") from error
+        source = text.text[text.place : end]
+        text.go(end)
+        return value, source
+
+
+def _text_blocks(path: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        with contextlib.closing(_raw_blocks(path)) as blocks:
+            for block in blocks:
+                yield decoder.decode(block)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        for _ in _lines(path):  # says which line it is
+            pass
+        raise
 
 
 def _csv_rows(path: str, kind: str) -> Iterator[Row]:
     """CSV with standard quoting; in TSV a quote is an ordinary character, as in the GLUE files."""
     options: dict[str, Any] = {"strict": True} if kind == "csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(_lines(path), **options)
-    line = 0
+    line, limit = 0, csv.field_size_limit(_FIELD_LIMIT)
     try:
         header = next(reader, None)
         if not header or len(set(header)) != len(header) or not all(name.strip() for name in header):
@@ -254,3 +313,5 @@ def _csv_rows(path: str, kind: str) -> Iterator[Row]:
             yield Row(dict(zip(header, fields)), path, first)
     except csv.Error as error:
         raise DataError(path, line + 1, f"the row is not well-formed ({error})") from error
+    finally:
+        csv.field_size_limit(limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora.core.transforms.observe import Asked, asked_by
 from jlora.training.data.pipeline import Batch
+from jlora.training.data.streaming.lazy import Made
 from jlora.training.hosts import processes
 from jlora.training.hosts.placement import rows_of_batch
 from jlora.training.model.losses import Forward, Objective, Sums, lifted_forward, sums, with_prompts
@@ -201,3 +202,10 @@ def to_devices(batch: Batch, mesh: Mesh, parts: int = 0) -> dict[str, jax.Array]
         batch = {name: np.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])) for name, x in batch.items()}
     place = rows_of_batch(mesh, 1 if parts else 0)
     return {name: processes.put(x, place) for name, x in batch.items()}
+
+
+def on_devices(batches: Sequence[Batch], mesh: Mesh) -> Sequence[dict[str, jax.Array]]:
+    """Batches on the mesh; those that are made when they are asked for are brought there then, each time."""
+    if isinstance(batches, Made):
+        return Made(len(batches), lambda number: to_devices(batches[number], mesh))
+    return [to_devices(batch, mesh) for batch in batches]

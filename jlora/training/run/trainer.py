@@ -29,6 +29,7 @@ from jlora.training.model.loop import (
     make_evaluation,
     make_rows,
     make_step,
+    on_devices,
     to_devices,
 )
 from jlora.training.model.losses import Forward
@@ -93,7 +94,7 @@ class Trainer:
         self._loss = held_out_loss(self.forward, self._cuts, self._texts, self._objective)
         self._rate = learning_rate(settings, restarts_of(self.adapted))
         rows = settings.batch // settings.accumulate
-        self._validation = [to_devices(batch, self.mesh) for batch in self.data.validation_batches(rows)]
+        self._validation = on_devices(self.data.validation_batches(rows), self.mesh)
         self._batches = self.data.training_batches(settings.batch, settings.seed)
         self._still = self.adapted.replace(params={})
         self._is_finite = jax.jit(_is_finite)

@@ -128,6 +128,14 @@ class Settings:
     )
     packing: bool | None = _setting(None, "pack several short rows into one (lm only; default on)", group="data")
 
+    stream: bool | None = _setting(
+        None,
+        "keep encoded rows in a file on the disk of --out and read from it what each step wants, with the same result; off, "
+        "rows are in memory (default: on where the files have 67 MB or more)",
+        group="data",
+        resumable=True,
+    )
+
     method: str | None = _setting(None, told.method_help, group="method", choices=told.method_names)
     rank: int | None = _setting(None, told.rank_help, group="method")
     alpha: float | None = _setting(

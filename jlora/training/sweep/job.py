@@ -97,7 +97,7 @@ def _sweep(asked: Settings, say: Callable[[str], None], start: float) -> SweepRe
     source = source_of(settings)
     stored = resumable(settings.out) if settings.resume else {}
     started = stored.get("started") or datetime.now().isoformat(timespec="seconds")
-    data = load_data(settings, codec, datetime.fromisoformat(started))
+    data = load_data(settings, codec, datetime.fromisoformat(started), say=say)
     check_labels(source, data.labels)
     settings = count_steps(settings, len(data.train))
     resolved = [count_steps(each, len(data.train)) for each in resolved]

@@ -21,7 +21,7 @@ from jlora.training.data.pipeline import Batch
 from jlora.training.errors import Stopped
 from jlora.training.hosts.placement import make_mesh
 from jlora.training.hosts.stopping import watched
-from jlora.training.model.loop import State, StepResult, to_devices, training_step
+from jlora.training.model.loop import State, StepResult, on_devices, to_devices, training_step
 from jlora.training.model.losses import Forward, lifted_forward
 from jlora.training.model.preferences import objective_of, told
 from jlora.training.model.scores import summarize
@@ -91,7 +91,7 @@ class SweepTrainer:
         assert settings.batch and settings.steps
         self._mesh = make_mesh({})
         rows = settings.batch // settings.accumulate
-        self._validation = [to_devices(batch, self._mesh) for batch in self.data.validation_batches(rows)]
+        self._validation = on_devices(self.data.validation_batches(rows), self._mesh)
         self._seeds = list(dict.fromkeys(each.seed for each in self.runs))
         self._batches = _Several([self.data.training_batches(settings.batch, seed) for seed in self._seeds])
         self._still = self.stacked.replace(params={})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jlora.training.data.rows import Row, read_rows
+from jlora.training.data.rows import Row, iter_rows, read_rows
+from jlora.training.data.streaming.sources import StreamedRows
 from jlora.training.errors import SettingError
 
 
@@ -35,10 +37,24 @@ def read_files(data: str, format: str | None, shares: str | None = None, seed: i
     wanted = None if shares is None else shares_of(shares, len(files))
     parts = [read_rows(path, format) for path in files]
     if wanted is not None:
-        whole = min(len(part) / share for part, share in zip(parts, wanted))
-        rng = np.random.default_rng(seed)
-        parts = [_drawn(part, max(1, round(share * whole)), rng) for part, share in zip(parts, wanted)]
+        drawn = _drawn([len(part) for part in parts], wanted, seed)
+        parts = [[part[index] for index in chosen] for part, chosen in zip(parts, drawn)]
     return [row for part in parts for row in part]
+
+
+def stream_files(data: str, format: str | None, shares: str | None = None, seed: int = 0) -> StreamedRows:
+    """The rows of `read_files`, read from the files each time that they are gone through.
+
+    Raises:
+        DataError, SettingError, OSError: as `read_files`, the first also while rows are read.
+    """
+    files = files_of(data)
+    wanted = None if shares is None else shares_of(shares, len(files))
+    rows = StreamedRows([functools.partial(iter_rows, path, format) for path in files])
+    if wanted is None:
+        return rows
+    starts = np.cumsum([0, *rows.counts[:-1]])
+    return rows.chosen(np.concatenate([start + own for start, own in zip(starts, _drawn(rows.counts, wanted, seed))]))
 
 
 def shares_of(text: str, count: int) -> list[float]:
@@ -60,6 +76,11 @@ def shares_of(text: str, count: int) -> list[float]:
     return [share / sum(found) for share in found]
 
 
-def _drawn(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row]:
-    chosen = rng.choice(len(rows), min(count, len(rows)), replace=False)
-    return [rows[index] for index in sorted(chosen)]
+def _drawn(counts: Sequence[int], shares: Sequence[float], seed: int) -> list[np.ndarray]:
+    """Of files of so many rows the numbers of those that make up the shares."""
+    whole = min(count / share for count, share in zip(counts, shares))
+    rng, found = np.random.default_rng(seed), []
+    for count, share in zip(counts, shares):
+        wanted = max(1, round(share * whole))
+        found.append(np.sort(rng.choice(count, min(wanted, count), replace=False)))
+    return found

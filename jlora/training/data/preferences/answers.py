@@ -16,8 +16,8 @@ from jlora.training.errors import EmptyRow
 
 _PAIR = '{"prompt": "…", "chosen": "…", "rejected": "…"}'
 _JUDGED = '{"prompt": "…", "completion": "…", "label": true}'
-# What a label may be; CSV files have texts alone.
-_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+# What a label may be, and numbers that equal these; CSV files have texts alone.
+_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 class Answered(NamedTuple):
@@ -67,8 +67,12 @@ def judged_of(row: Row, label_column: str) -> list[Answered]:
             raise row.missing(key, f"; --preference-loss kto reads rows like {_JUDGED}, or {_PAIR}")
     prompt, completion, label = (row.values[key] for key in ("prompt", "completion", label_column))
     label = label.strip().lower() if isinstance(label, str) else label
-    if not isinstance(label, bool | int | str) or label not in _LABELS:
-        raise row.error(f"{label_column!r} must be true or false, whether the answer is good, got {label!r:.60}")
+    if not isinstance(label, bool | int | float | str) or label not in _LABELS:
+        scored = isinstance(label, int | float)
+        hint = "; of a score say from where on an answer is good, and write that down" if scored else ""
+        raise row.error(
+            f"{label_column!r} must be true or false (or 1 or 0), whether the answer is good, got {label!r:.60}{hint}"
+        )
     if isinstance(prompt, str) and isinstance(completion, str):
         return [Answered(row.text("prompt"), [row.text("completion")], _LABELS[label])]
     chat = _chats(row, prompt, [turns(completion, "assistant")])

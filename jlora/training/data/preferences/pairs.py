@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -43,15 +43,28 @@ def mismatched(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
 
     Of these rows a batch estimates how far the model is from its base. The first ones take those of the last.
     """
-    prompts = [pair.prompt.tobytes() for pair in pairs]
-    other = [index - 1 for index in range(len(pairs))]
-    for number in range(2 * len(pairs)):  # twice, since what comes before the first are the last
-        index = number % len(pairs)
+    found = others([pair.prompt.tobytes() for pair in pairs])
+    return [beside(pair, pairs[other], max_length) for pair, other in zip(pairs, found)]
+
+
+def one_prompt(pairs: Sequence[Pair]) -> bool:
+    """Whether all have the same prompt, so that none stands beside the answer to another."""
+    return all(np.array_equal(pair.prompt, pairs[0].prompt) for pair in pairs)
+
+
+def others(prompts: Sequence[Hashable]) -> list[int]:
+    """For each of the prompts in a row the number of the last other one before it; the first ones take those of the last."""
+    other = [index - 1 for index in range(len(prompts))]
+    for number in range(2 * len(prompts)):  # twice, since what comes before the first are the last
+        index = number % len(prompts)
         if prompts[index - 1] == prompts[index]:
             other[index] = other[index - 1]
-    return [
-        dataclasses.replace(pair, second=_joined(pair, pairs[index], max_length)) for pair, index in zip(pairs, other)
-    ]
+    return other
+
+
+def beside(pair: Pair, other: Pair, max_length: int) -> Pair:
+    """An answer with its prompt, and that prompt with the answer of another."""
+    return dataclasses.replace(pair, second=_joined(pair, other, max_length))
 
 
 def _joined(pair: Pair, other: Pair, max_length: int) -> Example:

@@ -1,0 +1,1 @@
+"""Data larger than memory: rows that stay in their files, and examples in a file of their own."""
