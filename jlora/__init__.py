@@ -150,12 +150,17 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 if not _TYPE_CHECKING:  # to a type checker every name of jlora would exist
 
-    def __getattr__(name: str) -> _ModuleType:
-        """`jlora.nnx` and `jlora.linen`, imported where they are first asked for; a module under its former name."""
-        if name in ("nnx", "linen"):
+    def __getattr__(name: str) -> object:
+        """What stands above the face or needs packages of its own, imported where it is first asked for; and former names."""
+        if name in ("nnx", "linen", "serving", "training"):
             return _importlib.import_module(f"jlora.{name}")
+        if name == "finetune":
+            return _importlib.import_module("jlora.training").finetune
         return _former.module(name)
 
 else:
     from jlora import linen as linen
     from jlora import nnx as nnx
+
+    def finetune(*given, **values):
+        """Fine-tune a model: `jlora.training.finetune`."""

@@ -7,6 +7,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 import textwrap
 
 import flax.linen as nn
@@ -46,6 +48,12 @@ def public():
     names |= {f"jlora.training.{n}": v for n, v in vars(jlora.training).items() if not n.startswith("_")}
     names |= dict(own(jlora.nnx)) | dict(own(jlora.linen))
     return {name: v for name, v in names.items() if str(getattr(v, "__module__", "")).startswith("jlora")}
+
+
+def test_what_stands_above_the_face_is_imported_where_it_is_asked_for():
+    code = "import sys, jlora; before = [name for name in sys.modules if name.startswith('jlora.training')]"
+    code += "; assert not before; assert jlora.finetune is jlora.training.finetune; assert jlora.serving.Engine"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def functions():
