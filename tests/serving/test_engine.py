@@ -203,7 +203,8 @@ def test_nothing_of_a_request_is_kept(served):
         # Each of these was taken, and ended the engine or was rounded.
         ({"ends": [2**31]}, "ends: wanted token ids, whole numbers from 0 and below 2^31"),
         ({"logprobs": 2.5}, "logprobs: wanted a whole number, got 2.5"),
-        ({"temperature": 10**400}, "temperature: wanted a number below 2^127"),
+        ({"temperature": 10**400}, "temperature: wanted 0 or a number from 2^-100 and below 2^127"),
+        ({"temperature": 1.2e-38}, "temperature: wanted 0 or a number from 2^-100"),
         ({"seed": 1.5}, "seed: wanted a whole number, got 1.5"),
         ({"max_new_tokens": 2.5}, "max_new_tokens: wanted a whole number, got 2.5"),
         ({"top_k": 2.5}, "top_k: wanted a whole number, got 2.5"),
