@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,13 @@ class Asked:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        # What doesn't fit into the rows' arrays would end the engine, and all that it answers.
+        for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
+            _check_whole(name, getattr(self, name))
         Sampling(self.temperature, self.top_k, self.top_p)
+        if not (self.temperature == 0 or 2.0**-100 <= self.temperature < 2.0**127):
+            # Logits divided by less are infinite, and any token would be drawn.
+            raise ValueError(f"temperature: wanted 0 or a number from 2^-100 and below 2^127, got {self.temperature}")
         if not self.prompt:
             raise ValueError("prompt: wanted at least one token; begin an empty one with the BOS token")
         if self.max_new_tokens < 1:
@@ -163,9 +170,16 @@ def tokens_of(name: str, tokens: Sequence[int]) -> tuple[int, ...]:
     """Tokens as Python's whole numbers.
 
     Raises:
-        ValueError: for one that is none, or negative.
+        ValueError: for one that is none, negative, or 2^31 and more.
     """
     found = tuple(int(token) for token in tokens)
-    if any(token < 0 or token != given for token, given in zip(found, tokens, strict=True)):
-        raise ValueError(f"{name}: wanted token ids, whole numbers from 0, got {list(tokens)}")
+    if any(not 0 <= token < 2**31 or token != given for token, given in zip(found, tokens, strict=True)):
+        raise ValueError(f"{name}: wanted token ids, whole numbers from 0 and below 2^31, got {list(tokens)}")
     return found
+
+
+def _check_whole(name: str, value: Any) -> None:
+    try:
+        operator.index(0 if value is None else value)
+    except TypeError:
+        raise ValueError(f"{name}: wanted a whole number, got {value!r}") from None

@@ -188,7 +188,7 @@ def test_nothing_of_a_request_is_kept(served):
     "wrong, said",
     [
         ({"prompt": []}, "prompt: wanted at least one token"),
-        ({"prompt": [1, -2]}, "prompt: wanted token ids, whole numbers from 0, got [1, -2]"),
+        ({"prompt": [1, -2]}, "prompt: wanted token ids, whole numbers from 0 and below 2^31, got [1, -2]"),
         ({"prompt": [1, 2.5]}, "prompt: wanted token ids"),
         ({"prompt": [1, 512]}, "token 512 is none of the 512 that the model knows"),
         ({"max_new_tokens": 0}, "max_new_tokens: wanted 1 or more, got 0"),
@@ -200,6 +200,14 @@ def test_nothing_of_a_request_is_kept(served):
         ({"seed": -1}, "seed: wanted a whole number from 0"),
         ({"ends": range(17)}, "ends: wanted at most 16 tokens, got 17"),
         ({"logprobs": 21}, "logprobs: wanted a number from 0 to 20"),
+        # Each of these was taken, and ended the engine or was rounded.
+        ({"ends": [2**31]}, "ends: wanted token ids, whole numbers from 0 and below 2^31"),
+        ({"logprobs": 2.5}, "logprobs: wanted a whole number, got 2.5"),
+        ({"temperature": 10**400}, "temperature: wanted 0 or a number from 2^-100 and below 2^127"),
+        ({"temperature": 1.2e-38}, "temperature: wanted 0 or a number from 2^-100"),
+        ({"seed": 1.5}, "seed: wanted a whole number, got 1.5"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: wanted a whole number, got 2.5"),
+        ({"top_k": 2.5}, "top_k: wanted a whole number, got 2.5"),
     ],
 )
 def test_what_is_out_of_range_is_refused_at_once(served, wrong, said):

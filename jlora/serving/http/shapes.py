@@ -65,12 +65,17 @@ class Shape:
         return {
             "tokens": [self._name(each.id) for each in chances],
             "token_logprobs": [each.logprob for each in chances],
-            # With the token itself, which need not be among the likeliest.
-            "top_logprobs": [
-                {self._name(id): logprob for id, logprob in (*each.top, (each.id, each.logprob))} for each in chances
-            ],
+            "top_logprobs": [self._top(each) for each in chances],
             "text_offset": [each.start for each in chances],
         }
+
+    def _top(self, chance: Chance) -> dict[str, float]:
+        """The likeliest tokens by name, and the token itself, which need not be among them."""
+        found: dict[str, float] = {}
+        for id, logprob in chance.top:
+            # A byte has the name of its character, if there is a token for that too: the likelier one is told.
+            found.setdefault(self._name(id), logprob)
+        return found | {self._name(chance.id): chance.logprob}
 
     def _chat_logprob(self, chance: Chance) -> dict[str, Any]:
         top = [self._told(id, logprob) for id, logprob in chance.top]
@@ -81,7 +86,7 @@ class Shape:
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def _name(self, id: int) -> str:
-        """A token as text; one that is a part of a character by its bytes, so that two are never told by one name."""
+        """A token as text; one that is a part of a character by its bytes, so that two such are not told by one name."""
         text, raw = self._voice.token(id)
         return text if text.encode() == raw else "bytes:" + "".join(f"\\x{each:02x}" for each in raw)
 

@@ -1,11 +1,16 @@
 """Text of tokens that come one by one: nothing is lost, nothing taken back, and it ends where it must."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jlora.models import STORIES260K, load_tokenizer
+from jlora.serving.http.answers import Chance, Piece
+from jlora.serving.http.asked import Asked
+from jlora.serving.http.shapes import Shape
+from jlora.serving.http.shelf import Entry
 from jlora.serving.pieces import Pieces
 from jlora.serving.text import Text, whole_text
 
@@ -120,3 +125,19 @@ def test_single_tokens_have_their_text_with_its_space_and_their_bytes(tokenizer)
 
 def test_a_special_token_is_told_by_its_name():
     assert Pieces(stories()).of(1) == ("<s>", b"<s>")
+
+
+@pytest.mark.parametrize("written, told", [("dot", -1.0), ("comma", -0.5), ("byte", -7.0)])
+def test_of_two_tokens_with_one_name_the_likelier_is_told_or_the_one_that_was_written(written, told):
+    pieces = Pieces(stories())
+    ids = {name: stories().token_to_id(token) for name, token in {"comma": ",", "byte": "<0x2C>", "dot": "."}.items()}
+    assert pieces.of(ids["comma"]) == pieces.of(ids["byte"])
+    logprobs = {"comma": -0.5, "dot": -1.0, "byte": -7.0}
+    top = tuple((ids[name], logprob) for name, logprob in logprobs.items())
+    asked = Asked(Entry("m", None, None), False, ([1],), 1, (1,), 0.0, None, None, None, (), 3, False, False)
+    shape = Shape(asked, SimpleNamespace(token=pieces.of))
+    chance = Chance(ids[written], logprobs[written], top, 0)
+    (choice,) = shape.whole([Piece(0, ",", (chance,), "length")], {})["choices"]
+    names = {name: pieces.of(id)[0] for name, id in ids.items()}
+    (likeliest,) = choice["logprobs"]["top_logprobs"]
+    assert likeliest == {names["comma"]: -0.5, names["dot"]: -1.0} | {names[written]: told}
