@@ -32,6 +32,9 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: wanted 0 or more, got {self.temperature}.")
+        if self.temperature and not 2.0**-100 <= self.temperature < 2.0**127:
+            # Logits divided by less are infinite in 32 bits, and any token would be drawn.
+            raise ValueError(f"temperature: wanted 0 or a number from 2^-100 and below 2^127, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: wanted 1 or more (None for all), got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

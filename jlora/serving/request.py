@@ -81,9 +81,6 @@ class Asked:
         for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
             _check_whole(name, getattr(self, name))
         Sampling(self.temperature, self.top_k, self.top_p)
-        if not (self.temperature == 0 or 2.0**-100 <= self.temperature < 2.0**127):
-            # Logits divided by less are infinite, and any token would be drawn.
-            raise ValueError(f"temperature: wanted 0 or a number from 2^-100 and below 2^127, got {self.temperature}")
         if not self.prompt:
             raise ValueError("prompt: wanted at least one token; begin an empty one with the BOS token")
         if self.max_new_tokens < 1:

@@ -121,6 +121,7 @@ def test_draws_stay_in_the_top_k_and_the_nucleus():
     [
         ({"max_new_tokens": 0}, "max_new_tokens: wanted 1 or more, got 0"),
         ({"temperature": -1.0}, "temperature: wanted 0 or more, got -1.0"),
+        ({"temperature": 1.2e-38}, "temperature: wanted 0 or a number from 2.-100 and below 2.127, got 1.2e-38"),
         ({"temperature": 1.0}, "key: a temperature above 0 draws at random; give a key"),
         ({"top_k": 0}, "top_k: wanted 1 or more"),
         ({"top_p": 1.5}, "top_p: wanted a number above 0 and at most 1"),

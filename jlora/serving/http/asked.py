@@ -98,7 +98,7 @@ def completion(body: Body, entry: Entry, voice: Voice, limits: Limits) -> Asked:
     """
     body.without(_ABSENT | _ABSENT_COMPLETION)
     prompts = tuple(_ids(each, voice) for each in _prompts(body.take("prompt"), limits.choices))
-    wanted = body.whole("max_tokens", _TOKENS, 1)
+    wanted = body.whole("max_tokens", None, 1)
     logprobs = body.whole("logprobs", None, 0, TOP)
     return _common(body, entry, voice, limits, prompts, wanted, chat=False, logprobs=logprobs)
 
@@ -184,7 +184,9 @@ def _room(prompt: Sequence[int], wanted: int | None, length: int, chat: bool) ->
             f"more than the {length:,} that this server has room for",
             "context_length_exceeded",
         )
-    return free if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    return free if chat else min(free, _TOKENS)
 
 
 def _prompts(value: Any, most: int) -> list[Any]:

@@ -45,6 +45,14 @@ def test_each_name_answers_by_its_own_adapter_at_once_and_in_pieces(client, want
     assert last.choices == [] and last.usage == usage
 
 
+def test_a_completion_of_no_length_has_16_tokens_or_what_is_free(client):
+    for free, wanted in ((20, 16), (5, 5)):
+        answer = client.completions.create(model="sql", prompt=[1] + [410] * (319 - free), temperature=0)
+        assert answer.usage.completion_tokens <= wanted and (answer.choices[0].finish_reason == "length") == (
+            answer.usage.completion_tokens == wanted
+        )
+
+
 def test_adapters_answer_differently_side_by_side_in_one_batch(client, wanted, words):
     prompt = tuple(words.ids(PROMPT))
     texts = {name: words.added(prompt, wanted(name, prompt, 24)) for name in NAMES}
