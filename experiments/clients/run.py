@@ -1,6 +1,6 @@
 """Runs what `docs/trainers.md` shows of a client, and the scripts beside this one that hold it against what it must do.
 
-    python experiments/clients/run.py tunix|kauldron|keras|haliax
+    python experiments/clients/run.py tunix|kauldron|keras|kerashub|haliax
 
 By hand, in an environment that has the client: their pins contradict one another, and tunix's contradict jlora's, so that no
 environment of CI can have them. Fails where a block or a check fails.
@@ -24,6 +24,7 @@ SCRIPTS = {
     "tunix": ("tunix_trainers.py", "grpo.py"),
     "kauldron": ("kauldron_trainer.py",),
     "keras": (),
+    "kerashub": (),
     "haliax": ("haliax_blocks.py",),
 }
 
