@@ -19,7 +19,7 @@ from jlora.training.data.pipeline import padded_length
 from jlora.training.data.preferences.pairs import Pair
 from jlora.training.data.rows import Row
 from jlora.training.data.streaming.opening import open_rows, streams
-from jlora.training.data.streaming.sources import Rows
+from jlora.training.data.streaming.sources import DataRows
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import SettingError
 from jlora.training.model.subject import open_codec
@@ -51,7 +51,7 @@ def shown(settings: Settings) -> str:
     # As they are, without cut, split or packed rows.
     whole = dataclasses.replace(settings, max_length=_NO_LIMIT, packing=None, long_rows=None)
 
-    def read(rows: Rows) -> list[Any]:
+    def read(rows: DataRows) -> list[Any]:
         return encode(rows, whole, codec, labels, collections.Counter(), template)
 
     parts = [f"{len(rows):,} rows of {', '.join(files_of(settings.data))}; {_layouts(rows)}"]
@@ -64,7 +64,7 @@ def shown(settings: Settings) -> str:
     return "\n\n".join(parts)
 
 
-def _layouts(rows: Rows) -> str:
+def _layouts(rows: DataRows) -> str:
     """How many rows there are of each layout."""
     kinds = collections.Counter("+".join(found.keys) if (found := layout_of(row)) else "" for row in rows)
     told = ", ".join(f"{count:,} of {kind or 'a text'}" for kind, count in kinds.items())

@@ -24,7 +24,7 @@ from jlora.training.data.preferences.pairs import Pair, mismatched, one_prompt
 from jlora.training.data.rows import Row
 from jlora.training.data.streaming.lazy import Chosen, Lazy, Mismatched, Packed, lengths_of
 from jlora.training.data.streaming.opening import open_rows, size, streams
-from jlora.training.data.streaming.sources import Rows, StreamedRows
+from jlora.training.data.streaming.sources import DataRows, StreamedRows
 from jlora.training.data.streaming.spool import Spool
 from jlora.training.data.tokens import Codec
 from jlora.training.errors import DataError, SettingError
@@ -162,7 +162,7 @@ def load_data(
     template = functools.cache(lambda: chat_template(settings, codec, now))  # made when the first chat comes
     spools = [Spool(Path(settings.out)) for _ in range(2)] if stream else [None, None]
 
-    def read(rows: Rows, spool: Spool | None) -> Sequence[Any]:
+    def read(rows: DataRows, spool: Spool | None) -> Sequence[Any]:
         if spool is None:
             return encode(rows, settings, codec, labels, counts, template)
         return encode_into(spool, rows, settings, codec, labels, counts, template)
@@ -185,7 +185,7 @@ def load_data(
     return Data(train, validation, labels, source, fixed, longest, notes, made, unpacked, streamed)
 
 
-def _rows(settings: Settings, given: Mapping[str, Any], stream: bool) -> tuple[Rows, Rows, str]:
+def _rows(settings: Settings, given: Mapping[str, Any], stream: bool) -> tuple[DataRows, DataRows, str]:
     """The rows to train on, those to validate on where the settings name them, and where the first came from."""
     if settings.data is None:
         return *documentation_rows(settings.validation_fraction or 0.1), "the Python documentation (pydoc_data.topics)"
@@ -214,7 +214,7 @@ def chat_template(settings: Settings, codec: Codec, now: datetime | None = None)
 
 
 def encode(
-    rows: Rows,
+    rows: DataRows,
     settings: Settings,
     codec: Codec,
     labels: Sequence[str],
@@ -242,7 +242,7 @@ def encode(
 
 def encode_into(
     spool: Spool,
-    rows: Rows,
+    rows: DataRows,
     settings: Settings,
     codec: Codec,
     labels: Sequence[str],
@@ -312,7 +312,7 @@ def notes_on(counts: collections.Counter[str], settings: Settings) -> list[str]:
     return [f"{n:,} {'row' if n == 1 else 'rows'} {text}" for key, text in words.items() if (n := counts[key])]
 
 
-def subset(rows: Rows, count: int | None, seed: int) -> Rows:
+def subset(rows: DataRows, count: int | None, seed: int) -> DataRows:
     """`count` of the rows drawn by the seed, in the file's order; all by default."""
     if count is None or count >= len(rows):
         return rows
@@ -320,7 +320,7 @@ def subset(rows: Rows, count: int | None, seed: int) -> Rows:
     return rows.chosen(chosen) if isinstance(rows, StreamedRows) else [rows[i] for i in chosen]
 
 
-def is_one(rows: Rows) -> bool:
+def is_one(rows: DataRows) -> bool:
     """Whether there is a single row."""
     return len(list(itertools.islice(rows, 2))) == 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora.training.data.formats.mixture import files_of, read_files, stream_files
 from jlora.training.data.rows import file_format, given_rows, iter_given
-from jlora.training.data.streaming.sources import Rows, StreamedRows
+from jlora.training.data.streaming.sources import DataRows, StreamedRows
 from jlora.training.errors import SettingError
 from jlora.training.settings.fields import Settings
 
@@ -17,7 +17,7 @@ from jlora.training.settings.fields import Settings
 LARGE = 2**26
 
 
-def open_rows(settings: Settings, given: Mapping[str, Any], stream: bool) -> Rows:
+def open_rows(settings: Settings, given: Mapping[str, Any], stream: bool) -> DataRows:
     """The rows of `settings.data`, or those that are `given` in its place.
 
     Raises:

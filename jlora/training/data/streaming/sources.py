@@ -43,4 +43,4 @@ class StreamedRows:
 
 
 #: Rows in memory, or not.
-Rows = Sequence[Row] | StreamedRows
+DataRows = Sequence[Row] | StreamedRows
