@@ -51,7 +51,11 @@ def kinds(state):
 
 
 def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    """Bit for bit; on JAX 0.10 to a rounding, since the suite's quicker kernels round what they fuse otherwise."""
+    tolerance = 1e-5 if jax.__version__.startswith("0.10.") else 0
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        exact = not jnp.issubdtype(left.dtype, jnp.floating)
+        np.testing.assert_allclose(left, right, rtol=0 if exact else tolerance, atol=0)
 
 
 def course(tx, adapted, **options):
