@@ -79,9 +79,9 @@ def test_nothing_is_left_of_calls_that_were_answered_refused_or_dropped(server, 
     def clean():
         # The engine's thread may hold the last request until the next comes: one call with one text.
         answers, *others = left()
-        return answers <= 2 and tuple(others) == before[1:]
+        return answers <= 2 and all(now <= then for now, then in zip(others, before[1:], strict=True))
 
-    # A connection is closed by the server a moment after its client has its answer.
+    # A connection is closed by the server a moment after its client has its answer; so one may have been left before.
     until(clean)
 
 
