@@ -2,8 +2,9 @@
 
 import gc
 import os
-from importlib.metadata import version
 from pathlib import Path
+
+from kernels import QUICK
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -12,8 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # is optimized less: a program's text, memory and cost, which some tests measure, stay the same to the byte.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA makes a kernel by way of MLIR, or by LLVM alone in half the time where a release still has both ways.
-if version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {QUICK}".strip()
 
 import pytest
 

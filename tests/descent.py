@@ -10,7 +10,7 @@ def sines(y):
     return jnp.sum(jnp.sin(y))
 
 
-def descend(outputs, p, tx, steps, loss=sines):
+def descend(outputs, p, tx, steps, loss=sines, compiler_options=None):
     """Takes steps of an optimizer on a loss of `outputs(p)`.
 
     Returns:
@@ -28,5 +28,6 @@ def descend(outputs, p, tx, steps, loss=sines):
         updates, state = tx.update(gradients, state, p)
         return (optax.apply_updates(p, updates), state), (y, value, gradients)
 
-    (after, _), (y, losses, gradients) = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps))(p)
+    run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps), compiler_options=compiler_options)
+    (after, _), (y, losses, gradients) = run(p)
     return y, losses, gradients, after

@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernels import USUAL
 
 import jlora
 from jlora import _compat
@@ -51,16 +52,12 @@ def kinds(state):
 
 
 def same(one, other):
-    """Bit for bit; on JAX 0.10 to a rounding, since the suite's quicker kernels round what they fuse otherwise."""
-    tolerance = 1e-5 if jax.__version__.startswith("0.10.") else 0
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        exact = not jnp.issubdtype(left.dtype, jnp.floating)
-        np.testing.assert_allclose(left, right, rtol=0 if exact else tolerance, atol=0)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def course(tx, adapted, **options):
     """The first state, and params and state after six jitted steps, which are one program where they donate."""
-    step = jax.jit(step_of(tx), **options)
+    step = jax.jit(step_of(tx), compiler_options=USUAL, **options)
     params = jax.device_put(jax.tree.map(jnp.copy, adapted.params), jax.devices()[0])
     first = state = tx.init(params)
     for _ in range(6):

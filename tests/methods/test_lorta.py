@@ -10,6 +10,7 @@ import optax
 import pytest
 from contract.problems import by_hand, normal, perturbed, weight
 from descent import descend
+from kernels import USUAL
 
 import jlora
 
@@ -65,10 +66,10 @@ def test_outputs_gradients_and_steps_are_those_of_the_reference(layout):
         return jlora.lift(fn, strict=True)(adapted.replace(params=p), GOLDEN["x"])
 
     tx = jlora.optimizer(adapted, optax.adam, learning_rate=0.02)
-    y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5)
+    y, _, gradients, after = descend(outputs, adapted.params, tx, steps=5, compiler_options=USUAL)
     close(y[0], GOLDEN["y"])
     for name in FACTORS:
-        close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name], atol=1e-4)  # values up to ten
+        close(gradients["~shared"]["LoRTA"][name][0], factors("gradient")[name])
         close(after["~shared"]["LoRTA"][name], factors("after")[name], atol=1e-4)
 
 
