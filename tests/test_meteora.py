@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from contract.problems import adapt, close, jit, layers, normal, perturbed, weight
+from descent import descend
 from models_data import quick_jit
 
 import jlora
@@ -69,24 +70,16 @@ def test_outputs_gradients_and_ten_steps_are_those_of_the_authors_formulas(case,
     adapted = mixture_of(case, k, tau, train_adapters)
     x, labels = (jnp.asarray(GOLDEN[f"{case}/{name}"]) for name in ("x", "labels"))
     x, labels = x.astype(jnp.float32), labels.astype(jnp.int32)
-    tx = optax.adam(0.02)
+    lifted = jlora.lift(network, strict=True, aux=True)
 
-    def loss(params):
-        y, said = jlora.lift(network, strict=True, aux=True)(adapted.replace(params=params), x)
-        return jnp.sum(jnp.sin(y)) + beta * jlora.losses.gate_cross_entropy(said, labels), (y, said)
+    def loss(outputs):
+        y, said = outputs
+        return jnp.sum(jnp.sin(y)) + beta * jlora.losses.gate_cross_entropy(said, labels)
 
-    @jax.jit
-    def steps(params):
-        def step(carry, _):
-            params, state = carry
-            (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-            updates, state = tx.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), (value, gradient, outputs)
-
-        (after, _), (losses, gradients, outputs) = jax.lax.scan(step, (params, tx.init(params)), length=10)
-        return losses, *jax.tree.map(lambda leaf: leaf[0], (gradients, outputs)), after
-
-    losses, gradient, (y, said), after = steps(adapted.params)
+    outputs, losses, gradients, after = descend(
+        lambda params: lifted(adapted.replace(params=params), x), adapted.params, optax.adam(0.02), 10, loss
+    )
+    (y, said), gradient = jax.tree.map(lambda leaf: leaf[0], (outputs, gradients))
     near = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
     near(y, GOLDEN[f"{case}/y"])
     near(losses, GOLDEN[f"{case}/losses"])

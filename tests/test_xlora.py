@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from contract.problems import adapt, close, jit, perturbed
+from descent import descend
 from models_data import quick_jit
 
 import jlora
@@ -94,22 +95,11 @@ def test_numbers_outputs_gradients_and_ten_steps_are_those_of_peft(case):
     before = fields_of(case, "before", len(adapters))
     assert jax.tree.map(np.shape, adapted.params) == jax.tree.map(np.shape, before)
     run = jlora.two_passes(jlora.lift(fn, strict=True), jlora.lift(hidden, strict=True, unread="allow"), aux=True)
-    tx = optax.adam(0.02)
-
-    @jax.jit
-    def steps(params):
-        loss = lambda params: jnp.sum(jnp.sin(run(adapted.replace(params=params), x)[0]))
-
-        def step(carry, _):
-            params, state = carry
-            gradient = jax.grad(loss)(params)
-            updates, state = tx.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), gradient
-
-        (after, _), gradients = jax.lax.scan(step, (params, tx.init(params)), length=10)
-        return *run(adapted.replace(params=params), x), jax.tree.map(lambda leaf: leaf[0], gradients), after
-
-    y, scalings, gradient, after = steps(jax.tree.map(jnp.asarray, before))
+    start = jax.tree.map(jnp.asarray, before)
+    outputs = lambda params: run(adapted.replace(params=params), x)
+    y, scalings = jax.jit(outputs)(start)
+    _, _, gradients, after = descend(lambda params: outputs(params)[0], start, optax.adam(0.02), steps=10)
+    gradient = jax.tree.map(lambda leaf: leaf[0], gradients)
     near = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
     wanted = GOLDEN[f"{case}/scalings"]  # PEFT's before it chooses, of every layer
     layers = [ORDER.index(layer) for layer in sorted(ORDER)] if CASES[case].get("layerwise") else [0]

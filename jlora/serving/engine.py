@@ -120,7 +120,7 @@ class Engine:
                 be quick; if it raises, the request is cancelled.
             adapter: its name in the store; None for the base.
             temperature, top_k, top_p: as for `jlora.models.generate`.
-            seed: of what it draws, 0 to 2^32 - 1; by default one that no other request has.
+            seed: of what it draws, 0 to 2^32 - 1; by default one that is drawn anew for each request.
             ends: tokens that end it, at most 16.
             logprobs: tell the logarithm of each token's probability, and those of that many likeliest tokens, 0 to 20.
 

@@ -222,7 +222,6 @@ class Loop:
                     self.end(request, _ENDS[event])
 
     def _tell_token(self, request: Request, token: Token) -> None:
-        request.told += 1
         self.counts["tokens"] += 1
         self._say(request, token)
 

@@ -104,7 +104,6 @@ class Request:
         listen: what is told of its tokens and its end.
         number: its place among all requests.
         cancelled: whether it is to end.
-        told: how many tokens were told.
         finished: its end, where it has ended.
     """
 
@@ -114,7 +113,6 @@ class Request:
     listen: Listener = field(repr=False)
     number: int
     cancelled: bool = False
-    told: int = 0
     finished: Finished | None = None
 
     def cancel(self) -> None:

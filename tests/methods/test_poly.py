@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from descent import descend
 
 import jlora
 from jlora.core.products.routed import routing
@@ -51,23 +52,13 @@ def adapted_of(case):
 @pytest.mark.parametrize("case", METHODS)
 def test_rows_of_several_tasks_are_those_of_peft_over_ten_steps(case):
     adapted, x = adapted_of(case).on(task=GOLDEN[f"{case}/tasks"]), GOLDEN[f"{case}/x"]
-    lifted, tx = jlora.lift(layers(case), strict=True), optax.adam(0.02)
-
-    @jax.jit
-    def steps(params):
-        loss = lambda params: jnp.sum(jnp.sin(lifted(adapted.replace(params=params), x)))
-
-        def step(carry, _):
-            params, state = carry
-            gradient = jax.grad(loss)(params)
-            updates, state = tx.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), gradient
-
-        (after, _), gradients = jax.lax.scan(step, (params, tx.init(params)), length=10)
-        return lifted(adapted, x), jax.tree.map(lambda leaf: leaf[0], gradients), after
-
+    lifted = jlora.lift(layers(case), strict=True)
+    y, _, gradients, after = descend(
+        lambda params: lifted(adapted.replace(params=params), x), adapted.params, optax.adam(0.02), steps=10
+    )
+    found = y[0], jax.tree.map(lambda leaf: leaf[0], gradients), after
     wanted = GOLDEN[f"{case}/y"], fields_of(case, "gradient"), fields_of(case, "after")
-    jax.tree.map(close, steps(adapted.params), wanted)
+    jax.tree.map(close, found, wanted)
 
 
 def test_each_row_is_what_its_task_gives_alone_and_as_a_plain_model():
