@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.compose import plain
 from jlora.compose.combine import check_one_base
+from jlora.compose.kinds import OfKinds, kind_of
 from jlora.compose.slotted import Slotted
 from jlora.core.products.low_rank import Factors
 from jlora.core.protocol.method import Arrays, Site
@@ -27,44 +29,97 @@ Source = Adapted | str | os.PathLike[str]
 Fields = dict[tuple[str, ...], Arrays]
 
 
+#: The largest change of a product, for inputs of 1, that norms can square in 32 bits.
+_MOST = float(np.sqrt(np.finfo(np.float32).max))
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One adapter as a bank holds it: sites with the `Slotted` of its rank, and arrays without a slot axis."""
+    """One adapter as a bank holds it: sites with the `Slotted` that it needs, and arrays without a slot axis.
+
+    Arrays of a leaf are `a`, `b` and maybe `gain`; those of its method, where that is an `OfKinds`.
+    """
 
     sites: dict[tuple[str, ...], Site]
     arrays: Fields
 
 
-def entry_of(name: str, source: Source, params: Any, names: Any) -> Entry:
+def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = None, kinds: bool = False) -> Entry:
     """An adapter's leaves in the form of a bank.
 
+    Args:
+        name: the adapter's, for messages.
+        source: the adapter.
+        params: the base.
+        names: which torch parameter a leaf is, for PEFT's folders.
+        dtype: in which factors are to be held.
+        kinds: whether slots may hold what is no factors, as `jlora.compose.kinds` has it.
+
     Raises:
-        ValueError: for a leaf that has no such form, or is not finite, with the adapter, the path and the method.
+        ValueError: for a leaf that has no such form, is not finite, or so large that sums would overflow, with the adapter, the
+            path and the method.
     """
-    if isinstance(source, Adapted | Stacked):
-        adapted = source if isinstance(source, Adapted) else source.plan  # which refuses
-        check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapted])
-    else:
-        adapted = folders.read(source, params, names)
+    adapted = adapted_of(source, params, names)
     sites, arrays = {}, {}
     for weight, site in zip(adapted.replace(context={}).weights(), adapted.plan.sites, strict=True):
-        found = _factors(weight, site)
+        found = None if kinds and site.method.context else _factors(weight, site)
         if isinstance(innermost(site.method), Virtual):
             raise ValueError(
                 f"{site.path}: {site.method} of {name!r} stands in front of a text, where no bank has slots: use it by itself"
             )
-        if found is None:
+        if found is not None:
+            gain = {} if found.scale is None else {"gain": found.scale}
+            own, method = {"a": found.a, "b": found.b, **gain}, Slotted(1, found.a.shape[-1] or 1, bool(gain))
+        elif not kinds:
             raise ValueError(
                 f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to "
                 'what it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
             )
-        gain = {} if found.scale is None else {"gain": found.scale}
-        arrays[site.keys] = {"a": found.a, "b": found.b, **gain}
-        if not all(bool(jnp.all(jnp.isfinite(array))) for array in arrays[site.keys].values()):
-            # Beside others it could reach their rows: where all slots are computed, zero times it is not zero.
-            raise ValueError(f"{site.path}: {name!r} holds values that are not finite")
-        sites[site.keys] = replace(site, method=Slotted(1, found.a.shape[-1] or 1, bool(gain)), beside=())
+        else:
+            other = kind_of(weight, site)
+            if isinstance(other, str):
+                raise ValueError(f"{site.path}: {site.method} of {name!r} {other}: use it by itself")
+            own, method = other[1], OfKinds(1, 1, kinds=(other[0],))
+        arrays[site.keys] = own
+        _check_size(f"{site.path}: {name!r}", own, dtype)
+        sites[site.keys] = replace(site, method=method, beside=())
     return Entry(sites, arrays)
+
+
+def adapted_of(source: Source, params: Any, names: Any) -> Adapted:
+    """An adapter on its base; arguments as for `entry_of`.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there.
+        ValueError: for an adapter of another base, and as its reader.
+    """
+    if not isinstance(source, Adapted | Stacked):
+        return folders.read(source, params, names)
+    adapted = source if isinstance(source, Adapted) else source.plan  # which refuses
+    check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapted])
+    return adapted
+
+
+def _check_size(whose: str, arrays: Arrays, dtype: Any) -> None:
+    """Refuses values with which a row's numbers would be infinite.
+
+    Beside others they could reach their rows: where all slots are computed, zero times infinity is no number.
+    """
+    given = [array for array in arrays.values() if jnp.issubdtype(array.dtype, jnp.inexact)]
+    held = [array if dtype is None or "a" not in arrays else array.astype(dtype) for array in given]
+    if not all(bool(jnp.all(jnp.isfinite(array))) for array in held):
+        given_so = all(bool(jnp.all(jnp.isfinite(array))) for array in given)
+        kind = f" as {jnp.dtype(dtype).name}, in which they are held" if given_so else ""
+        raise ValueError(f"{whose} holds values that are not finite{kind}")
+    most = max((float(jnp.max(jnp.abs(array.astype(jnp.float32)), initial=0)) for array in given), default=0.0)
+    if "a" in arrays:
+        thin = np.abs(np.asarray(arrays["a"], np.float64)).sum(-2, keepdims=True)
+        most = max(most, float(np.max(thin @ np.abs(np.asarray(arrays["b"], np.float64)), initial=0)))
+    if most > _MOST:
+        raise ValueError(
+            f"{whose} changes a product by up to {most:.1e} for inputs of 1, and beyond {_MOST:.1e} norms overflow: is its "
+            "scale (alpha) what was meant?"
+        )
 
 
 def _factors(weight: Weight, site: Site) -> Factors | None:

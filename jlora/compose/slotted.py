@@ -96,6 +96,18 @@ class Slotted(Method):
             slot, leading = jnp.arange(self.slots), 1
         return Slots(mine["a"], mine["b"], mine.get("gain"), slot, weights, leading, view.site.path, own)
 
+    def arrays(self, site: Site, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of a leaf, `[*batch, slots, ...]`.
+
+        Args:
+            site: the leaf.
+            dtype: of factors and gains.
+        """
+        front = (*site.batch_shape, self.slots)
+        shapes = {"a": (*front, site.in_size, self.rank), "b": (*front, self.rank, site.out_size)}
+        shapes |= {"gain": (*front, site.out_size)} if self.gains else {}
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
     def labels(self, site: Site) -> dict[str, str]:
         """LoRA+'s groups; a gain learns as B does and never decays."""
         gain = {"gain": "vector"} if self.gains else {}
@@ -114,19 +126,18 @@ def empty(params: Any, sites: Sequence[Site], dtype: Any) -> Adapted:
     for site in sites:
         lie = placement.field_shardings(site, leaves[site.keys]) or {}
         kind = trained_dtype(leaves[site.keys]) if dtype is None else dtype
-        shapes = shapes_of(site)
-        fields = {name: jnp.full(shape, name == "gain", kind, device=lie.get(name)) for name, shape in shapes.items()}
+        fields = {
+            name: jnp.full(each.shape, name == "gain", each.dtype, device=lie.get(name))
+            for name, each in arrays_of(site, kind).items()
+        }
         paths.insert(made, site.keys, fields)
     return Adapted(params, made, {}, {}, Plan(tuple(sites)))
 
 
-def shapes_of(site: Site) -> dict[str, tuple[int, ...]]:
-    """The shapes of a leaf's arrays."""
-    method = site.method
-    assert isinstance(method, Slotted)
-    front = (*site.batch_shape, method.slots)
-    shapes = {"a": (*front, site.in_size, method.rank), "b": (*front, method.rank, site.out_size)}
-    return {**shapes, "gain": (*front, site.out_size)} if method.gains else shapes
+def arrays_of(site: Site, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A leaf's arrays; `dtype` that of factors and gains."""
+    assert isinstance(site.method, Slotted)
+    return site.method.arrays(site, dtype)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)

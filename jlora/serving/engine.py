@@ -140,6 +140,11 @@ class Engine:
         if (largest := max(tokens)) >= self._vocabulary:
             raise ValueError(f"prompt: token {largest} is none of the {self._vocabulary} that the model knows")
         held = None if adapter is None else self._held(adapter)
+        if held is not None and len(tokens) + max_new_tokens + held.virtual > self.length:
+            raise ValueError(
+                f"prompt: its {len(tokens)} tokens, max_new_tokens={max_new_tokens} and the {held.virtual} virtual tokens of "
+                f"{adapter!r} are more than the {self.length} of a row"
+            )
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self._most:

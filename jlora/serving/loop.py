@@ -41,6 +41,11 @@ class Row:
     drawn: int = 0
 
     @property
+    def virtual(self) -> int:
+        """Tokens that its adapter puts in front of its text."""
+        return 0 if self.request.held is None else self.request.held.virtual
+
+    @property
     def reading(self) -> bool:
         """Whether its prompt is not wholly read."""
         return self.read < len(self.request.asked.prompt)
@@ -93,6 +98,8 @@ class Loop:
         """Compiles all programs, on rows in which nothing is."""
         if self._pages is not None:
             self._write(0, None)
+            if (blank := self._programs.blank(self._device)) is not None:
+                self._device = self._programs.lay(self._device, 0, blank, 0)
         self._device, _ = self._read(0, np.zeros(self._chunk, np.int32), 0, 1, False)
         self._device, _ = self._programs.decode(self._params, self._device, self._on_device())
         jax.block_until_ready(self._device)
@@ -153,6 +160,9 @@ class Loop:
             if self._pages is not None and self._written[at] is not request.held:
                 self._write(at, request.held)
                 self.counts["swaps"] += 1
+            if virtual := self._rows[at].virtual:  # type: ignore[union-attr]
+                assert self._pages is not None
+                self._device = self._programs.lay(self._device, at, self._pages.get(request.held), virtual)
             self._ways.take(at, request.asked)
             self._sent = None
 
@@ -175,7 +185,7 @@ class Loop:
         part = prompt[row.read : row.read + self._chunk]
         tokens = np.zeros(self._chunk, np.int32)
         tokens[: len(part)] = part
-        start, row.read = row.read, row.read + len(part)
+        start, row.read = row.virtual + row.read, row.read + len(part)
         if not row.reading:
             self._ways.alive[at], self._sent, row.drawn = True, None, 1
         self._device, told = self._read(at, tokens, start, len(part), not row.reading)

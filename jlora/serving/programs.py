@@ -1,4 +1,7 @@
-"""The three programs of an engine: one chunk of a prompt, some decoding steps of all rows, one adapter into one row."""
+"""The programs of an engine: one chunk of a prompt, some decoding steps of all rows, one adapter into one row.
+
+Where adapters may put something in front of a text, a fourth one lays that into the row's cache.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from jlora.core.transforms.lift import lift
 from jlora.core.tree.adapted import Adapted
 from jlora.models.attention import KVCache, empty_cache
 from jlora.serving.drawing import Drawn, Ways, draw
-from jlora.serving.room import Packed, Room
+from jlora.serving.room import FRONT, Packed, Room
 
 #: What a step tells of a row: nothing; a token; its last token; its end by an end token; that its logits are no numbers.
 NOTHING, TOKEN, LAST, STOP, UNSOUND = range(5)
@@ -57,6 +60,7 @@ class Programs:
         self.read = jax.jit(self._read, donate_argnums=1)
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self._write = jax.jit(self._put, donate_argnums=0)
+        self._lay = jax.jit(self._laid, donate_argnums=0)
 
     def empty(self, params: Any) -> Rows:
         """Rows in which nothing is.
@@ -75,9 +79,39 @@ class Programs:
         sites = adapted.plan.sites
         banks = [paths.lookup(adapted.params, site.keys) for site in sites]
         params: dict[str, Any] = {}
-        for site, fields in zip(sites, self._write(banks, packed, jnp.int32(row)), strict=True):
+        flat = {name: array for name, array in packed.items() if name not in FRONT}
+        for site, fields in zip(sites, self._write(banks, flat, jnp.int32(row)), strict=True):
             paths.insert(params, site.keys, fields)
         return adapted.replace(params=params)
+
+    def blank(self, rows: Rows) -> Packed | None:
+        """Virtual tokens that are none, as many as there is room for; None where there is no room."""
+        tokens = 0 if self._room is None else self._room.virtual
+        if not tokens:
+            return None
+        alike: Any = dict(zip(FRONT, (rows.cache.keys, rows.cache.values), strict=True))
+        return {name: jnp.zeros((x.shape[0], tokens, *x.shape[3:]), x.dtype) for name, x in alike.items()}
+
+    def lay(self, rows: Rows, row: int, packed: Packed, count: int) -> Rows:
+        """The rows, one of which begins with the virtual tokens of an adapter."""
+        return self._lay(rows, *(packed[name] for name in FRONT), jnp.int32(row), jnp.int32(count))
+
+    def _laid(self, rows: Rows, keys: jax.Array, values: jax.Array, row: jax.Array, count: jax.Array) -> Rows:
+        self.traced += 1
+        part = _of_row(rows.cache, row)
+
+        def begun(kept: Any, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(kept, new[:, None].astype(kept.dtype), 0, 2)
+
+        places = jnp.arange(part.positions.shape[1], dtype=jnp.int32)
+        part = part.replace(
+            keys=begun(part.keys, keys),
+            values=begun(part.values, values),
+            positions=places[None],
+            segments=(places < count).astype(jnp.int32)[None],
+            index=count,
+        )
+        return rows._replace(cache=_with_row(rows.cache, part, row))
 
     def _put(self, banks: Any, packed: Packed, row: jax.Array) -> Any:
         self.traced += 1

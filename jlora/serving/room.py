@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,18 @@ import numpy as np
 from jlora import paths
 from jlora.compose.combine import check_one_base
 from jlora.compose.entry import Entry, check_alike
-from jlora.compose.slotted import Slotted, empty, shapes_of
+from jlora.compose.kinds import OfKinds, joined, placed
+from jlora.compose.slotted import Slotted, arrays_of, empty
+from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted, Plan
 from jlora.core.tree.spec import resolve
 from jlora.models.quantized import traced
+from jlora.serving.front import Front
 
 Keys = tuple[str, ...]
-#: All arrays of one adapter, flat: its gains, and by "" its factors.
+#: All arrays of one adapter, flat: its gains, by "" its factors, others by their dtype; and keys and values by `FRONT`.
 Packed = dict[str, Any]
+FRONT = ("front_keys", "front_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +34,19 @@ class Held:
 
     Attributes:
         name: its name.
-        arrays: `a [*batch, in, r]`, `b [*batch, r, out]` and maybe `gain [*batch, out]` of each leaf that it changes, scales
-            folded in, `r` its own rank.
+        arrays: of each leaf that it changes `a [*batch, in, r]`, `b [*batch, r, out]` and maybe `gain [*batch, out]`, scales
+            folded in, `r` its own rank; or its kind, and the arrays of its method.
+        front: what it puts in front of a text; None for nothing.
     """
 
     name: str
     arrays: Mapping[Keys, Mapping[str, np.ndarray]]
+    front: Front | None = None
+
+    @property
+    def virtual(self) -> int:
+        """Tokens that it puts in front of a text."""
+        return 0 if self.front is None else self.front.tokens
 
 
 class Room:
@@ -44,18 +55,30 @@ class Room:
     Attributes:
         params: the base.
         sites: the leaves, with a `Slotted` of one slot.
+        virtual: tokens in front of a text.
     """
 
-    def __init__(self, model: Any, params: Any, leaves: Any, rank: int, gains: bool, dtype: Any):
-        """Args: as for `AdapterStore`."""
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        leaves: Any,
+        rank: int,
+        gains: bool,
+        dtype: Any,
+        like: Sequence[Entry] = (),
+        virtual: int = 0,
+    ):
+        """Args: as for `AdapterStore`, and virtual tokens in front of a text."""
         patterns = leaves if isinstance(leaves, tuple | list) else [leaves]
         spec = {pattern: Slotted(1, rank, gains) for pattern in patterns}
         named, report = paths.flatten_with_keys(params)[0], traced(model, params)
         readings = {keys: leaf.readings for keys, leaf in report.aligned(dict(named)).items()}
         # A row can't choose in a product of experts, where tokens of several rows are mixed.
         mixed = {keys for keys, each in readings.items() if any(one.primitive == "ragged_dot_general" for one in each)}
-        self.sites = [site for site in resolve(named, spec, report) if site.keys not in mixed]
-        self.params, self.rank, self.gains = params, rank, gains
+        sites = [site for site in resolve(named, spec, report) if site.keys not in mixed]
+        self.sites = [replace(site, method=_with_kinds(site, like)) for site in sites]
+        self.params, self.rank, self.gains, self.virtual = params, rank, gains, virtual
         self.dtype = model.config.dtype if dtype is None else dtype
         self._lay_out()
 
@@ -66,7 +89,7 @@ class Room:
             ValueError: for params that are others than the room's.
         """
         check_one_base([Adapted(each, {}, {}, {}, Plan(())) for each in (self.params, params)])
-        sites = [replace(site, method=Slotted(count, self.rank, self.gains, own=True)) for site in self.sites]
+        sites = [replace(site, method=replace(site.method, slots=count, own=True)) for site in self.sites]  # type: ignore[type-var]
         adapted, arrays = empty(params, sites, self.dtype), {}
         for site in adapted.plan.sites:
             own = paths.lookup(adapted.params, site.keys)
@@ -74,13 +97,31 @@ class Room:
             paths.insert(arrays, site.keys, {n: x.astype(jnp.float32) if n == "gain" else x for n, x in own.items()})
         return adapted.replace(params=arrays)
 
-    def check(self, name: str, entry: Entry) -> None:
-        """Refuses an adapter that has no room.
+    def held(self, name: str, entry: Entry, front: Front | None = None) -> Held:
+        """An adapter's arrays, fetched to host memory, with what it puts in front of a text.
 
         Raises:
-            ValueError: with the leaf, what it wants and what there is.
+            ValueError: for one that has no room, with the leaf, what it wants and what there is.
         """
         own = {site.keys: site for site in self.sites}
+        self._check(name, entry, own)
+        found: dict[Keys, Mapping[str, np.ndarray]] = jax.device_get(entry.arrays)
+        for keys, site in entry.sites.items():
+            if isinstance(site.method, OfKinds):
+                try:
+                    found[keys] = placed(own[keys], site.method.kinds[0], found[keys])
+                except ValueError as error:
+                    raise ValueError(
+                        f"{site.path}: for {name!r} {error}; room is made at the start, by like= or --adapters"
+                    ) from None
+        if front is not None and front.tokens > self.virtual:
+            raise ValueError(
+                f"{name!r} puts {front.tokens} virtual tokens in front of a text, and there is room for {self.virtual}; room "
+                "is made at the start, by like= or --adapters"
+            )
+        return Held(name, found, front)
+
+    def _check(self, name: str, entry: Entry, own: Mapping[Keys, Site]) -> None:
         for keys, site in entry.sites.items():
             if keys not in own:
                 raise ValueError(
@@ -97,13 +138,17 @@ class Room:
             if method.gains and not self.gains:
                 raise ValueError(f"{site.path}: {name!r} has a gain, and the store no room for gains: gains=True")
 
+    @property
+    def size(self) -> int:
+        """Bytes that one adapter takes on the device: in a row, and in a slot beside the rows."""
+        return sum(self._sizes[kind] * dtype.itemsize for kind, dtype in self._dtypes.items())
+
     def packed(self, held: Held | None) -> Packed:
         """An adapter's arrays on the host, filled up to the room's rank; nothing's for None.
 
         One after another in one buffer of each dtype, since moving many small arrays takes longer.
         """
-        kinds = {"gain": np.dtype(np.float32), "": np.dtype(self.dtype)}
-        whole = {kind: np.zeros(self._sizes[kind], dtype) for kind, dtype in kinds.items()}
+        whole = {kind: np.zeros(self._sizes[kind], dtype) for kind, dtype in self._dtypes.items()}
         whole["gain"][:] = 1
         if held is not None:
             for keys, fields in held.arrays.items():
@@ -111,6 +156,9 @@ class Room:
                     kind, start, shape = self._layout[keys, name]
                     part = whole[kind][start : start + math.prod(shape)].reshape(shape)
                     part[tuple(slice(size) for size in given.shape)] = given.astype(part.dtype)
+        if held is not None and held.front is not None:
+            front = held.front.padded(self.virtual)
+            whole |= {FRONT[0]: front.keys, FRONT[1]: front.values}
         return whole
 
     def unpacked(self, packed: Packed) -> list[dict[str, Any]]:
@@ -121,16 +169,24 @@ class Room:
         return list(found.values())
 
     def _lay_out(self) -> None:
+        self._dtypes = {"gain": np.dtype(np.float32), "": np.dtype(self.dtype)}
         self._sizes: dict[str, int] = {"gain": 0, "": 0}
         self._layout: dict[tuple[Keys, str], tuple[str, int, tuple[int, ...]]] = {}
         for site in self.sites:
-            for name, shape in shapes_of(site).items():
-                depth, kind = len(site.batch_axes), name if name == "gain" else ""
-                shape = (*shape[:depth], *shape[depth + 1 :])
-                self._layout[site.keys, name] = kind, self._sizes[kind], shape
+            for name, each in arrays_of(site, self.dtype).items():
+                depth = len(site.batch_axes)
+                kind = name if name == "gain" else "" if name in ("a", "b") else np.dtype(each.dtype).name
+                shape = (*each.shape[:depth], *each.shape[depth + 1 :])
+                start = self._sizes.setdefault(kind, 0)
+                self._dtypes.setdefault(kind, np.dtype(each.dtype))
+                self._layout[site.keys, name] = kind, start, shape
                 self._sizes[kind] += math.prod(shape)
 
 
-def held(name: str, entry: Entry) -> Held:
-    """An adapter's arrays, fetched to host memory."""
-    return Held(name, jax.device_get(entry.arrays))
+def _with_kinds(site: Site, like: Sequence[Entry]) -> Slotted:
+    """What slots of a leaf hold, with room for what some adapters have there."""
+    method = site.method
+    assert isinstance(method, Slotted)
+    wanted = [entry.sites[site.keys].method for entry in like if site.keys in entry.sites]
+    kinds = joined(kind for each in wanted if isinstance(each, OfKinds) for kind in each.kinds)
+    return OfKinds(method.slots, method.rank, method.gains, kinds=kinds) if kinds else method

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
-from jlora.compose.entry import Source, entry_of
+from jlora.compose.entry import Entry, Source, adapted_of, entry_of
+from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.spec import ALL_LINEAR
 from jlora.models.peft_names import peft_names
+from jlora.serving.front import front_of, parted
 from jlora.serving.request import UnknownAdapter
-from jlora.serving.room import Held, Room, held
+from jlora.serving.room import Held, Room
 
 
 class AdapterStore:
@@ -25,6 +28,8 @@ class AdapterStore:
         rank: the largest rank of an adapter.
         leaves: which leaves adapters may change, as a pattern of a spec, or several. Experts are left out.
         gains: whether there is room for gains, as DoRA has them.
+        like: adapters as `add` takes them, which are not added: there is room for those of their methods that are no low-rank
+            factors, each with all its hyperparameters, and for as many virtual tokens.
         dtype: of the factors on the device; by default that of the model's computation, to which products cast them anyway.
         names: which torch parameter a leaf is, to read folders in PEFT's format; by default `jlora.models.peft_names(model)`.
 
@@ -51,14 +56,19 @@ class AdapterStore:
         rank: int = 16,
         leaves: Any = ALL_LINEAR,
         gains: bool = True,
+        like: Sequence[Source] = (),
         dtype: Any = None,
         names: Any = None,
     ):
         for name, number in {"slots": slots, "rank": rank}.items():
             if number < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {number}")
-        self.slots, self.room = slots, Room(model, params, leaves, rank, gains, dtype)
-        self._names = peft_names(model) if names is None else names
+        self.slots, self._names = slots, peft_names(model) if names is None else names
+        self._model = model
+        read = [parted(adapted_of(each, params, self._names)) for each in like]
+        entries = [self._entry("like", adapted, params) for adapted, _ in read]
+        virtual = max((tokens for _, tokens in read), default=0)
+        self.room = Room(model, params, leaves, rank, gains, dtype, entries, virtual)
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
 
@@ -71,9 +81,9 @@ class AdapterStore:
                 rank, on other leaves, with values that are not finite. Then nothing was changed.
         """
         self._check_free(name)
-        entry = entry_of(name, source, self.room.params, self._names)
-        self.room.check(name, entry)
-        found = held(name, entry)
+        adapted = adapted_of(source, self.room.params, self._names)
+        entry = self._entry(name, parted(adapted)[0], self.room.params, self.room.dtype)
+        found = self.room.held(name, entry, front_of(name, self._model, adapted))
         with self._lock:
             self._check_free(name)
             self._held[name] = found
@@ -100,6 +110,11 @@ class AdapterStore:
         return found
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes that an adapter takes on the device, whichever it is; there are as many of them as rows and slots together."""
+        return self.room.size
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The adapters that are in it."""
         with self._lock:
@@ -110,6 +125,9 @@ class AdapterStore:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def _entry(self, name: str, adapted: Adapted, params: Any, dtype: Any = None) -> Entry:
+        return entry_of(name, adapted, params, self._names, dtype, kinds=True)
 
     def _check_free(self, name: str) -> None:
         if name in self._held:

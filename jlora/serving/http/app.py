@@ -149,7 +149,7 @@ class _Routes:
             "created": entry.created,
             "owned_by": "jlora",
             "parent": None if entry.adapter is None else self._service.shelf.base,
-            "max_model_len": self._service.engine.length,
+            "max_model_len": self._service.engine.length - entry.virtual,
             "chat": entry.chat is not None,
         }
 

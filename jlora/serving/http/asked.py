@@ -153,7 +153,7 @@ def _common(
         chat=chat,
         prompts=prompts,
         n=n,
-        max_new_tokens=tuple(_room(prompt, wanted, limits.length, chat) for prompt in prompts),
+        max_new_tokens=tuple(_room(prompt, wanted, limits.length - entry.virtual, chat) for prompt in prompts),
         temperature=body.number("temperature", voice.temperature, lambda value: value >= 0, "a number, 0 or more"),
         top_k=_top_k(body, voice),
         top_p=body.number("top_p", voice.top_p, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),

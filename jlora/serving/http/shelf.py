@@ -25,12 +25,14 @@ class Entry:
         name: as `model` has it.
         adapter: its name in the store; None for the base.
         chat: how chats become tokens; None where they can't.
+        virtual: tokens that the adapter puts in front of a text.
         created: when it came, in seconds since 1970.
     """
 
     name: str
     adapter: str | None
     chat: Chat | None
+    virtual: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -129,7 +131,7 @@ class Shelf:
         # First what may be refused without a trace in the store.
         chat = self._voice.chat(str(folder))
         self._store.add(name, folder)
-        return Entry(name, name, chat)
+        return Entry(name, name, chat, self._store.get(name).virtual)
 
     def _allowed(self, path: str) -> Path:
         """The folder that a call names, within those that the server was started with."""

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora import models
-from jlora.compose.entry import entry_of
+from jlora.compose.entry import adapted_of, entry_of
+from jlora.compose.kinds import OfKinds
 from jlora.compose.slotted import Slotted
+from jlora.core.tree.adapted import Adapted
 from jlora.disk import folders
 from jlora.models.chat_files import read_chat_templates
 from jlora.serving.engine import Engine
+from jlora.serving.front import parted
 from jlora.serving.pieces import Pieces
 from jlora.serving.store import AdapterStore
 from jlora.training.commands.runs import Run
@@ -229,19 +232,31 @@ def read_token(file: str | None) -> str | None:
     return found
 
 
-def largest_rank(found: Found, subject: Subject) -> int:
-    """The largest rank of the adapters, 16 at least, so that there is room for others to come.
+def room_for(found: Found, subject: Subject) -> tuple[int, list[Adapted]]:
+    """What rows need room for: the largest rank of the adapters, 16 at least, and an adapter of each other method.
+
+    There is room for others to come, of these ranks and methods.
 
     Raises:
-        ValueError: for an adapter of another base, or of a method that no bank holds, with its folder.
+        ValueError: for an adapter of another base, or of a method that no row holds, with its folder.
         OSError: for a file that can't be read.
     """
-    ranks = [_RANK]
+    names, ranks, like = models.peft_names(subject.model), [_RANK], []
+    seen: set[Any] = set()
     for name, folder in found.adapters.items():
         with told_of(folder):
-            entry = entry_of(name, folder, subject.params, models.peft_names(subject.model))
-        ranks += [site.method.rank for site in entry.sites.values() if isinstance(site.method, Slotted)]
-    return max(ranks)
+            adapted = adapted_of(folder, subject.params, names)
+            rest, tokens = parted(adapted)
+            methods = {
+                keys: site.method
+                for keys, site in entry_of(name, rest, subject.params, names, kinds=True).sites.items()
+            }
+        ranks += [method.rank for method in methods.values() if isinstance(method, Slotted)]
+        others = {(keys, method) for keys, method in methods.items() if isinstance(method, OfKinds)} | {tokens} - {0}
+        if others - seen:
+            seen |= others
+            like.append(adapted)
+    return max(ranks), like
 
 
 @contextlib.contextmanager
@@ -277,8 +292,9 @@ def service_of(arguments: argparse.Namespace, say: Callable[[str], None]) -> Ser
     voice, subject = RunVoice(base, arguments.chat_template), base.subject
     for note in (*subject.notes, *voice.notes, *found.notes, *_warnings(local, token)):
         say(f"note  {note}")
-    rank = arguments.rank or largest_rank(found, subject)
-    store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank)
+    rank, like = room_for(found, subject)
+    rank = arguments.rank or rank
+    store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank, like=like)
     sizes = {"rows": arguments.rows, "length": arguments.length, "queue": arguments.queue}
     engine = Engine(subject.model, subject.params, adapters=store, **sizes)
     shelf = Shelf(arguments.served_name or _name_of(base, arguments.model), store, voice, found.roots)
