@@ -132,7 +132,7 @@ def kind_of(weight: Weight, site: Site) -> tuple[Kind, dict[str, jax.Array]] | s
 def _refusal(weight: Weight, site: Site) -> str | None:
     """Why a slot of a row can't hold what a leaf's method does."""
     if not site.method.matrix or site.kind != "dot":
-        return "changes a leaf that is no matrix of a product, which rows can't have each their own of"
+        return "takes its leaf otherwise than as a product's matrix, which rows can't have each their own of"
     if weight.beside:
         return f"changes the {', '.join(weight.beside)} beside the matrix too, which rows can't have each their own of"
     for method in parts(site.method):

@@ -58,7 +58,15 @@ def read_generation_config(directory: str | os.PathLike) -> GenerationConfig:
         return GenerationConfig(**found)
     if given["do_sample"] is not True:
         return GenerationConfig(**found, temperature=0.0)
-    temperature = _number(path, given, "temperature", 1.0, lambda value: value > 0, "above 0")
+    # As `Sampling` takes it: a temperature that is refused there would be refused at every call.
+    temperature = _number(
+        path,
+        given,
+        "temperature",
+        1.0,
+        lambda value: 2.0**-100 <= value < 2.0**127,
+        "a number from 2^-100 and below 2^127",
+    )
     top_p = _number(path, given, "top_p", 1.0, lambda value: 0 < value <= 1, "above 0 and at most 1")
     top_k = _number(
         path, given, "top_k", 50, lambda value: value >= 0 and value == int(value), "a whole number, 0 or more"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.generate import nucleus_border
-from jlora.serving.request import ENDS, TOP, Asked
+from jlora.serving.request import TOP, Asked
 
 
 class Ways(NamedTuple):
@@ -20,7 +20,7 @@ class Ways(NamedTuple):
         top_k: int32; 0 for all.
         top_p: float32; 1 for all.
         seed: uint32.
-        ends: int32 `[rows, ENDS]`, filled up with -1.
+        ends: int32 `[rows, most]`, filled up with -1.
         limit: int32, tokens to write at most.
         logprobs: bool, whether logarithms of probabilities are wanted.
         alive: bool, whether the row may write.
@@ -36,8 +36,8 @@ class Ways(NamedTuple):
     alive: Any
 
     @classmethod
-    def empty(cls, rows: int) -> Ways:
-        """Those of rows in which nothing is."""
+    def empty(cls, rows: int, ends: int) -> Ways:
+        """Those of rows in which nothing is, with room for so many end tokens."""
         numbers = {
             "temperature": np.float32,
             "top_k": np.int32,
@@ -47,14 +47,15 @@ class Ways(NamedTuple):
         }
         made = {name: np.zeros(rows, dtype) for name, dtype in numbers.items()}
         flags = {name: np.zeros(rows, bool) for name in ("logprobs", "alive")}
-        return cls(**made, **flags, ends=np.full((rows, ENDS), -1, np.int32))
+        return cls(**made, **flags, ends=np.full((rows, ends), -1, np.int32))
 
     def take(self, row: int, asked: Asked) -> None:
         """Sets a row to what a request asks for; it may not write yet."""
         self.temperature[row], self.seed[row] = asked.temperature, asked.seed
         self.top_k[row] = 0 if asked.top_k is None else min(asked.top_k, np.iinfo(np.int32).max)
         self.top_p[row] = 1 if asked.top_p is None else asked.top_p
-        self.ends[row] = [*asked.ends, *[-1] * (ENDS - len(asked.ends))]
+        self.ends[row] = -1
+        self.ends[row, : len(asked.ends)] = asked.ends
         self.limit[row], self.logprobs[row], self.alive[row] = asked.max_new_tokens, asked.logprobs is not None, False
 
     def drop(self, row: int) -> None:

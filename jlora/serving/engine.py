@@ -36,7 +36,7 @@ class Engine:
 
     It has a fixed number of rows, each with its part of a key-value cache and its own copy of an adapter. A request gets a free
     row, writes its adapter there once, has its prompt read in chunks between the others' decoding steps, and leaves when it
-    ends. Three programs are compiled, by `start`, and none after it.
+    ends. Three programs are compiled, by `start`, and none after it; four where adapters may put virtual tokens in front.
 
     A request's tokens are those that `jlora.models.generate` gives to its prompt alone, with `key=jax.random.key(seed)` where
     it draws at random, up to the rounding of sums; they don't depend on what runs beside it.
@@ -50,6 +50,7 @@ class Engine:
         adapters: the adapters, made for the same model and params; without it the base alone is served.
         queue: requests that may wait.
         steps: decoding steps between two looks at the queue: more are quicker, and tokens come less evenly.
+        ends: end tokens that a request may have.
 
     Raises:
         ValueError: for a number that is not positive, a model without a head, and a store of other params.
@@ -77,8 +78,9 @@ class Engine:
         adapters: AdapterStore | None = None,
         queue: int = 256,
         steps: int = 4,
+        ends: int = 16,
     ):
-        for name, number in {"rows": rows, "chunk": chunk, "queue": queue, "steps": steps}.items():
+        for name, number in {"rows": rows, "chunk": chunk, "queue": queue, "steps": steps, "ends": ends}.items():
             if number < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {number}")
         self.length = _length(model.config, length)
@@ -89,8 +91,8 @@ class Engine:
             room = adapters.room
             params, pages = room.rows(params, rows), Pages(room, adapters.slots)
         self._programs = Programs(model, room, rows, self.length + chunk, steps)
-        self._loop = Loop(self._programs, params, pages, rows, chunk, steps)
-        self._pages, self._rows, self._most = pages, rows, queue
+        self._loop = Loop(self._programs, params, pages, rows, chunk, steps, ends)
+        self._pages, self._rows, self._most, self._ends = pages, rows, queue, ends
         self._waiting: deque[Request] = deque()
         self._taken = 0
         self._changed = threading.Condition()
@@ -121,7 +123,7 @@ class Engine:
             adapter: its name in the store; None for the base.
             temperature, top_k, top_p: as for `jlora.models.generate`.
             seed: of what it draws, 0 to 2^32 - 1; by default one that is drawn anew for each request.
-            ends: tokens that end it, at most 16.
+            ends: tokens that end it, at most as many as the engine has room for.
             logprobs: tell the logarithm of each token's probability, and those of that many likeliest tokens, 0 to 20.
 
         Raises:
@@ -132,6 +134,8 @@ class Engine:
         """
         seed = random.getrandbits(32) if seed is None else seed
         tokens, ends = tokens_of("prompt", prompt), tokens_of("ends", ends)
+        if len(ends) > self._ends:
+            raise ValueError(f"ends: wanted at most {self._ends} tokens, got {len(ends)}")
         asked = Asked(tokens, max_new_tokens, temperature, top_k, top_p, seed, ends, logprobs)
         if len(tokens) + max_new_tokens > self.length:
             raise ValueError(

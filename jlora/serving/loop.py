@@ -72,14 +72,16 @@ class Loop:
         finished: how many requests have ended, by reason.
     """
 
-    def __init__(self, programs: Programs, params: Any, pages: Pages | None, rows: int, chunk: int, steps: int):
+    def __init__(
+        self, programs: Programs, params: Any, pages: Pages | None, rows: int, chunk: int, steps: int, ends: int
+    ):
         """Args: the programs; the base, or the adapters of rows on it; adapters on the device; and as for `Engine`."""
         self._programs, self._pages, self._chunk, self._steps = programs, pages, chunk, steps
         self._params = params
         self._device = programs.empty(params.base if isinstance(params, Adapted) else params)
         self._rows: list[Row | None] = [None] * rows
         self._written: list[Held | None] = [None] * rows
-        self._ways, self._sent = Ways.empty(rows), None
+        self._ways, self._sent = Ways.empty(rows, ends), None
         self._pending: deque[Results] = deque()
         self.counts: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()

@@ -9,8 +9,6 @@ from typing import Any
 
 from jlora.models.generate import Sampling
 
-#: End tokens that a request may have.
-ENDS = 16
 #: Likeliest tokens whose logarithms of probabilities a request may ask for.
 TOP = 20
 
@@ -87,8 +85,6 @@ class Asked:
             raise ValueError(f"max_new_tokens: wanted 1 or more, got {self.max_new_tokens}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: wanted a whole number from 0 to 2^32 - 1, got {self.seed}")
-        if len(self.ends) > ENDS:
-            raise ValueError(f"ends: wanted at most {ENDS} tokens, got {len(self.ends)}")
         if self.logprobs is not None and not 0 <= self.logprobs <= TOP:
             raise ValueError(f"logprobs: wanted a number from 0 to {TOP} (None for none), got {self.logprobs}")
 

@@ -79,7 +79,7 @@ class Room:
         sites = [site for site in resolve(named, spec, report) if site.keys not in mixed]
         self.sites = [replace(site, method=_with_kinds(site, like)) for site in sites]
         self.params, self.rank, self.gains, self.virtual = params, rank, gains, virtual
-        self.dtype = model.config.dtype if dtype is None else dtype
+        self.dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
         self._lay_out()
 
     def rows(self, params: Any, count: int) -> Adapted:

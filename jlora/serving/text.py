@@ -78,8 +78,7 @@ class Text:
 
     def _held_back(self) -> int:
         """How many characters at the end may be the beginning of a stop text."""
-        parts = (size for each in self._stop for size in range(1, len(each)) if self.whole.endswith(each[:size]))
-        return max(parts, default=0)
+        return max((_begun(self.whole, each) for each in self._stop), default=0)
 
     def _slide(self) -> None:
         """Forgets tokens at the front of a long window, up to a border of characters."""
@@ -92,6 +91,17 @@ class Text:
         self._ids = self._ids[cut:]
         self._borders = [border - cut for border in self._borders if border >= cut]
         self._known = self._decode(self._ids)
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop text, but not the whole of it.
+
+    Only places with its first character are looked at: trying all its beginnings for each token costs their length squared.
+    """
+    place = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while place >= 0 and not stop.startswith(text[place:]):
+        place = text.find(stop[0], place + 1)
+    return 0 if place < 0 else len(text) - place
 
 
 def _context(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> tuple[list[int], int]:

@@ -179,6 +179,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how chats are written where an adapter has no template of its own: model, chatml, plain, a .jinja file (model)",
     )
+    parser.add_argument(
+        "--trust-templates",
+        action="store_true",
+        help="run the chat templates in adapters' folders, which are programs; else only those that are the base's or jlora's own",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (127.0.0.1)")
     port = number(int, lambda value: 0 <= value < 2**16, "from 0 to 65535")
     parser.add_argument("--port", type=port, default=8000, help="port to listen at; 0 is any that is free (8000)")

@@ -183,7 +183,8 @@ def test_how_a_model_is_sampled_is_read_as_transformers_understands_it(content, 
         ({"eos_token_id": "</s>"}, "eos_token_id must be the id of a token"),
         ({"stop_strings": [""]}, "stop_strings must be a text"),
         ({"do_sample": True, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature must be above 0"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number from 2"),
+        ({"do_sample": True, "temperature": 1e-39}, "temperature must be a number from 2"),
     ],
 )
 def test_a_generation_config_that_has_no_meaning_is_named(content, message, tmp_path):

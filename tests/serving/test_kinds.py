@@ -113,7 +113,7 @@ REFUSED = {
     "other method": (lambda: trained(jlora.HRA(2), 1, VALUE), "there is no room for HRA(rank=2), but for SHiRA(mask=random"),
     "more entries": (lambda: trained(jlora.SHiRA(entries=301), 1, VALUE), "no room for SHiRA(mask=random, entries=301)"),
     "longer": (lambda: trained(jlora.PromptTuning(tokens=6), 1, EMBEDDING), "6 virtual tokens in front of a text"),
-    "norm": (lambda: trained(jlora.LNTuning(), 1, ".*norm/(scale|weight)"), "changes a leaf that is no matrix of a product"),
+    "norm": (lambda: trained(jlora.LNTuning(), 1, ".*norm/(scale|weight)"), "otherwise than as a product's matrix"),
     "told": (poly, "wants to be told something by every call"),
 }  # fmt: skip
 

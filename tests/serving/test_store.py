@@ -1,5 +1,7 @@
 """The store and its pages: what is taken in, what is refused, and who gives way."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -55,7 +57,11 @@ REFUSED = {
     "rank": (lambda: adapters()["two"], {"rank": 4}, "'rank' has rank 8, but the store room for rank=4"),
     "gain": (lambda: adapters()["dora"], {"gains": False}, "'gain' has a gain, and the store no room for gains"),
     "leaf": (lambda: adapters()["one"], {"leaves": ".*/q_proj/kernel"}, "the store has no room for it"),
-    "method": (lambda: trained(jlora.SHiRA(), 1), {}, "of 'method' is no (w + a @ b) * gain"),
+    "method": (
+        lambda: trained(jlora.SHiRA(), 1),
+        {},
+        "for 'method' there is no room for SHiRA(mask=random, entries=110)",
+    ),
     "base": (lambda: trained(jlora.LoRA(2), 1, params=_tree(1)), {}, "different bases"),
     "infinite": (_infinite, {}, "'infinite' holds values that are not finite"),
 }
@@ -114,3 +120,25 @@ def test_names_of_peft_are_the_models(tmp_path):
     assert set(ours) == set(theirs)
     for keys, fields in ours.items():
         np.testing.assert_allclose(fields["a"] @ fields["b"], theirs[keys]["a"] @ theirs[keys]["b"], atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1e38, -1e38, 1e25])
+def test_a_scale_with_which_norms_would_overflow_is_refused_by_name(tmp_path, alpha):
+    """Such numbers are finite, and so would be the answers: of a norm that divides by infinity."""
+    model, _ = loaded()
+    jlora.save_peft(tmp_path, adapters()["one"], jlora.models.peft_names(model))
+    (tmp_path / "jlora_manifest.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+    held = store()
+    with pytest.raises(ValueError, match=r"kernel: 'loud' changes a product by up to .* norms overflow: is its scale"):
+        held.add("loud", tmp_path)
+    assert not held.names
+
+
+def test_values_that_overflow_in_the_dtype_of_the_rows_are_refused():
+    adapted = adapters()["one"]
+    loud = adapted.replace(params=jax.tree.map(lambda leaf: leaf * 1e6, adapted.params))
+    store().add("wide", loud)
+    with pytest.raises(ValueError, match="'narrow' holds values that are not finite as float16"):
+        store(dtype="float16").add("narrow", loud)

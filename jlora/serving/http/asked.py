@@ -110,7 +110,8 @@ def chat(body: Body, entry: Entry, voice: Voice, limits: Limits) -> Asked:
     if entry.chat is None:
         raise bad(
             "model",
-            f"{entry.name!r} has no chat template: ask /v1/completions, or start the server with --chat-template",
+            f"{entry.name!r} has no chat template that is run here: ask /v1/completions, or start the server with "
+            "--chat-template, or with --trust-templates for one in an adapter's folder",
             "no_chat_template",
         )
     try:

@@ -15,6 +15,7 @@ from jlora.serving.request import UnknownAdapter
 from jlora.serving.store import AdapterStore
 
 _LONGEST_NAME = 200
+_FEW = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,9 @@ class Shelf:
             Refused: 404, where it stands for nothing.
         """
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, 1)
+            # With long names, or thousands of them, the search would hold up all other calls.
+            few = len(name) <= _LONGEST_NAME and len(self._entries) <= _FEW
+            near = difflib.get_close_matches(name, self._entries, 1) if few else []
             hint = f"; did you mean {near[0]!r}?" if near else "; GET /v1/models lists what there is"
             raise Refused(404, f"there is no model {name[:_LONGEST_NAME]!r}{hint}", "model_not_found", "model")
         return self._entries[name]

@@ -39,7 +39,7 @@ class Voice(Protocol):
         ...
 
     def chat(self, folder: str | None) -> Chat | None:
-        """How chats are written for the adapter in a folder, or for the base; None where there is no template.
+        """How chats are written for the adapter in a folder, or for the base; None where no template is run.
 
         Raises:
             ValueError: for a template that is damaged.

@@ -86,6 +86,10 @@ def find_adapters(runs: Sequence[str], given: Sequence[str]) -> Found:
     roots = []
 
     def put(name: str, folder: Path, flag: str) -> None:
+        if not _can_be_told(name):
+            raise SettingError(
+                flag, f"{folder}: an adapter's name must be printable, got {name!r}: say --adapters NAME=DIR"
+            )
         if name in adapters:
             raise SettingError(
                 flag, f"{folder} and {adapters[name]} are both called {name}: say --adapters NAME={folder}"
@@ -110,11 +114,21 @@ def find_adapters(runs: Sequence[str], given: Sequence[str]) -> Found:
         for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
             why = None if _is_adapter(inner) else "holds no adapters"
             why = f"is a {_task(inner)}" if why is None and _task(inner) else why
+            why = (
+                why
+                if _can_be_told(inner.name)
+                else "has a name that can't be told in JSON, so --adapters NAME=DIR is wanted"
+            )
             if why is None:
                 put(inner.name, inner, "--adapters")
             elif not inner.name.startswith("."):
-                notes.append(f"{inner} {why}: left out")
+                notes.append(f"{inner if _can_be_told(inner.name) else repr(str(inner))} {why}: left out")
     return Found(adapters, tuple(roots), tuple(notes))
+
+
+def _can_be_told(name: str) -> bool:
+    """Whether a name can stand in answers, in logs and in metrics: a folder's may be of any bytes."""
+    return bool(name) and name.isprintable()
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -168,21 +182,25 @@ class RunVoice:
         notes: what a user must know of them.
     """
 
-    def __init__(self, run: Run, template: str | None = None):
-        """Args: the base; the chat template of the base, as `--chat-template`, by default the model's own if it has one.
+    def __init__(self, run: Run, template: str | None = None, trusts: bool = False):
+        """Args: the base; its chat template, as `--chat-template`; whether templates in adapters' folders may be run.
+
+        The base's template is by default the model's own if it has one. A template is a program, which may write without end:
+        so those of adapters are run where they have the text of the base's, or of one of jlora's own, or are trusted.
 
         Raises:
             ValueError: for a template that is damaged, or needs what the model lacks.
         """
         given: dict[str, Any] = dict.fromkeys(("tokens", "temperature", "top_k", "top_p", "stop", "seed"))
         way, notes = way_of(run, given)
-        self.ends, self.stop, self.notes = way.ends, way.stop, tuple(notes)
+        self.ends, self.stop, self.notes = way.ends, way.stop, notes
         self.temperature, self.top_k, self.top_p = way.temperature, way.top_k, way.top_p
         self._run, self._codec = run, run.subject.codec
         vocabulary = self._codec.tokenizer.get_vocab()
         self.tokens, self._pieces = max(vocabulary.values()) + 1, Pieces(self._codec.tokenizer)
         # Templates keep what they write while they write it.
         self._lock = threading.Lock()
+        self._trusts = trusts
         own = template is not None or read_chat_templates(run.directory)
         self._template = chat.template(template or "model", run.directory, vocabulary) if own else None
 
@@ -200,6 +218,8 @@ class RunVoice:
 
     def chat(self, folder: str | None) -> Any:
         """How chats are written for an adapter: by the template that it was trained with, else by the base's."""
+        if folder is not None and not self._may_run(run_of(folder)):
+            return None
         stored = chat.stored(run_of(folder), self._run.directory) if folder is not None else None
         template = stored or self._template
         if template is None:
@@ -213,6 +233,12 @@ class RunVoice:
                 return chat_tokens(self._run, messages, template.at(datetime.now()))
 
         return tokens
+
+    def _may_run(self, run: Path) -> bool:
+        """Whether the templates of a run's folder may be run."""
+        known = {} if self._template is None else self._template.texts()
+        own = read_chat_templates(run).values()
+        return self._trusts or all(chat.is_built_in(each.text) or each.text in known.values() for each in own)
 
 
 def read_token(file: str | None) -> str | None:
@@ -289,18 +315,23 @@ def service_of(arguments: argparse.Namespace, say: Callable[[str], None]) -> Ser
     base = open_base(found, arguments.model, arguments.quantize)
     if base.settings.task == "classify":
         raise CheckpointError("a classifier cannot write")
-    voice, subject = RunVoice(base, arguments.chat_template), base.subject
+    voice, subject = RunVoice(base, arguments.chat_template, arguments.trust_templates), base.subject
     for note in (*subject.notes, *voice.notes, *found.notes, *_warnings(local, token)):
         say(f"note  {note}")
     rank, like = room_for(found, subject)
     rank = arguments.rank or rank
     store = AdapterStore(subject.model, subject.params, slots=arguments.slots, rank=rank, like=like)
     sizes = {"rows": arguments.rows, "length": arguments.length, "queue": arguments.queue}
+    sizes["ends"] = max(16, len(voice.ends))
     engine = Engine(subject.model, subject.params, adapters=store, **sizes)
     shelf = Shelf(arguments.served_name or _name_of(base, arguments.model), store, voice, found.roots)
     for name, folder in found.adapters.items():
         with told_of(folder):
             shelf.put(name, folder)
+        if shelf.find(name).chat is None and read_chat_templates(run_of(folder)):
+            say(
+                f"note  {folder} has a chat template of its own, which is run with --trust-templates alone: it answers no chats"
+            )
     hosts = ("localhost", "127.0.0.1", "::1", arguments.host) if local and token is None else None
     body, choices = arguments.max_body * 2**20, min(64, arguments.queue)
     return Service(engine, voice, shelf, token, hosts, body, choices)

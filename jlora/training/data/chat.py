@@ -242,6 +242,11 @@ def _given(name: str) -> ChatSource:
     return ChatSource(_BUILT_IN[name], name) if name in _BUILT_IN else read_chat_template(name)
 
 
+def is_built_in(text: str) -> bool:
+    """Whether a template's text is one of jlora's own."""
+    return text in _BUILT_IN.values()
+
+
 def stored(out: str | Path, directory: str | Path) -> Template | None:
     """The template that a run was trained with, from its folder; None if it read no chats.
 

@@ -65,6 +65,7 @@ def service(folders):
         "320",
         "--served-name",
         "tiny",
+        "--trust-templates",
     ]
     notes = []
     found = service_of(build_parser().parse_args(words), notes.append)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +18,10 @@ import jlora
 from jlora.models import STORIES260K
 from jlora.models.chat_files import write_chat_templates
 from jlora.serving.http.run import is_local
-from jlora.training.cli import main
+from jlora.training.cli import build_parser, main
 from jlora.training.commands import serving
 from jlora.training.commands.serving import RunVoice, find_adapters, open_base, read_token
+from jlora.training.data.chat import template
 from jlora.training.errors import CheckpointError, SettingError
 
 pytestmark = pytest.mark.once
@@ -74,12 +76,51 @@ def test_the_base_is_that_of_the_first_run_as_it_was_trained_on_it(trained, tmp_
     assert open_base(found, None, None).settings.dtype == "bfloat16"
     assert open_base(find_adapters([], []), None, None).settings.dtype is None
     write_chat_templates(run, {"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
-    voice = RunVoice(open_base(found, None, None))
+    voice = RunVoice(open_base(found, None, None), trusts=True)
     assert voice.chat(None) is None
     ids = voice.chat(str(run))([{"role": "user", "content": "a dog"}])
     assert voice.decode(ids).strip() == "a dog"
     # And by the folder of the adapters alone.
     assert voice.chat(str(run / "adapters"))([{"role": "user", "content": "a dog"}]) == ids
+
+
+ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize("text", ["{{ 'a' * 10**10 }}", ENDLESS, "{% broken"])
+def test_a_template_of_an_adapter_is_not_even_compiled_unless_it_is_known(tmp_path, text):
+    """Jinja reckons constants when it compiles, and nothing ends a loop in a thread."""
+    base = open_base(find_adapters([], []), None, None)
+    (tmp_path / "plain").mkdir(), (tmp_path / "own").mkdir()
+    for voice in (RunVoice(base), RunVoice(base, "plain")):
+        write_chat_templates(tmp_path / "own", {"default": text})
+        assert voice.chat(str(tmp_path / "own")) is None
+        # The text of the base's template, or of one of jlora's own, is run wherever it lies.
+        write_chat_templates(tmp_path / "plain", template("plain", base.directory, {}).texts())
+        ids = voice.chat(str(tmp_path / "plain"))([{"role": "user", "content": "a dog"}])
+        assert voice.decode(ids).endswith("a dog\nAssistant:")
+    trusting = RunVoice(base, trusts=True)
+    write_chat_templates(tmp_path / "own", {"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    assert trusting.chat(str(tmp_path / "own")) is not None
+
+
+def test_odd_names_templates_and_many_end_tokens_are_told_at_the_start(folders, tmp_path):
+    model = shutil.copytree(STORIES260K, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, 42))}))
+    odd = shutil.copytree(folders / "sql", os.fsdecode(bytes(tmp_path / "runs") + b"/bad\xff"))
+    shutil.copytree(folders / "talk", tmp_path / "runs" / "talk")
+    notes = []
+    words = ["serve", "--model", str(model), "--adapters", str(tmp_path / "runs"), "--length", "32"]
+    service = serving.service_of(build_parser().parse_args(words), notes.append)
+    assert [entry.name for entry in service.shelf.entries] == ["model", "talk"]
+    assert any(repr(str(odd)) in note and "NAME=DIR is wanted: left out" in note for note in notes)
+    assert any("talk has a chat template of its own" in note and "--trust-templates" in note for note in notes)
+    assert service.shelf.find("talk").chat is None
+    assert len(service.voice.ends) == 40
+    service.engine.submit([1], max_new_tokens=1, listen=print, ends=service.voice.ends)
+    with pytest.raises(SettingError, match="name must be printable"):
+        find_adapters([], [f"a\nb={folders / 'sql'}"])
+    service.engine.close(drain=False)
 
 
 def test_a_template_that_writes_the_time_writes_that_of_the_call(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from over_http import ask, copied, is_idle, running, until
 from jlora.serving.http import app as http_app
 from jlora.serving.http.answers import Answers
 from jlora.serving.http.app import Service
+from jlora.serving.http.refusals import Refused
 from jlora.serving.request import Finished, Token
 from jlora.serving.text import Text
 
@@ -345,3 +346,20 @@ def test_a_call_whose_second_request_is_refused_leaves_no_first(service, monkeyp
     with pytest.raises(http_app.Refused):
         asyncio.run(answers())
     assert [each.cancelled for each in made] == [True, True]
+
+
+def test_a_name_that_is_unknown_among_thousands_is_not_searched_for(service, monkeypatch):
+    """The search for a near name takes the thread in which all calls are answered."""
+    shelf = service.shelf
+
+    def found(*_):
+        raise AssertionError("searched")
+
+    with pytest.raises(Refused, match="did you mean 'sql'"):
+        shelf.find("sqll")
+    monkeypatch.setattr("difflib.get_close_matches", found)
+    with pytest.raises(Refused, match="GET /v1/models lists"):
+        shelf.find("s" * 201)
+    monkeypatch.setattr(shelf, "_entries", dict.fromkeys(map(str, range(2000))))
+    with pytest.raises(Refused, match="GET /v1/models lists"):
+        shelf.find("sqll")

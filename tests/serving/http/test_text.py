@@ -12,7 +12,7 @@ from jlora.serving.http.asked import Asked
 from jlora.serving.http.shapes import Shape
 from jlora.serving.http.shelf import Entry
 from jlora.serving.pieces import Pieces
-from jlora.serving.text import Text, whole_text
+from jlora.serving.text import Text, _begun, whole_text
 
 pytestmark = pytest.mark.once
 
@@ -141,3 +141,19 @@ def test_of_two_tokens_with_one_name_the_likelier_is_told_or_the_one_that_was_wr
     names = {name: pieces.of(id)[0] for name, id in ids.items()}
     (likeliest,) = choice["logprobs"]["top_logprobs"]
     assert likeliest == {names["comma"]: -0.5, names["dot"]: -1.0} | {names[written]: told}
+
+
+def test_what_may_begin_a_stop_text_is_found_without_trying_all_its_beginnings():
+    rng, looked = random.Random(3), []
+
+    class Watched(str):
+        def startswith(self, *given):
+            looked.append(given)
+            return super().startswith(*given)
+
+    for _ in range(2000):
+        text, stop = ("".join(rng.choice("ab") for _ in range(rng.randint(0, 9))) for _ in range(2))
+        if stop:
+            wanted = max((size for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+            assert _begun(text, stop) == wanted, (text, stop)
+    assert _begun("a text of many letters" * 100, Watched("!" * 1000)) == 0 and not looked
