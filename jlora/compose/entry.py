@@ -86,15 +86,15 @@ def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = No
     return Entry(sites, arrays)
 
 
-def adapted_of(source: Source, params: Any, names: Any) -> Adapted:
-    """An adapter on its base; arguments as for `entry_of`.
+def adapted_of(source: Source, params: Any, names: Any, prefix: Any = None) -> Adapted:
+    """An adapter on its base; arguments as for `entry_of`, and the model's layout of prefixes in PEFT's folders.
 
     Raises:
         FileNotFoundError: for a folder that is not there.
         ValueError: for an adapter of another base, and as its reader.
     """
     if not isinstance(source, Adapted | Stacked):
-        return folders.read(source, params, names)
+        return folders.read(source, params, names, prefix)
     adapted = source if isinstance(source, Adapted) else source.plan  # which refuses
     check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapted])
     return adapted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from jlora.core.protocol.wrapping import innermost
 from jlora.core.transforms.lift import lift
 from jlora.core.tree.adapted import Adapted
 from jlora.models.attention import empty_cache
+from jlora.models.prefix_layout import PrefixLayout, peft_prefix
 from jlora.prompts.prompted import prompted
 from jlora.prompts.virtual import Virtual
 
@@ -37,6 +39,13 @@ class Front:
         """With room for more tokens, which are zero."""
         room = [(0, 0), (0, tokens - self.tokens), *[(0, 0)] * (self.keys.ndim - 2)]
         return Front(np.pad(self.keys, room), np.pad(self.values, room))
+
+
+def layout_of(model: Any) -> PrefixLayout | None:
+    """How PEFT keeps a prefix of a model; None where it can't be read."""
+    with contextlib.suppress(ValueError, TypeError):
+        return peft_prefix(model)
+    return None
 
 
 def parted(adapted: Adapted) -> tuple[Adapted, int]:

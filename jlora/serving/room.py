@@ -149,13 +149,13 @@ class Room:
         One after another in one buffer of each dtype, since moving many small arrays takes longer.
         """
         whole = {kind: np.zeros(self._sizes[kind], dtype) for kind, dtype in self._dtypes.items()}
-        whole["gain"][:] = 1
+        if "gain" in whole:
+            whole["gain"][:] = 1
         if held is not None:
             for keys, fields in held.arrays.items():
                 for name, given in fields.items():
-                    kind, start, shape = self._layout[keys, name]
-                    part = whole[kind][start : start + math.prod(shape)].reshape(shape)
-                    part[tuple(slice(size) for size in given.shape)] = given.astype(part.dtype)
+                    kind, place, shape = self._layout[keys, name]
+                    whole[kind][place].reshape(shape)[tuple(map(slice, given.shape))] = given
         if held is not None and held.front is not None:
             front = held.front.padded(self.virtual)
             whole |= {FRONT[0]: front.keys, FRONT[1]: front.values}
@@ -164,23 +164,23 @@ class Room:
     def unpacked(self, packed: Packed) -> list[dict[str, Any]]:
         """The arrays of each leaf, in the order of `sites`."""
         found: dict[Keys, dict[str, Any]] = {site.keys: {} for site in self.sites}
-        for (keys, name), (kind, start, shape) in self._layout.items():
-            found[keys][name] = packed[kind][start : start + math.prod(shape)].reshape(shape)
+        for (keys, name), (kind, place, shape) in self._layout.items():
+            found[keys][name] = packed[kind][place].reshape(shape)
         return list(found.values())
 
     def _lay_out(self) -> None:
-        self._dtypes = {"gain": np.dtype(np.float32), "": np.dtype(self.dtype)}
-        self._sizes: dict[str, int] = {"gain": 0, "": 0}
-        self._layout: dict[tuple[Keys, str], tuple[str, int, tuple[int, ...]]] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+        self._sizes: dict[str, int] = {}
+        self._layout: dict[tuple[Keys, str], tuple[str, slice, tuple[int, ...]]] = {}
         for site in self.sites:
             for name, each in arrays_of(site, self.dtype).items():
                 depth = len(site.batch_axes)
                 kind = name if name == "gain" else "" if name in ("a", "b") else np.dtype(each.dtype).name
                 shape = (*each.shape[:depth], *each.shape[depth + 1 :])
                 start = self._sizes.setdefault(kind, 0)
-                self._dtypes.setdefault(kind, np.dtype(each.dtype))
-                self._layout[site.keys, name] = kind, start, shape
+                self._dtypes.setdefault(kind, np.dtype(np.float32 if name == "gain" else each.dtype))
                 self._sizes[kind] += math.prod(shape)
+                self._layout[site.keys, name] = kind, slice(start, self._sizes[kind]), shape
 
 
 def _with_kinds(site: Site, like: Sequence[Entry]) -> Slotted:

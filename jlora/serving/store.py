@@ -10,7 +10,7 @@ from jlora.compose.entry import Entry, Source, adapted_of, entry_of
 from jlora.core.tree.adapted import Adapted
 from jlora.core.tree.spec import ALL_LINEAR
 from jlora.models.peft_names import peft_names
-from jlora.serving.front import front_of, parted
+from jlora.serving.front import front_of, layout_of, parted
 from jlora.serving.request import UnknownAdapter
 from jlora.serving.room import Held, Room
 
@@ -64,8 +64,8 @@ class AdapterStore:
             if number < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {number}")
         self.slots, self._names = slots, peft_names(model) if names is None else names
-        self._model = model
-        read = [parted(adapted_of(each, params, self._names)) for each in like]
+        self._model, self._prefix = model, layout_of(model)
+        read = [parted(adapted_of(each, params, self._names, self._prefix)) for each in like]
         entries = [self._entry("like", adapted, params) for adapted, _ in read]
         virtual = max((tokens for _, tokens in read), default=0)
         self.room = Room(model, params, leaves, rank, gains, dtype, entries, virtual)
@@ -81,7 +81,7 @@ class AdapterStore:
                 rank, on other leaves, with values that are not finite. Then nothing was changed.
         """
         self._check_free(name)
-        adapted = adapted_of(source, self.room.params, self._names)
+        adapted = adapted_of(source, self.room.params, self._names, self._prefix)
         entry = self._entry(name, parted(adapted)[0], self.room.params, self.room.dtype)
         found = self.room.held(name, entry, front_of(name, self._model, adapted))
         with self._lock:

@@ -182,7 +182,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-templates",
         action="store_true",
-        help="run the chat templates in adapters' folders, which are programs; else only those that are the base's or jlora's own",
+        help="run the chat templates in adapters' folders, which are programs; else only those of the base or of jlora",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all (127.0.0.1)")
     port = number(int, lambda value: 0 <= value < 2**16, "from 0 to 65535")

@@ -9,6 +9,7 @@ import pytest
 from serving.served import LENGTH, ask, loaded, store, trained
 
 import jlora
+from jlora import models
 from jlora.compose.kinds import Array, Kind, joined
 from jlora.serving import Engine
 
@@ -152,3 +153,13 @@ def test_positions_that_fill_up_sparse_adapters_stand_once():
     index, values = fields["kind1_index"], fields["kind1_values"]
     assert index.shape == values.shape == (5, 300) and not values[:, 50:].any()
     assert all(len(set(row.tolist())) == 300 for row in index) and jnp.all((index >= 0) & (index < 64 * 32))
+
+
+def test_a_prefix_of_peft_is_what_it_was(tmp_path):
+    held, model = store(leaves=VALUE, like=[adapters()["prefix"]]), loaded()[0]
+    jlora.save_peft(tmp_path, adapters()["prefix"], models.peft_names(model), prefix=models.peft_prefix(model))
+    held.add("own", adapters()["prefix"]), held.add("peft", tmp_path)
+    own, peft = (held.get(name).front for name in ("own", "peft"))
+    assert own.tokens == 3 and np.abs(own.keys).max() > 0.1
+    np.testing.assert_allclose(own.keys, peft.keys, atol=1e-5)
+    np.testing.assert_allclose(own.values, peft.values, atol=1e-5)

@@ -22,7 +22,7 @@ from jlora.core.tree.adapted import Adapted
 from jlora.disk import folders
 from jlora.models.chat_files import read_chat_templates
 from jlora.serving.engine import Engine
-from jlora.serving.front import parted
+from jlora.serving.front import layout_of, parted
 from jlora.serving.pieces import Pieces
 from jlora.serving.store import AdapterStore
 from jlora.training.commands.runs import Run
@@ -271,7 +271,7 @@ def room_for(found: Found, subject: Subject) -> tuple[int, list[Adapted]]:
     seen: set[Any] = set()
     for name, folder in found.adapters.items():
         with told_of(folder):
-            adapted = adapted_of(folder, subject.params, names)
+            adapted = adapted_of(folder, subject.params, names, layout_of(subject.model))
             rest, tokens = parted(adapted)
             methods = {
                 keys: site.method
