@@ -4,6 +4,7 @@ from mutations.mutation import Mutation
 
 ENGINE = "tests/serving/test_engine.py::test_"
 STORE = "tests/serving/test_store.py::test_"
+KINDS = "tests/serving/test_kinds.py::test_"
 
 MUTATIONS = (
     Mutation(
@@ -47,5 +48,26 @@ MUTATIONS = (
         "        self._kept.move_to_end(held)\n",
         "        self._kept.move_to_end(held, last=False)\n",
         (STORE + "the_least_recently_used_gives_way",),
+    ),
+    Mutation(
+        "rows get the products of a kind that others have",
+        "jlora/core/products/by_kind.py",
+        "return jnp.where(spread, self._of_kind(x, w, fields, site, options), y)",
+        "return self._of_kind(x, w, fields, site, options)",
+        (KINDS + "rows_of_all_kinds_get_what_they_get_alone",),
+    ),
+    Mutation(
+        "sparse adapters are filled up with a position that they have",
+        "jlora/compose/kinds.py",
+        "np.setdiff1d(np.arange(size, dtype=flat.dtype), each)[:more]",
+        "np.resize(each, more)",
+        (KINDS + "positions_that_fill_up_sparse_adapters_stand_once",),
+    ),
+    Mutation(
+        "a prompt is read over the virtual tokens in front of it",
+        "jlora/serving/loop.py",
+        "start, row.read = row.virtual + row.read,",
+        "start, row.read = row.read,",
+        (KINDS + "rows_of_all_kinds_get_what_they_get_alone",),
     ),
 )

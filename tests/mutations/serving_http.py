@@ -71,4 +71,11 @@ MUTATIONS = (
         "asked.seed",
         (ANSWERS + "a_seed_gives_the_same_text_again_and_n_answers_have_seeds_that_follow",),
     ),
+    Mutation(
+        "templates of adapters are run unasked",
+        "jlora/training/commands/serving.py",
+        "return self._trusts or all(",
+        "return True or all(",
+        ("tests/serving/http/test_command.py::test_odd_names_templates_and_many_end_tokens_are_told_at_the_start",),
+    ),
 )
