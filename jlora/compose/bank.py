@@ -82,7 +82,7 @@ class Bank:
             raise ValueError(f"{len(adapters)} adapters don't fit into a bank with capacity={capacity}")
         if rank < 1:
             raise ValueError(f"rank must be a positive whole number, got {rank}")
-        found = {name: entry_of(name, each, params, names) for name, each in adapters.items()}
+        found = {name: entry_of(name, each, params, names, dtype) for name, each in adapters.items()}
         sites = _sites([each.sites for each in found.values()], capacity + 1, rank, gains)
         bank = cls(empty(params, sites, dtype), {}, names)
         for name, fields in found.items():
@@ -268,7 +268,8 @@ class Bank:
         return jnp.stack(found, axis=-1)
 
     def _read(self, name: str, source: Source, room: bool = True) -> Entry:
-        found = entry_of(name, source, self._adapted.base, self._torch_names)
+        dtype = jax.tree.leaves(self._adapted.params)[0].dtype
+        found = entry_of(name, source, self._adapted.base, self._torch_names, dtype)
         if room:
             self._check_room(name, found)
         return found

@@ -114,12 +114,19 @@ class Room:
                     raise ValueError(
                         f"{site.path}: for {name!r} {error}; room is made at the start, by like= or --adapters"
                     ) from None
-        if front is not None and front.tokens > self.virtual:
-            raise ValueError(
-                f"{name!r} puts {front.tokens} virtual tokens in front of a text, and there is room for {self.virtual}; room "
-                "is made at the start, by like= or --adapters"
-            )
         return Held(name, found, front)
+
+    def check_front(self, name: str, tokens: int) -> None:
+        """Refuses an adapter with more virtual tokens than there is room for.
+
+        Raises:
+            ValueError: with what it wants and what there is.
+        """
+        if tokens > self.virtual:
+            raise ValueError(
+                f"{name!r} puts {tokens} virtual tokens in front of a text, and there is room for {self.virtual}; room is made "
+                "at the start, by like= or --adapters"
+            )
 
     def _check(self, name: str, entry: Entry, own: Mapping[Keys, Site]) -> None:
         for keys, site in entry.sites.items():

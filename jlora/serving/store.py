@@ -82,7 +82,9 @@ class AdapterStore:
         """
         self._check_free(name)
         adapted = adapted_of(source, self.room.params, self._names, self._prefix)
-        entry = self._entry(name, parted(adapted)[0], self.room.params, self.room.dtype)
+        rest, tokens = parted(adapted)
+        self.room.check_front(name, tokens)
+        entry = self._entry(name, rest, self.room.params, self.room.dtype)
         found = self.room.held(name, entry, front_of(name, self._model, adapted))
         with self._lock:
             self._check_free(name)
@@ -111,7 +113,10 @@ class AdapterStore:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that an adapter takes on the device, whichever it is; there are as many of them as rows and slots together."""
+        """Bytes that an adapter takes on the device, whichever it is: once for each row, and once for each slot.
+
+        Keys and values of virtual tokens lie in the rows' cache, and in slots that have some.
+        """
         return self.room.size
 
     @property
