@@ -11,7 +11,7 @@ MUTATIONS = (
     Mutation(
         "the beginning of a stop text is told before the text is known to go on",
         "jlora/serving/text.py",
-        "        return max(parts, default=0)",
+        "        return max((_begun(self.whole, each) for each in self._stop), default=0)",
         "        return 0",
         (TEXT + "a_stop_text_is_found_across_tokens_and_characters_and_no_part_of_it_is_told",),
     ),
