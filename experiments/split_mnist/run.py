@@ -257,7 +257,7 @@ STUDY = study.Study(
         "rank": 4,
         "orders": 3,
         "seeds": 3,
-        "memory": 52,
+        "memory": 41,
         "rate": 5e-3,
         "images": 20_000,
         "judged": 100,
