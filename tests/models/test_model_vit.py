@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jlora
 import jlora.models as models
+from jlora.interchange.leaves.names import resolve
 from jlora.training.model.subject import open_codec
 from jlora.training.settings.fields import Settings
 
@@ -149,8 +150,6 @@ def test_every_leaf_has_a_name_in_torch():
 
 
 def resolved(model, params, former):
-    from jlora.interchange.names import resolve
-
     found = resolve(models.peft_names(model, former=former), list(flatten_dict(params).items()))
     assert set(found) == set(flatten_dict(params))
     return found

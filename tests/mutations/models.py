@@ -396,8 +396,8 @@ MUTATIONS = (
     Mutation(
         "adapters of a ViT's layers have today's names for transformers 4",
         "jlora/models/peft_names.py",
-        "return {**table, **_table(config, \"\", prefix)}",
-        "return {**_table(config, \"\", prefix), **table}",
+        'return {**table, **_table(config, "", prefix)}',
+        'return {**_table(config, "", prefix), **table}',
         (VIT + "adapters_in_pefts_format_have_the_names_of_torchs_modules",),
     ),
 )
