@@ -229,43 +229,17 @@ def scores(record):
 
 def report(results, options):
     runs = {name: study.select(results, method=name) for name in options.methods}
-    averages = {name: [scores(r)[0] for r in found] for name, found in runs.items()}
-    lines = [
+    curves(runs, options.out / "results.png")
+    claims = claims_of(runs, "BANKING77")
+    restarts = [r["restarts"] for r in runs["Online-LoRA"]] if "Online-LoRA" in runs else []
+    told = f"Online-LoRA began {np.mean(restarts):.1f} new adapters a run. " if restarts else ""
+    return [
         f"BANKING77 in up to {options.parts} tasks of {options.intents} intents, MiniLM's queries and values at rank "
         f"{options.rank}, Adam at {options.rate:g}, {options.steps} steps of {options.batch} rows a task. Orders of the "
         f"intents: {options.orders}; seeds: {options.seeds}; rows that a replay keeps: {options.memory}. One learning rate for "
         "all, which no run chose. Means with 95 % intervals over orders and seeds, which one run has not (nan).",
         "",
-        "| method | loss over | average accuracy | forgetting | trained values | constants | compiled steps |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, found in runs.items():
-        forgot = [scores(r)[1] for r in found]
-        lines.append(
-            f"| {name} | {METHODS[name]} | {study.shown(averages[name])} | {'–' if name == 'joint' else study.shown(forgot)} "
-            f"| {found[0]['trained']:,} | {found[0]['kept']:,} | {max(r['programs'] for r in found)} |"
-        )
-        curves = [[np.mean(row[: t + 1]) for t, row in enumerate(np.array(r["table"], float))] for r in found]
-        mean = np.mean(curves, axis=0)
-        if name == "joint":
-            axis.axhline(mean[-1], color="black", linestyle=":", label=name)
-        else:
-            axis.plot(np.arange(1, len(mean) + 1), mean, marker="o", markersize=3, label=name)
-    axis.set(xlabel="tasks trained", ylabel="mean accuracy on the tasks so far")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(options.out / "results.png", dpi=120)
-    restarts = [r["restarts"] for r in runs["Online-LoRA"]] if "Online-LoRA" in runs else []
-    claims = {
-        f"{name} ends above {other}": [study.Case("BANKING77", np.subtract(averages[name], averages[other]).tolist())]
-        for name, other in CLAIMS.items()
-        if name in runs and other in runs
-    }
-    told = f"Online-LoRA began {np.mean(restarts):.1f} new adapters a run. " if restarts else ""
-    return [
-        *lines,
+        *table_of(runs),
         "",
         f"{told}The constants of SD-LoRA are the finished directions: for their bytes a replay could keep "
         f"{rows_for(runs, options):,} rows of tokens.",
@@ -278,6 +252,48 @@ def report(results, options):
         "",
         "![mean accuracy over the tasks so far](results.png)",
     ]
+
+
+def table_of(runs):
+    """Lines of a table with the scores and costs of every method."""
+    lines = [
+        "| method | loss over | average accuracy | forgetting | trained values | constants | compiled steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in runs.items():
+        averages, forgot = zip(*map(scores, found))
+        lines.append(
+            f"| {name} | {METHODS[name]} | {study.shown(averages)} | {'–' if name == 'joint' else study.shown(forgot)} "
+            f"| {found[0]['trained']:,} | {found[0]['kept']:,} | {max(r['programs'] for r in found)} |"
+        )
+    return lines
+
+
+def curves(runs, path):
+    """Draws the mean accuracy on the tasks so far after every task."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, found in runs.items():
+        every = [[np.mean(row[: t + 1]) for t, row in enumerate(np.array(r["table"], float))] for r in found]
+        mean = np.mean(every, axis=0)
+        if name == "joint":
+            axis.axhline(mean[-1], color="black", linestyle=":", label=name)
+        else:
+            axis.plot(np.arange(1, len(mean) + 1), mean, marker="o", markersize=3, label=name)
+    axis.set(xlabel="tasks trained", ylabel="mean accuracy on the tasks so far")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def claims_of(runs, where):
+    """Each claim's case: the differences of the average accuracy by order and seed."""
+    averages = {name: [scores(r)[0] for r in found] for name, found in runs.items()}
+    return {
+        f"{name} ends above {other}": [study.Case(where, np.subtract(averages[name], averages[other]).tolist())]
+        for name, other in CLAIMS.items()
+        if name in runs and other in runs
+    }
 
 
 def rows_for(runs, options):

@@ -22,6 +22,7 @@ from jlora.models.s2 import s2_attention
 from jlora.models.save import save
 from jlora.models.stretch import stretched
 from jlora.models.tokenizer import load_tokenizer
+from jlora.models.vit import ViT, ViTConfig
 
 STORIES260K = pathlib.Path(str(importlib.resources.files(__name__) / "stories260k"))
 """The Hugging Face directory of the pretrained 260K-parameter Llama that comes with the package."""
@@ -47,6 +48,8 @@ __all__ = [
     "Qwen3Moe",
     "Qwen3MoeConfig",
     "RopeConfig",
+    "ViT",
+    "ViTConfig",
     "empty_cache",
     "generate",
     "last_pool",

@@ -330,6 +330,7 @@ BERT = Family(
         r"(classifier|qa_outputs)\.(weight|bias)",
     ),
     encoder=True,
+    head="",
     embedding=("embeddings", "word_embeddings", "embedding"),
 )
 ROBERTA = dataclasses.replace(

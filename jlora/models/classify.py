@@ -1,4 +1,4 @@
-"""Classification: an encoder or a decoder with a linear head on its pooled hidden states."""
+"""Classification: an encoder or a decoder with a linear head on its pooled hidden states; a ViT has its head inside."""
 
 import dataclasses
 from typing import Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jlora.models.attention import token_segments
 from jlora.models.bert import Bert, mean_pool
 from jlora.models.decoder import Decoder
+from jlora.models.vit import ViT
 
 
 class Classifier(nn.Module):
@@ -51,11 +52,11 @@ def last_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 def make_classifier(
     model: nn.Module, params: dict[str, Any], num_labels: int, key: jax.Array
-) -> tuple[Classifier, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A classifier on a loaded model, with a new head.
 
     What the task does not read is left out: the language head of a decoder, the pooler of an encoder. Encoders are
-    pooled by the mean over tokens, decoders by the last token.
+    pooled by the mean over tokens, decoders by the last token. A ViT stays a `ViT`, with its new head in place of its own.
 
     Args:
         model: As `load` returns it.
@@ -64,24 +65,30 @@ def make_classifier(
         key: Random key of the head.
 
     Returns:
-        The classifier and its params.
+        The classifier, a `Classifier` or a `ViT`, and its params.
 
     Raises:
-        TypeError: The model is neither an encoder nor a decoder of this package.
+        TypeError: The model is neither an encoder nor a decoder nor a ViT of this package.
         ValueError: There are fewer than two labels.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: wanted 2 or more, got {num_labels}.")
-    if isinstance(model, Bert):
-        backbone, pooling = Bert(dataclasses.replace(model.config, pooler=False)), "mean"
+    if isinstance(model, ViT):
+        config = dataclasses.replace(model.config, num_labels=num_labels, classifier=True, pooler=False)
+        classifier: nn.Module = ViT(config)
+    elif isinstance(model, Bert):
+        classifier = Classifier(Bert(dataclasses.replace(model.config, pooler=False)), num_labels, "mean")
     elif isinstance(model, Decoder):
-        backbone, pooling = type(model)(dataclasses.replace(model.config, language_head=False)), "last"
+        headless = type(model)(dataclasses.replace(model.config, language_head=False))
+        classifier = Classifier(headless, num_labels, "last")
     else:
-        raise TypeError(f"model: wanted a Bert or a decoder, got a {type(model).__name__}.")
-    kept = {name: leaf for name, leaf in params.items() if name not in ("pooler", "lm_head")}
-    width = model.config.hidden_size
+        raise TypeError(f"model: wanted a Bert, a decoder or a ViT, got a {type(model).__name__}.")
+    kept = {name: leaf for name, leaf in params.items() if name not in ("pooler", "lm_head", "classifier")}
     head = {
-        "kernel": nn.initializers.normal(0.02)(key, (width, num_labels), jnp.float32),
+        "kernel": nn.initializers.normal(0.02)(key, (model.config.hidden_size, num_labels), jnp.float32),
         "bias": jnp.zeros((num_labels,), jnp.float32),
     }
-    return Classifier(backbone, num_labels, pooling), {"backbone": kept, "classifier": head}
+    return classifier, {**kept, "classifier": head} if isinstance(model, ViT) else {
+        "backbone": kept,
+        "classifier": head,
+    }

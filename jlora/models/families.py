@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jlora.models import bert, gemma, gpt2, llama, moe, phi3
+from jlora.models import bert, gemma, gpt2, llama, moe, phi3, vit
 from jlora.models.family import Family
 
 ALL: tuple[Family, ...] = (
@@ -14,6 +14,7 @@ ALL: tuple[Family, ...] = (
     moe.QWEN3_MOE,
     bert.BERT,
     bert.ROBERTA,
+    vit.FAMILY,
 )
 
 #: By `model_type` of `config.json`.

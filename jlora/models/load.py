@@ -28,7 +28,7 @@ from jlora.models.finite import all_finite
 from jlora.models.gguf.checkpoint import GgufCheckpoint
 from jlora.models.gguf.header import is_gguf
 from jlora.models.names import Source, source
-from jlora.models.quantized import sites_to_code, spec_of
+from jlora.models.quantized import example, sites_to_code, spec_of
 from jlora.models.tensors import FLOATS, Tensors
 
 
@@ -109,7 +109,7 @@ def load(
         remat: Recompute each layer in the backward pass.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the params; None keeps that of the file.
-        drop_heads: Leave out the head of another task, such as the masked-language head of BERT.
+        drop_heads: Leave out the head of another task, such as the masked-language head of BERT, or the classes of a ViT.
         allow_nonfinite: Take tensors that hold NaN or infinity as they are.
         follow_links: Read files that are links out of the directory. (Those of the Hugging Face Hub's cache, which lead
             from a model's `snapshots` to its `blobs`, are read in any case.)
@@ -119,7 +119,7 @@ def load(
             beside what is stored no more than one layer's matrix is in memory, as read and as it is encoded.
 
     Returns:
-        A Linen module and its params: `model.apply({"params": params}, tokens)`.
+        A Linen module and its params: `model.apply({"params": params}, tokens)`, or images in place of tokens.
 
     Raises:
         FileNotFoundError: `config.json` or a safetensors file is missing, or the package of a name.
@@ -140,7 +140,9 @@ def load(
         _check_layers(checkpoint, hf, family, prefix)
         if family.encoder:
             options["pooler"] = f"{prefix}pooler.dense.weight" in checkpoint
-        else:
+        if family.head == "classifier":
+            options["classifier"] = not drop_heads and _has_classifier(directory, hf, checkpoint)
+        elif family.head:
             options["language_head"] = _has_language_head(directory, hf)
         config = describe(directory, hf, **options)
         for name, shape in family.sizes(config).items():
@@ -194,8 +196,7 @@ def stored_codes(
 
 def leaf_shapes(model: nn.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shape of every leaf of a model's params, by path; nothing is computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), example(model))
     leaves: dict[Any, Any] = flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in leaves.items()}
 
@@ -209,17 +210,28 @@ def leaf_sources(
     for path in paths:
         each = family.merged.get(path[-1])
         merged = None if each is None else (each, getattr(model.config, each.experts))
-        words = tuple(family.renamed.get(word, word) for word in path)
+        words = tuple(family.spelled("/".join(path)).split("/"))
         found[path] = source(words, prefix, family.unprefixed, layers, scanned, family.transposed, merged)
     return found
 
 
 def _has_language_head(directory: str | os.PathLike, hf: dict[str, Any]) -> bool:
+    names = _architectures(directory, hf)
+    return not names or any("ForCausalLM" in name or "LMHead" in name for name in names)
+
+
+def _has_classifier(directory: str | os.PathLike, hf: dict[str, Any], checkpoint: Tensors) -> bool:
+    named = any("ForImageClassification" in name for name in _architectures(directory, hf))
+    # Of no labels transformers makes no head.
+    return "classifier.weight" in checkpoint or (named and hf.get("id2label") != {} and hf.get("num_labels") != 0)
+
+
+def _architectures(directory: str | os.PathLike, hf: dict[str, Any]) -> list[str]:
     names = optional(hf, "architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         path = place(directory, "config.json")
         raise ValueError(f"{path}: 'architectures' must be a list of names, got {shown(names)}.")
-    return not names or any("ForCausalLM" in name or "LMHead" in name for name in names)
+    return names
 
 
 def _check_layers(checkpoint: Tensors, hf: dict[str, Any], family: Family, prefix: str) -> None:
@@ -289,7 +301,7 @@ def _read(
     for number, name in enumerate(made_of.names):
         tensor, place = checkpoint.read(name), leaf[made_of.place(number, shape) or ...]
         with np.errstate(over="ignore", invalid="ignore"):
-            place[...] = tensor.T if made_of.transposed else tensor
+            place[...] = made_of.as_leaf(tensor)
         if not (allow_nonfinite or all_finite(place)):
             raise ValueError(f"{checkpoint.file(name)}: tensor {name!r} {_not_finite(tensor, leaf.dtype)}")
     return leaf

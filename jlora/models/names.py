@@ -15,7 +15,9 @@ import itertools
 import re
 from typing import Any
 
-# End of a leaf's path -> end of a tensor's name. Kernels are transposed.
+import numpy as np
+
+# End of a leaf's path -> end of a tensor's name. Kernels are transposed; what is not here has the same end.
 ENDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 # Older BERT checkpoints carry TensorFlow's names of the norms.
 OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -43,7 +45,7 @@ class Source:
     Args:
         names: Tensor names; several for a leaf that stacks layers, in their order, and for one that merges tensors.
         stacked: The leaf has a leading layer axis.
-        transposed: The tensors are `[out, in]`, the leaf `[in, out]`.
+        transposed: The tensors are `[out, in, *window]`, the leaf `[*window, in, out]`; only convolutions have a window.
         experts: How many experts the leaf holds, along the axis behind the layers; 0 where it has no such axis.
         parts: How many tensors lie side by side along its last axis.
     """
@@ -68,7 +70,15 @@ class Source:
         """The shape each tensor must have for a leaf of this shape."""
         one = leaf_shape[self.stacked + (self.experts > 0) :]
         one = (*one[:-1], one[-1] // self.parts) if self.parts > 1 else one
-        return one[::-1] if self.transposed else one
+        return (*one[:-3:-1], *one[:-2]) if self.transposed else one
+
+    def as_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        """A tensor with its axes in the leaf's order."""
+        return tensor.transpose(*range(2, tensor.ndim), 1, 0) if self.transposed else tensor
+
+    def as_tensor(self, part: np.ndarray) -> np.ndarray:
+        """The part of a leaf that is one tensor, with its axes in the tensor's order."""
+        return part.transpose(-1, -2, *range(part.ndim - 2)) if self.transposed else part
 
     def place(self, number: int, leaf_shape: tuple[int, ...]) -> tuple[Any, ...]:
         """Where the tensor of that number lies in the leaf, as an index; the first entry of a stack is its layer."""
@@ -103,7 +113,7 @@ def source(
     """
     prefix = "" if path[0] in unprefixed else prefix
     if merged is None:
-        ends, experts, parts = (ENDS[path[-1]],), 0, 1
+        ends, experts, parts = (ENDS.get(path[-1], path[-1]),), 0, 1
     else:
         each, experts = merged
         ends = tuple(end.format(expert) for expert in range(experts) for end in each.names)

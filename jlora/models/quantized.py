@@ -79,7 +79,15 @@ def fitting(code: Code, model: nn.Module, params: Any) -> tuple[dict[Any, Any], 
 
 def traced(model: nn.Module, params: Any) -> Sites:
     """How a model reads its weights."""
-    return sites(model.apply, {"params": params}, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    return sites(model.apply, {"params": params}, example(model, 8))
+
+
+def example(model: Any, length: int = 1) -> jax.ShapeDtypeStruct:
+    """The shape of the least that a model reads: one image, or one text of `length` tokens."""
+    image: tuple[int, ...] | None = getattr(getattr(model, "config", None), "image_shape", None)
+    if image is not None:
+        return jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    return jax.ShapeDtypeStruct((1, length), jnp.int32)
 
 
 def one_matrix(leaf: Stored, layer: int) -> jax.Array:

@@ -22,7 +22,6 @@ from jlora.models.chat_files import FOLDER
 from jlora.models.checkpoint import INDEX, SINGLE
 from jlora.models.config import read_config
 from jlora.models.families import FAMILIES, family_for
-from jlora.models.family import Family
 from jlora.models.files import located
 from jlora.models.load import describe, family_of, leaf_shapes, leaf_sources
 from jlora.models.names import Source
@@ -159,7 +158,7 @@ def _check_source(source: str | os.PathLike, hf: dict[str, Any], model: Any) -> 
         "remat",
         "dtype",
         "param_dtype",
-        *(("pooler",) if family.encoder else ("language_head", "attention", "group")),
+        *(("pooler", "classifier", "num_labels") if family.encoder else ("language_head", "attention", "group")),
     )
     options = {name: getattr(model.config, name) for name in settings if hasattr(model.config, name)}
     described = describe(source, hf, **options)
@@ -185,11 +184,21 @@ def _check_params(model: nn.Module, params: dict[str, Any]) -> dict[tuple[str, .
 
 def _config(hf: dict[str, Any], model: Any, leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     family = family_for(model.config)
-    name = FAMILIES[hf["model_type"]].model_types[hf["model_type"]][_is_headless(model, family)]
+    name = FAMILIES[hf["model_type"]].model_types[hf["model_type"]][not family.headed(model.config)]
     # Which of the two keys transformers reads depends on its version.
     key = "dtype" if "dtype" in hf else "torch_dtype"
     kept = {name: value for name, value in hf.items() if name != "quantization_config"}
+    kept |= _labels(hf, model)
     return {**kept, "architectures": [name], key: str(np.dtype(next(iter(leaves.values())).dtype))}
+
+
+def _labels(hf: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The names of a head's classes, where the source has another number of them: those that transformers gives."""
+    count = getattr(model.config, "num_labels", None)
+    if count is None or count == FAMILIES[hf["model_type"]].config.from_hf(hf).num_labels:
+        return {}
+    names = [f"LABEL_{number}" for number in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
 def _quantization(
@@ -199,18 +208,14 @@ def _quantization(
     code = bitsandbytes.code_to_write(leaves)
     plain = [path for path, leaf in leaves.items() if path[-1] == "kernel" and not isinstance(leaf, Stored)]
     skipped = [name.removesuffix(".weight") for path in plain for name in sources[path].names]
-    if not _is_headless(model, family_for(model.config)) and model.config.tie_word_embeddings:
+    if family_for(model.config).headed(model.config) and getattr(model.config, "tie_word_embeddings", False):
         skipped.append("lm_head")  # a linear layer there, whose weight is the embedding
     dtype = next(str(np.dtype(leaf.dtype)) for leaf in leaves.values() if isinstance(leaf, Stored))
     return {"quantization_config": bitsandbytes.config_to_write(hf, code, dtype, skipped)}
 
 
 def _sources(model: Any, leaves: dict, family: Any) -> dict[tuple[str, ...], Source]:
-    return leaf_sources(model, leaves, family, "" if _is_headless(model, family) else family.prefixes[0])
-
-
-def _is_headless(model: Any, family: Family) -> bool:
-    return family.encoder or not model.config.language_head
+    return leaf_sources(model, leaves, family, family.prefixes[0] if family.headed(model.config) else "")
 
 
 def _write_tensors(place: str, leaves: dict, sources: dict, max_shard_bytes: int, format: str | None) -> None:
@@ -257,7 +262,7 @@ def _tensors(name: str, leaf: Any, made_of: Source, number: int, format: str | N
     else:
         tensor = np.asarray(leaf[place] if place else leaf)
     # Contiguous, since safetensors writes an array's memory and ignores strides.
-    return {name: np.ascontiguousarray(tensor.T if made_of.transposed else tensor)}
+    return {name: np.ascontiguousarray(made_of.as_tensor(tensor))}
 
 
 def write_safetensors(tensors: dict[str, np.ndarray], path: str) -> None:

@@ -4,7 +4,7 @@
 
 Needs PyTorch and transformers (made with torch 2.13, transformers 5.23). Each folder is a Hugging Face directory
 (`config.json`, `model.safetensors` in float32) with `expected.npz`: token ids, attention mask, and the logits or hidden
-states of the tokens that the mask keeps.
+states of the tokens that the mask keeps; or images, with their channels last, and their logits or hidden states.
 """
 
 import json
@@ -90,6 +90,16 @@ GPT2 = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": [7, 12],
+    "patch_size": [2, 4],
+    "num_channels": 3,
+    "layer_norm_eps": 1e-5,
+}
 
 # Name of the folder -> class of the config, class of the model, settings.
 CASES = {
@@ -141,6 +151,21 @@ CASES = {
         "RobertaModel",
         {**ENCODER, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5},
     ),
+    "vit": ("ViTConfig", "ViTForImageClassification", {**IMAGES, "num_labels": 5}),
+    "vit_pooled": (
+        "ViTConfig",
+        "ViTModel",
+        {
+            **IMAGES,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 1,
+            "hidden_act": "gelu_new",
+            "qkv_bias": False,
+            "pooler_output_size": 6,
+            "pooler_act": "relu",
+        },
+    ),
 }
 
 
@@ -165,6 +190,8 @@ def inputs(pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def run(model: torch.nn.Module, config: transformers.PretrainedConfig) -> dict[str, np.ndarray]:
     """What the model computes, under the names that the test reads."""
+    if config.model_type == "vit":
+        return run_on_images(model)
     tokens, mask, types = inputs(config.pad_token_id or 0)
     call = {"input_ids": tokens, "attention_mask": mask}
     encoder = config.model_type in ("bert", "roberta")
@@ -178,6 +205,22 @@ def run(model: torch.nn.Module, config: transformers.PretrainedConfig) -> dict[s
         if output.pooler_output is not None:
             result["pooled"] = output.pooler_output
     result["output"] = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return {name: value.numpy() for name, value in result.items()}
+
+
+def run_on_images(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """What a model computes of two images of noise."""
+    patches = model.base_model.embeddings.patch_embeddings
+    shape = (2, patches.num_channels, *patches.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output = model(images)
+        hidden = model.base_model(images).last_hidden_state
+    result = {"images": images.permute(0, 2, 3, 1), "hidden": hidden}
+    if hasattr(output, "logits"):
+        result["output"] = output.logits
+    else:
+        result |= {"output": hidden, "pooled": output.pooler_output}
     return {name: value.numpy() for name, value in result.items()}
 
 

@@ -60,7 +60,7 @@ def test_bad_classifiers_are_named(tmp_path):
     model, params = models.load(GOLDEN / "bert")
     with pytest.raises(ValueError, match="num_labels: wanted 2 or more, got 1"):
         models.make_classifier(model, params, 1, jax.random.key(0))
-    with pytest.raises(TypeError, match="model: wanted a Bert or a decoder, got a Classifier"):
+    with pytest.raises(TypeError, match="model: wanted a Bert, a decoder or a ViT, got a Classifier"):
         models.make_classifier(made("bert")[0], params, 2, jax.random.key(0))
     with pytest.raises(ValueError, match="labels: wanted 3 names, got 2"):
         models.save_classifier(tmp_path / "out", *made("bert"), GOLDEN / "bert", ["no", "yes"])

@@ -11,7 +11,8 @@ import jlora.models as models
 from jlora.models.config import read_config
 from jlora.models.families import FAMILIES
 
-CASES = sorted(folder.name for folder in GOLDEN.iterdir())
+EVERY = sorted(folder.name for folder in GOLDEN.iterdir())
+CASES = [name for name in EVERY if not name.startswith("vit")]  # of texts; test_model_vit.py has the others
 DECODERS = [name for name in CASES if not name.startswith(("bert", "roberta"))]
 
 
@@ -29,7 +30,7 @@ def run(name: str, **options) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 @pytest.mark.once
 def test_every_architecture_has_a_golden_model():
-    kinds = {name.split("_")[0] for name in CASES}
+    kinds = {name.split("_")[0] for name in EVERY}
     named = {name.removesuffix("_text").replace("_", "") for name in FAMILIES}
     assert kinds == named
 

@@ -13,6 +13,7 @@ GENERATE = "tests/models/test_model_generate.py::test_"
 GOLDEN = "tests/models/test_model_golden.py::test_"
 HOSTILE = "tests/models/test_model_hostile_files.py::test_"
 QUANTIZED = "tests/models/test_model_quantized.py::test_"
+VIT = "tests/models/test_model_vit.py::test_"
 AGREES = GOLDEN + "output_agrees_with_transformers"
 
 MUTATIONS = (
@@ -363,5 +364,40 @@ MUTATIONS = (
         "if stored and spec is not None:",
         "if False:",
         (BITSANDBYTES + "a_quantized_model_is_not_quantized_again",),
+    ),
+    Mutation(
+        "the window of a convolution is read with its height and width exchanged",
+        "jlora/models/names.py",
+        "tensor.transpose(*range(2, tensor.ndim), 1, 0)",
+        "tensor.T.reshape(*tensor.shape[2:], *tensor.shape[1::-1])",
+        (VIT + "output_agrees_with_transformers[vit-True]",),
+    ),
+    Mutation(
+        "images of another shape are read",
+        "jlora/models/vit.py",
+        "if images.ndim != 4 or images.shape[1:] != c.image_shape:",
+        "if images.ndim != 4:",
+        (VIT + "images_of_another_shape_are_refused",),
+    ),
+    Mutation(
+        "a head that is said to be there is left out where its tensors are lost",
+        "jlora/models/load.py",
+        """return "classifier.weight" in checkpoint or (named""",
+        """return "classifier.weight" in checkpoint or (False and named""",
+        (VIT + "a_head_that_is_missing_or_for_another_task_is_named",),
+    ),
+    Mutation(
+        "a new head is saved with the number of classes of the old one",
+        "jlora/models/save.py",
+        "    kept |= _labels(hf, model)\n",
+        "",
+        (VIT + "a_new_head_for_other_classes_is_saved_with_their_number",),
+    ),
+    Mutation(
+        "adapters of a ViT's layers have today's names for transformers 4",
+        "jlora/models/peft_names.py",
+        'return {**table, **_table(config, "", prefix)}',
+        'return {**_table(config, "", prefix), **table}',
+        (VIT + "adapters_in_pefts_format_have_the_names_of_torchs_modules",),
     ),
 )

@@ -72,12 +72,19 @@ def open_codec(settings: Settings) -> tuple[Codec, dict[str, Any]]:
     """The tokenizer and the config of the settings' model, checked against each other.
 
     Raises:
+        SettingError: if the model reads no texts.
         ValueError: if the model is of a type that `jlora.models` does not read, or a file is not right.
         OSError: if the directory holds no model.
     """
     directory = model_directory(settings)
     config = read_config(directory)
-    describe(directory, config)  # before the tokenizer: that of another type of model may not fit either
+    # Before the tokenizer: that of another type of model may not fit either.
+    if hasattr(describe(directory, config), "image_shape"):
+        raise SettingError(
+            "model",
+            f"{directory} is a {config['model_type']}, which reads images, and the command line trains and runs models of "
+            "texts alone; load it by jlora.models.load, and train it from Python as docs/models.md shows",
+        )
     return Codec(models.load_tokenizer(directory), config, directory), config
 
 
