@@ -7,19 +7,19 @@ The claims (Luo et al. 2023, arXiv:2311.05556; Shah et al. 2023, arXiv:2311.1360
 - LCM-LoRA in 4 steps draws nearer to the digits than its base by 4 steps of DDIM
 - 0.8 style + 1.0 LCM-LoRA, added without training, draws nearer to the styled digits in 4 steps than the style by 4 steps of
   DDIM; and more of its images have both the right digit and the style
-- ZipLoRA, on a subject's label, shows more of the subject and of a style than the sum of both adapters: with the paper's penalty,
-  and with that of the public code
+- ZipLoRA, on a subject's label, shows more of the subject and of a style than the sum of both adapters: with the paper's
+  penalty, and with that of the public code
 
 "Nearer" is the Fréchet distance of a judge's features to those of test images in that style. The judge is a small network that
-tells digit, style and pose. "More" is a share of images by the judge; for ZipLoRA the mean of two shares, "the digit, lying on its
-side" and "the style". A claim and its opposite are judged by the same rule (experiments/verdicts.py).
+tells digit, style and pose. "More" is a share of images by the judge; for ZipLoRA the mean of two shares, "the digit, lying on
+its side" and "the style". A claim and its opposite are judged by the same rule (experiments/verdicts.py).
 
 MNIST at 14 x 14 pixels. Two cases, each with a base of its own, trained here: one predicts noise, its style is inverted and
 its subject a 7 that lies on its side; the other predicts velocity, with a striped ground and a lying 4. No style adapter sees
-the subject's digit. Adapters are on convolutions, dense layers and the time embedding; every seed trains its own LCM-LoRA, style,
-subject and gains, on the case's one base. Guidance is 1 for DDIM, and between 0 and 2 for the distillation. A case does not
-count where what its claim begins with was not learned: if the base, the style or the subject alone shows it in less than half
-of the images.
+the subject's digit. Adapters are on convolutions, dense layers and the time embedding; every seed trains its own LCM-LoRA,
+style, subject and gains, on the case's one base. Guidance is 1 for DDIM, and between 0 and 2 for the distillation. A case does
+not count where what its claim begins with was not learned: if the base, the style or the subject alone shows it in less than
+half of the images.
 """
 
 import functools
@@ -35,7 +35,7 @@ import optax
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import model  # noqa: E402
+import denoising  # noqa: E402
 import study  # noqa: E402
 
 import jlora  # noqa: E402
@@ -46,7 +46,7 @@ CASES = {
 }
 SMALL = {"seeds": 2, "width": 16, "blocks": 1, "base": 150, "steps": 60, "zips": 20, "images": 64, "judged": 150}
 BATCH, ROWS, GUIDANCE, FEW, MANY, MOST = 64, 64, 1.0, 4, 20, 50
-RATES = {"base": 2e-3, "lcm": 1e-3, "look": 2e-3, "gains": 1e-2}
+LEARNING_RATES = {"base": 2e-3, "lcm": 1e-3, "look": 2e-3, "gains": 1e-2}
 PENALTIES = ("dot", "elementwise")
 
 
@@ -58,21 +58,21 @@ def plan(results, options):
 @functools.cache
 def program(kind, prediction, width, blocks):
     """A compiled step that lowers one kind of loss: of plain params, an `Adapted`, or gains."""
-    fn, _, _ = model.denoiser(width, blocks)
-    schedule = model.schedule(prediction)
+    fn, _, _ = denoising.denoiser(width, blocks)
+    schedule = denoising.schedule(prediction)
 
     def loss_of(whole, batch, key):
         if kind == "denoise":
-            return model.denoising_loss(fn, whole, *batch, key, prediction)
+            return denoising.denoising_loss(fn, whole, *batch, key, prediction)
         if kind == "lcm":
             x0, label = batch
-            free = jnp.full_like(label, model.NOTHING)
+            free = jnp.full_like(label, denoising.NOTHING)
             return jlora.losses.consistency_distillation(
                 fn, whole, x0, label, free, key, schedule, guidance=(0.0, 2.0 * GUIDANCE)
             )
         keys = jax.random.split(key)
         # One noise and time for all, as the public code has it.
-        t = jax.random.randint(keys[0], batch[0][1].shape, 0, model.TIMESTEPS)
+        t = jax.random.randint(keys[0], batch[0][1].shape, 0, denoising.TIMESTEPS)
         noise = jax.random.normal(keys[1], batch[0][0].shape)
         inputs = [(schedule.add_noise(x0, noise, t), t, label) for x0, label in batch]
         return whole.loss(lambda adapted, x: fn(adapted, *x), inputs, weight=0.01, form=kind)
@@ -120,17 +120,17 @@ def fit(kind, cell, whole, data, steps, rate, seed):
 @functools.cache
 def base_of(case, folder, width, blocks, steps):
     """The params of a case's base."""
-    images, labels = model.digits(folder)[0]
+    images, labels = denoising.mnist(folder)[0]
     seed = 100 + list(CASES).index(case)
-    params = model.denoiser(width, blocks)[1](seed)
+    params = denoising.denoiser(width, blocks)[1](seed)
     cell = {"case": case, "width": width, "blocks": blocks}
-    return fit("denoise", cell, params, (model.drawn(images), labels), steps, RATES["base"], seed)[0]
+    return fit("denoise", cell, params, (denoising.drawn(images), labels), steps, LEARNING_RATES["base"], seed)[0]
 
 
 @functools.cache
 def samplers(prediction, width, blocks):
-    fn, schedule = model.denoiser(width, blocks)[0], model.schedule(prediction)
-    ddim = functools.partial(model.ddim, fn, guidance=GUIDANCE, plan=schedule)
+    fn, schedule = denoising.denoiser(width, blocks)[0], denoising.schedule(prediction)
+    ddim = functools.partial(denoising.ddim, fn, guidance=GUIDANCE, plan=schedule)
     few = functools.partial(jlora.losses.lcm_sample, fn, schedule=schedule, steps=FEW)
     return (
         jax.jit(
@@ -147,81 +147,101 @@ def draw(cell, params, labels, steps=None):
     found = []
     for start in range(0, len(labels), ROWS):
         keys = jax.random.split(jax.random.key(1000 * cell["seed"] + start))  # the same noise for all
-        noise = jax.random.normal(keys[0], (ROWS, model.SIDE, model.SIDE, 1))
+        noise = jax.random.normal(keys[0], (ROWS, denoising.SIDE, denoising.SIDE, 1))
         chosen = np.resize(labels[start : start + ROWS], ROWS)  # filled up, so that one program serves all
         if steps is None:
             found.append(few(params, noise, chosen, keys[1]))
         else:
             times = np.zeros(MOST + 1, np.int32)
-            times[:steps] = np.arange(steps, 0, -1) * model.TIMESTEPS // steps - 1
+            times[:steps] = np.arange(steps, 0, -1) * denoising.TIMESTEPS // steps - 1
             found.append(ddim(params, noise, chosen, times, steps))
     return np.clip(np.concatenate(found)[: len(labels)], -1, 1)
 
 
 def run(cell, options):
-    case = CASES[cell["case"]]
-    (images, labels), (test, _) = model.digits(options.data)
-    see, right = model.judge(options.data, cell["judged"])
-    base = base_of(cell["case"], options.data, cell["width"], cell["blocks"], cell["base"])
-    style, subject = model.STYLES.index(case["style"]), case["subject"]
-    adapt = model.denoiser(cell["width"], cell["blocks"])[2]
-    others, own = labels != subject, labels == subject
+    adapters, losses = trained(cell, options)
+    tried = {**in_few_steps(cell, options, adapters), **with_subject(cell, options, adapters)}
+    pictures = {name: pixels(drawn[:10]) for name, (_, drawn) in tried.items()} if cell["seed"] == 0 else {}
+    return {
+        "judge": denoising.judge(options.data, cell["judged"])[1],
+        "found": {name: {k: round(float(v), 4) for k, v in each.items()} for name, (each, _) in tried.items()},
+        "losses": losses,
+        "pictures": pictures,
+    }
+
+
+def base(cell, options):
+    return base_of(cell["case"], options.data, cell["width"], cell["blocks"], cell["base"])
+
+
+def trained(cell, options):
+    """The adapters of a case and a seed: of few steps, style and subject, and what is put together; and losses on the way."""
+    case, (images, labels) = CASES[cell["case"]], denoising.mnist(options.data)[0]
+    adapt = denoising.denoiser(cell["width"], cell["blocks"])[2]
+    others, own = labels != case["subject"], labels == case["subject"]
     data = {
-        "lcm": (model.drawn(images), labels),
-        "style": (model.drawn(images[others], case["style"]), labels[others]),
-        "subject": (model.drawn(images[own], pose="turned"), labels[own]),
+        "lcm": (denoising.drawn(images), labels),
+        "style": (denoising.drawn(images[others], case["style"]), labels[others]),
+        "subject": (denoising.drawn(images[own], pose="turned"), labels[own]),
     }
     adapters, losses = {}, {}
     for number, (name, rows) in enumerate(data.items()):
         seed = 10 * cell["seed"] + number
-        kind, rate = ("lcm", RATES["lcm"]) if name == "lcm" else ("denoise", RATES["look"])
-        adapters[name], losses[name] = fit(kind, cell, adapt(base, seed), rows, cell["steps"], rate, seed)
-    pair = jlora.zip_adapters([adapters["subject"], adapters["style"]])
-    found = {"sum": jlora.combine([adapters["subject"], adapters["style"]], [1.0, 1.0])}
+        kind, rate = ("lcm", LEARNING_RATES["lcm"]) if name == "lcm" else ("denoise", LEARNING_RATES["look"])
+        adapters[name], losses[name] = fit(
+            kind, cell, adapt(base(cell, options), seed), rows, cell["steps"], rate, seed
+        )
+    parents = [adapters["subject"], adapters["style"]]
+    adapters["sum"] = jlora.combine(parents, [1.0, 1.0])
+    adapters["fast"] = jlora.combine([adapters["style"], adapters["lcm"]], [0.8, 1.0])
     for form in PENALTIES:
-        both = [data["subject"], data["style"]]
-        zipped, losses[form] = fit(form, cell, pair, both, cell["zips"], RATES["gains"], 10 * cell["seed"] + 5)
-        found[form] = zipped.adapted()
+        rows, rate = [data["subject"], data["style"]], LEARNING_RATES["gains"]
+        pair, seed = jlora.zip_adapters(parents), 10 * cell["seed"] + 5
+        pair, losses[form] = fit(form, cell, pair, rows, cell["zips"], rate, seed)
+        adapters[form] = pair.adapted()
+    return adapters, losses
 
-    every, one = np.arange(cell["images"]) % 10, np.full(cell["images"], subject)
-    fast = jlora.combine([adapters["style"], adapters["lcm"]], [0.8, 1.0])
-    merged = {name: jlora.merge(each) for name, each in {**adapters, **found, "fast": fast}.items()}
-    plain, styled = (np.asarray(see(model.drawn(test[:2000], name))[1]) for name in ("plain", case["style"]))
 
-    def judged(params, real, steps=None):
-        drawn = draw(cell, params, every, steps)
+def in_few_steps(cell, options, adapters):
+    """All digits, by the base and with adapters: shares of right ones, and the distance to those of the style."""
+    style, labels = CASES[cell["case"]]["style"], np.arange(cell["images"]) % 10
+    see, test = denoising.judge(options.data, cell["judged"])[0], denoising.mnist(options.data)[1][0][:2000]
+
+    def judged(adapter, look, steps=None):
+        drawn = draw(cell, jlora.merge(adapters[adapter]) if adapter else base(cell, options), labels, steps)
         shown, features = (np.asarray(each) for each in see(drawn))
-        digit, look = shown[:, 0] == every, shown[:, 1] == style
-        shares = {"digit": digit.mean(), "style": look.mean(), "both": (digit & look).mean()}
-        return {**{k: float(v) for k, v in shares.items()}, "distance": model.frechet(features, real)}, drawn
+        digit, right = shown[:, 0] == labels, shown[:, 1] == denoising.STYLES.index(style)
+        distance = denoising.frechet(features, np.asarray(see(denoising.drawn(test, look))[1]))
+        shares = {"digit": digit.mean(), "style": right.mean(), "both": (digit & right).mean()}
+        return {**shares, "distance": distance}, drawn
 
-    def with_subject(params):
-        drawn = draw(cell, params, one, MANY)
-        shown = np.asarray(see(drawn)[0])
-        turned = (shown[:, 0] == subject) & (shown[:, 2] == model.POSES.index("turned"))
-        look = shown[:, 1] == style
-        shares = {"subject": turned.mean(), "style": look.mean(), "both": (turned & look).mean()}
-        return {k: float(v) for k, v in shares.items()}, drawn
-
-    tried = {
-        f"base, DDIM {MOST}": judged(base, plain, MOST),
-        f"base, DDIM {FEW}": judged(base, plain, FEW),
-        f"LCM-LoRA, {FEW}": judged(merged["lcm"], plain),
-        f"style, DDIM {MANY}": judged(merged["style"], styled, MANY),
-        f"style, DDIM {FEW}": judged(merged["style"], styled, FEW),
-        f"0.8 style + LCM-LoRA, {FEW}": judged(merged["fast"], styled),
-        "subject alone": with_subject(merged["subject"]),
-        "style alone": with_subject(merged["style"]),
-        "sum": with_subject(merged["sum"]),
-        **{f"ZipLoRA, {form}": with_subject(merged[form]) for form in PENALTIES},
-    }
-    pictures = {name: pixels(drawn[:10]) for name, (_, drawn) in tried.items()} if cell["seed"] == 0 else {}
     return {
-        "judge": right,
-        "found": {name: {k: round(v, 4) for k, v in each.items()} for name, (each, _) in tried.items()},
-        "losses": losses,
-        "pictures": pictures,
+        f"base, DDIM {MOST}": judged(None, "plain", MOST),
+        f"base, DDIM {FEW}": judged(None, "plain", FEW),
+        f"LCM-LoRA, {FEW}": judged("lcm", "plain"),
+        f"style, DDIM {MANY}": judged("style", style, MANY),
+        f"style, DDIM {FEW}": judged("style", style, FEW),
+        f"0.8 style + LCM-LoRA, {FEW}": judged("fast", style),
     }
+
+
+def with_subject(cell, options, adapters):
+    """The subject's digit, by subject and style alone and together: how often either is seen."""
+    case, see = CASES[cell["case"]], denoising.judge(options.data, cell["judged"])[0]
+    names = {
+        "subject alone": "subject",
+        "style alone": "style",
+        "sum": "sum",
+        **{f"ZipLoRA, {f}": f for f in PENALTIES},
+    }
+    found = {}
+    for name, adapter in names.items():
+        drawn = draw(cell, jlora.merge(adapters[adapter]), np.full(cell["images"], case["subject"]), MANY)
+        digit, style, pose = np.asarray(see(drawn)[0]).T
+        turned = (digit == case["subject"]) & (pose == denoising.POSES.index("turned"))
+        look = style == denoising.STYLES.index(case["style"])
+        found[name] = {"subject": turned.mean(), "style": look.mean(), "both": (turned & look).mean()}, drawn
+    return found
 
 
 def pixels(images):
@@ -270,8 +290,8 @@ def claims_of(results, options):
 def report(results, options):
     lines = [
         f"Claims: LCM-LoRA draws in {FEW} steps, alone and added to a style; ZipLoRA beats the sum of a subject and a style. "
-        f"Digits of 14 x 14 pixels, {options.seeds} seeds, {options.images} images each. Shares are by a judge that is right on "
-        f"{results[0]['judge'][0]:.1%} of test digits in all looks, {results[0]['judge'][1]:.1%} of styles and "
+        f"Digits of 14 x 14 pixels, {options.seeds} seeds, {options.images} images each. Shares are by a judge that is right "
+        f"on {results[0]['judge'][0]:.1%} of test digits in all looks, {results[0]['judge'][1]:.1%} of styles and "
         f"{results[0]['judge'][2]:.1%} of poses; distances are Fréchet's, of its features to those of test images. Means with "
         "95 % intervals.",
     ]
@@ -296,9 +316,9 @@ def report(results, options):
                     lines.append(f"| {name} | {' | '.join(cells)} |")
     claims = claims_of(results, options)
     size = (
-        f"Size: a denoiser of {options.blocks} blocks of width {options.width} in each of {len(options.tasks)} cases, trained for "
-        f"{options.base} steps of {BATCH} digits of 14 x 14 pixels; adapters for {options.steps} steps, gains for {options.zips}; "
-        f"{options.seeds} seeds, {options.images} images. {study.could_see(claims)}"
+        f"Size: a denoiser of {options.blocks} blocks of width {options.width} in each of {len(options.tasks)} cases, trained "
+        f"for {options.base} steps of {BATCH} digits of 14 x 14 pixels; adapters for {options.steps} steps, gains for "
+        f"{options.zips}; {options.seeds} seeds, {options.images} images. {study.could_see(claims)}"
     )
     picture(results, options)
     lines += [
@@ -322,7 +342,7 @@ def picture(results, options):
     for column, (case, pictures) in enumerate(zip(options.tasks, first)):
         axes[0, column].set_title(case, fontsize=8)
         for row, name in enumerate(names):
-            image = np.frombuffer(bytes.fromhex(pictures[name]), np.uint8).reshape(model.SIDE, -1)
+            image = np.frombuffer(bytes.fromhex(pictures[name]), np.uint8).reshape(denoising.SIDE, -1)
             axes[row, column].imshow(image, cmap="gray", vmin=0, vmax=255)
             axes[row, column].set(xticks=[], yticks=[])
             if column == 0:

@@ -105,7 +105,7 @@ def ddim(fn, params, noise, label, times, count, guidance, plan):
 
 
 @functools.cache
-def digits(folder):
+def mnist(folder):
     """MNIST as (images [rows, 28, 28] in 0 to 1, labels), of training and of test."""
 
     def read(name, skip):
@@ -141,7 +141,7 @@ class Judge(nn.Module):
 @functools.cache
 def judge(folder, steps):
     """The trained judge: images to what they show `[rows, 3]` and features; and how often it is right on the test set."""
-    module, (images, labels) = Judge(), digits(folder)[0]
+    module, (images, labels) = Judge(), mnist(folder)[0]
     params = module.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)))
     tx, rng = optax.adam(2e-3), np.random.default_rng(0)
 
@@ -174,7 +174,7 @@ def judge(folder, steps):
         features, heads = module.apply(params, x)
         return jnp.stack([jnp.argmax(head, axis=-1) for head in heads], axis=1), features
 
-    x, wanted = rows_of(*digits(folder)[1], 500)
+    x, wanted = rows_of(*mnist(folder)[1], 500)
     return see, np.mean(np.asarray(see(x)[0]) == wanted, axis=0).round(4).tolist()
 
 
