@@ -62,8 +62,19 @@ def denoiser(width, blocks):
 
     inputs = jnp.zeros((1, SIDE, SIDE, 1)), jnp.zeros(1, int), jnp.zeros(1, int)
 
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+
     def start(seed):
-        return jax.jit(module.init)(jax.random.key(seed), *inputs)["params"]
+        """Drawn in numpy, since compiling the network's own start takes as long as training it for a while."""
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, like):
+            if path[-1].key in ("scale", "bias"):
+                return jnp.full(like.shape, path[-1].key == "scale", jnp.float32)
+            size = {"kernel": np.prod(like.shape[:-1]) ** -0.5, "embedding": like.shape[-1] ** -0.5, "place": 0.02}
+            return jnp.asarray(size[path[-1].key] * rng.standard_normal(like.shape), jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     sites = jlora.sites(lambda params: network(params, *inputs), start(0))
     spec = {"(patch|out)/kernel": jlora.LoRA(4), ".*/kernel": jlora.LoRA(8)}  # 2 x 2 pixels have 4 values

@@ -44,7 +44,7 @@ CASES = {
     "noise": {"prediction": "epsilon", "style": "inverted", "subject": 7},
     "velocity": {"prediction": "v_prediction", "style": "striped", "subject": 4},
 }
-SMALL = {"seeds": 2, "width": 16, "blocks": 1, "base": 150, "steps": 60, "zips": 20, "images": 64, "judged": 150}
+SMALL = {"seeds": 2, "width": 16, "blocks": 1, "base": 200, "steps": 60, "zips": 20, "images": 64, "judged": 200}
 BATCH, ROWS, GUIDANCE, FEW, MANY, MOST = 64, 64, 1.0, 4, 20, 50
 LEARNING_RATES = {"base": 2e-3, "lcm": 1e-3, "look": 2e-3, "gains": 1e-2}
 PENALTIES = ("dot", "elementwise")
@@ -355,7 +355,7 @@ def picture(results, options):
 STUDY = study.Study(
     __doc__,
     HERE,
-    {"seeds": 3, "width": 32, "blocks": 2, "base": 600, "steps": 150, "zips": 100, "images": 128, "judged": 600},
+    {"seeds": 3, "width": 16, "blocks": 1, "base": 600, "steps": 150, "zips": 60, "images": 100, "judged": 400},
     {"seeds": 5, "width": 64, "blocks": 4, "base": 20000, "steps": 2000, "zips": 100, "images": 1000, "judged": 2000},
     plan,
     run,
