@@ -365,7 +365,7 @@ STUDY = study.Study(
 
 
 def main(arguments):
-    """`--small` stands for the sizes of `SMALL`, under a minute of one core; say --out with it."""
+    """`--small` stands for the sizes of `SMALL`, a quick look; say --out with it."""
     small = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
     study.main(STUDY, [each for given in arguments for each in (small if given == "--small" else [given])])
 
