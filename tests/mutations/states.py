@@ -8,6 +8,7 @@ FILES = "tests/test_files.py::test_"
 FINGERPRINT = "tests/test_fingerprint.py::test_"
 INTRINSIC = "tests/test_intrinsic.py::test_"
 LOSSES = "tests/test_ba_lora.py::test_"
+LCM = "tests/test_latent_consistency.py::test_"
 ZERO = "tests/test_zero.py::test_"
 MESH = "tests/test_mesh.py::test_"
 OFFLOAD = "tests/test_offload.py::test_"
@@ -153,6 +154,34 @@ ADAPTED = (
         "t, _ = _outputs(jax.lax.stop_gradient(teacher), mask, form)",
         "t, _ = _outputs(teacher, mask, form)",
         (LOSSES + "a_model_at_its_start_is_consistent_and_the_teacher_gets_no_gradient",),
+    ),
+    Mutation(
+        "guidance is a scale of 1 too little",
+        "jlora/losses/latent_consistency.py",
+        "output = output + w * (output",
+        "output = output + (w - 1) * (output",
+        (LCM + "whole_steps_and_samples_are_those_of_diffusers_and_peft[epsilon]",),
+    ),
+    Mutation(
+        "the target of consistency distillation gets a gradient",
+        "jlora/losses/latent_consistency.py",
+        "z, late), jax.lax.stop_gradient(wanted)",
+        "z, late), wanted",
+        (LCM + "at_the_start_both_ends_are_the_bases_and_only_the_student_has_a_gradient",),
+    ),
+    Mutation(
+        "the first step of the solver goes beyond its start",
+        "jlora/losses/latent_consistency.py",
+        "jnp.maximum(late - schedule.stride, 0)",
+        "late - schedule.stride",
+        (LCM + "whole_steps_and_samples_are_those_of_diffusers_and_peft[epsilon]",),
+    ),
+    Mutation(
+        "noise is added for the timestep before",
+        "jlora/losses/latent_consistency.py",
+        "z.dtype), after).astype(z.dtype), x",
+        "z.dtype), t).astype(z.dtype), x",
+        (LCM + "whole_steps_and_samples_are_those_of_diffusers_and_peft[sample]",),
     ),
 )
 
