@@ -11,8 +11,9 @@ trained arrays and moments in float32 and donated; `--rows` rows of `--tokens` t
 bf16      a base of bfloat16.
 nf4       NF4 with double quantization in blocks of 64, as `jlora.models.load(..., quantize="nf4")` keeps it.
 
-With `--offload` AdamW's moments lie in the host's memory (`jlora.offload`) and come leaf by leaf. Of the device's arguments a line
-tells what they are made of: the base's `codes_gib`, what is left `plain_gib` (embedding, head, norms), `trained_gib`, and `moments_gib`.
+With `--offload` AdamW's moments lie in the host's memory (`jlora.offload`) and come leaf by leaf. A line tells what the
+arguments are made of: the base's `codes_gib`, `plain_gib` (embedding, head, norms), `trained_gib`, and `moments_gib`, which
+with `--offload` are `host_gib` and no arguments of the device.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python experiments/quantization/compressed.py --small --out FOLDER            a try in a minute
 
 The models and scores are those of `run.py`: a language model's loss in nats a token on the first stories, and MiniLM's
-correlation with people's judgements on its first pairs of sentences. `smollm2` is SmolLM2-135M-Instruct as `jlora.models.load`
-knows it, whose file holds most weights in 4 to 6 bits; a Hugging Face directory of a Llama stands for itself. All linear weights
-but heads and embeddings are kept as
+correlation with people's judgements on its first pairs of sentences. `smollm2` is SmolLM2-135M-Instruct as
+`jlora.models.load` knows it, whose file holds most weights in 4 to 6 bits; a Hugging Face directory of a Llama stands for
+itself. All linear weights but heads and embeddings are kept as
 
 low rank         `LowRank` in bfloat16, each leaf at the rank that fills the bits;
 joint            the same, but queries with keys, and gates with the matrices beside them, as `JointLowRank`;
@@ -20,8 +20,8 @@ as 32 bits a weight; so does what a form leaves as it is. Weights in bfloat16 ha
 they are. Language models are also trained in each form of products for `--steps` steps by `jlora.Fields`, Adam at 1e-3, eight
 rows of 128 tokens, on stories that they are not scored on.
 
-A measured row is a line of compressed.jsonl, and is not measured again; compressed.md and compressed.png tell the rows that were
-asked for.
+A measured row is a line of compressed.jsonl, and is not measured again; compressed.md and compressed.png tell the rows that
+were asked for.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from jlora.core.products.chain import is_less_work
 
 pytestmark = pytest.mark.once
 
-WIDE = {"wide": weight(0, 32, 48), "turned": weight(1, 32, 48), "stack": weight(2, 2, 32, 32)}
+PARAMS = {"wide": weight(0, 32, 48), "turned": weight(1, 32, 48), "stack": weight(2, 2, 32, 32)}
 CODES = {
     "wide": jlora.LowRank(2, inner=1),
     "turned": jlora.SpectralTrain(2),
@@ -31,8 +31,8 @@ def model(params, x):
 
 def results(spec):
     """A base kept as codes: `loss` with gradients of trained arrays and input, lifted, and the same of the merged function."""
-    sites = jlora.sites(model, WIDE, X)
-    adapted = perturbed(jlora.adapterize(jlora.quantize(WIDE, CODES, sites), spec, sites=sites), size=0.1)
+    sites = jlora.sites(model, PARAMS, X)
+    adapted = perturbed(jlora.adapterize(jlora.quantize(PARAMS, CODES, sites), spec, sites=sites), size=0.1)
 
     def loss(function):
         return lambda p, x: jnp.sum(jnp.sin(function(adapted.replace(params=p), x)))
@@ -60,7 +60,7 @@ def product(params, x):
 
 
 def work(code, method, rows):
-    """Multiply-adds, of two flops each, of a value with its gradients, by a row of input and weight; and what it lost in 16 bits."""
+    """Multiply-adds, of two flops each, of a value with its gradients, by a row of input and weight."""
     params, x = {"w": weight(0, 64, 64)}, normal(1, rows, 64)
     kept = jlora.quantize(params, {"w": code})
     adapted = jlora.adapterize(kept, {"w": method} if method else {})

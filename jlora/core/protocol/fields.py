@@ -25,8 +25,8 @@ class Fields(Method):
     fields or of those that `learn` names. An array that a group of leaves has in common is trained as one, its gradient the sum
     over them. `jlora.requantize(adapted)` gives the trained fields back in their form.
 
-    Where the code makes the weight of matrices, as `jlora.LowRank` does, a product in 32 bits goes through them if that takes fewer
-    multiply-adds. Else it forms the weight in every pass, with its dense gradient.
+    Where the code makes the weight of matrices, as `jlora.LowRank` does, a product in 32 bits goes through them if that takes
+    fewer multiply-adds. Else it forms the weight in every pass, with its dense gradient.
 
     Args:
         learn: names of the fields to train; all that can be, by default.
