@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -116,10 +117,10 @@ def gib(tree: Any) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / GIB
 
 
-def measure(
-    config: LlamaConfig, base: str, rows: int, tokens: int, device: Any, rank: int = 64, offload: bool = False
-) -> dict[str, Any]:
-    """Bytes of one training step's program."""
+def training_step(
+    config: LlamaConfig, base: str, rows: int, tokens: int, rank: int = 64, offload: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One training step, and the shapes of its arguments: trained arrays, the optimizer's state, the rest, ids."""
     model, row = Llama(config), jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), row)["params"]
     sites = jlora.sites(model.apply, {"params": params}, row)
@@ -144,18 +145,25 @@ def measure(
     state = jax.eval_shape(tx.init, adapted.params)
     if offload:
         tx = jlora.offload(tx)
-    trained, rest, row = placed((adapted.params, adapted.replace(params={}), row), device)
-    given = trained, placed(state, device, host=offload), rest, row
+    return step, (adapted.params, state, adapted.replace(params={}), row)
+
+
+def measure(
+    config: LlamaConfig, base: str, rows: int, tokens: int, device: Any, rank: int = 64, offload: bool = False
+) -> dict[str, Any]:
+    """Bytes of one training step's program."""
+    step, (trained, state, rest, row) = training_step(config, base, rows, tokens, rank, offload)
+    given = placed(trained, device), placed(state, device, host=offload), *placed((rest, row), device)
     found = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile(compiler_options=OPTIONS).memory_analysis()
-    codes = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_stored) if _is_stored(leaf)]
+    codes = [leaf for leaf in jax.tree.leaves(rest.base, is_leaf=_is_stored) if _is_stored(leaf)]
     return {
         "rows": rows,
         "tokens": tokens,
         "base": base,
         "offload": offload,
         "codes_gib": round(gib(codes), 2),
-        "plain_gib": round(gib(params) - gib(codes), 2),
-        "trained_gib": round(gib(adapted.params), 2),
+        "plain_gib": round(gib(rest.base) - gib(codes), 2),
+        "trained_gib": round(gib(trained), 2),
         "arguments_gib": round(found.argument_size_in_bytes / GIB, 2),
         "temporary_gib": round(found.temp_size_in_bytes / GIB, 2),
         "peak_gib": round((found.argument_size_in_bytes + found.temp_size_in_bytes) / GIB, 2),
