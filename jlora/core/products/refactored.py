@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -45,7 +46,7 @@ class Refactored(Formed):
         if self.chain is None or options.plan != "auto" or x.dtype != accumulation_dtype(x.dtype):
             return None
         shapes = [(each.shape[0], each.shape[1]) for each in self.chain.matrices]
-        return self.chain if is_less_work(x.size // x.shape[-1], shapes) else None
+        return self.chain if is_less_work(math.prod(x.shape[:-1]), shapes) else None
 
 
 def _through(chain: Chain, x: jax.Array, options: Options) -> jax.Array:

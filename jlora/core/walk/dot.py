@@ -105,7 +105,7 @@ def together(walk: Walk, uses: list[Use]) -> list[list[Any]] | None:
     for use in uses:
         if use.weight.form is not form or not _is_plain(use) or use.options(walk) != uses[0].options(walk):
             return None
-        if _goes_through_chain(use, use.x.size // use.x.shape[-1], use.options(walk)):
+        if _goes_through_chain(use, math.prod(use.x.shape[:-1]), use.options(walk)):
             return None
 
     def computed(x: jax.Array, members: list[Weight]) -> list[jax.Array]:
@@ -155,8 +155,7 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     walk.seen.add(weight.name)
     listens, tells = taps.listens(walk, weight), bool(weight.method.tells) and weight.form.owns("spoken")
     says = side == "in" and (listens or tells)
-    rows = x.size // math.prod([x.shape[-1], *(piece.size for piece in shared)])
-    chained = not says and _goes_through_chain(use, rows, options)
+    chained = not says and _goes_through_chain(use, math.prod(x.shape[len(shared) : -1]), options)
     key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
