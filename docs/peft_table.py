@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jlora
 from jlora.core.tree.starts import blank
 from jlora.disk import catalog
-from jlora.interchange import config
+from jlora.interchange.files import config
 from jlora.models.torch_parameter import KINDS, TorchParameter
 
 PAGE = Path(__file__).parent / "peft.md"

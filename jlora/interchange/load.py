@@ -17,14 +17,16 @@ from jlora.core.protocol.method import Start
 from jlora.core.tree import beside, placement
 from jlora.core.tree.adapted import SHARED, Adapted, Plan
 from jlora.disk.folders import reads
-from jlora.interchange import manifest, prompts, read_wholes, rows
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import CONFIG, AdapterFolder
-from jlora.interchange.formats import formats
-from jlora.interchange.index import Index, Read
-from jlora.interchange.names import Names, resolve
-from jlora.interchange.parse import parse
-from jlora.interchange.recorded import Recorded
+from jlora.interchange import prompts
+from jlora.interchange.files import manifest
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import CONFIG, AdapterFolder
+from jlora.interchange.files.parse import parse
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.kinds.formats import formats
+from jlora.interchange.leaves.index import Index, Read
+from jlora.interchange.leaves.names import Names, resolve
+from jlora.interchange.trained import read_wholes, rows
 from jlora.models.prefix_layout import PrefixLayout
 
 

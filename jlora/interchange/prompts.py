@@ -12,10 +12,10 @@ from jlora import paths
 from jlora.core.protocol.method import Site
 from jlora.core.protocol.wrapping import innermost
 from jlora.core.tree.adapted import Adapted
-from jlora.interchange.folder import CONFIG, AdapterFolder
-from jlora.interchange.index import Index, Read, trained_dtype
-from jlora.interchange.names import Slot
-from jlora.interchange.written import Written, origin
+from jlora.interchange.files.folder import CONFIG, AdapterFolder
+from jlora.interchange.files.written import Written, origin
+from jlora.interchange.leaves.index import Index, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 from jlora.models.prefix_layout import PrefixLayout
 from jlora.prompts.bare import without_encoder
 from jlora.prompts.p_tuning import PTuning

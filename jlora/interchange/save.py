@@ -17,13 +17,17 @@ from jlora.compose.plain import unchained
 from jlora.core.protocol.method import Method, Site
 from jlora.core.tree.adapted import SHARED, Adapted
 from jlora.core.walk.weight import Weight
-from jlora.interchange import layout, manifest, prompts, serving, wholes
-from jlora.interchange.folder import CONFIG, FLOATS, TENSORS
-from jlora.interchange.formats import BY_HAND, Format, formats
-from jlora.interchange.forms import Form, as_lora, confined, native, truncated
-from jlora.interchange.names import Names, Slot, resolve
-from jlora.interchange.wholes import Keys, Parameters
-from jlora.interchange.written import Written
+from jlora.interchange import prompts
+from jlora.interchange.files import manifest
+from jlora.interchange.files.folder import CONFIG, FLOATS, TENSORS
+from jlora.interchange.files.written import Written
+from jlora.interchange.kinds import serving
+from jlora.interchange.kinds.formats import BY_HAND, Format, formats
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form, as_lora, confined, native, truncated
+from jlora.interchange.leaves.names import Names, Slot, resolve
+from jlora.interchange.trained import wholes
+from jlora.interchange.trained.wholes import Keys, Parameters
 from jlora.models.prefix_layout import PrefixLayout
 
 PROFILES = ("peft", "serving")

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import TorchParameter
-from jlora.interchange.patterns import matches
-from jlora.interchange.targets import left_out
+from jlora.interchange.files.patterns import matches
+from jlora.interchange.files.targets import left_out
 
 pytestmark = pytest.mark.once
 

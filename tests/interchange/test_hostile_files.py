@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.interchange.folder import AdapterFolder
+from jlora.interchange.files.folder import AdapterFolder
 
 pytestmark = pytest.mark.once
 

@@ -7,8 +7,8 @@ import pytest
 
 import jlora
 from jlora.disk import catalog
-from jlora.interchange import config
-from jlora.interchange.formats import formats
+from jlora.interchange.files import config
+from jlora.interchange.kinds.formats import formats
 
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))

@@ -248,7 +248,7 @@ def test_a_folder_in_use_is_left_alone_and_a_full_disk_leaves_nothing(tmp_path, 
     with pytest.raises(FileExistsError, match="already there and not empty"):
         jlora.save_peft(tmp_path / "mine", adapted, NAMES)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-    import jlora.interchange.manifest as manifest
+    import jlora.interchange.files.manifest as manifest
 
     def full(*arguments):
         raise OSError(28, "No space left on device")

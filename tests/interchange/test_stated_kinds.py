@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.core.protocol.method import stated_kind
 from jlora.disk import catalog
-from jlora.interchange.config import OFF
+from jlora.interchange.files.config import OFF
 
 pytestmark = pytest.mark.once
 

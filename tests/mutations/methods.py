@@ -188,7 +188,7 @@ DENSE_UPDATES = (
     ),
     Mutation(
         "a folder of PEFT's may lack the one tensor of a module",
-        "jlora/interchange/read_table.py",
+        "jlora/interchange/kinds/read_table.py",
         "if last in MATRICES and name not in found and settings.targets(module):",
         "if False:",
         ("tests/interchange/test_stated_kinds.py::test_any_missing_tensor_is_named[c3a]",),
@@ -1188,7 +1188,7 @@ ACTING = (
     ),
     Mutation(
         "PEFT's zeros may be anything",
-        "jlora/interchange/read_table.py",
+        "jlora/interchange/kinds/read_table.py",
         "if np.any(folder.read(key)):",
         "if False:",
         (GLORA + "fixed_configurations_go_to_peft_and_back_and_its_zeros_must_be_zeros",),
@@ -1344,7 +1344,7 @@ CONFINED = (
     ),
     Mutation(
         "a folder of PEFT holds the layers that are not in use",
-        "jlora/interchange/forms.py",
+        "jlora/interchange/leaves/forms.py",
         "[slot for slot in slots if np.any(used[layout.batch_index(slot, site)])]",
         "list(slots)",
         (LAYERS + "a_folder_of_peft_holds_the_layers_in_use_and_no_others",),

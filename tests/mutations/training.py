@@ -644,7 +644,7 @@ CONTINUED = (
     ),
     Mutation(
         "on shapes PEFT's copies of the base are compared",
-        "jlora/interchange/read_wholes.py",
+        "jlora/interchange/trained/read_wholes.py",
         "if index.valued and not np.array_equal(",
         "if not np.array_equal(",
         ("tests/interchange/test_hostile_files.py::test_a_copy_of_another_base_is_refused",),

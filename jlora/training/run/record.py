@@ -13,7 +13,7 @@ from typing import Any
 import jlora
 from jlora.core.tree.adapted import count
 from jlora.disk.json_files import ILL_FORMED, read_object, shown
-from jlora.interchange.folder import CONFIG
+from jlora.interchange.files.folder import CONFIG
 from jlora.models.chat_files import write_chat_templates
 from jlora.training.data.dataset import Data
 from jlora.training.errors import CheckpointError, SettingError

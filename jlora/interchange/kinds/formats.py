@@ -10,12 +10,13 @@ from typing import Any
 from jlora.core.protocol.method import Method, stated_kind
 from jlora.core.protocol.peft import PeftKind
 from jlora.disk import catalog
-from jlora.interchange import adalora, leaf_table, lora, parse, read_lora, read_table, shira, table, vera
-from jlora.interchange.forms import Form
-from jlora.interchange.index import Read
-from jlora.interchange.names import Slot
-from jlora.interchange.wholes import Parameters
-from jlora.interchange.written import Written
+from jlora.interchange.files import parse
+from jlora.interchange.files.written import Written
+from jlora.interchange.kinds import adalora, leaf_table, lora, read_lora, read_table, shira, table, vera
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.index import Read
+from jlora.interchange.leaves.names import Slot
+from jlora.interchange.trained.wholes import Parameters
 
 Adapters = list[tuple[Form, list[Slot]]]
 

@@ -9,10 +9,10 @@ from typing import Any
 from jlora.core.protocol.method import Method
 from jlora.disk.json_files import read_object
 from jlora.disk.serialize import UnknownClass, method_from_dict, method_to_dict
-from jlora.interchange.folder import CONFIG, LARGEST_CONFIG, brief
-from jlora.interchange.forms import Form
-from jlora.interchange.names import Slot
-from jlora.interchange.written import Written
+from jlora.interchange.files.folder import CONFIG, LARGEST_CONFIG, brief
+from jlora.interchange.files.written import Written
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.names import Slot
 
 FILE = "jlora_manifest.json"
 FORMAT = 1

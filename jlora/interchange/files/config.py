@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.interchange import patterns, targets
-from jlora.interchange.folder import brief
+from jlora.interchange.files import patterns, targets
+from jlora.interchange.files.folder import brief
 
 # Settings that say what the tensors are.
 USED = {

@@ -6,11 +6,13 @@ from collections import Counter
 from typing import Any
 
 from jlora.core.protocol.method import GROUPED
-from jlora.interchange import layout, rows, serving
-from jlora.interchange.forms import Form
-from jlora.interchange.names import Slot
-from jlora.interchange.pieces import Piece, join, split
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.kinds import serving
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.names import Slot
+from jlora.interchange.leaves.pieces import Piece, join, split
+from jlora.interchange.trained import rows
 
 # PEFT's word for an adapter that has no target modules.
 NO_TARGETS = "dummy-target-modules"

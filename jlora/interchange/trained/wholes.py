@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.interchange import layout
-from jlora.interchange.names import Slot
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.names import Slot
 
 Keys = tuple[str, ...]
 

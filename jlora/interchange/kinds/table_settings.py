@@ -8,7 +8,7 @@ from typing import Any
 
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.peft import PeftKind, PeftSetting
-from jlora.interchange.config import Settings
+from jlora.interchange.files.config import Settings
 
 _MISSING = object()
 

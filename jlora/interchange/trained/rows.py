@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import CONFIG, AdapterFolder
-from jlora.interchange.forms import Form
-from jlora.interchange.index import Index, Read, trained_dtype
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import TOKENS, Contents
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import CONFIG, AdapterFolder
+from jlora.interchange.files.parse import TOKENS, Contents
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.index import Index, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 from jlora.methods.rows import Rows
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jlora.core.protocol.method import Site
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves.names import Slot
 
 
 def check_site(slot: Slot, site: Site) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.written import PREFIX
+from jlora.interchange.files.folder import AdapterFolder
+from jlora.interchange.files.written import PREFIX
 
 # For each of PEFT's methods the ends of keys, and the role that such a tensor has in its module.
 ENDS = {

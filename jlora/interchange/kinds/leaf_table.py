@@ -8,17 +8,19 @@ import numpy as np
 
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.peft import PeftKind
-from jlora.interchange import layout, read_wholes, table_settings
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.forms import Form
-from jlora.interchange.index import Index, Read, trained_dtype
-from jlora.interchange.lora import shortest
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import Contents
-from jlora.interchange.recorded import Recorded
-from jlora.interchange.wholes import Parameters
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import AdapterFolder
+from jlora.interchange.files.parse import Contents
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.kinds import table_settings
+from jlora.interchange.kinds.lora import shortest
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.index import Index, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
+from jlora.interchange.trained import read_wholes
+from jlora.interchange.trained.wholes import Parameters
 
 
 @dataclass(frozen=True)

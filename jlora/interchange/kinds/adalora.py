@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from jlora.interchange import layout
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.forms import Form
-from jlora.interchange.index import Index, Read, trained_dtype
-from jlora.interchange.lora import shortest
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import Contents
-from jlora.interchange.recorded import Recorded
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import AdapterFolder
+from jlora.interchange.files.parse import Contents
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.kinds.lora import shortest
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.index import Index, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 from jlora.methods.adalora import AdaLoRA
 
 # PEFT's scale is alpha / (rank + this).

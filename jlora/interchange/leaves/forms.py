@@ -16,8 +16,8 @@ from jlora.core.tree import placement
 from jlora.core.tree.starts import start_of
 from jlora.core.walk import weight as weights
 from jlora.core.walk.weight import Weight
-from jlora.interchange import layout
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.names import Slot
 
 # What constants that no tensor holds are made again with; it must not matter.
 KEY = 0

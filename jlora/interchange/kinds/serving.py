@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.interchange.forms import Form
-from jlora.interchange.names import Slot
-from jlora.interchange.pieces import Piece, folded
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.names import Slot
+from jlora.interchange.leaves.pieces import Piece, folded
 
 # vLLM's choices of --max-lora-rank; an adapter of any rank up to the chosen one is served.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

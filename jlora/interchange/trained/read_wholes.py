@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jlora.interchange import layout
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.index import Index, Keys, Read, trained_dtype
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import Contents
-from jlora.interchange.recorded import Recorded
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import AdapterFolder
+from jlora.interchange.files.parse import Contents
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.index import Index, Keys, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 from jlora.methods import Full
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jlora.core.protocol.method import Method
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves.names import Slot
 from jlora.methods import DoRA, LoRA
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jlora.interchange import layout
-from jlora.interchange.forms import Form
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.names import Slot
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import numpy as np
 from jlora.core.protocol.method import Method, Start, stated_kind
 from jlora.core.protocol.peft import PeftKind, PeftTensor
 from jlora.core.tree.starts import start_of
-from jlora.interchange import table_settings
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import FLOATS, INTEGERS, AdapterFolder
-from jlora.interchange.forms import KEY
-from jlora.interchange.index import MATRICES, Index, Keys, Read, trained_dtype
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import Contents
-from jlora.interchange.recorded import Recorded
-from jlora.interchange.table import from_file, plain, to_file
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import FLOATS, INTEGERS, AdapterFolder
+from jlora.interchange.files.parse import Contents
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.kinds import table_settings
+from jlora.interchange.kinds.table import from_file, plain, to_file
+from jlora.interchange.leaves.forms import KEY
+from jlora.interchange.leaves.index import MATRICES, Index, Keys, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 
 
 @dataclass(frozen=True)

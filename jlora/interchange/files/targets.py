@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlora.interchange import patterns
-from jlora.interchange.folder import brief
+from jlora.interchange.files import patterns
+from jlora.interchange.files.folder import brief
 
 
 def left_out(config: dict[str, Any], module: str) -> str | None:

@@ -8,12 +8,13 @@ import numpy as np
 
 from jlora.core.protocol.method import Method
 from jlora.core.protocol.peft import Layout, PeftKind
-from jlora.interchange import layout, table_settings
-from jlora.interchange.forms import Form
-from jlora.interchange.lora import shortest
-from jlora.interchange.names import Slot
-from jlora.interchange.wholes import Parameters
-from jlora.interchange.written import PREFIX, Written, origin
+from jlora.interchange.files.written import PREFIX, Written, origin
+from jlora.interchange.kinds import table_settings
+from jlora.interchange.kinds.lora import shortest
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.forms import Form
+from jlora.interchange.leaves.names import Slot
+from jlora.interchange.trained.wholes import Parameters
 
 _LAYOUTS: dict[str, Any] = {
     "same": (lambda x: x, lambda x: x),

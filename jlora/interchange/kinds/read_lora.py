@@ -12,13 +12,13 @@ import numpy as np
 
 from jlora.core.protocol.method import Method, Site
 from jlora.core.tree.starts import start_of
-from jlora.interchange import layout
-from jlora.interchange.config import Settings
-from jlora.interchange.folder import AdapterFolder
-from jlora.interchange.index import Index, Keys, Read, trained_dtype
-from jlora.interchange.names import Slot
-from jlora.interchange.parse import WRAPPED, Contents
-from jlora.interchange.recorded import Recorded
+from jlora.interchange.files.config import Settings
+from jlora.interchange.files.folder import AdapterFolder
+from jlora.interchange.files.parse import WRAPPED, Contents
+from jlora.interchange.files.recorded import Recorded
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.index import Index, Keys, Read, trained_dtype
+from jlora.interchange.leaves.names import Slot
 from jlora.methods import DoRA, Full, LoRA
 from jlora.methods.dora import column_norms
 

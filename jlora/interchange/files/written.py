@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves.names import Slot
 
 PREFIX = "base_model.model."
 

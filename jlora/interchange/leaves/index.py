@@ -11,8 +11,8 @@ import numpy as np
 from jlora import paths
 from jlora.core.protocol.method import Method, Site
 from jlora.core.tree import beside
-from jlora.interchange import layout
-from jlora.interchange.names import Slot
+from jlora.interchange.leaves import layout
+from jlora.interchange.leaves.names import Slot
 
 Keys = tuple[str, ...]
 # The last word of the parameter that an adapter of a module adapts: the first of these that the module has.

@@ -1,0 +1,1 @@
+"""Which torch parameters a leaf is, and how its arrays lie there."""
