@@ -15,7 +15,7 @@ PARAMS = {"wide": weight(0, 32, 48), "turned": weight(1, 32, 48), "stack": weigh
 CODES = {
     "wide": jlora.LowRank(2, inner=1),
     "turned": jlora.SpectralTrain(2),
-    "stack": jlora.JointLowRank(3, over="layers"),
+    "stack": jlora.Axes("batch in out", jlora.JointLowRank(3, over="layers")),
 }
 X = normal(3, 2, 4, 32)
 
@@ -31,8 +31,7 @@ def model(params, x):
 
 def results(spec):
     """A base kept as codes: `loss` with gradients of trained arrays and input, lifted, and the same of the merged function."""
-    sites = jlora.sites(model, PARAMS, X)
-    adapted = perturbed(jlora.adapterize(jlora.quantize(PARAMS, CODES, sites), spec, sites=sites), size=0.1)
+    adapted = perturbed(jlora.adapterize(jlora.quantize(PARAMS, CODES), spec), size=0.1)
 
     def loss(function):
         return lambda p, x: jnp.sum(jnp.sin(function(adapted.replace(params=p), x)))
@@ -44,8 +43,12 @@ def results(spec):
 @pytest.mark.parametrize(
     "spec",
     [
-        {"wide": jlora.LoRA(2), "turned": jlora.DoRA(jlora.LoRA(2)), "stack": jlora.LoRA(2)},
-        {"wide": jlora.Fields(), "turned": jlora.Fields(), "stack": jlora.Fields()},
+        {
+            "wide": jlora.LoRA(2),
+            "turned": jlora.DoRA(jlora.LoRA(2)),
+            "stack": jlora.Axes("batch in out", jlora.LoRA(2)),
+        },
+        {"wide": jlora.Fields(), "turned": jlora.Fields(), "stack": jlora.Axes("batch in out", jlora.Fields())},
         {"turned": jlora.LoRA(2)},
     ],
     ids=["beside", "trained", "left"],

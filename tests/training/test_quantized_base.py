@@ -63,7 +63,9 @@ def test_a_run_on_a_quantized_base_ends_within_two_percent_of_the_plain_one(tmp_
     """As the default job does, whose figures are in docs/quantization.md."""
     losses = {}
     for code in (None, "nf4"):
-        asked = settings_of(tmp_path, quantize=code, steps=30, batch=8, rank=8, targets=None, out=str(tmp_path / str(code)))
+        asked = settings_of(
+            tmp_path, quantize=code, steps=30, batch=8, rank=8, targets=None, out=str(tmp_path / str(code))
+        )
         found = finetune(asked, lambda text: None)
         losses[code] = found.after["loss"]
         assert found.after["loss"] < 0.9 * found.before["loss"]
