@@ -1,7 +1,8 @@
 """What a base loses by codes of smaller arrays, by the bits that they keep, and what training in that form gives back.
 
     python experiments/quantization/compressed.py [--models stories260k minilm smollm2 | DIR ..] [--bits N ..] [--forms F ..]
-    python experiments/quantization/compressed.py --small --out FOLDER            a try in a minute
+    python experiments/quantization/compressed.py --small --out FOLDER            a try, in minutes
+    python experiments/quantization/compressed.py --table                         what is measured already, and no more
 
 The models and scores are those of `run.py`: a language model's loss in nats a token on the first stories, and MiniLM's
 correlation with people's judgements on its first pairs of sentences. `smollm2` is SmolLM2-135M-Instruct as
@@ -54,7 +55,7 @@ FEW_BITS = (jlora.Int8(), jlora.NF4(), jlora.NF3(), jlora.NF2())
 PRODUCTS = ("low rank", "joint", "tensor train", "spectral train")
 SINGLE = ("one central core", "transposed pair")
 # Stories or pairs that a model is scored on, and steps of training.
-SIZES = {"stories260k": (30, 40), "minilm": (200, 0), "smollm2": (8, 0)}
+SIZES = {"stories260k": (30, 40), "minilm": (40, 0), "smollm2": (8, 0)}
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def study(asked):
         for form, bits in wanted(asked.forms, asked.bits):
             here = {"model": Path(name).name, "count": count, "form": form, "bits": bits}
             here |= {"steps": steps} if form in PRODUCTS + SINGLE else {}
+            if _key(here) not in done and asked.table:
+                continue
             if _key(here) not in done:
                 of = of or subject(name, asked.data, count, steps)
                 done[_key(here)] = {"settings": here, **measured(of, form, bits), "jax": jax.__version__}
@@ -222,8 +225,9 @@ def study(asked):
                 print(json.dumps(done[_key(here)]), flush=True)
             rows.append(done[_key(here)])
         unit = "Spearman on STS-B" if name == "minilm" else "nats a token"
-        found[f"{Path(name).name}, {unit}"] = rows
-        report(found, asked.out)
+        if rows:
+            found[f"{Path(name).name}, {unit}"] = rows
+            report(found, asked.out)
 
 
 def _key(settings):
@@ -292,6 +296,7 @@ def main():
         "--steps", type=int, help=f"of training; default { ({name: n for name, (_, n) in SIZES.items()}) }"
     )
     parser.add_argument("--small", action="store_true", help="stories260k on 3 stories, with 2 steps, at one size")
+    parser.add_argument("--table", action="store_true", help="write the table of what is measured already")
     asked = parser.parse_args()
     if not asked.data.is_dir():
         parser.error(f"there is no folder {asked.data}; say --data or set JLORA_DATA")
