@@ -16,6 +16,7 @@ MESH = LEAVES + "on_a_mesh_fields_are_cut_as_the_leaf_in_whole_blocks"
 COMPRESSED, COMMON, FIELDS = (
     f"tests/stored/test_{name}.py::test_" for name in ("compressed", "common_fields", "fields")
 )
+CHAINS = "tests/stored/test_chains.py::test_"
 FINITE = CODES + "numbers_near_the_ends_of_float32_make_none_that_are_not_finite"
 
 MUTATIONS = (
@@ -403,5 +404,40 @@ MUTATIONS = (
         "_ratio(squares, of), largest)",
         "largest, largest)",
         (COMMON + "errors_are_those_of_numpy_in_a_table_with_the_worst_first",),
+    ),
+    Mutation(
+        "a turned chain keeps its order",
+        "jlora/core/products/chain.py",
+        "m.T for m in reversed(self.matrices)",
+        "m.T for m in self.matrices",
+        (CHAINS + "values_and_gradients_are_those_of_the_merged_function",),
+    ),
+    Mutation(
+        "a chain forgets the number that the function multiplied the weight with",
+        "jlora/core/products/chain.py",
+        "return y if self.number is None else y * self.number.astype(y.dtype)",
+        "return y",
+        (CHAINS + "values_and_gradients_are_those_of_the_merged_function",),
+    ),
+    Mutation(
+        "a matrix is always decoded",
+        "jlora/core/walk/dot.py",
+        "return free and weights.has_chain(use.weight, rows)",
+        "return False",
+        (CHAINS + "a_product_of_low_rank_takes_the_work_of_its_factors",),
+    ),
+    Mutation(
+        "a chain is taken whatever it costs",
+        "jlora/core/products/chain.py",
+        "return at_most(rows * sum(map(math.prod, shapes)), rows * inputs * outputs + forming)",
+        "return True",
+        (CHAINS + "where_the_factors_are_more_work_the_matrix_is_decoded",),
+    ),
+    Mutation(
+        "trained factors are rounded to 16 bits",
+        "jlora/core/products/refactored.py",
+        "or x.dtype != accumulation_dtype(x.dtype)",
+        "or False",
+        (CHAINS + "in_16_bits_trained_fields_keep_small_updates_and_bases_go_through_their_factors",),
     ),
 )

@@ -59,6 +59,20 @@ def test_the_run_says_bits_and_bytes_and_what_is_left_out(run):
 
 
 @pytest.mark.long
+def test_a_run_on_a_quantized_base_ends_within_two_percent_of_the_plain_one(tmp_path):
+    """As the default job does, whose figures are in docs/quantization.md."""
+    losses = {}
+    for code in (None, "nf4"):
+        asked = settings_of(
+            tmp_path, quantize=code, steps=30, batch=8, rank=8, targets=None, out=str(tmp_path / str(code))
+        )
+        found = finetune(asked, lambda text: None)
+        losses[code] = found.after["loss"]
+        assert found.after["loss"] < 0.9 * found.before["loss"]
+    assert losses["nf4"] < 1.02 * losses[None], losses
+
+
+@pytest.mark.long
 def test_what_opens_the_run_has_the_base_that_it_trained_on(run, tmp_path):
     _, _, folder = run
     opened = open_run(folder / "run")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.products import contraction
+from jlora.core.products.chain import Chain
 from jlora.core.products.contraction import Options, accumulation_dtype, drop, in_rows, matmul
 from jlora.core.products.update import Linear, Update
 
@@ -37,6 +38,7 @@ class Factors(Update):
     dropout: float = field(default=0.0, metadata={"static": True})
     constants: int = field(default=0, metadata={"static": True})
     refuses_forming: ClassVar[bool] = True
+    chains: ClassVar[bool] = True
 
     def weight(self, w: jax.Array) -> jax.Array:
         """The effective weight `[in, out]`, for methods that give theirs by these factors alone; in the factors' dtype."""
@@ -56,18 +58,22 @@ class Factors(Update):
         scale = 0 if self.scale is None else columns
         return self.a.shape[1] * (columns if lookup else rows + columns) + scale
 
-    def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
+    def dense(self, x: jax.Array, w: Any, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., in] @ ((w + a @ b) * scale)`."""
-        if key is None or self.dropout == 0:
+        chained = isinstance(w, Chain)
+        if not chained and (key is None or self.dropout == 0):
             return self.together(x, [(w, self)], options)[0]
 
         def product(x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
             return matmul(x, m, dtype, options.precision)
 
-        linear = Linear(lambda x, dtype: product(x, w, dtype), product, product, jnp.multiply, options.out_dtype)
+        def base(x: jax.Array, dtype: Any) -> jax.Array:
+            return w.product(x, dtype, options.precision) if chained else product(x, w, dtype)
+
+        linear = Linear(base, product, product, jnp.multiply, options.out_dtype)
         return in_rows(lambda x: self._apart(x, key, linear), x)
 
-    def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
+    def transposed(self, x: jax.Array, w: Any, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ ((w + a @ b) * scale).T`."""
         scaled = x if self.scale is None else x * self.scale.astype(x.dtype)
         return Factors(self.b.T, self.a.T, None, self.dropout, self.constants).dense(scaled, w.T, key, options)

@@ -52,6 +52,7 @@ class Update(abc.ABC):
         draws: whether a key may decide what becomes of a leaf beside, so that only the product itself can tell.
         alone: the uses that the form has for a method that no weight can stand for.
         refuses_forming: whether `lift(strict=True)` refuses to form the weight, for forms that are made to avoid it.
+        chains: whether `dense` and `transposed` take the base's matrix as a `Chain` too.
         sums_matrices: whether the gradients of its arrays are read off a dense gradient of the weight, for which a mesh that
             cuts rows then needs `jlora.core.products.by_rows`.
     """
@@ -60,6 +61,7 @@ class Update(abc.ABC):
     draws: ClassVar[bool] = False
     alone: ClassVar[frozenset[str]] = frozenset({"dense"})
     refuses_forming: ClassVar[bool] = False
+    chains: ClassVar[bool] = False
     sums_matrices: ClassVar[bool] = False
 
     @classmethod
@@ -76,12 +78,12 @@ class Update(abc.ABC):
         """Multiply-adds that it adds to those of the base's matrix `[rows, columns]`, for one row of input or one `lookup`."""
 
     @abc.abstractmethod
-    def dense(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
+    def dense(self, x: jax.Array, w: Any, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., in] @ v`.
 
         Args:
             x: the activation.
-            w: the base's matrix `[in, out]`, as the function has it.
+            w: the base's matrix `[in, out]`, as the function has it; with `chains` it may be a `Chain`.
             key: dropout key.
             options: dtype of the result, precision, and the plan that `lift` was asked for.
         """
@@ -90,7 +92,7 @@ class Update(abc.ABC):
         """`dense`, and what the method says beside it: a dict of arrays. `x`, `w`, `key` and `options` as there."""
         raise NotImplementedError
 
-    def transposed(self, x: jax.Array, w: jax.Array, key: jax.Array | None, options: Options) -> jax.Array:
+    def transposed(self, x: jax.Array, w: Any, key: jax.Array | None, options: Options) -> jax.Array:
         """`x [..., out] @ v.T`: the use of a tied embedding as the head. `w`, `key` and `options` as for `dense`."""
         raise NotImplementedError
 

@@ -82,6 +82,13 @@ class Code:
         """The matrix `[in, out]` in float32 that fields stand for."""
         raise NotImplementedError(f"{type(self).__name__} has no decode")
 
+    def factored(self, fields: Arrays, rows: int, columns: int) -> tuple[jax.Array, ...] | None:
+        """Two or more matrices of which `decode` gives the product; None where there are none.
+
+        An activation goes through them one after another where that takes less work than decoding.
+        """
+        return None
+
     def __str__(self) -> str:
         """The code with the hyperparameters that differ from the defaults."""
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]

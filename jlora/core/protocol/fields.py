@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.core.products.chain import Chain
+from jlora.core.products.refactored import Refactored
 from jlora.core.protocol.hyperparameters import POSITIVE
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, default_label
 from jlora.core.protocol.stored import Stored
@@ -23,7 +25,8 @@ class Fields(Method):
     fields or of those that `learn` names. An array that a group of leaves has in common is trained as one, its gradient the sum
     over them. `jlora.requantize(adapted)` gives the trained fields back in their form.
 
-    Forms the weight in every pass, with its dense gradient.
+    Where the code makes the weight of matrices, as `jlora.LowRank` does, a product in 32 bits goes through them if that takes
+    fewer multiply-adds. Else it forms the weight in every pass, with its dense gradient.
 
     Args:
         learn: names of the fields to train; all that can be, by default.
@@ -56,6 +59,7 @@ class Fields(Method):
 
     family: ClassVar[str] = "Trained leaves and rows"
     restarts: ClassVar[bool] = False
+    form = Refactored
 
     def __post_init__(self) -> None:
         given = self.multiples.items() if isinstance(self.multiples, Mapping) else self.multiples
@@ -135,11 +139,19 @@ class Fields(Method):
     def weight(self, view: View) -> jax.Array:
         """`decode(fields)`."""
         assert view.code is not None
+        return view.code.decode(self._fields(view), *view.w.shape)
+
+    def update(self, view: View) -> Refactored:
+        """The weight, and the matrices that it is a product of, if any; where it is only described there is no code."""
+        found = None if view.code is None else view.code.factored(self._fields(view), *view.w.shape)
+        return Refactored(view, chain=None if found is None else Chain(found))
+
+    def _fields(self, view: View) -> Arrays:
+        """All fields of the code, the trained ones as they are now."""
         common = {name: view.shared[name] for name in self.common}
         if self.layered:
             common = {name: array[view.frozen["layer"]] for name, array in common.items()}
-        trained = view.params | common
-        return view.code.decode(view.codes | trained, *view.w.shape)
+        return view.codes | view.params | common
 
     def labels(self, site: Site) -> dict[str, str]:
         """A vector's group for values that are one row, such as singular values, and LoRA's `a` for all others."""

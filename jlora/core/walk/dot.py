@@ -5,11 +5,13 @@ A rule is `(walk, eqn, *values) -> outputs`, or None where it does not apply; th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from jlora import _compat
 from jlora.core.products.by_rows import by_rows
 from jlora.core.products.contraction import Options, check_plan
 from jlora.core.protocol.method import View
@@ -103,6 +105,8 @@ def together(walk: Walk, uses: list[Use]) -> list[list[Any]] | None:
     for use in uses:
         if use.weight.form is not form or not _is_plain(use) or use.options(walk) != uses[0].options(walk):
             return None
+        if _goes_through_chain(use, math.prod(use.x.shape[:-1]), use.options(walk)):
+            return None
 
     def computed(x: jax.Array, members: list[Weight]) -> list[jax.Array]:
         return form.together(x, [single_matrix(weight) for weight in members], uses[0].options(walk))
@@ -135,7 +139,7 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     weight, side, options = notes.known(walk.notes, use.weight), "in" if use.side == "in" else "out", use.options(walk)
     x, shared, free = folded_input(use, side)
 
-    def product(view: View, w: jax.Array, key: jax.Array | None, x: jax.Array) -> Any:
+    def product(view: View, w: Any, key: jax.Array | None, x: jax.Array) -> Any:
         if says:
             return weights.update_of(weight, view).spoken(x, w, key, options)
 
@@ -151,6 +155,7 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     walk.seen.add(weight.name)
     listens, tells = taps.listens(walk, weight), bool(weight.method.tells) and weight.form.owns("spoken")
     says = side == "in" and (listens or tells)
+    chained = not says and _goes_through_chain(use, math.prod(x.shape[len(shared) : -1]), options)
     key = walk.next_key(weight.key, use.x)
     if key is not None and USES[side] not in weight.form.drops:
         raise ValueError(
@@ -160,7 +165,8 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     if key is not None and weight.batch:
         key = jax.random.split(key, tuple(piece.size for piece in weight.batch))  # every expert drops on its own
     along = lambda piece: (0, 0, 0 if piece in shared else None)  # noqa: E731
-    y = weights.over_batch(product, weight, (weights.matrix(weight), key, x), along)
+    base = weights.chain(weight) if chained else weights.matrix(weight)
+    y = weights.over_batch(product, weight, (base, key, x), along)
     if says:
         y, said = y
         walk.taps += notes.note(weight, said)
@@ -169,6 +175,15 @@ def _contract(walk: Walk, use: Use) -> jax.Array:
     remaining = weight.with_role("out" if side == "in" else "in")
     y = y.reshape(*y.shape[:-1], *(piece.size for piece in remaining))
     return arrange(y, [*weight.batch, *free, *remaining], use.order, use.eqn.outvars[0].aval.shape)
+
+
+def _goes_through_chain(use: Use, rows: Any, options: Options) -> bool:
+    """Whether a product of so many rows goes through the matrices that a code makes the weight of, and not with it decoded.
+
+    Not where the plan is forced, nor where a mesh's pieces of the result are added up before it is rounded.
+    """
+    free = options.plan == "auto" and options.cut == 1 and not _compat.explicit_sharding(use.eqn.outvars[0].aval)
+    return free and weights.has_chain(use.weight, rows)
 
 
 def folded_input(use: Use, role: str) -> tuple[jax.Array, list[Piece], list[Label]]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jlora.core.products.chain import Chain, is_less_work
 from jlora.core.products.formed import Formed
 from jlora.core.products.update import Update
 from jlora.core.protocol.code import Code
@@ -274,6 +275,41 @@ def matrix(weight: Weight) -> jax.Array:
     return rearrange(weight.array, weight.axes, canonical_axes(weight))
 
 
+def has_chain(weight: Weight, rows: Any) -> bool:
+    """Whether a product of so many rows with each of the base's matrices is less work by the matrices that make it up."""
+    if weight.code is None or not weight.form.chains:
+        return False
+    found = jax.eval_shape(lambda codes: _factored(weight, codes), weight.codes)
+    return found is not None and is_less_work(rows, [each.shape[-2:] for each in found])
+
+
+def chain(weight: Weight) -> Chain:
+    """The base's matrices `[*batch, in, out]` as the products that they are, for a weight that `has_chain`."""
+    found = _factored(weight, weight.codes)
+    assert found is not None
+    factor = weight.factor if weight.factor is None else jnp.broadcast_to(weight.factor, found[0].shape[:-2])
+    return Chain(tuple(each.astype(weight.array.dtype) for each in found), factor)
+
+
+def _factored(weight: Weight, codes: Arrays) -> tuple[jax.Array, ...] | None:
+    """What the code makes each of the base's matrices of, batch axes in front."""
+    code = weight.code
+    assert code is not None
+
+    def one(fields: Arrays) -> tuple[jax.Array, ...] | None:
+        return code.factored(fields | weight.common, *_sizes(weight))
+
+    for _ in weight.batch:
+        one = jax.vmap(one)
+    return one(codes)
+
+
+def _sizes(weight: Weight) -> tuple[int, int]:
+    """Rows and columns of each matrix, of what `shard_map` has here."""
+    rows, columns = (math.prod(piece.size for piece in weight.with_role(role)) for role in ("in", "out"))
+    return rows, columns
+
+
 def base(weight: Weight) -> jax.Array:
     """The base's array in its current form and dtype."""
     if isinstance(weight.array, Blank):
@@ -299,8 +335,8 @@ def _matrix(weight: Weight, one: Any) -> jax.Array:
     if weight.code is None:
         return one
     assert weight.site is not None
-    rows, columns = (math.prod(piece.size for piece in weight.with_role(role)) for role in ("in", "out"))
-    return weight.code.decode(one | weight.common, rows, columns).astype(weight.site.dtype).astype(weight.array.dtype)
+    found = weight.code.decode(one | weight.common, *_sizes(weight))
+    return found.astype(weight.site.dtype).astype(weight.array.dtype)
 
 
 def over_batch(

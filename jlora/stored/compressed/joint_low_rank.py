@@ -80,7 +80,11 @@ class JointLowRank(Code):
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`left @ right`."""
-        return factoring.product(fields["left"], fields["right"])
+        return factoring.product(*self.factored(fields, rows, columns))
+
+    def factored(self, fields: Arrays, rows: int, columns: int) -> tuple[jax.Array, ...]:
+        """Both."""
+        return fields["left"], fields["right"]
 
 
 JointLowRank.CASES = (JointLowRank(3), JointLowRank(3, "layers"))

@@ -74,7 +74,11 @@ class LowRank(Code):
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """The product."""
-        return factoring.product(fields["left"], *fields.get("inner", ()), fields["right"])
+        return factoring.product(*self.factored(fields, rows, columns))
+
+    def factored(self, fields: Arrays, rows: int, columns: int) -> tuple[jax.Array, ...]:
+        """All factors."""
+        return fields["left"], *fields.get("inner", ()), fields["right"]
 
 
 LowRank.CASES = (LowRank(3), LowRank(3, inner=2), LowRank(3, dtype="bfloat16"))

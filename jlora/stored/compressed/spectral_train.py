@@ -82,8 +82,12 @@ class SpectralTrain(Code):
 
     def decode(self, fields: Arrays, rows: int, columns: int) -> jax.Array:
         """`u @ diag(sigma) @ v.T`."""
+        return factoring.product(*self.factored(fields, rows, columns))
+
+    def factored(self, fields: Arrays, rows: int, columns: int) -> tuple[jax.Array, ...]:
+        """`u @ diag(sigma)` and `v.T`, which the reflections make."""
         u, v = train(fields["left"], self._side(rows)), train(fields["right"], self._side(columns))
-        return factoring.product(u * fields["sigma"], v.T)
+        return u * fields["sigma"], v.T
 
     def _side(self, size: int) -> list[Core]:
         return side(size, self.rank, self.cores == "tt")
