@@ -119,22 +119,22 @@ def test_a_bfloat16_base_loses_no_update_to_rounding():
     wanted = x16.astype(jnp.float32) @ (f.a @ f.b)
     error = jnp.linalg.norm(moved[0] - moved[1] - wanted) / jnp.linalg.norm(wanted)
     assert error < 2e-2
-    assert contraction.choose("auto", 10**6, [w16.shape], w16.dtype) == LowRankPlan((False,), False)
+    assert contraction.choose("auto", 10**6, [w16.shape], w16.dtype) == LowRankPlan(("apart",), False)
 
 
 def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases():
     choose = lambda plan, tokens, shapes, dtype=jnp.float32: contraction.choose(plan, tokens, shapes, dtype)
     up, down = (512, 1408), (1408, 512)
-    assert choose("auto", 64, [up]) == LowRankPlan((False,), False)
-    assert choose("auto", 4096, [up]) == LowRankPlan((True,), True)
+    assert choose("auto", 64, [up]) == LowRankPlan(("apart",), False)
+    assert choose("auto", 4096, [up]) == LowRankPlan(("formed",), True)
     assert choose("auto", 256, [up]) == LowRankPlan(
-        (True,), False
+        ("formed",), False
     )  # cheap to form for 512 inputs, not for 1408 gradients
-    assert choose("auto", 256, [down]) == LowRankPlan((False,), True)
-    assert choose("auto", 512, [up, up]) == LowRankPlan((True, True), False)  # the two share the factored form's cost
-    assert choose("auto", 4096, [up], jnp.bfloat16) == LowRankPlan((False,), False)
-    assert choose("factored", 4096, [up, up]) == LowRankPlan((False, False), False)
-    assert choose("merged", 1, [up, up], jnp.bfloat16) == LowRankPlan((True, True), True)
+    assert choose("auto", 256, [down]) == LowRankPlan(("apart",), True)
+    assert choose("auto", 512, [up, up]) == LowRankPlan(("formed", "formed"), False)  # the two share the factored form's cost
+    assert choose("auto", 4096, [up], jnp.bfloat16) == LowRankPlan(("apart",), False)
+    assert choose("factored", 4096, [up, up]) == LowRankPlan(("apart", "apart"), False)
+    assert choose("merged", 1, [up, up], jnp.bfloat16) == LowRankPlan(("formed", "formed"), True)
 
 
 @pytest.mark.parametrize("plan", ["auto", *PLANS])

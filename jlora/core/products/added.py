@@ -39,7 +39,7 @@ class Added(Acting):
 
     def _formed_is_cheaper(self, x: jax.Array, options: Options) -> bool:
         plan = choose(options.plan, x.size // x.shape[-1], [self.view.w.shape], self.view.w.dtype, options.runs)
-        return plan.forward[0] and plan.backward
+        return plan.forward[0] == "formed" and plan.backward
 
     def _product(self, x: jax.Array, options: Options) -> jax.Array:
         v = self.view.site.method.weight(self.view)

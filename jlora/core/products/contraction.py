@@ -16,12 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jlora.core.products.backend import target
+
 PLANS = ("auto", "factored", "merged")
 # `w + a @ b` is formed where the contracted side is at most this many times the number of tokens (see `choose`).
 # Measured on a 512-wide Llama on two CPU cores, ranks 4 to 64, 64 to 4096 tokens; see docs/speed.md.
 FORWARD, BACKWARD = 3, 3
 # Where several runs share the base, that many times fewer. Measured on two CPU cores, widths 128 to 1024, rank 8, 2 to 32 runs.
 OF_RUNS = 4
+# GPUs read rows of a product's operands in pieces of 16 bytes.
+ALIGNED = 8
 Matrices = list[jax.Array]
 
 
@@ -92,11 +96,12 @@ class LowRankPlan:
     """How the products of one input with some weights are computed; static.
 
     Attributes:
-        forward: for each weight, whether `w + a @ b` is formed for `x @ (w + a @ b)`.
-        backward: whether it is for the gradient of `x`, to which all the weights contribute.
+        forward: for each weight "apart" (`x @ w + (x @ a) @ b`), "formed" (`x @ (w + a @ b)`) or "joined"
+            (`[x, x @ a] @ [w; b]`).
+        backward: whether `w + a @ b` is formed for the gradient of `x`, to which all the weights contribute.
     """
 
-    forward: tuple[bool, ...]
+    forward: tuple[str, ...]
     backward: bool
 
 
@@ -113,15 +118,27 @@ def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any
 
     Several runs have `tokens` rows each. There the base's product is one of all their rows, and forming makes as many products
     of few rows out of it, so it pays later (`OF_RUNS`).
+
+    On a GPU the parts of a 16-bit product can't be added inside it, and the wide one is written in 32 bits and read again:
+    about five arrays of `tokens * out` 16-bit values. Joined, all is summed in one product, and what is moved more are
+    copies of each `w` and, once for all weights of the input, of `x`. In the backward pass a formed weight rounds the gradient
+    alone, by 2⁻⁹, and never the output, so it is formed where that takes fewer bytes than the thin path. With several devices
+    nothing is joined: an axis that is cut would be sent round.
     """
     if plan != "auto":
-        return LowRankPlan((plan == "merged",) * len(shapes), plan == "merged")
-    if jnp.dtype(dtype).itemsize < 4:
-        return LowRankPlan((False,) * len(shapes), False)
+        form = {"merged": "formed", "factored": "apart"}[plan]
+        return LowRankPlan((form,) * len(shapes), plan == "merged")
     backward = sum(columns for _, columns in shapes)
+    if jnp.dtype(dtype).itemsize < 4:
+        if target().platform != "gpu" or runs > 1:
+            return LowRankPlan(("apart",) * len(shapes), False)
+        rows = shapes[0][0]
+        copies, sums = 2 * rows * (backward + tokens), 5 * tokens * backward
+        form = "joined" if target().devices == 1 and at_most(copies + 1, sums) else "apart"
+        return LowRankPlan((form,) * len(shapes), at_most(backward + 1, tokens))
     fewer = 1 if runs == 1 else OF_RUNS
     return LowRankPlan(
-        tuple(at_most(fewer * rows, FORWARD * tokens) for rows, _ in shapes),
+        tuple("formed" if at_most(fewer * rows, FORWARD * tokens) else "apart" for rows, _ in shapes),
         at_most(fewer * backward, BACKWARD * tokens),
     )
 
@@ -135,9 +152,15 @@ def at_most(small: int, large: int) -> bool:
 
 
 def products(
-    x: jax.Array, weights: Matrices, a: Matrices, b: Matrices, constants: Sequence[int], options: Options
+    x: jax.Array,
+    weights: Matrices,
+    a: Matrices,
+    b: Matrices,
+    scales: Sequence[jax.Array | None],
+    constants: Sequence[int],
+    options: Options,
 ) -> Matrices:
-    """`x [..., in] @ (w + a @ b)` for several weights, whose products with `a` and gradients of `a` are shared.
+    """`x [..., in] @ (w + a @ b) * scale` for several weights, whose products with `a` and gradients of `a` are shared.
 
     Of each weight the last `constants` columns of `a` and rows of `b` get no gradient, and their gradient is not computed.
     """
@@ -148,7 +171,8 @@ def products(
     def rows(x: jax.Array) -> Matrices:
         shapes = [(w.shape[0], w.shape[1]) for w in weights]
         plan = choose(options.plan, x.size // x.shape[-1], shapes, weights[0].dtype, options.runs)
-        return _low_rank(x, weights, a, b, kept, _Group(options.out_dtype, options.precision, plan, options.cut))
+        group = _Group(options.out_dtype, options.precision, plan, options.cut, target().platform != "gpu")
+        return _low_rank(x, weights, a, b, list(scales), kept, group)[0]
 
     return in_rows(rows, x)
 
@@ -167,12 +191,17 @@ def in_rows(product: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
 @dataclass(frozen=True)
 class _Group:
-    """How several products with one input are computed; static."""
+    """How several products with one input are computed; static.
+
+    Attributes:
+        turned: whether a thin gradient is written as `(gᵀ x)ᵀ` (see `thin_tangent`).
+    """
 
     out_dtype: Any
     precision: Any
     plan: LowRankPlan
     cut: int = 1
+    turned: bool = True
 
     def matmul(self, x: jax.Array, m: jax.Array, dtype: Any) -> jax.Array:
         return matmul(x, m, dtype, self.precision)
@@ -190,8 +219,11 @@ class _Group:
     def thin_tangent(self, x: jax.Array, factors: list[jax.Array]) -> list[jax.Array]:
         """`thin` for tangents of the factors, written so that its transpose, their gradient, is `(gᵀ x)ᵀ` and not `xᵀ g`.
 
-        XLA's CPU backend is five times as slow at the latter, and would turn the former into it without the barrier.
+        XLA's CPU backend is five times as slow at the latter, and would turn the former into it without the barrier. GPUs
+        take either.
         """
+        if not self.turned:
+            return self.thin(x, factors)
         a = jax.lax.optimization_barrier((jnp.concatenate(factors, axis=1) if len(factors) > 1 else factors[0]).T)
         dims = (((1,), (x.ndim - 1,)), ((), ()))
         together = jax.lax.dot_general(a, x, dims, precision=self.precision, preferred_element_type=x.dtype)
@@ -212,32 +244,64 @@ def _whole(a: Matrices, b: Matrices, kept: list[tuple[jax.Array, jax.Array]]) ->
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5,))
+@partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _low_rank(
     x: jax.Array,
     weights: Matrices,
     a: Matrices,
     b: Matrices,
+    scales: list[jax.Array | None],
     kept: list[tuple[jax.Array, jax.Array]],
     group: _Group,
-) -> Matrices:
-    """`x @ (w + a @ b)` for each weight, by its plan; `kept` are the constant columns of `a` and rows of `b`."""
+) -> tuple[Matrices, Matrices]:
+    """`x @ (w + a @ b) * scale` for each weight, by its plan, and for those with a scale the product without it.
+
+    `kept` are the constant columns of `a` and rows of `b`.
+    """
     a, b = _whole(a, b, kept)
     accumulate = accumulation_dtype(group.out_dtype)
     in_pieces = group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize
-    factored = [n for n, formed in enumerate(group.plan.forward) if not formed and not in_pieces]
-    low = dict(zip(factored, group.thin(x, [a[n] for n in factored]))) if factored else {}
-    results = []
-    for n, w in enumerate(weights):
-        if n in low:
+    thin = [n for n, form in enumerate(group.plan.forward) if form != "formed" and not (in_pieces and scales[n] is None)]
+    low = dict(zip(thin, group.thin(x, [a[n] for n in thin]))) if thin else {}
+    together = [n for n in thin if group.plan.forward[n] == "joined"]
+    wide = _beside(x, [low[n] for n in together]) if together else x
+    results, plain = [], []
+    for n, (w, scale) in enumerate(zip(weights, scales)):
+        if n in together:
+            before = sum(low[m].shape[-1] for m in together[: together.index(n)])
+            y = group.matmul(wide, _below(w, b[n], before, wide.shape[-1]), accumulate)
+        elif n in low:
             # The adapter's part in 16 bits: half the bytes, and compilers then add it inside the wide product.
             y = group.matmul(x, w, accumulate) + group.matmul(low[n], b[n], x.dtype).astype(accumulate)
-        elif not group.plan.forward[n]:
+        elif group.plan.forward[n] != "formed":
             y = _in_pieces(group, x, w, a[n], b[n])
         else:
             y = group.matmul(x, group.merged(w, a[n], b[n]).astype(x.dtype), accumulate)
-        results.append(y.astype(group.out_dtype))
-    return results
+        results.append(_scaled(y, scale).astype(group.out_dtype))
+        if scale is not None:
+            plain.append(y.astype(group.out_dtype))
+    return results, plain
+
+
+def _scaled(y: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """`y * scale` in 32 bits, in the dtype of `y`: a gradient that passes is rounded once, and none is written in 32 bits."""
+    if scale is None:
+        return y
+    dtype = accumulation_dtype(y.dtype)
+    return (y.astype(dtype) * scale.astype(dtype)).astype(y.dtype)
+
+
+def _beside(x: jax.Array, low: Matrices) -> jax.Array:
+    """`[x, low_1, low_2, .., 0]`, as wide as GPUs want it."""
+    width = x.shape[-1] + sum(each.shape[-1] for each in low)
+    rest = jnp.zeros((*x.shape[:-1], -width % ALIGNED), x.dtype)
+    return jnp.concatenate([x, *low, rest], axis=-1)
+
+
+def _below(w: jax.Array, b: jax.Array, before: int, rows: int) -> jax.Array:
+    """`[w; 0; b; 0]`, with `before` zeros between them, `[rows, out]`: zeros stand where other weights have their `b`."""
+    b = jnp.pad(b.astype(w.dtype), ((before, rows - w.shape[0] - before - b.shape[0]), (0, 0)))
+    return jnp.concatenate([w, b])
 
 
 def _in_pieces(group: _Group, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -260,18 +324,20 @@ def _in_pieces(group: _Group, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.A
 
 
 @partial(_low_rank.defjvp, symbolic_zeros=True)
-def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices, Matrices]:
+def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """The derivative, written so that its transpose is what a hand-written backward pass would be.
 
     With cotangents `g` of the results: `da = xᵀ (g bᵀ)`, `db = (x a)ᵀ g`, and `dx` the sum of `g (w + a b)ᵀ` by the plans;
-    never the dense `xᵀ g`, unless somebody differentiates the base itself. Kept for the backward pass: `x`, and `x a`. The
+    never the dense `xᵀ g`, unless somebody differentiates the base itself. With a scale `g` is `g * scale` there, in the
+    results' own dtype, and `dscale` the sum over rows of `g` times the product without it. Kept for the backward pass: `x`,
+    `x a`, and that product. The
     barrier's transpose is a barrier on the gradients: `dx` is not used before `da` and `db` are computed too, after which
     nothing needs `x` and `g`, and their memory is free.
     """
-    x, weights, a, b, kept = primals
+    x, weights, a, b, scales, kept = primals
     live = jax.tree.map(lambda t: None if isinstance(t, SymbolicZero) else t, tangents[:-1], is_leaf=_is_zero)
-    dx, dw, da, db = jax.lax.optimization_barrier(live)
-    results = _low_rank(x, weights, a, b, kept, group)
+    dx, dw, da, db, dscales = jax.lax.optimization_barrier(live)
+    results, plain = _low_rank(x, weights, a, b, scales, kept, group)
     terms: list[list[jax.Array]] = [[] for _ in weights]
     if dx is not None:
         for n, term in enumerate(_through_input(group, dx, weights, *_whole(a, b, kept))):
@@ -286,7 +352,14 @@ def _low_rank_jvp(group: _Group, primals: Any, tangents: Any) -> tuple[Matrices,
     for n, each in enumerate(dw):
         if each is not None:
             terms[n].append(group.matmul(x, each, dtype))
-    return results, [sum(t[1:], t[0]).astype(y.dtype) if t else jnp.zeros_like(y) for t, y in zip(terms, results)]
+    moved = [sum(t[1:], t[0]).astype(y.dtype) if t else jnp.zeros_like(y) for t, y in zip(terms, results)]
+    without = [y for y, scale in zip(moved, scales) if scale is not None]
+    moved = [_scaled(y, scale) for y, scale in zip(moved, scales)]
+    of_scales = [n for n, scale in enumerate(scales) if scale is not None]
+    for n, y in zip(of_scales, plain):
+        if dscales[n] is not None:
+            moved[n] = moved[n] + _scaled(y, dscales[n])
+    return (results, plain), (moved, without)
 
 
 def _is_zero(tangent: Any) -> bool:

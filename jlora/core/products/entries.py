@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jlora import _compat
+from jlora.core.products.backend import target
 from jlora.core.products.contraction import Options, accumulation_dtype, at_most, in_rows, matmul
 
 #: How many entries of `w` a dense product goes through in the time that one changed entry takes by itself. Measured on two
@@ -66,7 +67,7 @@ def choose(plan: str, tokens: int, shape: tuple[int, ...], entries: int, dtype: 
             else SparsePlan("formed", "formed", "dense")
         )
     size = shape[0] * shape[1]
-    few = entries * ENTRY_COST.get(jax.default_backend(), ENTRY_COST_ELSEWHERE) < size
+    few = entries * ENTRY_COST.get(target().platform, ENTRY_COST_ELSEWHERE) < size
     if jnp.dtype(dtype).itemsize < 4:
         product = "entries" if few else "apart"
     else:

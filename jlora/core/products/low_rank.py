@@ -85,14 +85,9 @@ class Factors(Update):
         The same holds in the backward pass, where one product gives the gradients of all `a`.
         """
         a, b = ([m.astype(x.dtype) for m in side] for side in ([f.a for _, f in members], [f.b for _, f in members]))
-        scaled = any(f.scale is not None for _, f in members)
-        out_dtype = accumulation_dtype(options.out_dtype) if scaled else options.out_dtype
         weights, constants = [w for w, _ in members], [f.constants for _, f in members]
-        products = contraction.products(x, weights, a, b, constants, replace(options, out_dtype=out_dtype))
-        return [
-            y if f.scale is None else (y * f.scale.astype(y.dtype)).astype(options.out_dtype)
-            for y, (_, f) in zip(products, members)
-        ]
+        scales = [f.scale for _, f in members]
+        return contraction.products(x, weights, a, b, scales, constants, options)
 
     def lookup(self, base: jax.Array, w: jax.Array, take: Callable[[jax.Array], jax.Array], side: str) -> jax.Array:
         """Rows of the base, plus rows of `a` times `b`; columns are rows of the transposed matrix."""
