@@ -131,7 +131,9 @@ def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases()
         ("formed",), False
     )  # cheap to form for 512 inputs, not for 1408 gradients
     assert choose("auto", 256, [down]) == LowRankPlan(("apart",), True)
-    assert choose("auto", 512, [up, up]) == LowRankPlan(("formed", "formed"), False)  # the two share the factored form's cost
+    assert choose("auto", 512, [up, up]) == LowRankPlan(
+        ("formed", "formed"), False
+    )  # the two share the factored form's cost
     assert choose("auto", 4096, [up], jnp.bfloat16) == LowRankPlan(("apart",), False)
     assert choose("factored", 4096, [up, up]) == LowRankPlan(("apart", "apart"), False)
     assert choose("merged", 1, [up, up], jnp.bfloat16) == LowRankPlan(("formed", "formed"), True)

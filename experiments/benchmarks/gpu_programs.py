@@ -73,7 +73,9 @@ def made(p: Problem, rank: int) -> dict[str, tuple[str, Callable[[], variants.Va
     }
 
 
-def measure(variant: variants.Variant, platform: str, device: Any, large: int, dump: str | None = None) -> dict[str, float]:
+def measure(
+    variant: variants.Variant, platform: str, device: Any, large: int, dump: str | None = None
+) -> dict[str, float]:
     """What one step's program moves and keeps."""
     place = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), variant.arguments)

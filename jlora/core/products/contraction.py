@@ -261,7 +261,9 @@ def _low_rank(
     a, b = _whole(a, b, kept)
     accumulate = accumulation_dtype(group.out_dtype)
     in_pieces = group.cut > 1 and jnp.dtype(group.out_dtype).itemsize < jnp.dtype(accumulate).itemsize
-    thin = [n for n, form in enumerate(group.plan.forward) if form != "formed" and not (in_pieces and scales[n] is None)]
+    thin = [
+        n for n, form in enumerate(group.plan.forward) if form != "formed" and not (in_pieces and scales[n] is None)
+    ]
     low = dict(zip(thin, group.thin(x, [a[n] for n in thin]))) if thin else {}
     together = [n for n in thin if group.plan.forward[n] == "joined"]
     wide = _beside(x, [low[n] for n in together]) if together else x
