@@ -11,10 +11,12 @@ from jax import lax
 
 import jlora
 from jlora.core.products import contraction
+from jlora.core.products.backend import traced_for
 from jlora.core.products.contraction import LowRankPlan, Options
 from jlora.core.products.low_rank import Factors
 
 PLANS = ["factored", "merged"]
+WAYS = [*PLANS, "joined"]
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -26,7 +28,7 @@ def problem(tokens=12, rows=8, columns=6, rank=2):
     return x, w, Factors(normal(2, rows, rank), normal(3, rank, columns))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WAYS)
 def test_a_plan_equals_the_closed_form_in_value_and_every_gradient(plan):
     x, w, f = problem()
     g = normal(4, *x.shape[:-1], w.shape[1])
@@ -45,7 +47,7 @@ def test_a_plan_equals_the_closed_form_in_value_and_every_gradient(plan):
         np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WAYS)
 def test_constant_columns_act_and_get_no_gradient_in_any_plan(plan):
     x, w, f = problem(rank=5)
     g = normal(4, *x.shape[:-1], w.shape[1])
@@ -63,7 +65,7 @@ def test_constant_columns_act_and_get_no_gradient_in_any_plan(plan):
     assert np.all(every[1]) and np.all(every[2])
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WAYS)
 def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
     x, w, f = problem()
     options = Options(jnp.float32, None, plan)
@@ -82,7 +84,7 @@ def test_a_plan_has_forward_mode_second_derivatives_and_vmap(plan):
         np.testing.assert_allclose(derivative(ours), derivative(plain), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WAYS)
 def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
     """Kept: the input, `x a`, and the base and factors themselves; no product, no formed weight."""
     x, w, f = problem(tokens=48, rows=16, columns=64)
@@ -96,7 +98,7 @@ def test_nothing_larger_than_the_input_is_kept_for_the_backward_pass(plan):
     assert all(leaf.unsafe_buffer_pointer() == w.unsafe_buffer_pointer() for leaf in same), "a copy of the base is kept"
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", WAYS)
 def test_no_dense_weight_gradient_is_computed(plan):
     x, w, f = problem(tokens=96, rows=32, columns=32)
     loss = lambda a, b, x: jnp.sum(Factors(a, b).dense(x, w, None, Options(jnp.float32, None, plan)))
@@ -137,6 +139,70 @@ def test_the_cost_model_forms_the_weight_only_for_many_tokens_and_32_bit_bases()
     assert choose("auto", 4096, [up], jnp.bfloat16) == LowRankPlan(("apart",), False)
     assert choose("factored", 4096, [up, up]) == LowRankPlan(("apart", "apart"), False)
     assert choose("merged", 1, [up, up], jnp.bfloat16) == LowRankPlan(("formed", "formed"), True)
+
+
+def test_a_gpu_joins_where_that_moves_less():
+    choose = lambda tokens, *shapes, runs=1: contraction.choose("auto", tokens, shapes, jnp.bfloat16, runs)
+    width, hidden = 4096, 11008
+    with traced_for("cuda"):
+        assert choose(16384, *[(width, width)] * 3) == LowRankPlan(("joined",) * 3, True)
+        assert choose(16384, (hidden, width)) == LowRankPlan(("apart",), True)  # the copy of a wide input
+        assert choose(512, (width, width)) == LowRankPlan(("apart",), False)  # the copy of the weight
+        assert choose(16384, *[(width, width)] * 3, runs=2) == LowRankPlan(("apart",) * 3, False)
+        assert contraction.choose("auto", 4096, [(512, 1408)], jnp.float32) == LowRankPlan(("formed",), True)
+    with traced_for("cuda", devices=8):
+        assert choose(16384, *[(width, width)] * 3) == LowRankPlan(("apart",) * 3, True)
+    assert choose(16384, *[(width, width)] * 3) == LowRankPlan(("apart",) * 3, False)
+
+
+def test_joined_weights_of_one_input_share_a_copy_of_it():
+    """Ranks whose sum is no multiple of what a GPU reads at once, and 16-bit values: what is summed is summed in 32."""
+    x, shapes = normal(0, 12, 16, dtype=jnp.bfloat16), [(8, 2), (6, 3), (10, 1)]
+    weights = [normal(n, 16, out, dtype=jnp.bfloat16) for n, (out, _) in enumerate(shapes)]
+    a = [normal(3 + n, 16, rank, dtype=jnp.bfloat16) for n, (_, rank) in enumerate(shapes)]
+    b = [normal(6 + n, rank, out, dtype=jnp.bfloat16) for n, (out, rank) in enumerate(shapes)]
+    joined = lambda *given: contraction.products(*given, [None] * 3, [0] * 3, Options(jnp.float32, None, "joined"))
+    program = jax.make_jaxpr(joined)(x, weights, a, b)
+    wide = [eqn.outvars[0].aval.shape for eqn in equations(program.jaxpr) if eqn.primitive.name == "concatenate"]
+    assert wide.count((12, 24)) == 1
+    for y, w, left, right in zip(joined(x, weights, a, b), weights, a, b, strict=True):
+        low = (x @ left).astype(jnp.float32)
+        wanted = x.astype(jnp.float32) @ w.astype(jnp.float32) + low @ right.astype(jnp.float32)
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", WAYS)
+def test_a_scale_and_what_it_scales_have_their_gradients(plan):
+    """Those of `(x @ (w + a @ b)) * scale`; a scale of zero has one too."""
+    x, w, f = problem()
+    scale, g = normal(6, 6).at[2].set(0.0), normal(4, 3, 4, 6)
+    options = Options(jnp.float32, None, plan)
+    ours = lambda x, w, a, b, scale: jnp.sum(g * Factors(a, b, scale).dense(x, w, None, options))
+    plain = lambda x, w, a, b, scale: jnp.sum(g * (x @ (w + a @ b)) * scale)
+    got, wanted = (jax.jit(jax.value_and_grad(fn, range(5)))(x, w, f.a, f.b, scale) for fn in (ours, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, wanted)
+    assert got[1][4][2] != 0
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_scaled_product_has_16_bit_cotangents_and_its_small_changes_arrive(platform):
+    """DoRA on a bfloat16 base: no product of the gradient is one of 32-bit activations, and a magnitude moves as in float32."""
+    w, x = normal(1, 128, 96).astype(jnp.bfloat16), normal(0, 512, 128).astype(jnp.bfloat16)
+    adapted = jlora.adapterize({"w": w}, {"w": jlora.DoRA(jlora.LoRA(4, alpha=4))})
+    apply = lambda p: jlora.lift(lambda p: x @ p["w"])(adapted.replace(params=p))
+    with traced_for(platform):
+        gradient = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p)))))(adapted.params)
+        before = apply(adapted.params).astype(jnp.float32)
+        larger = {"w": {**adapted.params["w"], "m": adapted.params["w"]["m"] * 1.0003}}
+        moved = apply(larger).astype(jnp.float32) - before
+    of_rows = [
+        [each.aval.dtype for each in eqn.invars]
+        for eqn in equations(gradient.jaxpr)
+        if eqn.primitive.name == "dot_general" and any(512 in each.aval.shape for each in eqn.invars)
+    ]
+    assert len(of_rows) > 4 and all(dtype == jnp.bfloat16 for pair in of_rows for dtype in pair)
+    slope = jnp.vdot(moved, before) / jnp.vdot(before, before) / 0.0003
+    assert 0.8 < slope < 1.2, slope
 
 
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
@@ -250,15 +316,16 @@ def test_every_product_of_a_lift_and_of_its_gradient_has_the_precision_that_was_
         assert len(found) >= 2 and set(found) <= {HIGHEST, (HIGHEST, HIGHEST)}, (options, found)
 
 
-@pytest.mark.parametrize("cuts", [{}, {"w": 4}])
-def test_a_small_update_moves_bfloat16_outputs_on_average_as_in_float32(cuts):
+@pytest.mark.parametrize(("cuts", "platform"), [({}, "cpu"), ({"w": 4}, "cpu"), ({}, "gpu")])
+def test_a_small_update_moves_bfloat16_outputs_on_average_as_in_float32(cuts, platform):
     """Each output keeps 8 bits, so most don't move; but over many the movement is the update's, not zero."""
     w, b = normal(1, 256, 256), normal(3, 4, 256) * 0.5e-2
     adapted = jlora.adapterize({"w": w.astype(jnp.bfloat16)}, {"w": jlora.LoRA(4, alpha=4)})
     x = normal(0, 512, 256).astype(jnp.bfloat16)
     a = normal(2, 256, 4) * 1e-2
     apply = jlora.lift(lambda p: x @ p["w"], cuts=cuts)
-    before, after = (apply(adapted.replace(params={"w": {"a": a, "b": each}})) for each in (jnp.zeros_like(b), b))
+    with traced_for(platform):
+        before, after = (apply(adapted.replace(params={"w": {"a": a, "b": each}})) for each in (jnp.zeros_like(b), b))
     moved = after.astype(jnp.float32) - before.astype(jnp.float32)
     wanted = x.astype(jnp.float32) @ (a @ b)
     assert after.dtype == jnp.bfloat16

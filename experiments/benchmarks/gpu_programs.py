@@ -5,8 +5,8 @@
 
 Two layers of a 7B model in bfloat16 unless told otherwise. For each variant (see step_time.py) the bytes that its program's
 kernels read and write, by the rules of hlo.py, over the bound's; its temporary memory; and how many bytes of float32 arrays
-as large as a layer's output are written. Kernels are chosen without a trial, so the real ones may differ; no time is measured.
-`before` is jlora as it traces for other backends.
+as large as a layer's output are written. `apart` is jlora with the plan "factored". Kernels are chosen without a trial, so the
+real ones may differ; no time is measured.
 """
 
 from __future__ import annotations
@@ -58,28 +58,26 @@ def problem(s: Settings) -> Problem:
     return Problem(net, params, tokens, next_token_loss, ("embed_tokens", "embedding"), (tokens,))
 
 
-def made(p: Problem, rank: int) -> dict[str, tuple[str, Callable[[], variants.Variant]]]:
-    """For each variant the platform that it is traced for, and how it is made."""
+def made(p: Problem, rank: int) -> dict[str, Callable[[], variants.Variant]]:
+    """How each variant is made."""
     lora = jlora.LoRA(rank, alpha=2 * rank)
     dora = jlora.DoRA(lora)
     return {
-        "bound": ("gpu", lambda: variants.bound(p)),
-        "naive": ("gpu", lambda: variants.naive(p, variants.adapt(p, lora))),
-        "jlora": ("gpu", lambda: variants.lifted(p, variants.adapt(p, lora))),
-        "jlora before": ("tpu", lambda: variants.lifted(p, variants.adapt(p, lora))),
-        "jlora DoRA": ("gpu", lambda: variants.lifted(p, variants.adapt(p, dora))),
-        "jlora DoRA before": ("tpu", lambda: variants.lifted(p, variants.adapt(p, dora))),
-        "full": ("gpu", lambda: variants.full(p)),
+        "bound": lambda: variants.bound(p),
+        "naive": lambda: variants.naive(p, variants.adapt(p, lora)),
+        "jlora": lambda: variants.lifted(p, variants.adapt(p, lora)),
+        "jlora apart": lambda: variants.lifted(p, variants.adapt(p, lora), "factored"),
+        "jlora DoRA": lambda: variants.lifted(p, variants.adapt(p, dora)),
+        "jlora DoRA apart": lambda: variants.lifted(p, variants.adapt(p, dora), "factored"),
+        "full": lambda: variants.full(p),
     }
 
 
-def measure(
-    variant: variants.Variant, platform: str, device: Any, large: int, dump: str | None = None
-) -> dict[str, float]:
+def measure(variant: variants.Variant, device: Any, large: int, dump: str | None = None) -> dict[str, float]:
     """What one step's program moves and keeps."""
     place = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), variant.arguments)
-    with traced_for(platform):
+    with traced_for(device.platform):
         compiled = variant.step.lower(*placed).compile(compiler_options=OPTIONS)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if dump:
@@ -112,11 +110,11 @@ def main() -> None:
     only, dump = arguments.pop("only"), arguments.pop("dump")
     s = settings_for("gpu", **arguments)
     p, device, least = problem(s), h100(), None
-    for name, (platform, make) in made(p, s.rank).items():
+    for name, make in made(p, s.rank).items():
         if only and name not in only:
             continue
         path = dump and os.path.join(dump, name.replace(" ", "_") + ".txt")
-        found = measure(make(), platform, device, s.batch * s.length * s.width, path)
+        found = measure(make(), device, s.batch * s.length * s.width, path)
         least = least or found["bytes"]
         line = {"variant": name, "gb": round(found.pop("bytes") / 1e9, 2), **found}
         print(json.dumps(line | {"over_first": round(line["gb"] * 1e9 / least, 3)}), flush=True)

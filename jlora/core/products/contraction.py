@@ -58,7 +58,7 @@ class Options:
     Attributes:
         out_dtype: dtype of the result.
         precision: the precision that the function asked for.
-        plan: "factored", "merged" or "auto" (see `choose`).
+        plan: "factored", "merged", "joined" or "auto" (see `choose`).
         cut: pieces into which a mesh cuts the input's last axis.
         runs: how many adapters of the same base the product is computed for, by `vmap`.
     """
@@ -126,7 +126,7 @@ def choose(plan: str, tokens: int, shapes: Sequence[tuple[int, int]], dtype: Any
     nothing is joined: an axis that is cut would be sent round.
     """
     if plan != "auto":
-        form = {"merged": "formed", "factored": "apart"}[plan]
+        form = {"merged": "formed", "factored": "apart", "joined": "joined"}[plan]
         return LowRankPlan((form,) * len(shapes), plan == "merged")
     backward = sum(columns for _, columns in shapes)
     if jnp.dtype(dtype).itemsize < 4:

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jlora
 from jlora import paths
+from jlora.core.products.backend import traced_for
 from jlora.core.tree.adapted import count
 from jlora.disk.json_files import read_object
 from jlora.models.config import read_config
@@ -73,7 +74,8 @@ class Plan:
         place = rows_of_batch(mesh, 1)
         whole = dict.fromkeys(("tokens", "positions", "segment_ids", "targets"), jnp.int32) | {"weights": jnp.float32}
         batch = {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=place) for name, dtype in whole.items()}
-        lowered = step.lower(self.state, self.adapted.replace(params={}), batch)  # pyright: ignore[reportFunctionMemberAccess]
+        with traced_for(mesh.devices.flat[0].platform, mesh.size):
+            lowered = step.lower(self.state, self.adapted.replace(params={}), batch)  # pyright: ignore[reportFunctionMemberAccess]
         memory = lowered.compile(compiler_options=self.chip.options or None).memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return memory.argument_size_in_bytes, new + memory.temp_size_in_bytes
