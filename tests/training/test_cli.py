@@ -186,7 +186,7 @@ def test_what_the_user_got_wrong_is_one_sentence_and_touches_nothing(flags, mess
 @pytest.mark.parametrize("command", ["finetune", "inspect"])
 def test_another_type_of_model_is_named_before_its_tokenizer_is_read(command, tmp_path, data, capsys):
     folder = other_tokenizer(tmp_path / "model", data)
-    for config in ({"model_type": "gpt_neox", "vocab_size": 512}, {"model_type": "vit"}):
+    for config in ({"model_type": "gpt_neox", "vocab_size": 512}, {"model_type": "swin"}):
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
         assert main([command, "--model", folder]) == 2
         said = capsys.readouterr().err
