@@ -182,10 +182,12 @@ def test_a_base_that_is_not_changed_by_run_may_be_returned_from_a_jitted_step():
 
 
 def test_products_of_runs_form_no_weight_for_each_where_one_alone_does():
-    assert contraction.choose("auto", 8, [(12, 12)], jnp.float32).forward == (True,)
-    assert contraction.choose("auto", 8, [(12, 12)], jnp.float32, runs=2) == contraction.LowRankPlan((False,), False)
-    assert contraction.choose("auto", 100, [(12, 12)], jnp.float32, runs=2) == contraction.LowRankPlan((True,), True)
-    assert contraction.choose("merged", 8, [(12, 12)], jnp.float32, runs=2).forward == (True,)
+    assert contraction.choose("auto", 8, [(12, 12)], jnp.float32).forward == ("formed",)
+    assert contraction.choose("auto", 8, [(12, 12)], jnp.float32, runs=2) == contraction.LowRankPlan(("apart",), False)
+    assert contraction.choose("auto", 100, [(12, 12)], jnp.float32, runs=2) == contraction.LowRankPlan(
+        ("formed",), True
+    )
+    assert contraction.choose("merged", 8, [(12, 12)], jnp.float32, runs=2).forward == ("formed",)
 
     def formed(of):
         """How many arrays `[runs, in, out]` the program for two runs has."""

@@ -193,6 +193,14 @@ def test_another_type_of_model_is_named_before_its_tokenizer_is_read(command, tm
         assert f"model_type '{config['model_type']}' is not supported" in said and "docs/frameworks.md" in said
 
 
+@pytest.mark.parametrize("command", ["finetune", "inspect"])
+def test_a_model_of_images_is_told_that_commands_read_texts(command, tmp_path, data, capsys):
+    folder = other_tokenizer(tmp_path / "model", data)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert main([command, "--model", folder]) == 2
+    assert "texts alone; load it by jlora.models.load" in capsys.readouterr().err
+
+
 def test_a_wrong_tokenizer_is_one_sentence(tmp_path, data, capsys):
     assert main(["finetune", "--model", other_tokenizer(tmp_path / "model", data), "--out", str(tmp_path / "run")]) == 2
     assert "this is the tokenizer of another model" in capsys.readouterr().err
