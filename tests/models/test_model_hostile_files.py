@@ -140,7 +140,7 @@ NO_SIZES = [0, -1, "16", 16.0, True, [16], {"a": 1}]
         ("bert", "layer_norm_eps", ["1e-5", 0, float("nan")]),
         ("qwen3", "hidden_act", [["silu"], {"a": 1}, 3]),
         ("qwen3", "architectures", ["Qwen3ForCausalLM", "", False, [None], {"a": 1}, 5]),
-        ("qwen3", "model_type", [["qwen3"], {"a": 1}, 3, "", "vit"]),
+        ("qwen3", "model_type", [["qwen3"], {"a": 1}, 3, "", "swin"]),
         ("qwen3", "rope_parameters", [[1], "", False, "linear", {"full_attention": {"rope_type": "default"}},
           {"rope_type": ["linear"]}, {"rope_theta": "1e4"}, {"rope_theta": 0}, {"rope_theta": float("inf")},
           {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": "2"},
@@ -270,14 +270,14 @@ def test_the_cache_of_the_hub_is_read_and_links_out_of_it_are_not(tmp_path):
         models.load(snapshot)
 
 
-@pytest.mark.parametrize("kind", ["vit", "phi", "gemma3"])
+@pytest.mark.parametrize("kind", ["swin", "phi", "gemma3"])
 def test_the_type_of_the_model_is_looked_at_first(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError) as caught:
         models.load(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}/config.json: model_type '{kind}' is not supported; supported: llama, mistral, qwen2, qwen3, gemma, "
-        "gemma2, gemma3_text, phi3, gpt2, mixtral, qwen3_moe, bert, roberta; for any other model "
+        "gemma2, gemma3_text, phi3, gpt2, mixtral, qwen3_moe, bert, roberta, vit; for any other model "
         "bring its JAX function, which jlora adapts whatever it is (docs/frameworks.md)."
     )
     (tmp_path / "config.json").write_text("{}")

@@ -266,7 +266,7 @@ HARMLESS_HERE = {
     "qwen2": {"sliding_window", "layer_types", "max_window_layers"},
     "qwen3": {"sliding_window", "layer_types", "max_window_layers"},
     "qwen3_moe": {"sliding_window"},
-    "vit": {"encoder_stride"},  # of a head that draws hidden pixels
+    "vit": {"encoder_stride", "label2id"},  # of a head that draws hidden pixels; id2label the other way around
 }
 
 
