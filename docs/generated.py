@@ -182,6 +182,7 @@ MARKS: dict[str, Maker] = {
     "model families": model_families,
     "checks": checks,
     "table": measured_table,
+    "claims": verdicts_table.ruled,
     "studies": verdicts_table.table,
     "file": lambda path: f"[`{path}`](../{path})",
 }

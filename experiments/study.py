@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import tasks
 import verdicts as verdicts
+from criteria import Criterion, broken, register
 from scipy import stats
 from verdicts import Case as Case
 from verdicts import could_see as could_see
@@ -56,6 +57,11 @@ class Study:
             results of an earlier one.
         run: `run(settings, options) -> what was found`.
         report: `report(results, options) -> lines of results.md`; it may draw figures into `options.out`.
+        tasks: names of the tasks that may be chosen.
+        small: the sizes of a small machine, for --small; such results go to the folder's `small`.
+        criteria: `criteria(options)` gives what will count as what, written down before the first run; then the plan must
+            keep the rules of experiments/README.md. Studies without it were made by older rules.
+        needs_data: whether it reads the folder of data.
     """
 
     about: str
@@ -66,18 +72,29 @@ class Study:
     run: Callable[[Record, Any], Record]
     report: Callable[[list[Record], Any], list[str]]
     tasks: tuple[str, ...] = field(default=())
+    small: dict[str, Any] | None = None
+    criteria: Callable[[Any], tuple[Criterion, ...]] | None = None
+    needs_data: bool = True
 
 
 def main(study: Study, arguments: list[str] | None = None) -> None:
-    """The command line of a study."""
+    """The command line of a study.
+
+    Raises:
+        ValueError: where results exist that were made under other criteria, or the plan breaks a rule.
+    """
     options = _options(study, arguments)
+    rules = study.criteria(options) if study.criteria else ()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.jsonl"
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if rules:
+        register(options.out / "criterion.json", rules, len(results))
     done = {_key(each["settings"]): each for each in results}
     wanted: list[Record] = []
     while (stages := study.plan(_of(done, wanted), options)) != wanted:
         wanted = stages
+        _keep(rules, wanted)
         pending = [each for each in wanted if _key(each) not in done]
         for number, settings in enumerate(pending):
             start = time.perf_counter()
@@ -92,22 +109,37 @@ def main(study: Study, arguments: list[str] | None = None) -> None:
     print("\n".join(lines))
 
 
+def _keep(rules: tuple[Criterion, ...], planned: list[Record]) -> None:
+    """Refuses a plan that has come to its reported runs and breaks a rule, before they are run."""
+    if not any(each["stage"] == "run" for each in planned if rules):
+        return
+    if found := [sentence for rule in rules for sentence in broken(rule, planned)]:
+        raise ValueError(f"the plan breaks a rule of experiments/README.md: {'; '.join(found)}")
+
+
 def _options(study: Study, arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=study.about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=tasks.DATA, help="folder of the data sets and the model")
-    parser.add_argument("--out", type=Path, default=study.folder, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default the script's")
     parser.add_argument("--full", action="store_true", help=f"the paper's size: {study.full}")
+    if study.small is not None:
+        parser.add_argument("--small", action="store_true", help=f"for a small machine: {study.small}")
     parser.add_argument("--tasks", nargs="+", default=list(study.tasks), help="some of the tasks")
     for name, value in study.sizes.items():
         several = isinstance(value, tuple)
         kind = type(value[0] if several else value)
         parser.add_argument(f"--{name}", type=kind, nargs="+" if several else None, help=f"default {value}")
     options = parser.parse_args(arguments)
-    sizes = {**study.sizes, **(study.full if options.full else {})}
+    small = study.small is not None and options.small
+    if small and options.full:
+        parser.error("--small and --full are two sizes; say one")
+    options.small = small
+    options.out = options.out or (study.folder / "small" if small else study.folder)
+    sizes = {**study.sizes, **(study.full if options.full else {}), **((study.small or {}) if small else {})}
     for name, value in sizes.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if not options.data.is_dir():
+    if study.needs_data and not options.data.is_dir():
         parser.error(f"there is no folder {options.data}; say --data or set JLORA_DATA")
     if unknown := sorted(set(options.tasks) - set(study.tasks)):
         parser.error(f"unknown tasks {unknown}; there are {list(study.tasks)}")
@@ -219,6 +251,37 @@ def _step(task: tasks.Task) -> Any:
         return adapted.replace(params=optax.apply_updates(adapted.params, updates)), state, loss
 
     return step
+
+
+def flops(compiled: Any) -> float:
+    """Floating-point operations of one call, by XLA's own account of the compiled program, which counts a loop's body once.
+
+    Raises:
+        ValueError: where the platform's compiler says nothing of it.
+    """
+    cost = compiled.cost_analysis()
+    if not cost or "flops" not in cost:
+        raise ValueError(f"the compiler gives no cost of this program, only {sorted(cost or {})}")
+    return float(cost["flops"])
+
+
+def cost(results: list[Record]) -> str:
+    """The line of a report that says what its runs took: seconds, and FLOPs where every run has "flops"."""
+    seconds = sum(each["seconds"] for each in results)
+    if all("flops" in each for each in results):
+        return f"Cost: {seconds:.0f} s, {sum(each['flops'] for each in results):.1e} FLOPs."
+    return f"Cost: {seconds:.0f} s; FLOPs were not counted."
+
+
+def measured(task: tasks.Task, adapted: Any, most: int) -> Record:
+    """ "train_loss" and "test_loss" on fixed rows, the same for all runs: a batch's own loss depends on which rows it has."""
+    lost = {}
+    for name, data in (("train_loss", task.train), ("test_loss", task.test)):
+        count = len(data["targets"])
+        which = np.sort(np.random.default_rng(0).permutation(count)[: min(most, count)])
+        some = tasks.rows(data, which)
+        lost[name] = float(task.loss(_outputs(task, adapted, most, some), some["targets"]))
+    return lost
 
 
 def ranks(adapted: jlora.Adapted) -> dict[str, list[int]]:
