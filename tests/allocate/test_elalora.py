@@ -274,3 +274,36 @@ def test_room_for_growth_is_twice_the_rank_or_all_there_is():
     assert np.any(adapted.params["up"]["a"] != 0, axis=0).tolist() == [True, True, True, False]
     with pytest.raises(ValueError, match="up.*max_rank 5 is above the smaller side of the 7 x 4 matrix; use 4 or less"):
         jlora.adapterize(BASE, {"up": jlora.ElaLoRA(3, max_rank=5)})
+
+
+@pytest.mark.once
+def test_the_first_step_of_a_new_rank_is_rounding_that_a_larger_eps_of_adam_damps():
+    """In exact numbers a new rank's `a` and `b` have no gradient at first: what there is is the penalty's rounding."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x, y, base = draw(32, 16), draw(32, 16), {"u": draw(16, 16) / 4, "v": draw(16, 16) / 4}
+    fn = jlora.lift(lambda params, x: jnp.tanh(x @ params["u"]) @ params["v"])
+    method = jlora.ElaLoRA(4, 8, 16, 40, 5, 5, 5, 3, anneal=False)
+    adapted = jlora.adapterize(base, {".*": method})
+    nudge = jax.tree.map(lambda leaf: np.sign(draw(*leaf.shape)), adapted.params)
+
+    def step(carry, _, eps):
+        params, state = carry
+        loss = lambda p: jnp.mean((fn(adapted.replace(params=p), x) - y) ** 2)
+        tx = jlora.optimizer(adapted, optax.adam, 1e-3, eps=eps)
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        carry = optax.apply_updates(params, updates), state
+        return carry, carry[0]
+
+    def run(eps, size):
+        params = jax.tree.map(lambda p, n: p * (1 + size * n), adapted.params, nudge)
+        state = jlora.optimizer(adapted, optax.adam, 1e-3).init(params)
+        return jax.lax.scan(lambda carry, each: step(carry, each, eps), (params, state), length=11)[1]
+
+    runs = jit(jax.vmap(run))(jnp.float32([1e-8, 1e-8, 1e-6, 1e-6]), jnp.float32([0, 1.2e-7, 0, 1.2e-7]))
+    a = np.asarray(runs["u"]["a"]), np.asarray(runs["v"]["a"])
+    assert any(np.any((m[0, 8] == 0).all(0) & (m[0, 9] != 0).any(0)) for m in a), "no rank is new in step 10"
+    apart = lambda first, second, t: max(np.abs(m[first, t] - m[second, t]).max() for m in a)
+    assert max(apart(0, 1, 8), apart(2, 3, 8), apart(2, 3, 10)) < 2e-6
+    assert apart(0, 1, 10) > 5 * apart(2, 3, 10) and apart(0, 1, 10) > 5e-6
+    assert apart(0, 1, 10) < 3.2e-3, "three learning rates"

@@ -5,6 +5,7 @@ from mutations import (
     compose,
     continual,
     core,
+    experiments,
     interchange,
     methods,
     models,
@@ -34,6 +35,7 @@ MUTATIONS = tuple(
         serving,
         serving_http,
         training,
+        experiments,
     )
     for mutation in module.MUTATIONS
 )
