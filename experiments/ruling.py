@@ -108,10 +108,13 @@ def rule(criterion: Criterion, cases: list[Case], digits: int = 3) -> list[str]:
         if criterion.small:
             side = "above zero" if low > 0 else "below zero" if high < 0 else "not told from zero"
             found = f"inconclusive (small: {side})"
+    at_ends = [case.name for case in counted if case.doubted]
+    doubt = (f"In doubt: a best rate lies at an end of its grid on {', '.join(at_ends)}.",) if at_ends else ()
     told = (
         f"Difference: {criterion.difference}. Above zero is the claimed side.",
         f"Paper: {criterion.effect:+g} ({criterion.paper}).",
         f"Ours: {ours}.",
+        *doubt,
         f"Verdict: {found}: {criterion.claim}.",
     )
     return [*lines, *(line for each in told for line in ("", each))]

@@ -161,6 +161,10 @@ def test_the_lines_of_a_verdict():
         f"\nOurs: +1.100 (+1.050 to +1.150), p = {p:.2g} against zero; 0.070 would have been seen; 2 of 2 tasks, 10 seeds."
         in told
     )
+    doubtful = ruling.rule(criterion, [case("s"), dataclasses.replace(case("t"), doubted=("above",))])
+    assert "In doubt: a best rate lies at an end of its grid on t." in doubtful
+    assert doubtful[-1] == "Verdict: inconclusive: x is better."
+    assert not any(line.startswith("In doubt") for line in told.splitlines())
     small = dataclasses.replace(criterion, small=True)
     assert "\nVerdict: inconclusive (small: above zero): " in "\n".join(ruling.rule(small, [case("s"), case("t")]))
     mute = "\n".join(ruling.rule(criterion, [case("s", "nothing was learned"), case("t", "nothing was learned")]))
