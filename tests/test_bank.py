@@ -333,6 +333,8 @@ def test_rows_choose_in_convolutions(layout, out, groups):
         sums = jlora.Bank.of(
             params, {name: each for name, each in adapters.items() if name != "b"} | {"b": make(LoRA(1), 5)}
         )
+        unknown = run(sums.adapted, image, np.array([1, 9, 1, 1, 1]))
+        assert np.isnan(unknown[1]).all() and np.isfinite(unknown[2]).all()
         mix = jit(lambda adapted, x, shares: jlora.lift(fn)(adapted.on(weights=shares), x))
         both = lifted(jlora.combine([adapters["d"], adapters["e"]], [2.0, 1.0]), image)
         close(mix(sums.adapted, image, shares)[2], both[2])
