@@ -126,6 +126,62 @@ def test_rows_of_a_llama_get_what_they_would_get_alone(form):
 
 
 @pytest.mark.once
+def test_rows_may_have_adapters_that_hold_no_factors():
+    """Sparse ones of several sizes, formed and acting ones beside LoRA, at a stacked leaf; before and after growth."""
+    params, x = {"w_0": weight(0, 2, 8, 8)}, normal(1, 4, 3, 8)
+    make = lambda method, seed: noisy(params, {"w_0": Axes("batch in out", method)}, seed)
+    adapters = {
+        "lora": make(LoRA(2), 1),
+        "sparse": make(jlora.SHiRA(entries=6), 2),
+        "lengths": make(DoRA(jlora.SHiRA(density=0.1)), 3),
+        "output": make(jlora.Bottleneck(4, side="output"), 4),
+        "turned": make(jlora.OFT(4), 5),
+    }
+    bank = jlora.Bank.of(params, adapters)
+    run = jit(lambda adapted, x, ids: jlora.lift(layers)(adapted.on(slot=ids), x))
+    lifted = jit(jlora.lift(layers))
+
+    def agrees(names):
+        wanted = [lifted(adapters[name] if name else params, x)[n] for n, name in enumerate(names)]
+        close(run(bank.adapted, x, bank.ids(names)), jnp.stack(wanted))
+
+    agrees(["lora", "sparse", None, "lengths"])
+    agrees(["turned", "output", "lora", "turned"])
+    adapters["more"] = make(jlora.SHiRA("weight", entries=9, scale=0.5), 6)
+    with pytest.raises(
+        ValueError, match=r"for 'sparse' there is no room for SHiRA\(mask=random, entries=9\), but for SHiRA"
+    ):
+        bank.replace("sparse", adapters["more"])
+    bank.grow(capacity=6, fit=adapters["more"])
+    bank.add("more", adapters["more"])
+    agrees(["more", "sparse", "turned", "lengths"])
+    bank.replace("turned", adapters["sparse"])
+    bank.remove("sparse")
+    adapters |= {"turned": adapters["sparse"]}
+    agrees(["turned", "more", "lora", None])
+    with pytest.raises(ValueError, match=r"adapters that hold no factors \(SHiRA.* can't be mixed by weights="):
+        bank.on(weights={"lora": 1.0})
+
+
+@pytest.mark.once
+def test_one_slot_without_factors_has_a_weight():
+    params, x = {"w_0": weight(0, 8, 8)}, normal(1, 3, 8)
+    make = lambda method, seed: noisy(params, {"w_0": method}, seed)
+    adapters = {"lora": make(LoRA(2), 0), "sparse": make(jlora.SHiRA(entries=5), 1), "formed": make(jlora.LoHa(2), 2)}
+    bank = jlora.Bank.of(params, adapters)
+    turned = jit(lambda adapted, x: jlora.lift(lambda p, x: x @ p["w_0"].T)(adapted, x))
+    for name, adapted in adapters.items():
+        one = bank.on(slot=bank.ids(name))
+        close(jlora.merge(one), jlora.merge(adapted))
+        close(turned(one, x), x @ jlora.merge(adapted)["w_0"].T)
+    with pytest.raises(ValueError, match=r"w_0: rows that choose .* no weight in common"):
+        jlora.merge(bank.on(slot=np.array([1, 0])))
+    bank = jlora.Bank.of(params, {"acts": make(jlora.Bottleneck(4, side="output"), 3)})
+    with pytest.raises(ValueError, match=r"w_0: a slot may hold Bottleneck.*, which has no weight to form"):
+        jlora.merge(bank.on(slot=1))
+
+
+@pytest.mark.once
 def test_weights_mix_the_changes_of_all_adapters():
     params, x = {"w_0": weight(0, 3, 8, 8)}, normal(1, 4, 5, 8)
     adapters = {name: noisy(params, {"w_0": Axes("batch in out", LoRA(2))}, n) for n, name in enumerate("ab")}
@@ -248,6 +304,43 @@ def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("layout, out, groups", [("NHWC", "NHWC", 1), ("CHNW", "HCWN", 1), ("NHWC", "NCHW", 2)])
+def test_rows_choose_in_convolutions(layout, out, groups):
+    """In feature groups too, and where the batch axis is not in front; more rows than slots, and fewer."""
+    params = {"w_0": weight(0, 3, 2, 4 // groups, 6), "u_0": weight(1, 6, 6)}
+    image = normal(2, *({"N": 5, "H": 5, "W": 4, "C": 4}[axis] for axis in layout))
+
+    def fn(params, x):
+        y = jax.lax.conv_general_dilated(
+            x, params["w_0"], (1, 2), "SAME", dimension_numbers=(layout, "HWIO", out), feature_group_count=groups
+        )
+        return jnp.transpose(y, [out.index(axis) for axis in "NHWC"]) @ params["u_0"]
+
+    make = lambda method, seed: noisy(params, {"w_0": Axes("in in in out", method)}, seed)
+    adapters = {"a": make(LoRA(2), 0), "b": make(DoRA(LoRA(1)), 1), **{name: make(LoRA(1), 2) for name in "cdef"}}
+    few, many = (jlora.Bank.of(params, dict(list(adapters.items())[:count])) for count in (2, 6))
+    run = jit(lambda adapted, x, ids: jlora.lift(fn)(adapted.on(slot=ids), x))
+    lifted = jit(jlora.lift(fn, unread="allow"))
+    names = ["a", None, "b", "b", "a"]
+    wanted = jnp.stack([lifted(adapters[name] if name else params, image)[n] for n, name in enumerate(names)])
+    for bank in (few, many):
+        close(run(bank.adapted, image, bank.ids(names)), wanted)
+        unknown = run(bank.adapted, image, np.where(np.arange(5) == 1, 9, bank.ids(names)))
+        assert np.isnan(unknown[1]).all()
+        close(unknown[2:], wanted[2:])
+    if groups == 1:
+        shares = jnp.zeros((5, 7)).at[:, 3].set(jnp.arange(5.0)).at[:, 4].set(1)  # c and d
+        sums = jlora.Bank.of(
+            params, {name: each for name, each in adapters.items() if name != "b"} | {"b": make(LoRA(1), 5)}
+        )
+        unknown = run(sums.adapted, image, np.array([1, 9, 1, 1, 1]))
+        assert np.isnan(unknown[1]).all() and np.isfinite(unknown[2]).all()
+        mix = jit(lambda adapted, x, shares: jlora.lift(fn)(adapted.on(weights=shares), x))
+        both = lifted(jlora.combine([adapters["d"], adapters["e"]], [2.0, 1.0]), image)
+        close(mix(sums.adapted, image, shares)[2], both[2])
+
+
+@pytest.mark.once
 def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
     params = {"w_0": weight(0, 3, 8, 8)}
     x, adapter = normal(1, 4, 6, 8), noisy(params, {"w_0": Axes("in in out", LoRA(2))}, 0)
@@ -258,9 +351,11 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
 
     close(jlora.lift(convolved, strict=True)(bank.on(slot=1), x), jlora.lift(convolved)(adapter, x))
     with pytest.raises(
-        ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"
+        ValueError, match=r"w_0: a convolution mixes positions, so rows choose .* at `conv_general_dilated` at"
     ):
-        jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1, 1])), x)
+        jlora.lift(convolved)(bank.on(slot=np.ones((4, 6), np.int32)), x)
+    with pytest.raises(ValueError, match=r"w_0: slots for \(3,\) rows .* has the leading axes \(4,\)"):
+        jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1])), x)
     mapped = jax.vmap(lambda slot, row: jlora.lift(convolved)(bank.on(slot=slot), row[None])[0])(
         jnp.array([1, 0, 1, 0]), x
     )
@@ -276,8 +371,8 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
 def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
     params = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}
     make = lambda method, names="w_0": noisy(params, {names: method}, 0)
-    with pytest.raises(ValueError, match=r"w_0: SHiRA.* of 'c' is no \(w \+ a @ b\) \* gain"):
-        jlora.Bank.of(params, {"c": make(jlora.SHiRA())})
+    with pytest.raises(ValueError, match="w_0: Poly.* of 'c' wants to be told something by every call"):
+        jlora.Bank.of(params, {"c": make(jlora.Poly(rank=2, tasks=2, skills=2))})
     with pytest.raises(
         ValueError, match="w_0: PrefixTuning.* of 'c' stands in front of a text, where no bank has slots"
     ):
@@ -297,6 +392,10 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
         r"w_0: 'b' has rank 3, but the bank room for 2; grow\(rank=3\)": ("b", make(LoRA(3))),
         r"u_0: the bank has no room for this leaf, which 'b' adapts": ("b", make(LoRA(2), ".*")),
         r"w_0: 'b' has a gain, and the bank no room for gains": ("b", make(DoRA(LoRA(2)))),
+        r"w_0: for 'b' there is no room for SHiRA.*, but for no method beside low-rank factors; grow\(fit=": (
+            "b",
+            make(jlora.SHiRA(entries=4)),
+        ),
     }
     for message, (name, adapter) in refusals.items():
         with pytest.raises(ValueError, match=message):
