@@ -7,6 +7,7 @@ a dict of its settings; the results are lines of JSON beside the script, so a sc
 import argparse
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -267,7 +268,7 @@ def flops(compiled: Any) -> float:
 
 def cost(results: list[Record]) -> str:
     """The line of a report that says what its runs took: seconds, and FLOPs where every run has "flops"."""
-    seconds = sum(each["seconds"] for each in results)
+    seconds = math.fsum(each["seconds"] for each in results)  # `sum` adds up otherwise before Python 3.12
     if all("flops" in each for each in results):
         return f"Cost: {seconds:.0f} s, {sum(each['flops'] for each in results):.1e} FLOPs."
     return f"Cost: {seconds:.0f} s; FLOPs were not counted."
