@@ -19,6 +19,9 @@ bound      only the embedding's scale is trained.
 jlora      as it is.
 forward    `x @ w + (x @ a) @ b` by the kernel, and XLA's own products backward, from the `t` that the kernel gives.
 both       forward and backward by the kernels; `da = x.T @ u` by XLA.
+
+`--attention none` puts the sum of queries, keys and values in attention's place, which moves next to nothing, as a kernel of
+attention would: what is left are the products and what lies between them.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.core.products import contraction
 from jlora.core.products.backend import traced_for
+from jlora.models import attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 VARIANTS = ("bound", "jlora", "forward", "both")
@@ -177,7 +181,9 @@ class Kernels:
     backward: bool = True
     interpret: bool = False
 
-    def tiles(self, kind: low_rank.Kind, x: jax.Array, w: jax.Array, a: jax.Array, rest: bool = False) -> low_rank.Tiles:
+    def tiles(
+        self, kind: low_rank.Kind, x: jax.Array, w: jax.Array, a: jax.Array, rest: bool = False
+    ) -> low_rank.Tiles:
         rows = x.shape[0] // self.mesh.shape["fsdp"], w.shape[0]
         return low_rank.choose(kind, rows, w.shape[1], a.shape[1], self.budget, x.dtype.itemsize, rest)
 
@@ -248,8 +254,15 @@ def products(kernels: Kernels) -> Callable[..., Any]:
     return product
 
 
-def measure(name: str, chip: str, topology: str, model: str, layers: int, scan: bool, dump: str | None) -> dict[str, Any]:
+def no_attention(query: jax.Array, key: jax.Array, value: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """The sum of queries, keys and values."""
+    shared = jnp.repeat(key + value, query.shape[2] // key.shape[2], axis=2)
+    return (query + shared).reshape(*query.shape[:2], -1)
+
+
+def measure(name: str, chip: str, topology: str, model: str, layers: int, scan: bool, o: Any) -> dict[str, Any]:
     """What a step of a model with so many layers moves on one chip."""
+    dump = o.dump
     devices = tpu_programs.topology_devices(topology)
     devices = devices if topology != TOPOLOGIES[chip] else devices[:1]
     mesh = tpu_programs.make_mesh(devices, 1)
@@ -259,7 +272,8 @@ def measure(name: str, chip: str, topology: str, model: str, layers: int, scan: 
     kind = "bound" if name == "bound" else "jlora"
     program = tpu_programs.Program(model, topology, 1, kind)
     start = time.perf_counter()
-    with traced_for("tpu", len(devices)):
+    instead = {} if o.attention == "jlora" else {"attend": no_attention}
+    with traced_for("tpu", len(devices)), mock.patch.multiple(attention, **instead or {"attend": attention.attend}):
         step = tpu_programs.make_step(program, config, mesh, len(devices))
         place = mock.patch.object(
             contraction, "products", products(Kernels(mesh, low_rank.BUDGETS[chip], name == "both"))
@@ -294,7 +308,8 @@ def main() -> None:
     parser.add_argument("--topology", help="such as v5e:4x4; one chip of the kind unless given")
     parser.add_argument("--model", choices=("8b", "70b"), default="8b")
     parser.add_argument("--unrolled", action="store_true", help="no scan over layers")
-    parser.add_argument("--depths", type=int, nargs=2, default=DEPTHS)
+    parser.add_argument("--attention", choices=("jlora", "none"), default="jlora")
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="one number: the whole program")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--dump", help="a folder for the programs' texts")
     o = parser.parse_args()
@@ -302,9 +317,13 @@ def main() -> None:
         rows = []
         for layers in o.depths:
             topology = o.topology or TOPOLOGIES[o.chip]
-            rows.append(measure(name, o.chip, topology, o.model, layers, not o.unrolled, o.dump))
+            rows.append(measure(name, o.chip, topology, o.model, layers, not o.unrolled, o))
             print(json.dumps(rows[-1]), flush=True)
-        layer = {key: (rows[1][key] - rows[0][key]) / (o.depths[1] - o.depths[0]) for key in ("once", "tiled", "cycles")}
+        if len(rows) < 2:
+            continue
+        layer = {
+            key: (rows[1][key] - rows[0][key]) / (o.depths[1] - o.depths[0]) for key in ("once", "tiled", "cycles")
+        }
         print(json.dumps({"variant": name, "layer": {key: round(n / 1e6, 1) for key, n in layer.items()}}), flush=True)
 
 

@@ -32,6 +32,8 @@ SLACK = 10 * MIB
 ROWS = 512
 # A grid of fewer steps has nothing to fetch while it computes.
 STEPS = 8
+# Values of a tile of `w`; the compiler takes ten times as long for 2**24.
+WEIGHTS = 2**22
 Kind = Literal["forward", "backward"]
 NT = (((1,), (1,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
@@ -153,9 +155,8 @@ def pieces(size: int, least: int) -> list[int]:
 
 def candidates(kind: Kind, x: tuple[int, int], columns: int, rank: int, width: int, rest: bool) -> Iterator[Tiles]:
     tokens, rows = x
-    most = 32768
     for m, n, k in itertools.product(pieces(tokens, 256), pieces(columns, LANES), pieces(rows, LANES)):
-        if min(n, k) >= 256 and m <= most:
+        if min(n, k) >= 256 and n * k <= WEIGHTS:
             yield Tiles(kind, tokens, rows, columns, rank, m, n, k, width, rest)
 
 
@@ -167,7 +168,9 @@ def choose(
     Raises:
         ValueError: where no tiles divide the shapes and fit.
     """
-    found = [t for t in candidates(kind, x, columns, rank, width, rest) if t.vmem <= budget and math.prod(t.grid) >= STEPS]
+    found = [
+        t for t in candidates(kind, x, columns, rank, width, rest) if t.vmem <= budget and math.prod(t.grid) >= STEPS
+    ]
     if not found:
         raise ValueError(
             f"no tiles for x {x} and w {(x[1], columns)} within {budget} bytes of VMEM: wanted tokens that 256 divides, "
