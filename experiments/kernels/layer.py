@@ -3,17 +3,20 @@
     pip install -U "jax[tpu]"          (only its libtpu is needed: the compiler)
     python experiments/kernels/layer.py [--chip v5e] [--model 8b] [--only NAME ..]
 
-The rule, written before anything was measured: the kernels are kept if a layer's training step moves at least 2 % fewer bytes of HBM
-with them than with XLA's own products, everything that tiles read again included on both sides.
+The rule, written before anything was measured: the kernels are kept if a layer's training step moves at least 2 % fewer bytes
+of HBM with them than with XLA's own products, everything that tiles read again included on both sides.
 
-One chip and one sequence of 4,096 tokens; Llama 3 in bfloat16, scanned and rematerialised, rank 16 on all linear weights. A layer is the
-difference of programs with 8 and with 4 layers, divided by 4, so neither embedding nor head nor loss is in it. Two counts:
+One sequence of 4,096 tokens a chip; Llama 3 in bfloat16, scanned and rematerialised, rank 16 on all linear weights, a vocabulary
+of 4,096. A layer is the difference of programs with 8 and with 4 layers, divided by 4, so neither embedding nor head nor loss is
+in it; with one depth there is the whole program alone. Two counts of HBM:
 
-once        each instruction moves its operands and its result once (hlo.py). XLA's arrays in on-chip memory are left out.
+once        each instruction moves its operands and its result once (hlo.py), without what the compiler keeps on the chip.
 with tiles  what an instruction reads again because of its tiles is counted as often as it is read. For XLA's products by the
             windows that the program names, in the order of loops that is best for XLA; for a kernel by its grid and blocks.
 
-XLA knows nothing of what a kernel moves: both counts of kernels are arithmetic, from `Tiles.once` and `Tiles.bytes`.
+XLA knows nothing of what a kernel moves: both counts of kernels are arithmetic, from `Tiles.once` and `Tiles.bytes`, and all
+their arrays count as in HBM. Cycles are the compiler's own estimate of fused products and sums; a kernel's are its passes
+through the units of multiplication, as if nothing else took time.
 
 bound      only the embedding's scale is trained.
 jlora      as it is.
@@ -32,7 +35,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
