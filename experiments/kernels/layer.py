@@ -6,9 +6,9 @@
 The rule, written before anything was measured: the kernels are kept if a layer's training step moves at least 2 % fewer bytes
 of HBM with them than with XLA's own products, everything that tiles read again included on both sides.
 
-One sequence of 4,096 tokens a chip; Llama 3 in bfloat16, scanned and rematerialised, rank 16 on all linear weights, a vocabulary
-of 4,096. A layer is the difference of programs with 8 and with 4 layers, divided by 4, so neither embedding nor head nor loss is
-in it; with one depth there is the whole program alone. Two counts of HBM:
+One sequence of 4,096 tokens a chip; Llama 3 in bfloat16, scanned and rematerialised, rank 16 on all linear weights, a
+vocabulary of 4,096. A layer is the difference of programs with 8 and with 4 layers, divided by 4, so neither embedding nor
+head nor loss is in it; with one depth there is the whole program alone. Two counts of HBM:
 
 once        each instruction moves its operands and its result once (hlo.py), without what the compiler keeps on the chip.
 with tiles  what an instruction reads again because of its tiles is counted as often as it is read. For XLA's products by the
