@@ -126,6 +126,62 @@ def test_rows_of_a_llama_get_what_they_would_get_alone(form):
 
 
 @pytest.mark.once
+def test_rows_may_have_adapters_that_hold_no_factors():
+    """Sparse ones of several sizes, formed and acting ones beside LoRA, at a stacked leaf; before and after growth."""
+    params, x = {"w_0": weight(0, 2, 8, 8)}, normal(1, 4, 3, 8)
+    make = lambda method, seed: noisy(params, {"w_0": Axes("batch in out", method)}, seed)
+    adapters = {
+        "lora": make(LoRA(2), 1),
+        "sparse": make(jlora.SHiRA(entries=6), 2),
+        "lengths": make(DoRA(jlora.SHiRA(density=0.1)), 3),
+        "output": make(jlora.Bottleneck(4, side="output"), 4),
+        "turned": make(jlora.OFT(4), 5),
+    }
+    bank = jlora.Bank.of(params, adapters)
+    run = jit(lambda adapted, x, ids: jlora.lift(layers)(adapted.on(slot=ids), x))
+    lifted = jit(jlora.lift(layers))
+
+    def agrees(names):
+        wanted = [lifted(adapters[name] if name else params, x)[n] for n, name in enumerate(names)]
+        close(run(bank.adapted, x, bank.ids(names)), jnp.stack(wanted))
+
+    agrees(["lora", "sparse", None, "lengths"])
+    agrees(["turned", "output", "lora", "turned"])
+    adapters["more"] = make(jlora.SHiRA("weight", entries=9, scale=0.5), 6)
+    with pytest.raises(
+        ValueError, match=r"for 'sparse' there is no room for SHiRA\(mask=random, entries=9\), but for SHiRA"
+    ):
+        bank.replace("sparse", adapters["more"])
+    bank.grow(capacity=6, fit=adapters["more"])
+    bank.add("more", adapters["more"])
+    agrees(["more", "sparse", "turned", "lengths"])
+    bank.replace("turned", adapters["sparse"])
+    bank.remove("sparse")
+    adapters |= {"turned": adapters["sparse"]}
+    agrees(["turned", "more", "lora", None])
+    with pytest.raises(ValueError, match=r"adapters that hold no factors \(SHiRA.* can't be mixed by weights="):
+        bank.on(weights={"lora": 1.0})
+
+
+@pytest.mark.once
+def test_one_slot_without_factors_has_a_weight():
+    params, x = {"w_0": weight(0, 8, 8)}, normal(1, 3, 8)
+    make = lambda method, seed: noisy(params, {"w_0": method}, seed)
+    adapters = {"lora": make(LoRA(2), 0), "sparse": make(jlora.SHiRA(entries=5), 1), "formed": make(jlora.LoHa(2), 2)}
+    bank = jlora.Bank.of(params, adapters)
+    turned = jit(lambda adapted, x: jlora.lift(lambda p, x: x @ p["w_0"].T)(adapted, x))
+    for name, adapted in adapters.items():
+        one = bank.on(slot=bank.ids(name))
+        close(jlora.merge(one), jlora.merge(adapted))
+        close(turned(one, x), x @ jlora.merge(adapted)["w_0"].T)
+    with pytest.raises(ValueError, match=r"w_0: rows that choose .* no weight in common"):
+        jlora.merge(bank.on(slot=np.array([1, 0])))
+    bank = jlora.Bank.of(params, {"acts": make(jlora.Bottleneck(4, side="output"), 3)})
+    with pytest.raises(ValueError, match=r"w_0: a slot may hold Bottleneck.*, which has no weight to form"):
+        jlora.merge(bank.on(slot=1))
+
+
+@pytest.mark.once
 def test_weights_mix_the_changes_of_all_adapters():
     params, x = {"w_0": weight(0, 3, 8, 8)}, normal(1, 4, 5, 8)
     adapters = {name: noisy(params, {"w_0": Axes("batch in out", LoRA(2))}, n) for n, name in enumerate("ab")}
@@ -276,8 +332,8 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
 def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
     params = {"w_0": weight(0, 8, 8), "u_0": weight(1, 8, 8)}
     make = lambda method, names="w_0": noisy(params, {names: method}, 0)
-    with pytest.raises(ValueError, match=r"w_0: SHiRA.* of 'c' is no \(w \+ a @ b\) \* gain"):
-        jlora.Bank.of(params, {"c": make(jlora.SHiRA())})
+    with pytest.raises(ValueError, match="w_0: Poly.* of 'c' wants to be told something by every call"):
+        jlora.Bank.of(params, {"c": make(jlora.Poly(rank=2, tasks=2, skills=2))})
     with pytest.raises(
         ValueError, match="w_0: PrefixTuning.* of 'c' stands in front of a text, where no bank has slots"
     ):
@@ -297,6 +353,10 @@ def test_adapters_and_choices_that_dont_fit_are_refused_by_name():
         r"w_0: 'b' has rank 3, but the bank room for 2; grow\(rank=3\)": ("b", make(LoRA(3))),
         r"u_0: the bank has no room for this leaf, which 'b' adapts": ("b", make(LoRA(2), ".*")),
         r"w_0: 'b' has a gain, and the bank no room for gains": ("b", make(DoRA(LoRA(2)))),
+        r"w_0: for 'b' there is no room for SHiRA.*, but for no method beside low-rank factors; grow\(fit=": (
+            "b",
+            make(jlora.SHiRA(entries=4)),
+        ),
     }
     for message, (name, adapter) in refusals.items():
         with pytest.raises(ValueError, match=message):

@@ -263,7 +263,7 @@ def test_texts_written_with_a_cache_are_those_that_are_read_whole():
         ),
         (
             lambda base, x: jlora.meteora(base, {"hira": adapt(base, {"w_0": jlora.HiRA(2)})}, k=1),
-            r"w_0: HiRA\(rank=2\) of",
+            r"w_0: HiRA\(rank=2\) is no low-rank change",
         ),
         (
             lambda base, x: jlora.meteora({"w_0": base["w_0"] + 1}, jlora.Bank.of(base, adapters_of(base, 2)), k=1),

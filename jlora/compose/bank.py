@@ -12,7 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import paths
-from jlora.compose.entry import Entry, Fields, Source, check_alike, entry_of
+from jlora.compose.entry import Entry, Placed, Source, check_alike, entry_of, in_slots
+from jlora.compose.kinds import grown, with_room
 from jlora.compose.slotted import Slotted, empty, put
 from jlora.core.protocol.method import Site
 from jlora.core.transforms.lift import lift
@@ -24,7 +25,8 @@ class Bank:
     """Many adapters of one base, in slots; a call says which rows, or tokens, use which.
 
     For each adapted matrix it holds `a [slots, in, r]` and `b [slots, r, out]`, scales folded in, smaller ranks filled up with
-    zeros. Slot 0 is no adapter: its rows are the base's. What a row gets is what it would get alone, with its adapter.
+    zeros; and in each slot the arrays of every other kind of adapter that it has room for, such as SHiRA's entries. Slot 0 is
+    no adapter: its rows are the base's. What a row gets is what it would get alone, with its adapter.
 
     Adding, replacing and removing write one slot in place, and compile nothing anew; only `grow` changes shapes. Arrays of an
     `Adapted` that `on` gave before such a write can't be used after it. Made by `Bank.of`.
@@ -62,8 +64,9 @@ class Bank:
         Args:
             params: the base.
             adapters: by name; each an `Adapted` on this base, a directory that `jlora.save` or a training run wrote, or a
-                folder in PEFT's format. Of any method whose weight is `(w + a @ b) * gain`: LoRA and its variants, DoRA,
-                and those that have such a form.
+                folder in PEFT's format. LoRA and its variants, DoRA, and all whose weight is `(w + a @ b) * gain`, go into
+                the same arrays. Others (SHiRA, LoHa, OFT, bottlenecks, ...) are kinds: a method with all hyperparameters
+                and shapes; every slot has room for each kind, and only SHiRA's numbers of entries may differ within one.
             capacity: how many it has room for; by default as many as there are.
             rank: room for at least this rank, for adapters to come.
             gains: room for gains, as DoRA has them, for adapters to come.
@@ -73,7 +76,7 @@ class Bank:
         Raises:
             FileNotFoundError: for a folder that is not there.
             ValueError: for adapters of another base, that read a leaf in different ways, are not finite, or of a method that
-                has no such form, by path; for more adapters than `capacity`, and none.
+                rows can't have each their own of, by path; for more adapters than `capacity`, and none.
         """
         if not adapters:
             raise ValueError("a bank takes the leaves and ranks from its adapters: give at least one")
@@ -85,8 +88,8 @@ class Bank:
         found = {name: entry_of(name, each, params, names, dtype) for name, each in adapters.items()}
         sites = _sites([each.sites for each in found.values()], capacity + 1, rank, gains)
         bank = cls(empty(params, sites, dtype), {}, names)
-        for name, fields in found.items():
-            bank._write(name, len(bank._slots) + 1, fields)
+        for name, entry in found.items():
+            bank._write(name, len(bank._slots) + 1, bank._placed(name, entry))
         return bank
 
     @property
@@ -147,7 +150,7 @@ class Bank:
 
         Raises:
             ValueError: for a name that is there already, a full bank, or what `grow` has to make room for: larger ranks, other
-                leaves, gains; and as `Bank.of`. Then nothing was changed.
+                leaves, gains, other kinds; and as `Bank.of`. Then nothing was changed.
         """
         if name in self._slots:
             raise ValueError(f"the bank has an adapter {name!r} already; replace it")
@@ -183,7 +186,7 @@ class Bank:
         Args:
             capacity: of adapters; not fewer than before.
             rank, gains: as for `Bank.of`.
-            fit: an adapter whose leaves, ranks and gains the bank is to have room for; it is not added.
+            fit: an adapter whose leaves, ranks, gains and kinds the bank is to have room for; it is not added.
 
         Raises:
             ValueError: for a smaller capacity, and as `Bank.of`.
@@ -195,16 +198,18 @@ class Bank:
             )
         wanted = [{site.keys: site for site in self._adapted.plan.sites}]
         if fit is not None:
-            wanted.append(self._read("fit", fit, room=False).sites)
+            wanted.append(self._entry("fit", fit).sites)
         sites = _sites(wanted, capacity + 1, rank, gains)
-        dtypes = {array.dtype for array in jax.tree.leaves(self._adapted.params)}
-        grown = empty(self._adapted.base, sites, dtypes.pop() if len(dtypes) == 1 else None)
-        params = grown.params
+        before = {site.keys: paths.lookup(self._adapted.params, site.keys) for site in self._adapted.plan.sites}
+        dtypes = {fields["a"].dtype for fields in before.values()}
+        larger = empty(self._adapted.base, sites, dtypes.pop() if len(dtypes) == 1 else None)
+        params, after = larger.params, {site.keys: _slotted(site) for site in larger.plan.sites}
         for site in self._adapted.plan.sites:
-            old, new = (paths.lookup(tree, site.keys) for tree in (self._adapted.params, params))
+            old = grown(_slotted(site), after[site.keys], before[site.keys], site.in_size * site.out_size)
+            new = paths.lookup(params, site.keys)
             filled = {name: _filled(array, old[name]) if name in old else array for name, array in new.items()}
             paths.insert(params, site.keys, {name: _as_before(filled[name], new[name]) for name in new})
-        self._adapted = grown.replace(params=params)
+        self._adapted = larger.replace(params=params)
 
     def check(self, fn: Callable[..., Any], *rows: Any) -> None:
         """Tries whether a function gives each row what it gives that row alone: once, when a program is set up.
@@ -250,9 +255,7 @@ class Bank:
 
     @property
     def _method(self) -> Slotted:
-        method = self._adapted.plan.sites[0].method
-        assert isinstance(method, Slotted)
-        return method
+        return _slotted(self._adapted.plan.sites[0])
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -267,12 +270,18 @@ class Bank:
         found = [jnp.broadcast_to(columns.get(n, zero), shape) for n in range(self._method.slots)]
         return jnp.stack(found, axis=-1)
 
-    def _read(self, name: str, source: Source, room: bool = True) -> Entry:
-        dtype = jax.tree.leaves(self._adapted.params)[0].dtype
-        found = entry_of(name, source, self._adapted.base, self._torch_names, dtype)
-        if room:
-            self._check_room(name, found)
-        return found
+    def _read(self, name: str, source: Source) -> Placed:
+        """An adapter's arrays as a slot has them, if there is room."""
+        found = self._entry(name, source)
+        self._check_room(name, found)
+        return self._placed(name, found)
+
+    def _entry(self, name: str, source: Source) -> Entry:
+        dtype = paths.lookup(self._adapted.params, self._adapted.plan.sites[0].keys)["a"].dtype
+        return entry_of(name, source, self._adapted.base, self._torch_names, dtype)
+
+    def _placed(self, name: str, found: Entry) -> Placed:
+        return in_slots(name, found, {site.keys: site for site in self._adapted.plan.sites}, "grow(fit=...)")
 
     def _check_room(self, name: str, found: Entry) -> None:
         own = {site.keys: site for site in self._adapted.plan.sites}
@@ -282,8 +291,7 @@ class Bank:
                     f"{site.path}: the bank has no room for this leaf, which {name!r} adapts; grow(fit=...)"
                 )
             check_alike(own[keys], site)
-            has, wants = own[keys].method, site.method
-            assert isinstance(has, Slotted) and isinstance(wants, Slotted)
+            has, wants = _slotted(own[keys]), _slotted(site)
             if wants.rank > has.rank:
                 raise ValueError(
                     f"{site.path}: {name!r} has rank {wants.rank}, but the bank room for {has.rank}; grow(rank={wants.rank})"
@@ -291,11 +299,11 @@ class Bank:
             if wants.gains and not has.gains:
                 raise ValueError(f"{site.path}: {name!r} has a gain, and the bank no room for gains; grow(gains=True)")
 
-    def _write(self, name: str, slot: int, found: Entry) -> None:
-        self._overwrite(slot, found.arrays)
+    def _write(self, name: str, slot: int, found: Placed) -> None:
+        self._overwrite(slot, found)
         self._slots[name] = slot
 
-    def _overwrite(self, slot: int, arrays: Fields) -> None:
+    def _overwrite(self, slot: int, arrays: Placed) -> None:
         """Fills a slot with some leaves' arrays, and with nothing at all others."""
         new: dict[str, Any] = {}
         for site in self._adapted.plan.sites:
@@ -314,26 +322,22 @@ class Bank:
 
 def _sites(each: Sequence[Mapping[tuple[str, ...], Site]], slots: int, rank: int, gains: bool) -> list[Site]:
     """The leaves of some banks or adapters, each with room for what any of them has there."""
-    found: dict[tuple[str, ...], Site] = {}
+    found: dict[tuple[str, ...], list[Site]] = {}
     for sites in each:
         for keys, site in sites.items():
-            method, before = site.method, found.get(keys)
-            assert isinstance(method, Slotted)
-            if before is not None:
-                check_alike(before, site)
-                assert isinstance(before.method, Slotted)
-                method = Slotted(1, max(method.rank, before.method.rank), method.gains or before.method.gains)
-            found[keys] = replace(site, method=method)
-    gains = gains or any(site.method.gains for site in found.values() if isinstance(site.method, Slotted))
-    made = {
-        keys: replace(site, method=Slotted(slots, max(rank, site.method.rank), gains))
-        for keys, site in found.items()
-        if isinstance(site.method, Slotted)
-    }
-    return list(made.values())
+            found.setdefault(keys, []).append(site)
+            check_alike(found[keys][0], site)
+    gains = gains or any(_slotted(site).gains for same in found.values() for site in same)
+    least = Slotted(slots, rank, gains)
+    return [replace(same[0], method=with_room([*map(_slotted, same), least], slots)) for same in found.values()]
 
 
-def _padded(name: str, given: jax.Array | None, bank: jax.Array, depth: int) -> jax.Array:
+def _slotted(site: Site) -> Slotted:
+    assert isinstance(site.method, Slotted)
+    return site.method
+
+
+def _padded(name: str, given: Any, bank: jax.Array, depth: int) -> jax.Array:
     """What a slot of a bank's array gets: the given array filled up to its shape, or nothing's."""
     shape = (*bank.shape[:depth], *bank.shape[depth + 1 :])
     if given is None:
@@ -341,7 +345,7 @@ def _padded(name: str, given: jax.Array | None, bank: jax.Array, depth: int) -> 
     return _filled(jnp.zeros(shape, bank.dtype), given)
 
 
-def _filled(whole: jax.Array, part: jax.Array) -> jax.Array:
+def _filled(whole: jax.Array, part: Any) -> jax.Array:
     """`part` at the beginning of every axis of `whole`."""
     return whole.at[tuple(slice(size) for size in part.shape)].set(part.astype(whole.dtype))
 

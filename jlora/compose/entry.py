@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from jlora.compose import plain
 from jlora.compose.combine import check_one_base
-from jlora.compose.kinds import OfKinds, kind_of
+from jlora.compose.kinds import OfKinds, kind_of, placed
 from jlora.compose.slotted import Slotted
 from jlora.core.products.low_rank import Factors
 from jlora.core.protocol.method import Arrays, Site
@@ -27,6 +28,8 @@ from jlora.prompts.virtual import Virtual
 
 Source = Adapted | str | os.PathLike[str]
 Fields = dict[tuple[str, ...], Arrays]
+#: Arrays of leaves by the names that they have in slots.
+Placed = Mapping[tuple[str, ...], Mapping[str, Any]]
 
 
 #: The largest change of a product, for inputs of 1, that norms can square in 32 bits.
@@ -44,7 +47,7 @@ class Entry:
     arrays: Fields
 
 
-def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = None, kinds: bool = False) -> Entry:
+def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = None) -> Entry:
     """An adapter's leaves in the form of a bank.
 
     Args:
@@ -53,7 +56,6 @@ def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = No
         params: the base.
         names: which torch parameter a leaf is, for PEFT's folders.
         dtype: in which factors are to be held.
-        kinds: whether slots may hold what is no factors, as `jlora.compose.kinds` has it.
 
     Raises:
         ValueError: for a leaf that has no such form, is not finite, or so large that sums would overflow, with the adapter, the
@@ -62,7 +64,7 @@ def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = No
     adapted = adapted_of(source, params, names)
     sites, arrays = {}, {}
     for weight, site in zip(adapted.replace(context={}).weights(), adapted.plan.sites, strict=True):
-        found = None if kinds and site.method.context else _factors(weight, site)
+        found = None if site.method.context else _factors(weight, site)
         if isinstance(innermost(site.method), Virtual):
             raise ValueError(
                 f"{site.path}: {site.method} of {name!r} stands in front of a text, where no bank has slots: use it by itself"
@@ -70,11 +72,6 @@ def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = No
         if found is not None:
             gain = {} if found.scale is None else {"gain": found.scale}
             own, method = {"a": found.a, "b": found.b, **gain}, Slotted(1, found.a.shape[-1] or 1, bool(gain))
-        elif not kinds:
-            raise ValueError(
-                f"{site.path}: {site.method} of {name!r} is no (w + a @ b) * gain, so no bank holds it; the nearest LoRA to "
-                'what it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
-            )
         else:
             other = kind_of(weight, site)
             if isinstance(other, str):
@@ -84,6 +81,28 @@ def entry_of(name: str, source: Source, params: Any, names: Any, dtype: Any = No
         _check_size(f"{site.path}: {name!r}", own, dtype)
         sites[site.keys] = replace(site, method=method, beside=())
     return Entry(sites, arrays)
+
+
+def in_slots(name: str, entry: Entry, own: Mapping[tuple[str, ...], Site], remedy: str) -> Placed:
+    """An adapter's arrays of each leaf, by the names that they have in slots.
+
+    Args:
+        name: the adapter's, for messages.
+        entry: the adapter.
+        own: the leaves of the slots; all of the adapter's are among them.
+        remedy: what makes room.
+
+    Raises:
+        ValueError: where the slots of a leaf have no room for the adapter's kind.
+    """
+    found: dict[tuple[str, ...], Mapping[str, Any]] = {**entry.arrays}
+    for keys, site in entry.sites.items():
+        if isinstance(site.method, OfKinds):
+            try:
+                found[keys] = placed(own[keys], site.method.kinds[0], jax.device_get(found[keys]))
+            except ValueError as error:
+                raise ValueError(f"{site.path}: for {name!r} {error}; {remedy}") from None
+    return found
 
 
 def adapted_of(source: Source, params: Any, names: Any, prefix: Any = None) -> Adapted:

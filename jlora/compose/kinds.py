@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jlora.compose.slotted import Slotted
 from jlora.core.products.by_kind import ByKind
 from jlora.core.protocol.fields import Fields
-from jlora.core.protocol.method import Site, View
+from jlora.core.protocol.method import Arrays, Site, View
 from jlora.core.protocol.wrapping import parts
 from jlora.core.walk.weight import Weight
 from jlora.methods.shira import SHiRA
@@ -77,6 +77,16 @@ class OfKinds(Slotted):
         others = {field(n, array.name): ("", *[""] * len(array.shape)) for n, array in self.numbered}
         return {**super().axes, KIND: ("",), **others}
 
+    def check_context(self, context: Arrays) -> None:
+        """As `Slotted`; refuses weights too."""
+        super().check_context(context)
+        if context.get("weights") is not None:
+            methods = ", ".join(str(kind.method) for kind in self.kinds)
+            raise ValueError(
+                f"adapters that hold no factors ({methods}) can't be mixed by weights=; choose by slot=, or put those with "
+                "factors into a bank of their own"
+            )
+
     @property
     def numbered(self) -> list[tuple[int, Array]]:
         """All arrays of the kinds, each with the number of its kind."""
@@ -90,6 +100,10 @@ class OfKinds(Slotted):
         return super().arrays(site, dtype) | {
             name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in shapes.items()
         }
+
+    def weight(self, view: View) -> jax.Array:
+        """That of the one choice for all rows; there is none where rows choose for themselves, or a kind has none."""
+        return self.update(view).weight(view.w)
 
     def update(self, view: View) -> ByKind:
         """All slots of all kinds, and what the call chooses."""
@@ -148,14 +162,29 @@ def _refusal(weight: Weight, site: Site) -> str | None:
 
 
 def joined(every: Iterable[Kind]) -> tuple[Kind, ...]:
-    """Room for all of some kinds: each once, and of sparse ones that with the most entries."""
+    """Room for all of some kinds: each once, and of sparse ones that with the most entries, where the first of them stood."""
     found: list[Kind] = []
     for kind in every:
         if any(other.holds(kind) for other in found):
             continue
-        found = [other for other in found if not kind.holds(other)]
-        found.append(kind)
+        fewer = next((n for n, other in enumerate(found) if kind.holds(other)), None)
+        if fewer is None:
+            found.append(kind)
+        else:
+            found[fewer] = kind
     return tuple(found)
+
+
+def with_room(every: Sequence[Slotted], slots: int) -> Slotted:
+    """What slots must be to hold what any of some others hold; kinds keep their numbers in the first.
+
+    Args:
+        every: those, one at least.
+        slots: how many.
+    """
+    kinds = joined(kind for each in every if isinstance(each, OfKinds) for kind in each.kinds)
+    rank, gains = max(each.rank for each in every), any(each.gains for each in every)
+    return OfKinds(slots, rank, gains, kinds=kinds) if kinds else Slotted(slots, rank, gains)
 
 
 def placed(site: Site, kind: Kind, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -177,6 +206,27 @@ def placed(site: Site, kind: Kind, arrays: Mapping[str, np.ndarray]) -> dict[str
     whole = _filled_up(has[number - 1], arrays, site.in_size * site.out_size)
     named = {field(number, name): array for name, array in whole.items()}
     return {KIND: np.full(site.batch_shape, number, np.int32), **named}
+
+
+def grown(before: Slotted, after: Slotted, arrays: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The arrays of all slots with as many entries of a kind as it has room for afterwards; others as they are.
+
+    Args:
+        before, after: the method of the slots; kinds have the same numbers in both.
+        arrays: by name.
+        size: entries of a matrix.
+    """
+    found = dict(arrays)
+    pairs = (
+        zip(before.kinds, after.kinds, strict=False)
+        if isinstance(before, OfKinds) and isinstance(after, OfKinds)
+        else ()
+    )
+    for n, (old, new) in enumerate(pairs, 1):
+        if old != new:
+            own = {each.name: np.asarray(arrays[field(n, each.name)]) for each in old.arrays}
+            found |= {field(n, name): jnp.asarray(x) for name, x in _filled_up(new, own, size).items()}
+    return found
 
 
 def _filled_up(kind: Kind, arrays: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from jlora import paths
 from jlora.compose.combine import check_one_base
-from jlora.compose.entry import Entry, check_alike
-from jlora.compose.kinds import OfKinds, joined, placed
+from jlora.compose.entry import Entry, check_alike, in_slots
+from jlora.compose.kinds import OfKinds, joined
 from jlora.compose.slotted import Slotted, arrays_of, empty
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted, Plan
@@ -105,15 +105,8 @@ class Room:
         """
         own = {site.keys: site for site in self.sites}
         self._check(name, entry, own)
-        found: dict[Keys, Mapping[str, np.ndarray]] = jax.device_get(entry.arrays)
-        for keys, site in entry.sites.items():
-            if isinstance(site.method, OfKinds):
-                try:
-                    found[keys] = placed(own[keys], site.method.kinds[0], found[keys])
-                except ValueError as error:
-                    raise ValueError(
-                        f"{site.path}: for {name!r} {error}; room is made at the start, by like= or --adapters"
-                    ) from None
+        arrays = in_slots(name, entry, own, "room is made at the start, by like= or --adapters")
+        found: dict[Keys, Mapping[str, np.ndarray]] = jax.device_get(arrays)
         return Held(name, found, front)
 
     def check_front(self, name: str, tokens: int) -> None:

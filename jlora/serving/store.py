@@ -132,7 +132,7 @@ class AdapterStore:
         return len(self._held)
 
     def _entry(self, name: str, adapted: Adapted, params: Any, dtype: Any = None) -> Entry:
-        return entry_of(name, adapted, params, self._names, dtype, kinds=True)
+        return entry_of(name, adapted, params, self._names, dtype)
 
     def _check_free(self, name: str) -> None:
         if name in self._held:

@@ -123,9 +123,23 @@ MUTATIONS = (
     Mutation(
         "the first adapter of a bank takes the place of none",
         "jlora/compose/bank.py",
-        "bank._write(name, len(bank._slots) + 1, fields)",
-        "bank._write(name, len(bank._slots), fields)",
+        "bank._write(name, len(bank._slots) + 1, bank._placed(name, entry))",
+        "bank._write(name, len(bank._slots), bank._placed(name, entry))",
         (BANK + "adapters_come_and_go_without_compilation_and_growth_alone_compiles",),
+    ),
+    Mutation(
+        "a bank that grows numbers its kinds anew",
+        "jlora/compose/kinds.py",
+        "            found[fewer] = kind\n",
+        "            found = [*found[:fewer], *found[fewer + 1 :], kind]\n",
+        (BANK + "rows_may_have_adapters_that_hold_no_factors",),
+    ),
+    Mutation(
+        "one slot of another kind has the weight of the base",
+        "jlora/core/products/by_kind.py",
+        "mine = self.kind[slot] == n",
+        "mine = self.kind[slot] < 0",
+        (BANK + "one_slot_without_factors_has_a_weight",),
     ),
     Mutation(
         "a slot beyond the bank is its last",

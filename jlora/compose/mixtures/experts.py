@@ -16,6 +16,7 @@ from jlora import paths
 from jlora.compose import plain
 from jlora.compose.bank import Bank, Source
 from jlora.compose.combine import check_one_base
+from jlora.compose.kinds import OfKinds
 from jlora.compose.slotted import Slotted
 from jlora.core.protocol.hyperparameters import check_hyperparameters
 from jlora.core.protocol.method import Arrays, Method, Site, Start, View, factor_labels
@@ -91,7 +92,7 @@ def mixture(
         names: which torch parameter a leaf is, for folders in PEFT's format.
 
     Raises:
-        ValueError: as `Bank.of`; for an empty bank, one on another base, and adapters that have a gain.
+        ValueError: as `Bank.of`; for an empty bank, one on another base, and adapters that have a gain or no factors.
     """
     if isinstance(adapters, Bank):
         check_one_base([Adapted(params, {}, {}, {}, Plan(())), adapters.adapted])
@@ -115,9 +116,14 @@ def _read(source: Source, params: Any, names: Any) -> Source:
 
 
 def _bank_method(site: Site) -> Slotted:
-    """The method by which a bank holds a leaf; refuses one with gains."""
+    """The method by which a bank holds a leaf; refuses one with gains, or with what is no factors."""
     method = site.method
     assert isinstance(method, Slotted)
+    if isinstance(method, OfKinds):
+        raise ValueError(
+            f"{site.path}: {method.kinds[0].method} is no low-rank change, and a mixture adds up such; the nearest LoRA to "
+            'what it does to a matrix is jlora.combine([adapted], [1.0], "svd", rank=...)'
+        )
     if method.gains:
         raise ValueError(
             f"{site.path}: an adapter has a gain there, as DoRA has, so that what it does is no change that is added, and a "

@@ -66,6 +66,23 @@ class ByKind(Update):
             y = jax.lax.cond(jnp.any(mine), with_kind, lambda y: y, y)
         return y
 
+    def weight(self, w: jax.Array) -> jax.Array:
+        """The matrix `v [in, out]` of a choice that is one for all rows.
+
+        Raises:
+            Unfit: where rows choose for themselves, nothing is chosen, or a kind has no matrix.
+        """
+        v, slot = self.slots.chosen("weight").weight(w), self.slots.slot
+        assert slot is not None
+        for n, (fields, site) in enumerate(zip(self.fields, self.sites, strict=True), 1):
+            if not site.method.mergeable:
+                raise Unfit(f"{self.slots.name}: a slot may hold {site.method}, which has no weight to form")
+            params, frozen = _of(fields, slot)
+            view = replace(self.view, params=params, frozen=frozen, site=site)
+            mine = self.kind[slot] == n
+            v = jax.lax.cond(mine, lambda v, view=view: view.site.method.weight(view).astype(v.dtype), lambda v: v, v)
+        return v
+
     def _of_kind(self, x: jax.Array, w: jax.Array, fields: Any, site: Any, options: Options) -> jax.Array:
         """The products of one kind for all rows, whatever kind they have."""
 

@@ -273,10 +273,7 @@ def room_for(found: Found, subject: Subject) -> tuple[int, list[Adapted]]:
         with told_of(folder):
             adapted = adapted_of(folder, subject.params, names, layout_of(subject.model))
             rest, tokens = parted(adapted)
-            methods = {
-                keys: site.method
-                for keys, site in entry_of(name, rest, subject.params, names, kinds=True).sites.items()
-            }
+            methods = {keys: site.method for keys, site in entry_of(name, rest, subject.params, names).sites.items()}
         ranks += [method.rank for method in methods.values() if isinstance(method, Slotted)]
         others = {(keys, method) for keys, method in methods.items() if isinstance(method, OfKinds)} | {tokens} - {0}
         if others - seen:
