@@ -1,7 +1,10 @@
 """What one layer's training step moves on a TPU with the low-rank kernels and without, compiled without a TPU.
 
     pip install -U "jax[tpu]"          (only its libtpu is needed: the compiler)
-    python experiments/kernels/layer.py [--chip v5e] [--model 8b] [--only NAME ..]
+    python experiments/kernels/layer.py [--only NAME ..]                            a scanned layer on one v5e
+    python experiments/kernels/layer.py --topology v5e:4x4 --depths 4               four layers on 16 chips, `fsdp=16`
+    python experiments/kernels/layer.py --topology v5e:4x4 --depths 4 --attention none
+    python experiments/kernels/layer.py --unrolled --depths 2 --attention none      two layers on one v5e, not scanned
 
 The rule, written before anything was measured: the kernels are kept if a layer's training step moves at least 2 % fewer bytes
 of HBM with them than with XLA's own products, everything that tiles read again included on both sides.
