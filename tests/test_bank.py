@@ -304,6 +304,43 @@ def test_the_set_up_check_finds_models_that_move_the_batch_axis_or_mix_rows():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("layout, out, groups", [("NHWC", "NHWC", 1), ("CHNW", "HCWN", 1), ("NHWC", "NCHW", 2)])
+def test_rows_choose_in_convolutions(layout, out, groups):
+    """In feature groups too, and where the batch axis is not in front; more rows than slots, and fewer."""
+    params = {"w_0": weight(0, 3, 2, 4 // groups, 6), "u_0": weight(1, 6, 6)}
+    image = normal(2, *({"N": 5, "H": 5, "W": 4, "C": 4}[axis] for axis in layout))
+
+    def fn(params, x):
+        y = jax.lax.conv_general_dilated(
+            x, params["w_0"], (1, 2), "SAME", dimension_numbers=(layout, "HWIO", out), feature_group_count=groups
+        )
+        return jnp.transpose(y, [out.index(axis) for axis in "NHWC"]) @ params["u_0"]
+
+    make = lambda method, seed: noisy(params, {"w_0": Axes("in in in out", method)}, seed)
+    adapters = {"a": make(LoRA(2), 0), "b": make(DoRA(LoRA(1)), 1), **{name: make(LoRA(1), 2) for name in "cdef"}}
+    few, many = (jlora.Bank.of(params, dict(list(adapters.items())[:count])) for count in (2, 6))
+    run = jit(lambda adapted, x, ids: jlora.lift(fn)(adapted.on(slot=ids), x))
+    lifted = jit(jlora.lift(fn, unread="allow"))
+    names = ["a", None, "b", "b", "a"]
+    wanted = jnp.stack([lifted(adapters[name] if name else params, image)[n] for n, name in enumerate(names)])
+    for bank in (few, many):
+        close(run(bank.adapted, image, bank.ids(names)), wanted)
+        unknown = run(bank.adapted, image, np.where(np.arange(5) == 1, 9, bank.ids(names)))
+        assert np.isnan(unknown[1]).all()
+        close(unknown[2:], wanted[2:])
+    if groups == 1:
+        shares = jnp.zeros((5, 7)).at[:, 3].set(jnp.arange(5.0)).at[:, 4].set(1)  # c and d
+        sums = jlora.Bank.of(
+            params, {name: each for name, each in adapters.items() if name != "b"} | {"b": make(LoRA(1), 5)}
+        )
+        unknown = run(sums.adapted, image, np.array([1, 9, 1, 1, 1]))
+        assert np.isnan(unknown[1]).all() and np.isfinite(unknown[2]).all()
+        mix = jit(lambda adapted, x, shares: jlora.lift(fn)(adapted.on(weights=shares), x))
+        both = lifted(jlora.combine([adapters["d"], adapters["e"]], [2.0, 1.0]), image)
+        close(mix(sums.adapted, image, shares)[2], both[2])
+
+
+@pytest.mark.once
 def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
     params = {"w_0": weight(0, 3, 8, 8)}
     x, adapter = normal(1, 4, 6, 8), noisy(params, {"w_0": Axes("in in out", LoRA(2))}, 0)
@@ -314,9 +351,11 @@ def test_what_rows_cant_choose_is_refused_with_leaf_and_line():
 
     close(jlora.lift(convolved, strict=True)(bank.on(slot=1), x), jlora.lift(convolved)(adapter, x))
     with pytest.raises(
-        ValueError, match=r"w_0: rows that choose .* no convolution in common; .* at `conv_general_dilated` at"
+        ValueError, match=r"w_0: a convolution mixes positions, so rows choose .* at `conv_general_dilated` at"
     ):
-        jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1, 1])), x)
+        jlora.lift(convolved)(bank.on(slot=np.ones((4, 6), np.int32)), x)
+    with pytest.raises(ValueError, match=r"w_0: slots for \(3,\) rows .* has the leading axes \(4,\)"):
+        jlora.lift(convolved)(bank.on(slot=np.array([1, 0, 1])), x)
     mapped = jax.vmap(lambda slot, row: jlora.lift(convolved)(bank.on(slot=slot), row[None])[0])(
         jnp.array([1, 0, 1, 0]), x
     )

@@ -128,6 +128,20 @@ MUTATIONS = (
         (BANK + "adapters_come_and_go_without_compilation_and_growth_alone_compiles",),
     ),
     Mutation(
+        "in a convolution a row of an unknown slot gets the base",
+        "jlora/core/products/slots.py",
+        "jnp.where(known[:, None], slot[:, None] == jnp.arange(len(a)), jnp.nan)",
+        "jnp.where(known[:, None], slot[:, None] == jnp.arange(len(a)), 0.0)",
+        (BANK + "rows_choose_in_convolutions[NHWC-NHWC-1]",),
+    ),
+    Mutation(
+        "in feature groups a row's numbers reach the first group alone",
+        "jlora/core/walk/convolution.py",
+        "jnp.tile(scale, y.shape[feature] // max(scale.shape[1], 1))",
+        "jnp.pad(scale, ((0, 0), (0, y.shape[feature] - scale.shape[1])))",
+        (BANK + "rows_choose_in_convolutions[NHWC-NCHW-2]",),
+    ),
+    Mutation(
         "a bank that grows numbers its kinds anew",
         "jlora/compose/kinds.py",
         "            found[fewer] = kind\n",

@@ -132,8 +132,20 @@ class Slots(Update):
         return (total * gain.astype(accumulate)).astype(base.dtype)
 
     def convolve(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
-        """A convolution of `x` with the `v` of one choice for all rows."""
-        return self.chosen("convolution").convolve(x, w, key, linear)
+        """A convolution of each row with its own `v`: with several slots' `a` beside each other, of which it keeps its own."""
+        if not self.leading:
+            return self.chosen("convolution").convolve(x, w, key, linear)
+        if self.leading > 1 or linear.rows is None or linear.rescale_rows is None:
+            raise Unfit(
+                f"{self.name}: a convolution mixes positions, so rows choose there, and not tokens; choose by row"
+            )
+        self._check_rows((linear.rows,))
+        a, b, own = self._beside()
+        accumulate = accumulation_dtype(linear.out_dtype)
+        thin = linear.rescale_rows(linear.product(x, a.astype(x.dtype), x.dtype), own.astype(x.dtype))
+        y = linear.base(x, accumulate) + linear.mix(thin, b.astype(x.dtype), accumulate)
+        gain = self._gain()
+        return (y if gain is None else linear.rescale_rows(y, gain.astype(accumulate))).astype(linear.out_dtype)
 
     def experts(self, x: jax.Array, w: jax.Array, key: jax.Array | None, linear: Linear) -> jax.Array:
         """The rows of `x` in groups, each with its expert's `v`, of one choice for all."""
@@ -150,6 +162,18 @@ class Slots(Update):
             low = self._grouped(x, lambda x: function(x, self.a, self.b, slot, options.precision))
         y, gain = y + low.astype(accumulate), self._gain()
         return (y if gain is None else y * self._spread(gain, y.ndim).astype(accumulate)).astype(options.out_dtype)
+
+    def _beside(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Factors `[in, k]`, `[k, out]` of all slots, or of all rows where these are fewer; each row's share `[rows, k]`."""
+        a, b, share = self.a, self.b, self.weights
+        if share is None:
+            slot, rows, known = self._slot(), len(self._slot()), (self._slot() >= 0) & (self._slot() < len(a))
+            if rows < len(a):
+                a, b = (bank.at[slot].get(mode="clip") for bank in (a, b))
+                slot = jnp.arange(rows)
+            # A slot that there is none of is no number in its own row alone.
+            share = jnp.where(known[:, None], slot[:, None] == jnp.arange(len(a)), jnp.nan)
+        return *mixed(a, b, jnp.ones(len(a))), jnp.repeat(share, self.a.shape[-1], axis=1)
 
     def _grouped(self, x: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """A function of `[choices, tokens of each, in]` applied to `x [*leading, ..., in]`."""

@@ -26,6 +26,9 @@ class Linear:
         mix: `(y, m [k, n], dtype)`: multiplies the features of such a result by a matrix.
         rescale: `(y, scale [out])`: multiplies each of them by a number.
         out_dtype: dtype of the result.
+        rows: rows of the batch that the use keeps apart; None where it knows of none.
+        rescale_rows: `(y, scale [rows, k])`: multiplies the features of each row by numbers of its own; in groups of features,
+            each of `k`, all by the same.
     """
 
     base: Callable[[jax.Array, Any], jax.Array]
@@ -33,6 +36,8 @@ class Linear:
     mix: Callable[[jax.Array, jax.Array, Any], jax.Array]
     rescale: Callable[[jax.Array, jax.Array], jax.Array]
     out_dtype: Any
+    rows: int | None = None
+    rescale_rows: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 class Unfit(ValueError):

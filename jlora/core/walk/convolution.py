@@ -73,7 +73,14 @@ def _convolve(walk: Walk, eqn: Any, x: jax.Array, weight: Weight) -> jax.Array:
     def rescale(y: jax.Array, scale: jax.Array) -> jax.Array:
         return y * jnp.expand_dims(scale, [axis for axis in range(y.ndim) if axis != feature])
 
-    linear = Linear(base, product, mix, rescale, eqn.outvars[0].aval.dtype)
+    def rescale_rows(y: jax.Array, scale: jax.Array) -> jax.Array:
+        batch = numbers.out_spec[0]
+        scale = jnp.tile(scale, y.shape[feature] // max(scale.shape[1], 1))
+        scale = scale if batch < feature else scale.T
+        return y * jnp.expand_dims(scale, [axis for axis in range(y.ndim) if axis not in (batch, feature)])
+
+    rows = x.shape[numbers.lhs_spec[0]]
+    linear = Linear(base, product, mix, rescale, eqn.outvars[0].aval.dtype, rows, rescale_rows)
     return update.convolve(x, w, walk.next_key(weight.key, x), linear)
 
 
