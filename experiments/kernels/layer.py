@@ -278,7 +278,7 @@ def measure(name: str, chip: str, topology: str, model: str, layers: int, scan: 
     kind = "bound" if name == "bound" else "jlora"
     program = tpu_programs.Program(model, topology, 1, kind)
     start = time.perf_counter()
-    instead = {"SCORES": o.scores, **({} if o.attention == "jlora" else {"attend": no_attention})}
+    instead = {"SCORES_OF_A_TPU": o.scores, **({} if o.attention == "jlora" else {"attend": no_attention})}
     with traced_for("tpu", len(devices)), mock.patch.multiple(attention, **instead):
         step = tpu_programs.make_step(program, config, mesh, len(devices))
         place = mock.patch.object(
@@ -315,7 +315,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("8b", "70b"), default="8b")
     parser.add_argument("--unrolled", action="store_true", help="no scan over layers")
     parser.add_argument("--attention", choices=("jlora", "none"), default="jlora")
-    parser.add_argument("--scores", type=int, default=attention.SCORES, help="scores of attention at a time")
+    parser.add_argument(
+        "--scores", type=int, default=attention.SCORES_OF_A_TPU, help="scores of attention at a time on a chip"
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="one number: the whole program")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--dump", help="a folder for the programs' texts")

@@ -9,9 +9,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._chunks import cut, joined
+from jlora.core.products.backend import target
 
 SCORES = 2**26
 """Scores of attention that are in memory at a time: 256 MiB in float32."""
+SCORES_OF_A_TPU = 2**24
+"""The same for each chip of a TPU: more leave its fast memory between the products and are read again."""
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -128,8 +131,9 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32, heads folded into the last axis.
 
-    Where the scores would be more than 2^26 numbers, the queries go through in blocks, each against all keys, and their
-    scores are computed again for the gradient. Then memory grows with the length, not with its square.
+    Where the scores would be more than 2^26 numbers (on a TPU 2^24 for each chip), the queries go through in blocks, each
+    against all keys, and their scores are computed again for the gradient. Then memory grows with the length, not with its
+    square.
 
     Args:
         query: `[batch, queries, heads, head_dim]`.
@@ -143,7 +147,9 @@ def attend(
         `[batch, queries, heads * head_dim]`.
     """
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
-    block = max(SCORES // max(batch * heads * keys, 1), 1)
+    device = target()
+    most = SCORES_OF_A_TPU * device.devices if device.platform == "tpu" else SCORES
+    block = max(most // max(batch * heads * keys, 1), 1)
     if block >= queries:
         return _attend(query, key, value, visible, scale, cap)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.core.products.backend import traced_for
 from jlora.models import attention
 
 pytestmark = pytest.mark.once
@@ -54,3 +55,14 @@ def test_no_array_of_the_program_holds_all_scores(monkeypatch):
         monkeypatch.setattr(attention, "SCORES", scores)
         texts.append(jax.jit(attend(visible(True, None), None)).lower(*inputs(2)).as_text())
     assert [bool(re.search(rf"x{LENGTH}x{LENGTH}x", text)) for text in texts] == [True, False]
+
+
+def test_a_tpu_has_a_number_of_scores_for_each_of_its_chips(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_OF_A_TPU", BATCH * HEADS * LENGTH * 3)
+    loops = []
+    for chips in (1, 2, 4):  # three, six and all queries at a time
+        with traced_for("tpu", chips):
+            fresh = lambda *args: attention.attend(*args)  # JAX remembers what a function was traced to
+            text = str(jax.make_jaxpr(fresh)(*inputs(2), visible(True, None)))
+        loops += re.findall(r"length=(\d+)", text) or ["none"]
+    assert loops == ["4", "2", "none"]
