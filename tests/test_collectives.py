@@ -19,8 +19,6 @@ import jlora
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"))
 import hlo
 
-pytestmark = pytest.mark.once
-
 # Each mesh: its axes, and what cuts the rows of the batch, up [64, 128] and down [128, 64]. Tensor parallelism as Megatron's.
 MESHES = {
     "data": ({"data": 8}, "data", P(), P()),
