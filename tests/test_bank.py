@@ -153,6 +153,11 @@ def test_rows_may_have_adapters_that_hold_no_factors():
     ):
         bank.replace("sparse", adapters["more"])
     bank.grow(capacity=6, fit=adapters["more"])
+    positions = bank.adapted.params["w_0"]["kind1_index"][:, bank.ids("sparse")]
+    assert [len(set(each)) for each in positions.tolist()] == [
+        9,
+        9,
+    ]  # none stands twice, as is promised to the products
     bank.add("more", adapters["more"])
     agrees(["more", "sparse", "turned", "lengths"])
     bank.replace("turned", adapters["sparse"])

@@ -14,7 +14,7 @@ import numpy as np
 from jlora import paths
 from jlora.compose.combine import check_one_base
 from jlora.compose.entry import Entry, check_alike, in_slots
-from jlora.compose.kinds import OfKinds, joined
+from jlora.compose.kinds import with_room
 from jlora.compose.slotted import Slotted, arrays_of, empty
 from jlora.core.protocol.method import Site
 from jlora.core.tree.adapted import Adapted, Plan
@@ -188,5 +188,5 @@ def _with_kinds(site: Site, like: Sequence[Entry]) -> Slotted:
     method = site.method
     assert isinstance(method, Slotted)
     wanted = [entry.sites[site.keys].method for entry in like if site.keys in entry.sites]
-    kinds = joined(kind for each in wanted if isinstance(each, OfKinds) for kind in each.kinds)
-    return OfKinds(method.slots, method.rank, method.gains, kinds=kinds) if kinds else method
+    whole = with_room([method, *(each for each in wanted if isinstance(each, Slotted))], method.slots)
+    return replace(whole, rank=method.rank, gains=method.gains)
