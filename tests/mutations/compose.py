@@ -149,6 +149,13 @@ MUTATIONS = (
         (BANK + "rows_may_have_adapters_that_hold_no_factors",),
     ),
     Mutation(
+        "a bank that grows fills sparse adapters up with the first position",
+        "jlora/compose/kinds.py",
+        "        if old != new:\n",
+        "        if False:\n",
+        (BANK + "rows_may_have_adapters_that_hold_no_factors",),
+    ),
+    Mutation(
         "one slot of another kind has the weight of the base",
         "jlora/core/products/by_kind.py",
         "mine = self.kind[slot] == n",
